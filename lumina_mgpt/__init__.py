@@ -1,0 +1,1 @@
+"""Lumina-mGPT 2.0: autoregressive image generation with one decoder-only transformer."""

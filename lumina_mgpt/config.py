@@ -1,0 +1,146 @@
+"""Frozen configurations and the one place that validates them."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lumina_mgpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder-only transformer; field names are those of the released `config.json`.
+
+    The last three fields are this project's own keys, absent from released files (where the defaults are right):
+    image code `c` has the id `image_code_offset + c`, and `base_size` is the side in pixels the weights were made for.
+
+    Raises:
+        InputError: a size is not positive, or two sizes do not fit each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 10240
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"type": "linear" | "dynamic", "factor": float >= 1}
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    model_parallel_size: int = 1
+    swin_norm: bool = False
+    dropout: float = 0.0
+    z_loss_weight: float = 0.0
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    image_code_offset: int = 155000
+    num_image_codes: int = 16384
+    base_size: int = 768
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "model_parallel_size", "num_image_codes",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value > 0, name, value, "must be a positive integer")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _require(self.hidden_size % (2 * heads) == 0, "hidden_size", self.hidden_size,
+                 f"must give each of the {heads} heads an even width")  # fmt: skip
+        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
+        _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "must be silu")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        _require(math.isfinite(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
+        _require(0 < self.rms_norm_eps < 1, "rms_norm_eps", self.rms_norm_eps, "must be in (0, 1)")
+        _require(0 <= self.image_code_offset <= self.vocab_size - self.num_image_codes, "image_code_offset",
+                 self.image_code_offset, f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
+        _require(self.base_size > 0 and self.base_size % 32 == 0, "base_size", self.base_size, "must be a multiple of 32")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
+            factor = self.rope_scaling.get("factor", 1.0)
+            _require(kind in ("linear", "dynamic"), "rope_scaling", self.rope_scaling, "must be null, linear or dynamic")
+            _require(isinstance(factor, int | float) and factor >= 1, "rope_scaling", self.rope_scaling,
+                     "must have a factor of at least 1")  # fmt: skip
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "ModelConfig":
+        """Reads a `config.json`; keys that mean nothing to this model are ignored (released files carry many)."""
+        path = Path(path)
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing; a checkpoint folder holds config.json, safetensors and a tokenizer") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from None
+        if not isinstance(raw, dict) or raw.get("model_type") != "chameleon":
+            kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+            raise InputError(f"{path}: model_type must be chameleon, got {kind!r}; this is another kind of checkpoint")
+        known = {field.name for field in fields(cls)}
+        return cls._build({key: value for key, value in raw.items() if key in known}, path)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "ModelConfig":
+        """Reads one of our own YAML files, where an unknown key is an error."""
+        path = Path(path)
+        try:
+            raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        except (OSError, UnicodeDecodeError, OmegaConfBaseException, ValueError) as error:
+            raise InputError(f"{path} cannot be read as YAML ({error}); see configs/model/ for examples") from None
+        if not isinstance(raw, dict):
+            raise InputError(f"{path} must hold a mapping of model sizes, got {type(raw).__name__}; see configs/model/")
+        unknown = sorted(set(map(str, raw)) - {field.name for field in fields(cls)})
+        if unknown:
+            raise InputError(f"{path}: unknown keys {', '.join(unknown)}; remove them, or correct their spelling")
+        return cls._build(raw, path)
+
+    @classmethod
+    def _build(cls, values: dict, path: Path) -> "ModelConfig":
+        try:
+            return cls(**values)
+        except (InputError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: {error}") from None
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes a `config.json` that the released code and this one both read."""
+        extra = {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_type": "chameleon"}
+        Path(path).write_text(json.dumps(extra | asdict(self), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How codes are drawn. `cfg` is the guidance scale (1.0: no guidance, no unconditional row).
+
+    Ranges: cfg >= 0 and finite; temperature > 0; top_k >= 1 (more than the number of codes means all of them).
+
+    Raises:
+        InputError: naming the command line option that is out of its range.
+    """
+
+    cfg: float = 4.0
+    top_k: int = 4096
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.cfg) and self.cfg >= 0, "--cfg", self.cfg, "must be a finite number >= 0; try 4.0")
+        _require(self.top_k >= 1, "--top_k", self.top_k, "must be at least 1; try 4096")
+        _require(math.isfinite(self.temperature) and self.temperature > 0, "--temperature", self.temperature,
+                 "must be a finite number > 0; try 1.0, or --top_k 1 for the likeliest codes")  # fmt: skip
+        _require(0 <= self.seed < 2**63, "--seed", self.seed, "must be in 0 ... 2**63 - 1")
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise InputError(f"{name} {rule}, got {value!r}")
