@@ -1,0 +1,1 @@
+"""MoVQGAN: pictures as grids of codes and back."""

@@ -1,0 +1,113 @@
+"""Pictures in and out: opening what users have, crops of the released system, pixels as tensors."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lumina_mgpt.errors import InputError
+
+_UNIT = 32  # candidate sizes are walked in patches of 32 pixels
+_MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb, made an error here
+_MAX_RATIO = 4
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Opens any picture as upright RGB: EXIF rotation applied, alpha over white, 16 bits scaled to 8.
+
+    Raises:
+        InputError: no such file, not a picture, damaged, or more than 178,956,970 pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise InputError(f"{path}: {image.width}x{image.height} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: the picture has more than {_MAX_PIXELS} pixels; shrink it first") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file") from None
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+        raise InputError(f"{path} cannot be read as a picture ({error}); check the path and the file") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency is laid over white, 16-bit and float grey are scaled to 8 bits."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        # Pillow opens 16-bit grey as I;16 or I; only files made from floats in [0, 1] are of mode F with such a range.
+        top = 65535.0 if values.max(initial=0) > 255 else (255.0 if values.max(initial=0) > 1 else 1.0)
+        if image.mode.startswith("I"):
+            top = 65535.0
+        return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scales `image` to cover `size` (width, height) and cuts the middle, as the released system does.
+
+    Halves with a box filter while both sides are at least twice the target, then resizes with a bicubic filter.
+    """
+    width, height = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    # A side that the scale fits exactly may come out a hair below its target: never cut outside of the picture.
+    scaled = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def candidate_sizes(target: int) -> list[tuple[int, int]]:
+    """Sizes (width, height) of about `target` x `target` pixels in steps of 32, sides' ratio at most 4.
+
+    A staircase: begin with all patches in one row; add a row where the patches suffice, else give up a column.
+
+    Raises:
+        InputError: `target` is no positive multiple of 32.
+    """
+    if target < _UNIT or target % _UNIT:
+        raise InputError(f"--target_size must be a multiple of {_UNIT}, got {target}; try {max(1, target // _UNIT) * _UNIT}")
+    patches = (target // _UNIT) ** 2
+    columns, rows, sizes = patches, 1, []
+    while columns > 0:
+        if max(columns, rows) <= _MAX_RATIO * min(columns, rows):
+            sizes.append((columns * _UNIT, rows * _UNIT))
+        if columns * (rows + 1) <= patches:
+            rows += 1
+        else:
+            columns -= 1
+    return sizes
+
+
+def best_size(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The candidate (width, height) whose shape loses least of a picture of `size`; ties go to the larger tuple."""
+
+    def kept(candidate: tuple[int, int]) -> float:
+        ratios = candidate[0] / size[0], candidate[1] / size[1]
+        return min(ratios) / max(ratios)
+
+    return max(candidates, key=lambda candidate: (kept(candidate), candidate))
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size -> (B, 3, H, W) float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] (values outside are clamped) -> RGB images."""
+    values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]

@@ -1,0 +1,329 @@
+"""MoVQGAN (Zheng et al. 2022, "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation").
+
+The encoder is that of VQGAN (8 pixels a cell with four levels); every norm of the decoder is a group norm whose scale
+and shift are 1x1 convolutions of the quantized latent. Module names are the keys of the released state dict
+(`encoder.* decoder.* quantize.embedding.weight quant_conv.* post_quant_conv.*`), so files load without a name map.
+
+Shape letters here: B batch, C channels, h, w latent cells, H, W pixels or cells of a feature map, Z latent width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from lumina_mgpt.errors import InputError
+
+_IGNORED = ("loss.", "ema_", "model_ema.", "quantize.embedding.cluster", "quantize.embedding.embed_avg")
+_GROUPS = 32
+_CELLS_A_CHUNK = 4096  # cells whose distances to all codes are held at once: 256 MiB for 16,384 codes
+
+
+@dataclass(frozen=True)
+class MoVQGANConfig:
+    """Sizes of a MoVQGAN. The released 67M, 102M and 270M are (128, 2), (128, 4) and (256, 2) for (ch, blocks)."""
+
+    ch: int
+    blocks: int
+    mult: tuple[int, ...] = (1, 2, 2, 4)
+    z_channels: int = 4
+    embed_dim: int = 4
+    num_codes: int = 16384
+    attention_levels: tuple[int, ...] = (3,)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "MoVQGANConfig":
+        """Reads every size off the tensors' names and shapes.
+
+        Raises:
+            InputError: a tensor that the sizes are read from is missing.
+        """
+
+        def count(template: str) -> int:
+            n = 0
+            while template.format(n) in state:
+                n += 1
+            return n
+
+        try:
+            ch = state["encoder.conv_in.weight"].shape[0]
+            levels = count("encoder.down.{}.block.0.conv1.weight")
+            widths = [state[f"encoder.down.{n}.block.0.conv1.weight"].shape[0] for n in range(levels)]
+            embed_dim, z_channels = state["quant_conv.weight"].shape[:2]
+            attention = (n for n in range(levels) if f"encoder.down.{n}.attn.0.q.weight" in state)
+            return cls(
+                ch=ch,
+                blocks=count("encoder.down.0.block.{}.conv1.weight"),
+                mult=tuple(width // ch for width in widths),
+                z_channels=z_channels,
+                embed_dim=embed_dim,
+                num_codes=state["quantize.embedding.weight"].shape[0],
+                attention_levels=tuple(attention),
+            )
+        except KeyError as error:
+            raise InputError(f"not a MoVQGAN state dict: it has no {error.args[0]}; see the README for the file") from None
+
+    @property
+    def cell(self) -> int:
+        """Pixels along a side of one code."""
+        return 2 ** (len(self.mult) - 1)
+
+
+def _conv(conv: nn.Conv2d, x: Tensor, scale: int = 1, pixels_a_band: int = 1 << 18) -> Tensor:
+    """A 3x3 convolution of `x`, enlarged `scale` times by nearest neighbour first, without large temporaries.
+
+    In inference, feature maps beyond `pixels_a_band` pixels go through in bands of rows with one row of halo. A
+    convolution is local, so the result is the same; what is saved is the enlarged copy and the copies that the
+    backend makes to reorder its operands, which at 1024 x 1024 with 256 channels are gigabytes.
+    """
+    B, _, H, W = x.shape
+    if torch.is_grad_enabled() or H * W * scale * scale <= pixels_a_band:
+        return conv(F.interpolate(x, scale_factor=scale, mode="nearest") if scale > 1 else x)
+    out = x.new_empty(B, conv.out_channels, H * scale, W * scale)
+    rows = max(1, pixels_a_band // (W * scale * scale))
+    for top in range(0, H, rows):
+        bottom = min(H, top + rows)
+        halo_top, halo_bottom = max(0, top - 1), min(H, bottom + 1)
+        band = x[:, :, halo_top:halo_bottom]
+        if scale > 1:
+            band = F.interpolate(band, scale_factor=scale, mode="nearest")
+        start = (top - halo_top) * scale
+        out[:, :, top * scale : bottom * scale] = conv(band)[:, :, start : start + (bottom - top) * scale]
+    return out
+
+
+class SpatialNorm(nn.Module):
+    """Group norm of the features, scaled and shifted cell by cell by the quantized latent (MoVQ, eq. 3-4)."""
+
+    def __init__(self, width: int, z_channels: int) -> None:
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(_GROUPS, width, eps=1e-6)
+        self.conv_y = nn.Conv2d(z_channels, width, 1)
+        self.conv_b = nn.Conv2d(z_channels, width, 1)
+
+    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
+        # A 1x1 convolution and nearest-neighbour enlargement commute, so the convolutions run on the small latent and
+        # broadcasting over the cell's pixels does the enlargement.
+        h, w = latent.shape[-2:]
+        x = rearrange(self.norm_layer(x), "B C (h i) (w j) -> B C h i w j", h=h, w=w)
+        scale, shift = (conv(latent)[:, :, :, None, :, None] for conv in (self.conv_y, self.conv_b))
+        if torch.is_grad_enabled():
+            x = x * scale + shift
+        else:
+            x = x.mul_(scale).add_(shift)
+        return rearrange(x, "B C h i w j -> B C (h i) (w j)")
+
+
+class Norm(nn.GroupNorm):
+    """Plain group norm with the calling form of `SpatialNorm`; the latent is not used."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(_GROUPS, width, eps=1e-6)
+
+    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
+        return super().forward(x)
+
+
+def _norm(width: int, z_channels: int | None) -> nn.Module:
+    return Norm(width) if z_channels is None else SpatialNorm(width, z_channels)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, inp: int, out: int, z_channels: int | None) -> None:
+        super().__init__()
+        self.norm1 = _norm(inp, z_channels)
+        self.conv1 = nn.Conv2d(inp, out, 3, padding=1)
+        self.norm2 = _norm(out, z_channels)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        if inp != out:
+            self.nin_shortcut = nn.Conv2d(inp, out, 1)
+
+    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
+        inplace = not torch.is_grad_enabled()
+        h = F.silu(self.norm1(x, latent), inplace=inplace)
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        h = _conv(self.conv1, h)
+        h = F.silu(self.norm2(h, latent), inplace=inplace)
+        h = _conv(self.conv2, h)
+        return h.add_(x) if inplace else x + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-headed attention over all cells, without the cells x cells matrix in memory."""
+
+    def __init__(self, width: int, z_channels: int | None) -> None:
+        super().__init__()
+        self.norm = _norm(width, z_channels)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
+        h = self.norm(x, latent)
+        q, k, v = (rearrange(conv(h), "B C h w -> B 1 (h w) C") for conv in (self.q, self.k, self.v))
+        h = rearrange(self._attend(q, k, v), "B 1 (h w) C -> B C h w", w=x.shape[-1])
+        return x + self.proj_out(h)
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, queries: int = 2048) -> Tensor:
+        # SDPA falls back to the full matrix where a fused kernel does not take the head's width (512 and 1024 here),
+        # so the queries go in chunks: the matrix is then chunk x cells at the most.
+        if q.shape[-2] <= queries:
+            return F.scaled_dot_product_attention(q, k, v)
+        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, -2)], -2)
+
+
+class _Middle(nn.Module):
+    def __init__(self, width: int, z_channels: int | None) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(width, width, z_channels)
+        self.attn_1 = AttentionBlock(width, z_channels)
+        self.block_2 = ResnetBlock(width, width, z_channels)
+
+    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, latent), latent), latent)
+
+
+class _Resample(nn.Module):
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=stride, padding=0 if stride == 2 else 1)
+
+
+class _Level(nn.Module):
+    """Blocks of one resolution, each followed by attention where the level has it, then a change of resolution."""
+
+    def __init__(self, inp: int, out: int, blocks: int, attention: bool, z_channels: int | None) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(inp if i == 0 else out, out, z_channels) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(out, z_channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x, latent)
+            if self.attn:
+                x = self.attn[i](x, latent)
+        if hasattr(self, "downsample"):  # VQGAN pads right and below only, so that pixel 0 stays at cell 0
+            x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))
+        if hasattr(self, "upsample"):
+            x = _conv(self.upsample.conv, x, scale=2)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: MoVQGANConfig) -> None:
+        super().__init__()
+        widths = [config.ch * m for m in config.mult]
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for n, (inp, out) in enumerate(zip([config.ch, *widths], widths, strict=False)):
+            level = _Level(inp, out, config.blocks, n in config.attention_levels, None)
+            if n < len(widths) - 1:
+                level.downsample = _Resample(out, stride=2)
+            self.down.append(level)
+        self.mid = _Middle(widths[-1], None)
+        self.norm_out = Norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = _conv(self.conv_in, pixels)
+        for level in self.down:
+            x = level(x, None)
+        x = self.mid(x, None)
+        return self.conv_out(F.silu(self.norm_out(x, None)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: MoVQGANConfig) -> None:
+        super().__init__()
+        widths, z = [config.ch * m for m in config.mult], config.embed_dim
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = _Middle(widths[-1], z)
+        levels = []
+        for n in reversed(range(len(widths))):
+            inp = widths[min(n + 1, len(widths) - 1)]
+            level = _Level(inp, widths[n], config.blocks + 1, n in config.attention_levels, z)
+            if n:
+                level.upsample = _Resample(widths[n], stride=1)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)  # index 0 is the finest level, as in the released names
+        self.norm_out = SpatialNorm(widths[0], z)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x), latent)
+        for level in reversed(self.up):
+            x = level(x, latent)
+        return _conv(self.conv_out, F.silu(self.norm_out(x, latent), inplace=not torch.is_grad_enabled()))
+
+
+class Quantizer(nn.Module):
+    def __init__(self, num_codes: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes, width)
+
+    def nearest(self, latent: Tensor) -> Tensor:
+        """The nearest code by Euclidean distance. Shapes: (..., Z) -> (...) int64."""
+        table = self.embedding.weight.float()
+        flat = latent.reshape(-1, latent.shape[-1]).float()
+        half_norms = table.square().sum(1) / 2  # argmin |x - e|^2 = argmin |e|^2 / 2 - x.e
+        chunks = [(half_norms - part @ table.T).argmin(1) for part in flat.split(_CELLS_A_CHUNK)]
+        return torch.cat(chunks).reshape(latent.shape[:-1])
+
+
+class MoVQGAN(nn.Module):
+    """Encoder, quantizer and decoder."""
+
+    def __init__(self, config: MoVQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantizer(config.num_codes, config.embed_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "MoVQGAN":
+        """Builds the size that `state` has and takes its tensors; training leftovers (`loss.*`, `ema_*`) are dropped.
+
+        Raises:
+            InputError: keys are missing or unknown, or a shape does not fit.
+        """
+        state = {key: value for key, value in state.items() if not key.startswith(_IGNORED) and "ema_" not in key}
+        with torch.device("meta"):
+            model = cls(MoVQGANConfig.from_state_dict(state))
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise InputError("MoVQGAN state dict does not fit: " + " ".join(str(error).split())[:500]) from None
+        return model.requires_grad_(False).eval()
+
+    def latent(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] -> latent before quantization (B, Z, H/8, W/8)."""
+        return self.quant_conv(self.encoder(pixels))
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Quantized latent (B, Z, h, w) -> pixels (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latent), latent)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> codes (B, H/8, W/8) int64."""
+        return self.quantize.nearest(rearrange(self.latent(pixels), "B Z h w -> B h w Z"))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) in [0, num_codes) -> pixels (B, 3, 8h, 8w) float32 in [-1, 1].
+
+        Raises:
+            InputError: a code lies outside the codebook.
+        """
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.num_codes:
+            raise InputError(f"codes must be in 0 ... {self.config.num_codes - 1}, got {codes.min()} ... {codes.max()}")
+        latent = rearrange(self.quantize.embedding(codes), "B h w Z -> B Z h w")
+        return self.decode_latent(latent.contiguous()).float().clamp_(-1, 1)

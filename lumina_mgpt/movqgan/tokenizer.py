@@ -1,0 +1,114 @@
+"""Pictures <-> code grids with a MoVQGAN file: finding it, loading it, converting."""
+
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import to_images, to_pixels
+from lumina_mgpt.movqgan.model import MoVQGAN
+
+RELEASED_NAME = "movqgan_270M.ckpt"
+_RELEASED_PLACE = Path(__file__).parent / "270M" / RELEASED_NAME
+_NAMES = ("movqgan.safetensors", RELEASED_NAME, f"movqgan/270M/{RELEASED_NAME}")
+
+
+def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -> Path:
+    """The MoVQGAN file to use: `explicit`, else one in the model folder, else the place for the released file.
+
+    Raises:
+        InputError: there is none, or `explicit` is no file.
+    """
+    if explicit is not None:
+        if not Path(explicit).is_file():
+            raise InputError(f"--movqgan_path {explicit} is not a file; give the path of {RELEASED_NAME}")
+        return Path(explicit)
+    places = [*(Path(model_folder) / name for name in _NAMES), _RELEASED_PLACE]
+    for place in places:
+        if place.is_file():
+            return place
+    raise InputError(
+        f"no MoVQGAN weights in {model_folder} and no {_RELEASED_PLACE}: download {RELEASED_NAME} "
+        "(linked from the Alpha-VLLM/Lumina-mGPT-2.0 page) to that place, or give --movqgan_path"
+    )
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Reads a `.safetensors` file or a pickled state dict (never running code from it).
+
+    Raises:
+        InputError: the file is damaged, or holds anything but tensors.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, ValueError):  # files of the older, unzipped format cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read as MoVQGAN weights ({reason}); download it again") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state dict of tensors; it is not a MoVQGAN file")
+    return state
+
+
+class ImageTokenizer:
+    """A MoVQGAN on a device, with pictures in front and codes behind."""
+
+    def __init__(self, model: MoVQGAN) -> None:
+        self.model = model
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "ImageTokenizer":
+        """Loads the file at `path`; its size is read off its tensors."""
+        try:
+            model = MoVQGAN.from_state_dict(load_state_dict(path))
+        except InputError as error:
+            raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        return cls(model.to(device=device, dtype=dtype))
+
+    @property
+    def num_codes(self) -> int:
+        return self.model.config.num_codes
+
+    @property
+    def cell(self) -> int:
+        """Pixels along a side of one code (8)."""
+        return self.model.config.cell
+
+    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images of one size, sides multiples of 8 -> codes (B, rows, cols) int64 on the CPU.
+
+        Raises:
+            InputError: the sizes differ, or a side is not a multiple of the cell.
+        """
+        sizes = {image.size for image in images}
+        if len(sizes) != 1:
+            raise InputError(f"images of one batch must have one size, got {sorted(sizes)}")
+        width, height = sizes.pop()
+        if width % self.cell or height % self.cell:
+            raise InputError(f"width and height must be multiples of {self.cell}, got {width}x{height}; crop the image")
+        weight = self.model.encoder.conv_in.weight
+        return self.model.encode(to_pixels(images).to(weight)).cpu()
+
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Codes (B, rows, cols) -> RGB images of (8 cols) x (8 rows) pixels."""
+        return to_images(self.model.decode(codes.to(self.model.quantize.embedding.weight.device)))
+
+    def latent_of(self, codes: Tensor) -> Tensor:
+        """Codes (B, rows, cols) -> their codebook vectors (B, Z, rows, cols)."""
+        return rearrange(self.model.quantize.embedding(codes), "B h w Z -> B Z h w")
