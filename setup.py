@@ -1,0 +1,41 @@
+"""Installs the `lumina_mgpt` package: `pip install -r requirements.txt`, or `pip install -e '.[test]'` with test tools.
+
+The scripts import the package by name, so that none of them edits `sys.path`; an editable install is the intended one.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    """The lines of requirements.txt that name a package (its last line installs this project itself)."""
+    text = (HERE / "requirements.txt").read_text(encoding="utf-8")
+    lines = (line.split(" #")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith(("#", "-"))]
+
+
+setup(
+    name="lumina-mgpt",
+    version="0.1.0",
+    description="Lumina-mGPT 2.0: autoregressive image generation with one decoder-only transformer",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["lumina_mgpt", "lumina_mgpt.*"]),
+    install_requires=requirements(),
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",  # property tests of the image sequences
+            "transformers>=5.0",  # an independent Chameleon to compare logits with
+            "accelerate>=1.0",  # transformers' loader asks for it
+            "diffusers>=0.35",  # an independent MoVQ to compare pixels with
+            "scipy>=1.13",  # statistics of the samplers, and edge maps of the training scenes
+            "ruff>=0.12",
+        ]
+    },
+)
