@@ -1,10 +1,13 @@
 """Shared fixtures: the oracle files, and weights made by the oracle's formula."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ORACLE = Path(__file__).parent / "oracle"
 # One spelling of float32 products everywhere; several threads would also make the small sizes here slower.
@@ -39,3 +42,69 @@ def oracle_checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def oracle_movqgan(tmp_path_factory) -> Path:
     return _oracle_weights().write_movqgan(tmp_path_factory.mktemp("movqgan") / "movqgan_270M.ckpt")
+
+
+TINY_SIZES = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=2048, image_code_offset=512, num_image_codes=64, vocab_size=512 + 64, base_size=64,
+)  # fmt: skip
+TINY_NAMES = ("hedgehog", "slice of pizza", "snowman", "red apple", "cat")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A complete demo-like checkpoint: random weights of two layers, 64 image codes, a byte-level BPE, a MoVQGAN.
+
+    Made without this project's code, in the released layout, from fixed weights; base size 64, at most 2,048 ids.
+    """
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    folder.mkdir()
+    _write_tiny_model(folder)
+    _write_tiny_tokenizer(folder)
+    _oracle_weights().write_movqgan(folder / "movqgan_270M.ckpt", blocks=1, codes=TINY_SIZES["num_image_codes"])
+    (folder / "names.txt").write_text("\n".join(TINY_NAMES) + "\n")
+    (folder / "prompts.txt").write_text("".join(f"a {name} on a white background\n" for name in TINY_NAMES))
+    return folder
+
+
+def _write_tiny_model(folder: Path) -> None:
+    oracle, size = _oracle_weights(), TINY_SIZES
+    D, V, inner = size["hidden_size"], size["vocab_size"], size["intermediate_size"]
+    H = D // size["num_attention_heads"]
+    K = size["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    for layer in range(size["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {prefix + f"self_attn.{x}_proj.weight": (D, D) for x in "qo"}
+        shapes |= {prefix + f"self_attn.{x}_proj.weight": (K * H, D) for x in "kv"}
+        shapes |= {prefix + f"self_attn.{x}_norm.{y}": (1, H) for x in "qk" for y in ("weight", "bias")}
+        shapes |= {prefix + f"mlp.{x}_proj.weight": (inner, D) for x in ("gate", "up")}
+        shapes |= {prefix + "mlp.down_proj.weight": (D, inner)}
+        shapes |= {prefix + f"{x}_layernorm.weight": (D,) for x in ("input", "post_attention")}
+    tensors = {
+        name: torch.from_numpy(oracle.fill(name, shape, *oracle.language_rule(name, shape)))
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = dict(model_type="chameleon", rms_norm_eps=1e-5, rope_theta=10000.0, model_parallel_size=1) | size
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _write_tiny_tokenizer(folder: Path) -> None:
+    corpus = ["Generate an image of 64x64 according to the following prompt:\na hedgehog on a sky blue background"] * 2
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    names = ["<|endoftext|>", "<racm3:break>", "<eoss>", "<|image|>", "<reserved08706>"]
+    names += [f"<reserved{number:05d}>" for number in range(8796, 8800 + 64 + 1)]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    assert tokenizer.get_vocab_size() <= TINY_SIZES["image_code_offset"]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None} | special
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
