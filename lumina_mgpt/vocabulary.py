@@ -1,0 +1,278 @@
+"""Every special id and its name: text <-> ids, image code <-> id, grid size <-> id. No other file knows a number."""
+
+import json
+import re
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
+
+# Names of the released tokenizer (the reserved ones are leftovers of Chameleon's vocabulary, put to a new use there).
+END_OF_TEXT = "<|endoftext|>"
+IMAGE_START = "<racm3:break>"
+IMAGE_END = "<eoss>"
+ROW_END = "<reserved08799>"
+TURN_END = "<reserved08706>"
+# In the released tokenizer, but never generated; kept so that a vocabulary trained here has the same names.
+UNUSED_SEPARATORS = ("<reserved08796>", "<reserved08797>", "<reserved08798>")
+# Stands for an image in a record's text; the released code adds it to the tokenizer while it runs. Never an id here.
+IMAGE_PLACEHOLDER = "<|image|>"
+REQUIRED_GRID = 64  # every tokenizer names at least the sizes 1 ... 64; the released one names more
+
+
+def grid_name(size: int) -> str:
+    """Name of a grid size in units of 32 pixels; five digits, so `size` is in 0 ... 91199."""
+    return f"<reserved{8800 + size:05d}>"
+
+
+def special_names() -> list[str]:
+    """All names that a tokenizer for this model must hold, in a fixed order, for training a tokenizer of one's own."""
+    grids = [grid_name(size) for size in range(1, REQUIRED_GRID + 1)]
+    return [END_OF_TEXT, IMAGE_START, IMAGE_END, *UNUSED_SEPARATORS, ROW_END, *grids, TURN_END]
+
+
+class Vocabulary:
+    """The model's ids by their meaning.
+
+    Attributes: `bos_id`, `image_start_id`, `image_end_id`, `row_end_id`, `turn_end_id`; `max_grid`, the largest grid
+    size such that 1 ... max_grid all have a name; `code_slice`, the columns of the output projection that are image
+    codes; `vocab_size`.
+
+    Args:
+        tokenizer: the text tokenizer, holding the special names.
+        bos: name that begins a sequence.
+        image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
+        vocab_size: rows of the embedding.
+        source: what messages call the tokenizer.
+
+    Raises:
+        InputError: a special name is missing, or an id that will be used lies among the codes or beyond `vocab_size`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image_code_offset: int,
+        num_image_codes: int,
+        *,
+        vocab_size: int,
+        bos: str = END_OF_TEXT,
+        source: str | Path = "the tokenizer",
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._source = source
+        self.vocab_size = vocab_size
+        self.num_image_codes = num_image_codes
+        self.code_slice = slice(image_code_offset, image_code_offset + num_image_codes)
+        self.bos_id = self._id_of(bos)
+        self.image_start_id = self._id_of(IMAGE_START)
+        self.image_end_id = self._id_of(IMAGE_END)
+        self.row_end_id = self._id_of(ROW_END)
+        self.turn_end_id = self._id_of(TURN_END)
+        self._grid_ids = self._find_grids()
+        self._grid_sizes = {id_: size for size, id_ in self._grid_ids.items()}
+        self.max_grid = len(self._grid_ids)
+        added = tokenizer.get_added_tokens_decoder()
+        self._control_ids = {id_ for id_, token in added.items() if token.special} | self._used_special_ids()
+        self._check_text_ids()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, config: ModelConfig) -> "Vocabulary":
+        """Reads `tokenizer.json`, and the name of bos (else eos) from the files beside it.
+
+        Raises:
+            InputError: a file is missing or damaged, or the tokenizer does not fit `config`.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(f"{path} is missing; a checkpoint folder holds config.json, safetensors and a tokenizer")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for whatever it cannot parse
+            raise InputError(f"{path} is not a tokenizer file ({error}); fetch the checkpoint again") from None
+        # Settings of whoever trained the tokenizer; either would change a prompt without a word.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(
+            tokenizer,
+            config.image_code_offset,
+            config.num_image_codes,
+            vocab_size=config.vocab_size,
+            bos=_bos_name(folder),
+            source=path,
+        )
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a user's text, without bos or any separator.
+
+        Raises:
+            InputError: the text holds a name that would become a control id, or is not valid Unicode.
+        """
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):  # lone surrogates: an argument or a file that was not UTF-8
+            raise InputError(f"the text must be valid Unicode, got {ascii(text)[:200]}; save it as UTF-8") from None
+        for id_, token in zip(encoding.ids, encoding.tokens, strict=True):
+            if id_ in self._control_ids or not self._usable(id_):
+                raise InputError(_control_message(token, text))
+        if IMAGE_PLACEHOLDER in text:
+            raise InputError(_control_message(IMAGE_PLACEHOLDER, text))
+        return encoding.ids
+
+    def decode_text(self, ids: list[int]) -> str:
+        """Text of ids; special names are left out.
+
+        Raises:
+            ValueError: one of them is an image code.
+        """
+        codes = [id_ for id_ in ids if self.code_slice.start <= id_ < self.code_slice.stop]
+        if codes:
+            raise ValueError(f"id {codes[0]} is an image code, not text")
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    # -- grid sizes ----------------------------------------------------------------------------------------------------
+
+    def grid_id(self, size: int) -> int:
+        """Id of a grid size (units of 32 pixels, 1 ... max_grid).
+
+        Raises:
+            InputError: the tokenizer has no name for that size.
+        """
+        if size not in self._grid_ids:
+            raise InputError(
+                f"a side must be 1 to {self.max_grid} grid units of 32 pixels, got {size} ({self._source})"
+            )
+        return self._grid_ids[size]
+
+    def grid_size(self, id_: int) -> int:
+        """Grid size of an id.
+
+        Raises:
+            ValueError: the id is not that of a grid size.
+        """
+        if int(id_) not in self._grid_sizes:
+            raise ValueError(f"id {int(id_)} is not a grid size")
+        return self._grid_sizes[int(id_)]
+
+    # -- image codes ---------------------------------------------------------------------------------------------------
+
+    def code_to_id(self, codes: Tensor) -> Tensor:
+        """Ids of image codes; any shape, each in [0, num_image_codes).
+
+        Raises:
+            ValueError: a code is out of range; says which.
+        """
+        _check_range(codes, slice(0, self.num_image_codes), "image code")
+        return codes.long() + self.code_slice.start
+
+    def id_to_code(self, ids: Tensor) -> Tensor:
+        """Image codes of ids; any shape.
+
+        Raises:
+            ValueError: an id is not that of an image code; says which.
+        """
+        _check_range(ids, self.code_slice, "id of an image code")
+        return ids.long() - self.code_slice.start
+
+    def is_code(self, ids: Tensor) -> Tensor:
+        """Where ids are image codes; bool of the same shape."""
+        return (ids >= self.code_slice.start) & (ids < self.code_slice.stop)
+
+    def describe(self, id_: int) -> str:
+        """What an id means, for messages."""
+        named = {
+            self.image_start_id: "image start",
+            self.image_end_id: "image end",
+            self.row_end_id: "row end",
+            self.turn_end_id: "turn end",
+            self.bos_id: "beginning of sequence",
+        }
+        if id_ in named:
+            return named[id_]
+        if id_ in self._grid_sizes:
+            return f"grid size {self._grid_sizes[id_]}"
+        if self.code_slice.start <= id_ < self.code_slice.stop:
+            return f"image code {id_ - self.code_slice.start}"
+        return f"id {id_}"
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def _id_of(self, name: str) -> int:
+        id_ = self._tokenizer.token_to_id(name)
+        if id_ is None:
+            raise InputError(f"{self._source} has no token named {name}; use the tokenizer the checkpoint came with")
+        return id_
+
+    def _find_grids(self) -> dict[int, int]:
+        grids = {size: self._id_of(grid_name(size)) for size in range(1, REQUIRED_GRID + 1)}
+        size = REQUIRED_GRID + 1
+        # Further names are used only while their ids can be: a tokenizer may name more than the model has rows for.
+        while (id_ := self._tokenizer.token_to_id(grid_name(size))) is not None and self._usable(id_):
+            grids[size] = id_
+            size += 1
+        return grids
+
+    def _usable(self, id_: int) -> bool:
+        return id_ < self.vocab_size and not self.code_slice.start <= id_ < self.code_slice.stop
+
+    def _used_special_ids(self) -> set[int]:
+        named = (self.bos_id, self.image_start_id, self.image_end_id, self.row_end_id, self.turn_end_id)
+        return {*named, *self._grid_ids.values()}
+
+    def _check_text_ids(self) -> None:
+        """Text and control ids must be rows of the embedding that no image code uses.
+
+        Other added names are let be (a tokenizer may name ids it never uses); `encode_text` refuses them.
+        """
+        text = self._tokenizer.get_vocab(with_added_tokens=False)
+        used = list(text.items()) + [(self._tokenizer.id_to_token(id_), id_) for id_ in self._used_special_ids()]
+        for name, id_ in used:
+            if not self._usable(id_):
+                codes = f"{self.code_slice.start} ... {self.code_slice.stop - 1}"
+                raise InputError(
+                    f"{self._source}: {name!r} has id {id_}, which must be below vocab_size = {self.vocab_size} and "
+                    f"not among the image codes {codes}; tokenizer and config.json are of different checkpoints"
+                )
+
+
+def _bos_name(folder: Path) -> str:
+    """Name of bos, or of eos in a tokenizer without bos, as the released code does."""
+    settings: dict = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch it again")
+        settings |= {key: value for key, value in content.items() if value is not None}
+    for key in ("bos_token", "eos_token"):
+        token = settings.get(key)
+        if isinstance(token, dict):  # an AddedToken written out
+            token = token.get("content")
+        if isinstance(token, str) and token:
+            return token
+    raise InputError(f"{folder / 'tokenizer_config.json'} names neither bos_token nor eos_token; one begins a sequence")
+
+
+def _check_range(values: Tensor, allowed: slice, what: str) -> None:
+    wrong = (values < allowed.start) | (values >= allowed.stop)
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        value = values[tuple(at)].item()
+        raise ValueError(f"{what} must be in {allowed.start} ... {allowed.stop - 1}, got {value} at {at}")
+
+
+def _control_message(name: str, text: str) -> str:
+    start = max(0, text.find(name))
+    excerpt = re.sub(r"\s+", " ", text[max(0, start - 20) : start + len(name) + 20])
+    return f"the text must not hold {name}, a control name of the model, got {excerpt!r}; remove or respell it"
