@@ -1,0 +1,95 @@
+"""Attention backends: one function of (q, k, v, span) each, chosen by name when the model is built."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class Span:
+    """What the queries of one forward may see; made once, used by every layer.
+
+    positions: (B, T), or one int, the position of the first query where all rows are alike.
+    filled: how many key slots are read. mask: None, or (B or 1, 1, T, S) to be added to the scores.
+    causal: queries and keys are the same T positions, so the kernel's own causal mask does.
+    """
+
+    positions: Tensor | int
+    filled: int
+    mask: Tensor | None
+    causal: bool
+
+    @classmethod
+    def of(cls, length: int, positions: Tensor | int, cache: KVCache | None, filled: int | None, dtype: torch.dtype,
+           device: torch.device) -> "Span":  # fmt: skip
+        """Never reads a tensor back: how much is seen follows from shapes and ints, who sees what from a comparison."""
+        if cache is None:
+            return cls(positions, length, None, True)
+        if isinstance(positions, int):
+            filled = positions + length
+            if positions == 0 or length == 1:  # all of what is filled, or its lower triangle
+                return cls(positions, filled, None, positions == 0 and length > 1)
+            seen = torch.arange(positions, filled, device=device)[None, :]
+        else:
+            filled = cache.slots if filled is None else filled
+            seen = positions
+        assert 0 < filled <= cache.slots, f"filled = {filled} of {cache.slots} slots"
+        hidden = torch.arange(filled, device=device) > seen[:, None, :, None]  # (B or 1, 1, T, S)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        return cls(positions, filled, mask, False)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:
+    """torch's scaled_dot_product_attention.
+
+    Shapes: q (B, T, N, H); k, v (B, S, K, H); returns (B, T, N, H).
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=grouped)
+    return mixed.transpose(1, 2)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:
+    """The flash-attn package where there is a cache: each row reads its own length only, without a mask.
+
+    The positions of a row must follow one another. Without a cache, torch's own kernel is the same algorithm.
+    Shapes: as `sdpa`.
+    """
+    if not cached:
+        return sdpa(q, k, v, span, cached)
+    from flash_attn import flash_attn_with_kvcache
+
+    B, T = q.shape[:2]
+    if isinstance(span.positions, int):
+        lengths = torch.full((B,), span.positions + T, dtype=torch.int32, device=q.device)
+    else:
+        lengths = (span.positions[:, -1] + 1).to(torch.int32)
+    # Causal is aligned to the end of each row's keys: query t of T sees all slots but the last T - 1 - t.
+    return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
+
+
+def backend(name: str) -> Callable[[Tensor, Tensor, Tensor, Span, bool], Tensor]:
+    """The backend of that name.
+
+    Raises:
+        InputError: an unknown name, or flash without the package or without a GPU.
+    """
+    if name == "sdpa":
+        return sdpa
+    if name != "flash":
+        raise InputError(f"--attn must be sdpa or flash, got {name!r}")
+    if not torch.cuda.is_available():
+        raise InputError("--attn flash needs a CUDA GPU, and none is visible; use --attn sdpa")
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        remedy = "pip install flash-attn, or use --attn sdpa"
+        raise InputError(f"--attn flash needs the flash-attn package ({error}); {remedy}") from None
+    return flash

@@ -1,0 +1,231 @@
+"""The decoder-only transformer that continues sequences of text and image ids. No sampler and no tokenizer in here."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model import attention
+from lumina_mgpt.model.attention import Span
+from lumina_mgpt.model.kv_cache import KVCache
+
+HEAD_NORM_EPS = 1e-5  # of the released model; its config.json does not hold it
+
+Rope = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32; the weight is applied after the cast back, as in the released model."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class HeadNorm(nn.Module):
+    """Layer norm over the width of each head; each of `rows` weights serves an equal share of the heads.
+
+    Released files have model_parallel_size rows, those of `transformers` 5 one row a head.
+
+    Raises:
+        InputError: rows do not divide the heads.
+    """
+
+    def __init__(self, heads: int, rows: int, width: int):
+        super().__init__()
+        if heads % rows:
+            raise InputError(f"model_parallel_size must divide the {heads} heads of queries and keys, got {rows}")
+        self.heads = heads
+        self.weight = nn.Parameter(torch.ones(rows, width))
+        self.bias = nn.Parameter(torch.zeros(rows, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: x (..., heads, H), and so is what it returns."""
+        rows, width = self.weight.shape
+        if rows == 1:
+            return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
+        share = self.heads // rows
+        weight, bias = (p.repeat_interleave(share, dim=0) if share > 1 else p for p in (self.weight, self.bias))
+        return F.layer_norm(x, (width,), eps=HEAD_NORM_EPS) * weight + bias
+
+
+def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torch.dtype) -> Rope:
+    """Cosines and signed sines for `rotate`, computed in float32 (in float64 for a float64 model).
+
+    `length` is the length that a dynamic scaling adapts to once it exceeds max_position_embeddings.
+    Shapes: positions (..., T); returns two of (..., T, 1, H).
+    Source: RoFormer (arXiv 2104.09864); dynamic scaling: NTK-aware, as in transformers' `dynamic` rope type.
+    """
+    H, base, scale = config.head_dim, config.rope_theta, 1.0
+    if config.rope_scaling is not None:
+        factor = float(config.rope_scaling.get("factor", 1.0))
+        if config.rope_scaling.get("type", config.rope_scaling.get("rope_type")) == "linear":
+            scale = factor
+        elif length > config.max_position_embeddings:
+            stretch = factor * length / config.max_position_embeddings - (factor - 1)
+            base *= stretch ** (H / (H - 2))
+    dtype = torch.promote_types(dtype, torch.float32)
+    inverse = 1.0 / (base ** (torch.arange(0, H, 2, device=positions.device, dtype=dtype) / H)) / scale
+    angles = positions[..., None, None].to(dtype) * inverse  # (..., T, 1, H/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turns each pair (i, i + H/2) of a head by its angle, in float32. Shapes: x (B, T, N, H)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, index: int, attn: str):
+        super().__init__()
+        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.index, self.head_dim, self.attend = index, H, attention.backend(attn)
+        self.q_proj = nn.Linear(D, N * H, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, K * H, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, K * H, bias=config.attention_bias)
+        self.o_proj = nn.Linear(N * H, D, bias=config.attention_bias)
+        self.q_norm = HeadNorm(N, config.model_parallel_size, H)
+        self.k_norm = HeadNorm(K, config.model_parallel_size, H)
+
+    def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: KVCache | None) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(hidden).unflatten(-1, heads)), rope)  # (B, T, N, H)
+        k = rotate(self.k_norm(self.k_proj(hidden).unflatten(-1, heads)), rope)  # (B, T, K, H)
+        v = self.v_proj(hidden).unflatten(-1, heads)  # (B, T, K, H)
+        if cache is not None:
+            k, v = cache.update(self.index, k, v, span.positions, span.filled)  # (B, S, K, H)
+            q = q.to(k.dtype)
+        return self.o_proj(self.attend(q, k, v, span, cache is not None).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, D, bias=config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Layer(nn.Module):
+    """Attention, then MLP, each on a residual branch; swin_norm moves the norm from a branch's start to its end."""
+
+    def __init__(self, config: ModelConfig, index: int, attn: str):
+        super().__init__()
+        self.swin_norm = config.swin_norm
+        self.self_attn = Attention(config, index, attn)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: KVCache | None, dropout: float) -> Tensor:
+        """Shapes: hidden (B, T, D), and so is what it returns. `dropout` is the rate to apply, whatever the mode."""
+        if self.swin_norm:
+            hidden = hidden + _drop(self.input_layernorm(self.self_attn(hidden, rope, span, cache)), dropout)
+            return hidden + _drop(self.post_attention_layernorm(self.mlp(hidden)), dropout)
+        hidden = hidden + _drop(self.self_attn(_narrow(self.input_layernorm(hidden)), rope, span, cache), dropout)
+        return hidden + _drop(self.mlp(_narrow(self.post_attention_layernorm(hidden))), dropout)
+
+
+class Head(nn.Linear):
+    """The output projection, to the whole vocabulary or to a slice of it."""
+
+    def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
+        weight = self.weight if columns is None else self.weight[columns]
+        return F.linear(hidden, weight)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and final norm; parameters are named as on disk, but for the leading `model.`.
+
+    `dropout` (active in training mode) and `gradient_checkpointing` (a layer at a time) are plain attributes.
+
+    Raises:
+        InputError: `attn` names no backend that works here, or sizes in the config do not fit each other.
+    """
+
+    def __init__(self, config: ModelConfig, attn: str = "sdpa"):
+        super().__init__()
+        self.config = config
+        self.dropout = config.dropout
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i, attn) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, ids: Tensor, *, positions: Tensor | int | None = None, cache: KVCache | None = None,
+                filled: int | None = None) -> Tensor:  # fmt: skip
+        """Hidden states after the final norm; `project` makes logits of them.
+
+        Without a cache every id sees those before it in its row. With one, keys and values are written to the slots
+        of their positions, and an id sees the slots up to its own position. `positions` are those of each id, or one
+        int where all rows start at the same place (default 0; cheapest: with one id a row, or from 0 on, no mask is
+        needed). `filled`: how many slots are read, more than any position that matters (default: all of them).
+
+        Shapes: ids (B, T), positions (B, T); returns (B, T, D).
+        """
+        T = ids.shape[1]
+        positions = 0 if positions is None else positions
+        assert isinstance(positions, int) or positions.shape == ids.shape
+        hidden = self.embed_tokens(ids)  # (B, T, D)
+        span = Span.of(T, positions, cache, filled, hidden.dtype, ids.device)
+        if isinstance(positions, int):
+            positions = torch.arange(positions, positions + T, device=ids.device)
+        rope = rope_angles(self.config, positions, T if cache is None else cache.slots, hidden.dtype)
+        rate = self.dropout if self.training else 0.0
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        for layer in self.layers:
+            if recompute:
+                hidden = checkpoint(layer, hidden, rope, span, cache, rate, use_reentrant=False)
+            else:
+                hidden = layer(hidden, rope, span, cache, rate)
+        return self.norm(hidden)
+
+    def project(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
+        """Logits of the whole vocabulary, or of a slice. Shapes: hidden (..., D); returns (..., V or slice)."""
+        return self.lm_head(hidden, columns)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fills all parameters for training from scratch; works on parameters fresh from `to_empty` too.
+
+        Normal with std √(2/5D) (arXiv 1910.05895, "small init"); the last projection of each branch 2/(L√D), so that
+        the residual stream grows alike at any depth. Both as in GPT-NeoX-20B (arXiv 2204.06745, section 2.1).
+        """
+        D, L = self.config.hidden_size, self.config.num_hidden_layers
+        for name, parameter in self.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                ends_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 2 / (L * math.sqrt(D)) if ends_branch else math.sqrt(2 / (5 * D))
+                parameter.normal_(0.0, std, generator=generator)
+
+
+def _drop(x: Tensor, rate: float) -> Tensor:
+    return F.dropout(x, rate) if rate else x
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Under autocast, cast once what several projections read (each would make a copy of its own)."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
