@@ -1,0 +1,53 @@
+"""Gumbel noise that depends on (seed, repeat, position) and on nothing else.
+
+Philox is counter based: the bits at a counter are a function of key and counter, without a history. So the noise of a
+code is the same in whatever order, batch, process or on whatever device the image is drawn, and however often a
+speculating sampler looks ahead at it. Bits come raw from the bit generator, whose stream numpy guarantees; the
+distributions of `numpy.random.Generator` may change between versions (NEP 19), hence the few lines of our own.
+Measured on one core of a server: 125 µs for 16,384 codes, half of it Philox.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def gumbel(seed: int, repeat: int, position: int, count: int) -> Tensor:
+    """Standard Gumbel noise for the `count` candidates of one code.
+
+    argmax(log_probs + noise) is a draw from the law (the Gumbel-max trick).
+
+    Args:
+        seed: 0 ... 2**64 - 1.
+        repeat: which of the images of one prompt, from 0.
+        position: index of the code in its image, 0 ... rows · cols - 1.
+
+    Shapes: -> (count,) float64 on the CPU. The first n values do not depend on `count`.
+    """
+    return gumbel_rows([(seed, repeat)], [position], count)[0]
+
+
+def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count: int) -> Tensor:
+    """`gumbel` for several rows; equal rows (one seed for a batch of prompts) are drawn once.
+
+    Shapes: keys and positions of length B, a (seed, repeat) and a position each -> (B, count) float64 on the CPU.
+    """
+    wanted = list(zip(keys, positions, strict=True))
+    index = {draw: at for at, draw in enumerate(dict.fromkeys(wanted))}
+    bits = np.empty((len(index), count), np.uint64)
+    for ((seed, repeat), position), at in index.items():
+        bits[at] = _bits(seed, repeat, position, count)
+    noise = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # uniform in the open interval (0, 1), 53 bits
+    for _ in range(2):  # -log(-log(uniform)), in place
+        np.log(noise, out=noise)
+        np.negative(noise, out=noise)
+    rows = torch.from_numpy(noise)
+    return rows if len(index) == len(wanted) else rows[[index[draw] for draw in wanted]]
+
+
+def _bits(seed: int, repeat: int, position: int, count: int) -> np.ndarray:
+    # The counter's low words count the blocks of this draw; its last word is left for noise of another purpose.
+    key, counter = np.array([seed, repeat], np.uint64), np.array([0, 0, position, 0], np.uint64)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
