@@ -19,6 +19,15 @@ from lumina_mgpt.unirep import ImageLayout, decode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only slow tensors of this size down, on a busy machine a hundredfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def vocabulary(tiny_checkpoint):
     return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
@@ -32,7 +41,7 @@ def law_of(seen: list[int], codes: int, dtype=torch.float64) -> torch.Tensor:
 
 
 class RememberingStep:
-    """A model that sees exactly what is in its slots; reading one that was never written is an error. Keeps its calls."""
+    """A model that sees exactly what is in its slots; one that was never written is an error. Keeps its calls."""
 
     def __init__(self, codes: int, dtype=torch.float64):
         self.codes, self.dtype, self.calls, self.slots = codes, dtype, [], {}
@@ -172,12 +181,13 @@ def test_draws_follow_the_processed_law(vocabulary):
     """Codes, and pairs of neighbours, of a step with a fixed law: chi-square against the plain formulation."""
     codes, config = vocabulary.num_image_codes, SamplingConfig(cfg=2.0, temperature=1.3, top_k=5)
     cond, uncond = law_of([1], codes), law_of([2], codes)
-    images = 12
+    images = 32
+    logits = torch.stack([cond] * images + [uncond] * images)[:, None]
 
     def step(ids, positions, read):
-        return torch.stack([cond] * images + [uncond] * images)[:, None]
+        return logits
 
-    layout = ImageLayout(vocabulary, 8, 8)
+    layout = ImageLayout(vocabulary, 4, 4)
     drawn = sample(step, [[1]] * images, layout, config, [(5, repeat) for repeat in range(images)]).flatten().numpy()
     probs = plain_law(cond.numpy(), uncond.numpy(), 2.0, 1.3, 5)
     support = probs.nonzero()[0]
@@ -288,7 +298,7 @@ def test_noise_is_cheap():
     """16,384 candidates: about 0.125 ms on one core, allowed ten times that (9,216 codes: about a second an image)."""
     best = math.inf
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.thread_time()
         gumbel_rows([(1, 0), (1, 0)], [5, 5], 16384)  # two prompts, one seed: drawn once
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert best < 1.25e-3

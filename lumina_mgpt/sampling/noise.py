@@ -43,8 +43,9 @@ def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count
     for _ in range(2):  # -log(-log(uniform)), in place
         np.log(noise, out=noise)
         np.negative(noise, out=noise)
-    rows = torch.from_numpy(noise)
-    return rows if len(index) == len(wanted) else rows[[index[draw] for draw in wanted]]
+    if len(index) < len(wanted):
+        noise = noise[[index[draw] for draw in wanted]]
+    return torch.from_numpy(noise)
 
 
 def _bits(seed: int, repeat: int, position: int, count: int) -> np.ndarray:

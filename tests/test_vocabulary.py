@@ -1,0 +1,200 @@
+"""Ids by name: the released tokenizer's, one trained on the spot, and tokenizers that do not fit."""
+
+import json
+import pickle
+import shutil
+import unicodedata
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.vocabulary import END_OF_TEXT, IMAGE_PLACEHOLDER, Vocabulary, grid_name, special_names
+
+SIZES = dict(
+    hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+)  # fmt: skip
+RELEASED = ModelConfig(vocab_size=171385, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def released(oracle_dir):
+    return Vocabulary.from_folder(oracle_dir / "tokenizer", RELEASED)
+
+
+def own_tokenizer(names, texts=256):
+    """A byte-level BPE: text ids first, then the special names."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=texts, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["a hedgehog"], trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return tokenizer
+
+
+def own_folder(folder, names=None, **settings):
+    own_tokenizer(special_names() if names is None else names).save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": None, "eos_token": END_OF_TEXT} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def own_config(offset=512, codes=64, vocab_size=576):
+    return ModelConfig(vocab_size=vocab_size, image_code_offset=offset, num_image_codes=codes, **SIZES)
+
+
+# -- the released tokenizer --------------------------------------------------------------------------------------------
+
+
+def test_ids_are_those_the_released_code_saw(released, oracle_dir):
+    prompts = json.loads((oracle_dir / "prompts.json").read_text())
+    ids = prompts["_special"]
+    assert released.bos_id == prompts["_bos_id"]
+    assert released.image_start_id == ids["<racm3:break>"]
+    assert released.image_end_id == ids["<eoss>"]
+    assert released.row_end_id == ids["<reserved08799>"]
+    assert released.turn_end_id == ids["<reserved08706>"]
+    assert released.grid_id(2) == ids["<reserved08802>"] and released.grid_id(24) == ids["<reserved08824>"]
+    assert released.code_slice == slice(155000, 171384)
+    assert released.max_grid >= 64
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 24, 63, 64])
+def test_grid_size_survives(released, size):
+    assert released.grid_size(released.grid_id(size)) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["a hedgehog", "", "cafe\u0301 in 東京, “neon”\n\n two  spaces ", "{braces} 100% \x00"]
+)
+def test_text_survives_but_for_normal_forms(released, text):
+    assert released.decode_text(released.encode_text(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_names_the_tokenizer_holds_as_words_are_text(released):
+    assert released.decode_text(released.encode_text("<tool_call> a cat")) == "<tool_call> a cat"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<eoss>", "<racm3:break>", "<reserved08799>", "<reserved08706>", grid_name(24), "<|im_end|>", IMAGE_PLACEHOLDER],
+)
+def test_control_names_in_a_users_text_are_refused(released, name):
+    with pytest.raises(InputError, match=r"must not hold .*remove") as caught:
+        released.encode_text(f"a dog{name}and a cat")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_unicode_is_refused(released):
+    with pytest.raises(InputError, match="UTF-8"):
+        released.encode_text("a \udcff cat")
+
+
+# -- codes and grids ---------------------------------------------------------------------------------------------------
+
+
+def test_codes_survive_and_ranges_are_checked(released):
+    codes = torch.tensor([[0, 1, 16383], [5, 6, 7]])
+    ids = released.code_to_id(codes)
+    assert ids.tolist() == [[155000, 155001, 171383], [155005, 155006, 155007]]
+    assert torch.equal(released.id_to_code(ids), codes)
+    assert released.is_code(torch.tensor([154999, 155000, 171383, 171384])).tolist() == [False, True, True, False]
+    for wrong in (-1, 16384):
+        with pytest.raises(ValueError, match=rf"got {wrong} at \[1, 2\]"):
+            released.code_to_id(torch.tensor([[0, 1, 2], [3, 4, wrong]]))
+    for wrong in (154999, 171384):
+        with pytest.raises(ValueError, match=rf"got {wrong} at \[0\]"):
+            released.id_to_code(torch.tensor([wrong]))
+    with pytest.raises(ValueError, match="155000 is an image code"):
+        released.decode_text([100, 155000])
+
+
+def test_sizes_without_a_name_are_refused(released):
+    for size in (0, -1, released.max_grid + 1):
+        with pytest.raises(InputError, match=f"got {size}"):
+            released.grid_id(size)
+    with pytest.raises(ValueError, match="not a grid size"):
+        released.grid_size(released.row_end_id)
+
+
+# -- a tokenizer of one's own ------------------------------------------------------------------------------------------
+
+
+def test_special_names_make_a_whole_vocabulary(tmp_path):
+    vocabulary = Vocabulary.from_folder(own_folder(tmp_path), own_config())
+    assert vocabulary.max_grid == 64
+    ids = [vocabulary.grid_id(size) for size in range(1, 65)]
+    ids += [vocabulary.bos_id, vocabulary.image_start_id, vocabulary.image_end_id, vocabulary.row_end_id]
+    assert len({*ids, vocabulary.turn_end_id}) == 69 and max(ids) < 512
+    again = pickle.loads(pickle.dumps(vocabulary))  # data loading workers get it this way
+    assert again.encode_text("a hedgehog") == vocabulary.encode_text("a hedgehog")
+
+
+def test_the_tiny_checkpoint_of_the_tests_fits(tiny_checkpoint):
+    vocabulary = Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
+    assert vocabulary.code_slice == slice(512, 576)
+
+
+@pytest.mark.parametrize("missing", ["<eoss>", "<reserved08706>", grid_name(1), grid_name(64)])
+def test_a_missing_name_is_told(tmp_path, missing):
+    folder = own_folder(tmp_path, [name for name in special_names() if name != missing])
+    with pytest.raises(InputError, match="tokenizer.json has no token named") as caught:
+        Vocabulary.from_folder(folder, own_config())
+    assert missing in str(caught.value)
+
+
+def test_text_or_control_ids_among_the_codes_are_told(tmp_path):
+    folder = own_folder(tmp_path)
+    with pytest.raises(InputError, match="not among the image codes 200 ... 263"):  # text ids are 0 ... 255
+        Vocabulary.from_folder(folder, own_config(offset=200))
+    with pytest.raises(InputError, match="not among the image codes 320 ... 383"):  # special ids are 256 ...
+        Vocabulary.from_folder(folder, own_config(offset=320))
+    with pytest.raises(InputError, match="below vocab_size = 300"):
+        Vocabulary.from_folder(folder, own_config(offset=0, codes=1, vocab_size=300))
+
+
+def test_names_that_are_never_used_may_lie_anywhere_but_not_in_a_prompt(tmp_path):
+    """A released tokenizer may name more ids than are used, even among the codes; as text they are refused."""
+    folder = own_folder(tmp_path, [*special_names(), "<unused0>", "<unused1>"])
+    first_unused = 256 + len(special_names())
+    vocabulary = Vocabulary.from_folder(folder, own_config(offset=first_unused, codes=1, vocab_size=first_unused + 1))
+    for name in ("<unused0>", "<unused1>"):
+        with pytest.raises(InputError, match=name):
+            vocabulary.encode_text(f"a {name}")
+
+
+def test_bos_is_bos_or_else_eos(tmp_path):
+    names = special_names() + ["<s>"]
+    no_bos = Vocabulary.from_folder(own_folder(tmp_path, names), own_config())
+    with_bos = Vocabulary.from_folder(own_folder(tmp_path, names, bos_token={"content": "<s>"}), own_config())
+    assert with_bos.bos_id == 256 + len(names) - 1 and no_bos.bos_id == 256
+    with pytest.raises(InputError, match="neither bos_token nor eos_token"):
+        Vocabulary.from_folder(own_folder(tmp_path, names, eos_token=None), own_config())
+
+
+def test_settings_left_in_the_file_do_not_cut_or_pad_a_prompt(tmp_path):
+    tokenizer = own_tokenizer(special_names())
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(own_folder(tmp_path) / "tokenizer.json"))
+    vocabulary = Vocabulary.from_folder(tmp_path, own_config())
+    assert vocabulary.decode_text(vocabulary.encode_text("a hedgehog on white")) == "a hedgehog on white"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_damaged_files_are_told(tmp_path, name, content):
+    (own_folder(tmp_path) / name).write_bytes(content)
+    with pytest.raises(InputError, match=name) as caught:
+        Vocabulary.from_folder(tmp_path, own_config())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tokenizer_is_told(tmp_path, oracle_dir):
+    shutil.copy(oracle_dir / "tokenizer" / "tokenizer_config.json", tmp_path)
+    with pytest.raises(InputError, match="tokenizer.json is missing"):
+        Vocabulary.from_folder(tmp_path, RELEASED)
