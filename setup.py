@@ -3,6 +3,7 @@
 The scripts import the package by name, so that none of them edits `sys.path`; an editable install is the intended one.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -17,15 +18,21 @@ def requirements() -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-"))]
 
 
+def version() -> str:
+    text = (HERE / "lumina_mgpt" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
 setup(
     name="lumina-mgpt",
-    version="0.1.0",
+    version=version(),
     description="Lumina-mGPT 2.0: autoregressive image generation with one decoder-only transformer",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["lumina_mgpt", "lumina_mgpt.*"]),
+    package_data={"lumina_mgpt.demo": ["*.txt"]},
     install_requires=requirements(),
     extras_require={
         "test": [

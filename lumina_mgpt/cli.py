@@ -1,0 +1,203 @@
+"""What the entry scripts share: groups of options, checks that need no weights, and how a run ends.
+
+Nothing here imports torch before it must, so that `--help` and most errors come at once.
+"""
+
+import argparse
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lumina_mgpt.config import SamplingConfig
+from lumina_mgpt.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+DEMO = "assets/demo"
+_PROJECT = Path(__file__).resolve().parent.parent
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+REFUSED = 2
+
+EXAMPLE_PROMPTS = (
+    "A red fox curled up asleep in fresh snow under a birch tree, soft morning light, close-up photograph",
+    "An old lighthouse on a rocky cape at dusk, its beam crossing a stormy violet sky, oil painting",
+    "A bowl of ramen with a soft-boiled egg and spring onions on a wooden counter, steam rising, food photography",
+    "A glass greenhouse full of giant ferns, sunbeams through the panes, a small robot watering the plants",
+    "A paper-cut landscape of mountains, a river and a hot-air balloon in shades of teal and orange",
+)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where an option has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        bare = action.default is None or action.default is False
+        return action.help if bare else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises InputError instead of printing its usage, and takes no abbreviated options."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def error(self, message: str):
+        message = message.removeprefix("argument ").replace(": must", " must", 1)
+        raise InputError(f"{message}; --help lists every option")
+
+
+def whole(text: str) -> int:
+    """Type of a whole-number option."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """Type of an option that takes any number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which weights run, and where."""
+    group = parser.add_argument_group("checkpoint and device")
+    group.add_argument("--model_path", default=DEMO, help="checkpoint folder, or hub id")
+    group.add_argument("--movqgan_path", help="MoVQGAN weights, where the checkpoint folder holds none")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: a GPU if any")
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="of the transformer; auto: fp32 on a CPU (bf16 if fp32 needs over half of the memory), bf16 on CUDA",
+    )  # fmt: skip
+    group.add_argument("--attn", default="sdpa", choices=("sdpa", "flash"), help="flash needs flash-attn and a GPU")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say how codes are drawn."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--cfg", type=number, default=SamplingConfig.cfg, help="guidance scale; 1: no guidance")
+    group.add_argument(
+        "--top_k", type=whole, default=SamplingConfig.top_k,
+        help="draw from this many likeliest codes (never more than there are); 1: always the likeliest",
+    )  # fmt: skip
+    group.add_argument("--temperature", type=number, default=SamplingConfig.temperature, help="> 0; less is smoother")
+    group.add_argument("--seed", type=whole, default=SamplingConfig.seed, help="same seed and prompt, same image")
+    group.add_argument(
+        "--batch_size", type=whole, help="images made at once; changes speed and memory only (default: up to 8)"
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say where pictures go."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--save_path", default="outputs", help="folder for the pictures")
+    group.add_argument("--overwrite", action="store_true", help="replace pictures of the same name")
+
+
+def checkpoint_path(text: str) -> str | Path:
+    """The demo checkpoint is found from any working folder; every other path or hub id is taken as given."""
+    return _PROJECT / DEMO if text == DEMO and not Path(DEMO).exists() else text
+
+
+def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
+    """The sampling options of a command line, checked."""
+    for name, value in (("-n", getattr(args, "n", 1)), ("--batch_size", args.batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}; try 1")
+    return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
+
+
+def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
+    """Prompts of the command line, then those of the file, one a line; blank lines there mean nothing.
+
+    Raises:
+        InputError: a prompt is empty, or the file cannot be read, is not UTF-8, or holds no prompt.
+    """
+    result = list(prompts or ())
+    if any(not prompt.strip() for prompt in result):
+        raise InputError("--prompt must not be empty, got ''; say what the image should show")
+    if file is not None:
+        try:
+            text = Path(file).read_text(encoding="utf-8-sig")
+        except OSError as error:
+            raise InputError(f"--prompt_file {file} cannot be read ({error.strerror}); check the path") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"--prompt_file {file} must be UTF-8 text ({error.reason}); save it as UTF-8") from None
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise InputError(f"--prompt_file {file} must hold at least one prompt, got none; write one a line")
+        result += lines
+    return result
+
+
+def example_prompts(folder: Path) -> list[str]:
+    """Five prompts that the checkpoint in `folder` can do: its own `prompts.txt`, else photographs and paintings."""
+    return (_lines(folder / "prompts.txt") or list(EXAMPLE_PROMPTS))[:5]
+
+
+def known_names(folder: Path) -> list[str]:
+    """What a small checkpoint can draw, from its `names.txt`; empty for one that has no such list."""
+    return _lines(folder / "names.txt")
+
+
+def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
+    """A hint for a prompt that mentions nothing of `names`, with those that are spelt alike; None if it does."""
+    text = prompt.lower()
+    if not names or any(re.search(rf"\b{re.escape(name.lower())}", text) for name in names):
+        return None
+    words = re.findall(r"[\w'-]+", text)
+    phrases = [" ".join(words[i : i + size]) for size in (3, 2, 1) for i in range(len(words) - size + 1)]
+    close: dict[str, float] = {}
+    for phrase in phrases:
+        for name in difflib.get_close_matches(phrase, names, n=3, cutoff=0.7):
+            close[name] = max(close.get(name, 0.0), difflib.SequenceMatcher(None, phrase, name).ratio())
+    best = sorted(close, key=lambda name: -close[name])[:3]
+    suggestion = f"did you mean {' or '.join(best)}?" if best else f"it knows {', '.join(names[:3])} and so on"
+    return f"{prompt!r} names nothing of the {len(names)} things that this checkpoint knows; {suggestion} (names.txt)"
+
+
+def run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parses and works; returns the exit status: 0, 2 with one line on stderr for what a user can mend, 130 for Ctrl-C.
+
+    What is not the user's to mend keeps its traceback.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("lumina_mgpt")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        work(parser.parse_args(argv))
+        return 0
+    except InputError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt as stop:
+        print(f"stopped by Ctrl-C; {str(stop) or 'nothing was written'}", file=sys.stderr)
+        return INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        return _refuse("out of memory; try --batch_size 1, a smaller --width and --height, or --dtype bf16")
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+def _refuse(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return REFUSED
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # there is no such list
+        return []
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,87 @@
+"""Which device and which number format to use: explicit, checked before anything is loaded, never a hidden default."""
+
+import logging
+import os
+
+import torch
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """`auto` is the GPU if there is one (CUDA before Apple's), else the CPU; any other name must be usable here.
+
+    Raises:
+        InputError: the name means nothing to torch, or such a device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device must be auto, cpu, cuda or mps, got {name!r}; try auto") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(
+                f"--device {device} needs a CUDA GPU, but torch {torch.__version__} sees {count} here; "
+                "use --device cpu, or install a CUDA driver and a CUDA build of torch"
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps needs an Apple GPU, and torch sees none here; use --device cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise InputError(f"--device must be auto, cpu, cuda or mps, got {device}; try auto")
+    return device
+
+
+def resolve_dtype(name: str | torch.dtype, device: torch.device, config: ModelConfig) -> torch.dtype:
+    """`auto` is bf16 on CUDA (fp16 where the GPU lacks it), fp16 on Apple's GPUs, and fp32 on a CPU.
+
+    On a CPU fp32 is the quickest format that every processor has; only when the weights would then take more than half
+    of the machine's memory does `auto` mean bf16, and says so in the log.
+
+    Raises:
+        InputError: the name is unknown, or no floating-point format.
+    """
+    if isinstance(name, torch.dtype):
+        if not name.is_floating_point:
+            raise InputError(f"--dtype must be a floating-point format, got {name}; try fp32")
+        return name
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise InputError(f"--dtype must be auto, fp32, bf16 or fp16, got {name!r}; try auto")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    needed, memory = 4 * weight_count(config), _physical_memory()
+    if memory is not None and 2 * needed > memory:
+        logger.info("weights in bf16: fp32 would take %.1f of %.1f GB of memory", needed / 1e9, memory / 1e9)
+        return torch.bfloat16
+    return torch.float32
+
+
+def weight_count(config: ModelConfig) -> int:
+    """Number of weights in the matrices of the model (norms and biases, under 0.1 %, are left out)."""
+    D, H = config.hidden_size, config.head_dim
+    attention = 2 * D * D + 2 * D * config.num_key_value_heads * H
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * D
+    return embeddings + config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
+
+
+def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one row of `slots` ids takes."""
+    return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows does not tell this way
+        return None

@@ -1,0 +1,273 @@
+"""From a prompt to a picture: the only place where vocabulary, sampler, model and image tokenizer meet."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lumina_mgpt import prompts as templates
+from lumina_mgpt.config import ModelConfig, SamplingConfig
+from lumina_mgpt.devices import cache_bytes, resolve_device, resolve_dtype
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model import attention
+from lumina_mgpt.model.checkpoint import load_model, resolve
+from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
+from lumina_mgpt.sampling.autoregressive import sample
+from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image, generation_prompt
+from lumina_mgpt.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+# Batches are sized so that their keys and values stay below this: one image of the 7B, eight of the demo checkpoint.
+_CACHE_BUDGET = 1 << 30
+_LARGEST_AUTO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make: `prompt_index` counts the prompts, `repeat` the images of one prompt, both from 0."""
+
+    prompt: str
+    prompt_index: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One image, its codes (rows, cols), and its ids from image start to image end."""
+
+    job: Job
+    seed: int
+    image: Image.Image
+    codes: Tensor
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class RowsDone:
+    """What `on_row` is told: the first rows of a batch, codes (B, rows so far, cols), are final."""
+
+    jobs: tuple[Job, ...]
+    codes: Tensor
+    layout: ImageLayout
+
+
+OnRow = Callable[[RowsDone], None]
+
+
+def pixel_size(layout: ImageLayout) -> tuple[int, int]:
+    """Width and height in pixels of the image that a layout describes."""
+    return layout.cols * CODE_CELL, layout.rows * CODE_CELL
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose small files were read and found good; no weights are loaded yet."""
+
+    folder: Path
+    config: ModelConfig
+    vocabulary: Vocabulary
+    movqgan_path: Path
+
+    @classmethod
+    def open(cls, path: str | Path, movqgan_path: str | Path | None = None) -> "Checkpoint":
+        """Opens a local folder, or fetches a hub id.
+
+        Raises:
+            InputError: there is no such checkpoint, it is incomplete, or MoVQGAN weights are missing.
+        """
+        folder = resolve(path)
+        config = ModelConfig.from_json(folder / "config.json")
+        vocabulary = Vocabulary.from_folder(folder, config)
+        return cls(folder, config, vocabulary, find_movqgan(folder, movqgan_path))
+
+    def layout(self, width: int | None = None, height: int | None = None) -> ImageLayout:
+        """Where forced ids and codes go in an image of that size in pixels (default: the checkpoint's base size)."""
+        base = self.config.base_size
+        width, height = (base if side is None else side for side in (width, height))
+        return ImageLayout.from_pixels(self.vocabulary, width, height)
+
+    def prompt_ids(self, texts: Sequence[str], layout: ImageLayout) -> list[list[int]]:
+        """The ids that each text-to-image generation starts from.
+
+        Raises:
+            InputError: a prompt holds a special name, or prompt and image are longer than the model can see.
+        """
+        size = pixel_size(layout)
+        limit = self.config.max_position_embeddings
+        encoded = []
+        for index, text in enumerate(texts):
+            try:
+                ids = generation_prompt(templates.text_to_image(text, *size), self.vocabulary)
+            except InputError as error:
+                raise InputError(f"--prompt (number {index}): {error}") from None
+            if len(ids) + layout.length > limit:
+                raise InputError(
+                    f"--width {size[0]} --height {size[1]} take {layout.length} ids and the prompt (number {index}) "
+                    f"{len(ids)}, but this model sees {limit}; make the image smaller or the prompt shorter"
+                )
+            encoded.append(ids)
+        return encoded
+
+
+class Pipeline:
+    """A loaded checkpoint that makes pictures.
+
+        pipeline = Pipeline.from_pretrained("assets/demo")
+        results = pipeline.generate("a hedgehog on a sky blue background", n=4)
+        results[0].image.save("hedgehog.png")
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Transformer, image_tokenizer: ImageTokenizer) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.image_tokenizer = image_tokenizer
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | Checkpoint,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        movqgan_path: str | Path | None = None,
+        attn: str = "sdpa",
+    ) -> "Pipeline":
+        """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
+
+        Raises:
+            InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others.
+        """
+        device = resolve_device(device)
+        attention.backend(attn)  # asked for here only to have its error before any weights are read
+        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, movqgan_path)
+        dtype = resolve_dtype(dtype, device, checkpoint.config)
+        # Always float32: decoding is a small part of the work, and the picture then depends on its codes alone.
+        image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, torch.float32)
+        if image_tokenizer.num_codes != checkpoint.config.num_image_codes:
+            raise InputError(
+                f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "
+                f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
+            )
+        model = load_model(checkpoint.folder, dtype, device, attn)
+        return cls(checkpoint, model.eval(), image_tokenizer)
+
+    def generate(
+        self, prompts: str | Sequence[str], width: int | None = None, height: int | None = None, **settings
+    ) -> list[Result]:
+        """Makes `n` images of each prompt; the settings are those of `stream`. Results are ordered by prompt."""
+        return list(self.stream(prompts, width, height, **settings))
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        width: int | None = None,
+        height: int | None = None,
+        n: int = 1,
+        cfg: float = SamplingConfig.cfg,
+        top_k: int = SamplingConfig.top_k,
+        temperature: float = SamplingConfig.temperature,
+        seed: int = SamplingConfig.seed,
+        batch_size: int | None = None,
+        on_row: OnRow | None = None,
+    ) -> Iterator[Result]:
+        """Makes `n` images of each prompt and yields them batch by batch, as soon as they are done.
+
+        An image depends on its prompt, its repeat (0 to n - 1), the seed and the settings; neither on the other
+        prompts and their order, nor on `batch_size` (default: what keeps the cache within 1 GiB, at most 8).
+        `width` and `height` are pixels, multiples of 32 (default: the checkpoint's base size).
+
+        Raises:
+            InputError: before any work, when a prompt or a setting is out of its range.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise InputError("--prompt must be given at least once")
+        for name, value in (("-n", n), ("--batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}; try 1")
+        settings = SamplingConfig(cfg=cfg, top_k=top_k, temperature=temperature, seed=seed)
+        layout = self.checkpoint.layout(width, height)
+        encoded = self.checkpoint.prompt_ids(texts, layout)
+        jobs = [Job(text, index, repeat) for index, text in enumerate(texts) for repeat in range(n)]
+        size = batch_size or self.batch_size(max(map(len, encoded)) + layout.length, settings)
+        batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+        return self._run(batches, encoded, layout, settings, on_row)
+
+    def batch_size(self, slots: int, settings: SamplingConfig) -> int:
+        """How many images of `slots` ids make one batch when the caller does not say."""
+        rows = 1 if settings.cfg == 1.0 else 2
+        image = rows * cache_bytes(self.checkpoint.config, slots, self.dtype)
+        return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
+
+    def _run(self, batches, encoded, layout, settings, on_row) -> Iterator[Result]:
+        for batch in batches:
+            report = None if on_row is None else _reporter(on_row, batch, layout)
+            starts, repeats = [encoded[job.prompt_index] for job in batch], [job.repeat for job in batch]
+            codes = self.sample(starts, layout, settings, repeats, on_row=report)
+            for job, grid in zip(batch, codes, strict=True):
+                # One by one: decoding needs by far the most memory a pixel, and a picture must not feel its neighbours.
+                image = self.image_tokenizer.decode(grid[None])[0]
+                yield Result(job, settings.seed, image, grid, encode_image(grid, self.checkpoint.vocabulary))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        starts: Sequence[Sequence[int]],
+        layout: ImageLayout,
+        settings: SamplingConfig,
+        repeats: Sequence[int],
+        *,
+        given: Tensor | None = None,
+        on_row: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Continues each of B starts (ids up to the image) with an image, all in one batch.
+
+        `given` are the codes of panels that are not to be sampled, (B, layout.given).
+        Shapes: -> codes (B, rows, cols) int64 on the CPU.
+        """
+        config, vocabulary = self.checkpoint.config, self.checkpoint.vocabulary
+        rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
+        slots = max(map(len, starts)) + layout.length
+        step = CachedStep(self.model, KVCache(config, rows, slots, self.dtype, self.device), vocabulary.code_slice)
+        keys = [(settings.seed, repeat) for repeat in repeats]
+        return sample(step, starts, layout, settings, keys, on_row, given=given).cpu()
+
+    def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
+        """Pictures of full size from the first rows of their codes (B, rows so far, cols); the rest is grey."""
+        pictures = []
+        for grid in codes:
+            picture = Image.new("RGB", pixel_size(layout), (128, 128, 128))
+            picture.paste(self.image_tokenizer.decode(grid[None])[0], (0, 0))
+            pictures.append(picture)
+        return pictures
+
+
+def _reporter(on_row: OnRow, batch: Sequence[Job], layout: ImageLayout) -> Callable[[int, Tensor], None]:
+    return lambda row, codes: on_row(RowsDone(tuple(batch), codes, layout))
+
+
+class CachedStep:
+    """The model as samplers see it: ids in, logits of image codes out, with keys and values kept in between.
+
+    Slot equals position in each row, so a row that is fed again from some position simply overwrites what was there.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, columns: slice) -> None:
+        self.model, self.cache, self.columns = model, cache, columns
+        self.device = next(model.parameters()).device
+
+    def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+        """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
+        filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
+        ids, positions, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions, read))
+        hidden = self.model(ids, positions=positions, cache=self.cache, filled=filled)  # (R, T, D)
+        wanted = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))  # (R, Q, D)
+        return self.model.project(wanted, self.columns)

@@ -1,0 +1,226 @@
+"""The pipeline on a tiny checkpoint: an image depends on its prompt, repeat, seed and settings, and on nothing else."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lumina_mgpt import Checkpoint, Pipeline, devices
+from lumina_mgpt.config import ModelConfig, SamplingConfig
+from lumina_mgpt.devices import resolve_device, resolve_dtype, weight_count
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.pipeline import CachedStep
+from lumina_mgpt.sampling.autoregressive import opening
+from lumina_mgpt.sampling.logits import code_log_probs
+from lumina_mgpt.sampling.noise import gumbel
+from lumina_mgpt.unirep import ImageLayout, decode_image
+
+PROMPTS = ["a cat", "a hedgehog on a sky blue background", "", "a very long list of words: " + "snow " * 30]
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_checkpoint) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_checkpoint, "cpu", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint) -> Pipeline:
+    return Pipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32")
+
+
+def by_job(results) -> dict:
+    return {(result.job.prompt, result.job.repeat): result.codes for result in results}
+
+
+@pytest.mark.parametrize("settings", [dict(cfg=4.0), dict(cfg=1.0, top_k=20, temperature=0.7)])
+def test_an_image_is_the_same_alone_and_in_a_batch(exact, settings):
+    """Float64, so equality is exact: prompts of very different length in one batch, two images of each."""
+    together = by_job(exact.generate(PROMPTS, 64, 32, n=2, batch_size=8, seed=3, **settings))
+    assert len(together) == 8
+    for (prompt, repeat), codes in together.items():
+        alone = by_job(exact.generate(prompt, 64, 32, n=repeat + 1, batch_size=1, seed=3, **settings))
+        assert torch.equal(alone[prompt, repeat], codes), (prompt, repeat)
+
+
+def test_order_and_batch_size_change_nothing(exact):
+    reference = by_job(exact.generate(PROMPTS, 32, 64, n=2, batch_size=3))
+    reordered = by_job(exact.generate(PROMPTS[::-1], 32, 64, n=2, batch_size=5))
+    assert reference.keys() == reordered.keys()
+    assert all(torch.equal(reference[key], reordered[key]) for key in reference)
+
+
+def test_seed_and_repeat_decide(exact):
+    first, second = exact.generate("a cat", 32, 32, n=2, seed=1)
+    (again,) = exact.generate("a cat", 32, 32, n=1, seed=1)
+    (other,) = exact.generate("a cat", 32, 32, n=1, seed=2)
+    assert torch.equal(first.codes, again.codes)
+    assert not torch.equal(first.codes, second.codes)
+    assert not torch.equal(first.codes, other.codes)
+
+
+def margin(exact: Pipeline, prompt: str, codes: torch.Tensor, at: int, rival: int, key: tuple[int, int], **settings):
+    """How far the code at index `at` is ahead of its rival in the noisy log-law, in float64."""
+    vocabulary, flat = exact.checkpoint.vocabulary, codes.flatten()
+    config = SamplingConfig(seed=key[0], **settings)
+    layout = ImageLayout(vocabulary, codes.shape[0] // 4, codes.shape[1] // 4, given=at)
+    starts = exact.checkpoint.prompt_ids([prompt], layout)
+    call, _ = opening(starts, layout, flat[None, :at], guided=config.cfg != 1.0)
+    cache = KVCache(exact.checkpoint.config, len(call.ids), call.ids.shape[1], torch.float64, "cpu")
+    with torch.no_grad():
+        law = code_log_probs(CachedStep(exact.model, cache, vocabulary.code_slice)(*call), config)[0, 0]
+    scores = law + gumbel(*key, at, len(law))
+    return float(scores[flat[at]] - scores[rival])
+
+
+def near_tie(exact, prompt, ours, theirs, key, limit=1e-3, **settings) -> bool:
+    """Whether the first code in which two images differ was a toss-up; equal images are."""
+    differs = (ours != theirs).flatten().nonzero().flatten()
+    if not len(differs):
+        return True
+    at = int(differs[0])
+    return abs(margin(exact, prompt, ours, at, int(theirs.flatten()[at]), key, **settings)) < limit
+
+
+def test_float32_differs_from_float64_and_between_batches_in_near_ties_only(exact, pipeline):
+    settings = dict(cfg=4.0)
+    reference = exact.generate(PROMPTS, 64, 64, n=3, batch_size=12, seed=5, **settings)
+    batched = pipeline.generate(PROMPTS, 64, 64, n=3, batch_size=12, seed=5, **settings)
+    single = pipeline.generate(PROMPTS, 64, 64, n=3, batch_size=1, seed=5, **settings)
+    for truth, *others in zip(reference, batched, single, strict=True):
+        for other in others:
+            assert near_tie(exact, truth.job.prompt, truth.codes, other.codes, (5, truth.job.repeat), **settings)
+
+
+def test_the_near_tie_check_can_fail(exact):
+    (result,) = exact.generate("a cat", 32, 32)
+    altered = result.codes.clone()
+    altered[2, 1] = (altered[2, 1] + 1) % 64
+    ahead = margin(exact, "a cat", result.codes, 9, int(altered[2, 1]), (0, 0))
+    assert ahead > 0, "what was drawn must lead"
+    assert not near_tie(exact, "a cat", result.codes, altered, (0, 0), limit=min(1e-3, ahead / 2))
+
+
+@pytest.mark.parametrize(("cfg", "rows"), [(1.0, 3), (4.0, 6)])
+def test_guidance_one_costs_no_unconditional_row(pipeline, monkeypatch, cfg, rows):
+    """Also counts the forwards: one with the prompt, one for each code but the first, none for a forced id."""
+    seen = []
+    forward = pipeline.model.forward
+    monkeypatch.setattr(pipeline.model, "forward", lambda ids, **more: (seen.append(len(ids)), forward(ids, **more))[1])
+    pipeline.generate(PROMPTS[:3], 64, 32, cfg=cfg)
+    assert seen == [rows] * (4 * 8)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 32), (32, 128), (160, 96)])
+def test_the_size_asked_for_comes_out(pipeline, size):
+    (result,) = pipeline.generate("a cat", *size)
+    assert result.image.size == size
+    assert result.image.mode == "RGB"
+    codes = decode_image(result.ids, pipeline.checkpoint.vocabulary)
+    assert codes.shape == (size[1] // 8, size[0] // 8)
+    assert torch.equal(codes, result.codes)
+
+
+def test_defaults_are_the_base_size_and_all_codes_at_most(pipeline):
+    (default,) = pipeline.generate("a cat")
+    (capped,) = pipeline.generate("a cat", 64, 64, top_k=64)
+    assert default.image.size == (64, 64)
+    assert torch.equal(default.codes, capped.codes)
+
+
+def test_rows_are_reported_in_order_and_are_final(pipeline):
+    events = []
+    results = pipeline.generate(["a cat", "a snowman"], 32, 64, n=2, batch_size=3, on_row=events.append)
+    assert [len(event.jobs) for event in events] == [3] * 8 + [1] * 8
+    codes = {result.job: result.codes for result in results}
+    for number, event in enumerate(events):
+        for job, rows in zip(event.jobs, event.codes, strict=True):
+            assert torch.equal(rows, codes[job][: number % 8 + 1])
+    picture = pipeline.preview(events[2].codes, events[2].layout)[0]
+    assert picture.size == (32, 64)
+    assert picture.getpixel((0, 24)) == (128, 128, 128), "what is not there yet is grey"
+    assert picture.crop((0, 0, 32, 24)).getcolors() != [(32 * 24, (128, 128, 128))]
+
+
+def test_results_come_batch_by_batch(pipeline):
+    events = []
+    stream = pipeline.stream(["a cat", "a snowman"], 32, 32, batch_size=1, on_row=events.append)
+    assert not events
+    assert next(stream).job.prompt_index == 0
+    assert len(events) == 4, "the second batch must not have begun"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(prompts=[]), "--prompt"),
+        (dict(n=0), "-n must be at least 1, got 0"),
+        (dict(batch_size=0), "--batch_size must be at least 1, got 0"),
+        (dict(cfg=float("nan")), "--cfg"),
+        (dict(temperature=0.0), "--temperature"),
+        (dict(top_k=0), "--top_k"),
+        (dict(seed=-1), "--seed"),
+        (dict(width=100), "--width must be a multiple of 32, got 100; try 96 or 128"),
+        (dict(height=0), "--height must be 32 to 2048 pixels, got 0; try 32"),
+        (dict(width=512, height=512), "this model sees 2048"),
+        (dict(prompts=["a cat", "an <eoss>"]), r"--prompt \(number 1\): .*<eoss>"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(pipeline, monkeypatch, arguments, message):
+    monkeypatch.setattr(pipeline.model, "forward", lambda *_, **__: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match=message):
+        pipeline.stream(**{"prompts": "a cat"} | arguments)
+
+
+def test_a_movqgan_of_another_size_is_refused(tiny_checkpoint, oracle_movqgan):
+    with pytest.raises(InputError, match="16384 codes.*64.*--movqgan_path"):
+        Pipeline.from_pretrained(tiny_checkpoint, "cpu", movqgan_path=oracle_movqgan)
+
+
+def test_opening_reads_no_weights(tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    for name in ("model.safetensors", "movqgan_270M.ckpt"):
+        (folder / name).write_bytes(b"damaged")
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.layout().rows == 8
+    with pytest.raises(InputError, match="movqgan_270M.ckpt"):
+        Pipeline.from_pretrained(checkpoint, "cpu")
+
+
+def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
+    assert pipeline.batch_size(200, SamplingConfig()) == 8
+    monkeypatch.setattr(pipeline, "checkpoint", pipeline.checkpoint.__class__(
+        pipeline.checkpoint.folder, SEVEN_B, pipeline.checkpoint.vocabulary, pipeline.checkpoint.movqgan_path
+    ))  # fmt: skip
+    assert pipeline.batch_size(9400, SamplingConfig()) == 1
+
+
+SEVEN_B = ModelConfig(
+    vocab_size=171385, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=32,
+)  # fmt: skip
+
+
+def test_auto_dtype_on_a_cpu_is_fp32_unless_that_takes_half_of_the_memory(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 7.5e9 < weight_count(SEVEN_B) < 8.0e9
+    monkeypatch.setattr(devices, "_physical_memory", lambda: 24 << 30)
+    assert resolve_dtype("auto", cpu, SEVEN_B) == torch.bfloat16
+    monkeypatch.setattr(devices, "_physical_memory", lambda: 256 << 30)
+    assert resolve_dtype("auto", cpu, SEVEN_B) == torch.float32
+    monkeypatch.setattr(devices, "_physical_memory", lambda: None)
+    assert resolve_dtype("auto", cpu, SEVEN_B) == torch.float32
+    assert resolve_dtype("fp16", cpu, SEVEN_B) == torch.float16
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu:0", "meta", "cuda:99"])
+def test_devices_that_are_not_there_are_refused(name):
+    with pytest.raises(InputError, match="--device"):
+        resolve_device(name)
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, lumina_mgpt, lumina_mgpt.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
