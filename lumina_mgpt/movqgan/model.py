@@ -104,16 +104,17 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(z_channels, width, 1)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        # A 1x1 convolution and nearest-neighbour enlargement commute, so the convolutions run on the small latent and
-        # broadcasting over the cell's pixels does the enlargement.
-        h, w = latent.shape[-2:]
-        x = rearrange(self.norm_layer(x), "B C (h i) (w j) -> B C h i w j", h=h, w=w)
-        scale, shift = (conv(latent)[:, :, :, None, :, None] for conv in (self.conv_y, self.conv_b))
+        # A 1x1 convolution and nearest-neighbour enlargement commute, so the convolutions run on the small latent.
+        x = self.norm_layer(x)
+        scale, shift = self.conv_y(latent), self.conv_b(latent)
         if torch.is_grad_enabled():
-            x = x * scale + shift
-        else:
-            x = x.mul_(scale).add_(shift)
-        return rearrange(x, "B C h i w j -> B C (h i) (w j)")
+            size = x.shape[-2:]
+            return torch.addcmul(F.interpolate(shift, size), x, F.interpolate(scale, size))
+        # In inference broadcasting over a cell's pixels saves the two enlarged copies.
+        h, w = latent.shape[-2:]
+        cells = rearrange(x, "B C (h i) (w j) -> B C h i w j", h=h, w=w)
+        cells.mul_(scale[:, :, :, None, :, None]).add_(shift[:, :, :, None, :, None])
+        return x
 
 
 class Norm(nn.GroupNorm):

@@ -1,0 +1,98 @@
+"""The pictures of the demo: Microsoft's Fluent Emoji in 3D (MIT) and their Unicode names.
+
+Both come as npm packages, fetched when the demo is trained and never committed.
+"""
+
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lumina_mgpt.errors import InputError
+
+PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
+NAMES = "unicode-emoji-json@0.9.0"
+CELL = 96  # pixels along a side of the square that one emoji fills: the demo's base size
+
+# Unicode calls an animal's head "dog face"; people ask for a dog, and a slice of pizza is what the picture shows.
+ALIASES = {
+    "monkey face": "monkey", "dog face": "dog", "cat face": "cat", "tiger face": "tiger", "horse face": "horse",
+    "cow face": "cow", "pig face": "pig", "mouse face": "mouse", "rabbit face": "rabbit", "dragon face": "dragon",
+    "pizza": "slice of pizza", "lady beetle": "ladybug", "honeybee": "bee", "spouting whale": "whale",
+    "hot beverage": "cup of coffee", "doughnut": "donut", "automobile": "car", "locomotive": "steam train",
+    "flying saucer": "ufo", "wrapped gift": "gift", "gem stone": "diamond", "light bulb": "lamp",
+    "soft ice cream": "ice cream", "evergreen tree": "fir tree", "deciduous tree": "tree", "pool 8 ball": "8 ball",
+    "jack-o-lantern": "halloween pumpkin", "soccer ball": "football", "red paper lantern": "lantern",
+}  # fmt: skip
+_NO_ARTICLE = {
+    "grapes", "cherries", "blueberries", "pancakes", "french fries", "popcorn", "sushi", "sunglasses", "jeans",
+    "scissors", "fire", "meat on bone", "bread", "broccoli",
+}  # fmt: skip
+_AN_ANYWAY = {"8 ball"}
+_A_ANYWAY = {"unicorn", "ufo"}
+
+
+def known_names() -> list[str]:
+    """The names the demo is trained on, in alphabetical order."""
+    return (Path(__file__).parent / "names.txt").read_text().split("\n")[:-1]
+
+
+def with_article(noun: str) -> str:
+    """`hedgehog` -> `a hedgehog`, `owl` -> `an owl`, `grapes` -> `grapes`."""
+    if noun in _NO_ARTICLE:
+        return noun
+    if noun == "statue of liberty":
+        return f"the {noun}"
+    vowel = noun[0] in "aeiou" and noun not in _A_ANYWAY or noun in _AN_ANYWAY
+    return f"{'an' if vowel else 'a'} {noun}"
+
+
+def fetch(folder: Path) -> None:
+    """Downloads both packages into `folder` with npm; does nothing where they are already there.
+
+    Raises:
+        InputError: npm is missing, or the registry cannot be reached.
+    """
+    for package, name in ((PICTURES, "pictures"), (NAMES, "names")):
+        if (folder / name).is_dir():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            try:
+                subprocess.run(["npm", "pack", "--silent", package], cwd=temporary, check=True, capture_output=True)
+            except FileNotFoundError:
+                raise InputError(f"npm is needed to fetch {package}; install Node.js") from None
+            except subprocess.CalledProcessError as error:
+                reason = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
+                raise InputError(f"npm pack {package} failed ({' '.join(reason)}); is the registry reachable?") from None
+            (archive,) = Path(temporary).glob("*.tgz")
+            with tarfile.open(archive) as tar:
+                tar.extractall(temporary, filter="data")
+            shutil.move(Path(temporary) / "package", folder / name)
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    """name -> RGBA picture of CELL x CELL pixels, float32 in [0, 1], for every known name.
+
+    Raises:
+        InputError: the packages have no picture for a name.
+    """
+    listed = json.loads((folder / "names" / "data-by-emoji.json").read_text())
+    emoji = {entry["name"].lower(): character for character, entry in listed.items()}
+    pictures = {}
+    for name in known_names():
+        points = [f"{ord(c):04x}" for c in emoji.get(name, "")]
+        stems = "-".join(points), "-".join(p for p in points if p != "fe0f")
+        paths = [folder / "pictures" / "assets" / f"{stem}.webp" for stem in stems]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise InputError(f"no picture of {name!r} in {folder}; remove the folder to fetch the packages again")
+        with Image.open(path) as image:
+            small = image.convert("RGBA").resize((CELL, CELL), Image.Resampling.LANCZOS)
+        pictures[name] = np.asarray(small, np.float32) / 255
+    return pictures

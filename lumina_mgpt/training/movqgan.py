@@ -1,0 +1,247 @@
+"""Trains a MoVQGAN from scratch on a CPU: autoencoder warm-up, k-means codes, then codes by moving averages.
+
+No perceptual or adversarial term: both need networks trained elsewhere, and at small sizes L1 + L2 with a term on
+pixel differences keeps edges sharp enough.
+"""
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MoVQGANTraining:
+    """Settings; `minutes` is the whole budget and the learning rate falls linearly over it."""
+
+    minutes: float = 45.0
+    pixels: int = 16 * 96 * 96  # of one batch
+    lr: float = 1.5e-3
+    warmup_steps: int = 50
+    continuous_steps: int = 300  # without quantization, so that codes are not fitted to noise
+    commitment: float = 0.25
+    decay: float = 0.99  # of the codes' moving averages (van den Oord et al. 2017, appendix A.1)
+    dead_below: float = 0.05  # codes used less often than this per step are moved to a latent of the batch
+    revive_every: int = 20
+    revive_until: float = 0.8  # part of the budget after which codes are left where they are
+    save_minutes: float = 3.0
+    seed: int = 0
+
+
+class Pictures:
+    """Pictures in memory by group and size; a batch is drawn from one group and one size."""
+
+    def __init__(self, folders: dict[Path, float]) -> None:
+        """folder -> weight of being drawn from.
+
+        Raises:
+            InputError: a folder has no PNG.
+        """
+        self.groups: list[tuple[float, np.ndarray]] = []
+        for folder, weight in folders.items():
+            by_size = defaultdict(list)
+            paths = sorted(folder.glob("*.png"))
+            if not paths:
+                raise InputError(f"--images {folder} has no .png file; run scripts/demo_data.py or give another folder")
+            for path in tqdm(paths, desc=f"reading {folder.name}", unit="picture"):
+                with Image.open(path) as image:
+                    by_size[image.size].append(np.asarray(image.convert("RGB")))
+            for images in by_size.values():
+                self.groups.append((weight * len(images) / len(paths), np.stack(images)))
+        total = sum(weight for weight, _ in self.groups)
+        self.weights = [weight / total for weight, _ in self.groups]
+
+    def batch(self, rng: np.random.Generator, pixels: int) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], B such that B * H * W is about `pixels`."""
+        _, images = self.groups[rng.choice(len(self.groups), p=self.weights)]
+        count = max(1, pixels // (images.shape[1] * images.shape[2]))
+        chosen = images[rng.integers(0, len(images), count)]
+        return torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def kmeans(points: Tensor, count: int, steps: int = 12, generator: torch.Generator | None = None) -> Tensor:
+    """Lloyd's algorithm; (N, Z) -> (count, Z). Empty centres are put on random points."""
+    centres = points[torch.randperm(len(points), generator=generator)[:count]].clone()
+    for _ in range(steps):
+        nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in points.split(8192)])
+        sizes = torch.bincount(nearest, minlength=count).unsqueeze(1)
+        centres = torch.zeros_like(centres).index_add_(0, nearest, points) / sizes.clamp(min=1)
+        empty = (sizes == 0).squeeze(1)
+        centres[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
+    return centres
+
+
+class MovingCodes:
+    """Codes as moving averages of the latents that fall to them."""
+
+    def __init__(self, model: MoVQGAN, settings: MoVQGANTraining) -> None:
+        self.codes = model.quantize.embedding.weight
+        self.settings = settings
+        self.sizes = torch.zeros(len(self.codes))
+        self.sums = torch.zeros_like(self.codes)
+
+    def start(self, centres: Tensor) -> None:
+        self.codes.data.copy_(centres)
+        self.sizes.fill_(1.0)
+        self.sums.copy_(centres)
+
+    @torch.no_grad()
+    def update(self, flat: Tensor, nearest: Tensor) -> None:
+        """flat (N, Z) latents, nearest (N,) their codes."""
+        decay, count = self.settings.decay, len(self.codes)
+        self.sizes.mul_(decay).add_(torch.bincount(nearest, minlength=count), alpha=1 - decay)
+        self.sums.mul_(decay).add_(torch.zeros_like(self.sums).index_add_(0, nearest, flat), alpha=1 - decay)
+        alive = self.sizes > 1e-4
+        self.codes.data[alive] = self.sums[alive] / self.sizes[alive, None]
+
+    @torch.no_grad()
+    def revive(self, flat: Tensor, generator: torch.Generator) -> int:
+        """Moves dead codes to latents of the batch, those far from any code first; returns how many."""
+        dead = (self.sizes < self.settings.dead_below).nonzero().squeeze(1)
+        far = torch.cat([torch.cdist(part, self.codes).min(1).values for part in flat.split(8192)])
+        dead = dead[: len(flat) // 8]  # a batch has only so many latents that stand for something new
+        if len(dead):
+            chosen = torch.multinomial(far + 1e-6, len(dead), generator=generator)
+            self.codes.data[dead] = flat[chosen]
+            self.sums[dead], self.sizes[dead] = flat[chosen], 1.0
+        return len(dead)
+
+
+def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[:, :, 1:] - x[:, :, :-1], x[:, :, :, 1:] - x[:, :, :, :-1]
+
+
+def reconstruction_loss(out: Tensor, pixels: Tensor) -> Tensor:
+    """L1 + L2 + L1 of the differences of neighbouring pixels."""
+    error = out - pixels
+    sharpness = sum(d.abs().mean() for d in _differences(error))
+    return error.abs().mean() + error.square().mean() + sharpness
+
+
+class Trainer:
+    """One process, time-boxed; `run` returns the final model. State is saved every few minutes and found again."""
+
+    def __init__(self, config: MoVQGANConfig, settings: MoVQGANTraining, pictures: Pictures, out_dir: Path) -> None:
+        torch.manual_seed(settings.seed)
+        self.model, self.settings, self.pictures, self.out_dir = MoVQGAN(config), settings, pictures, out_dir
+        self.model.quantize.embedding.weight.requires_grad_(False)
+        self.codes = MovingCodes(self.model, settings)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+        self.step, self.elapsed, self.quantizing = 0, 0.0, False
+        self.latents: list[Tensor] = []
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.state_path = out_dir / "training.pt"
+        if self.state_path.exists():
+            self._restore()
+
+    def _restore(self) -> None:
+        state = torch.load(self.state_path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.codes.sizes, self.codes.sums = state["sizes"], state["sums"]
+        self.step, self.elapsed, self.quantizing = state["step"], state["elapsed"], state["quantizing"]
+        log.info("resumed at step %d, %.1f minutes", self.step, self.elapsed / 60)
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "sizes": self.codes.sizes,
+            "sums": self.codes.sums, "step": self.step, "elapsed": self.elapsed, "quantizing": self.quantizing,
+        }  # fmt: skip
+        temporary = self.state_path.with_suffix(".part")
+        torch.save(state, temporary)
+        temporary.replace(self.state_path)
+        export(self.model, self.out_dir / "movqgan.safetensors", torch.float32)
+
+    def _quantize(self, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Straight-through codes of a latent (B, Z, h, w), and the commitment loss."""
+        cells = rearrange(latent.float(), "B Z h w -> B h w Z")
+        flat = cells.detach().reshape(-1, cells.shape[-1])
+        nearest = self.model.quantize.nearest(cells.detach())
+        chosen = self.model.quantize.embedding(nearest)
+        self.codes.update(flat, nearest.flatten())
+        reviving = self.elapsed < self.settings.revive_until * self.settings.minutes * 60
+        if reviving and self.step % self.settings.revive_every == 0:
+            self.codes.revive(flat, generator)
+        commitment = F.mse_loss(cells, chosen)
+        return rearrange(cells + (chosen - cells).detach(), "B h w Z -> B Z h w"), commitment
+
+    def _train_step(self, pixels: Tensor, generator: torch.Generator) -> tuple[float, float]:
+        done = self.elapsed / (self.settings.minutes * 60)
+        rate = self.settings.lr * min(1.0, (self.step + 1) / self.settings.warmup_steps) * max(0.02, 1 - done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = self.model.latent(pixels)
+        commitment = latent.new_zeros(())
+        if self.quantizing:
+            latent, commitment = self._quantize(latent, generator)
+        else:
+            self.latents.append(rearrange(latent.detach().float(), "B Z h w -> (B h w) Z"))
+            self.latents = self.latents[-100:]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self.model.decode_latent(latent)
+        loss = reconstruction_loss(out.float(), pixels) + self.settings.commitment * commitment
+        if not math.isfinite(loss.item()):
+            raise InputError(f"the loss is {loss.item()} at step {self.step}; start again with a lower --lr")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), -10 * math.log10(F.mse_loss(out.detach().float().clamp(-1, 1), pixels).item() / 4 + 1e-12)
+
+    def run(self) -> MoVQGAN:
+        """Trains until the budget is used, counting the minutes of earlier runs."""
+        budget = self.settings.minutes * 60
+        bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc="movqgan")
+        last_save, psnr = self.elapsed, None
+        with (self.out_dir / "log.jsonl").open("a") as metrics:
+            while self.elapsed < budget:
+                began = time.monotonic()
+                rng = np.random.default_rng((self.settings.seed, self.step))
+                generator = torch.Generator().manual_seed(self.step)
+                if not self.quantizing and self.step >= self.settings.continuous_steps and self.latents:
+                    self.codes.start(kmeans(torch.cat(self.latents), len(self.codes.codes), generator=generator))
+                    self.quantizing, self.latents = True, []
+                loss, now = self._train_step(self.pictures.batch(rng, self.settings.pixels), generator)
+                psnr = now if psnr is None else 0.98 * psnr + 0.02 * now
+                self.step += 1
+                self.elapsed += time.monotonic() - began
+                if self.step % 20 == 0:
+                    used = int((self.codes.sizes >= self.settings.dead_below).sum())
+                    line = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(loss, 4),
+                            "psnr": round(psnr, 2), "codes_used": used}  # fmt: skip
+                    metrics.write(json.dumps(line) + "\n")
+                    metrics.flush()
+                    bar.set_postfix(step=self.step, loss=f"{loss:.3f}", dB=f"{psnr:.2f}", codes=used)
+                bar.update(round(self.elapsed) - bar.n)
+                if self.elapsed - last_save > self.settings.save_minutes * 60:
+                    self.save()
+                    last_save = self.elapsed
+        bar.close()
+        self.save()
+        return self.model
+
+
+def export(model: MoVQGAN, path: Path, dtype: torch.dtype) -> None:
+    """Writes the weights as safetensors under the released names."""
+    temporary = path.with_suffix(".part")
+    save_file({key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}, temporary)
+    temporary.replace(path)

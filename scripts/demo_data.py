@@ -1,0 +1,100 @@
+"""Writes what the demo checkpoint is trained on: pictures, caption records and the tokenizer.
+
+python scripts/demo_data.py --out_dir work/demo
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from lumina_mgpt.demo import emoji, scenes
+from lumina_mgpt.demo.tokenizer import write_tokenizer
+from lumina_mgpt.errors import InputError
+
+PAIRS = 12000
+CAPTIONS = {"single": 6, "beside": 1, "above": 1}  # phrasings of each picture; pairs have variety enough
+PANELS = 1500  # scenes whose maps the image tokenizer sees too
+LOOSE = 3000
+
+
+def write_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: dict) -> None:
+    """One PNG a scene in `out_dir/{arrangement}`."""
+    for scene in tqdm(todo, desc="pictures", unit="picture"):
+        path = out_dir / scene.arrangement / f"{scene.key}.png"
+        if not path.exists():
+            _save(scenes.render(scene, pictures), path)
+
+
+def write_tokenizer_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: dict, rng: random.Random) -> None:
+    """Maps, dual panels and loose compositions: only the image tokenizer is trained on these."""
+    for scene in tqdm(todo, desc="maps", unit="scene"):
+        picture = scenes.render(scene, pictures)
+        maps = {
+            "edges": scenes.edges(picture),
+            "depth": scenes.depth(scene, pictures),
+            "segmentation": scenes.segmentation(scene, pictures),
+        }
+        for name, image in maps.items():
+            _save(image, out_dir / "maps" / f"{scene.key}_{name}.png")
+        panel = maps[rng.choice(sorted(maps))]
+        both = Image.new("RGB", (picture.width, 2 * picture.height))
+        for image, top in zip(rng.sample([picture, panel], 2), (0, picture.height), strict=True):
+            both.paste(image, (0, top))
+        _save(both, out_dir / "panels" / f"{scene.key}.png")
+    for n in tqdm(range(LOOSE), desc="loose", unit="picture"):
+        _save(scenes.loose(rng, pictures), out_dir / "loose" / f"{n}.png")
+
+
+def write_records(path: Path, folder: Path, todo: list[scenes.Scene], rng: random.Random) -> list[str]:
+    """JSON lines `{"image_path", "prompt"}`, several phrasings a picture; returns the captions."""
+    captions = []
+    with path.open("w") as file:
+        for scene in todo:
+            picture = str(folder / scene.arrangement / f"{scene.key}.png")
+            for text in {scenes.caption(scene, rng) for _ in range(CAPTIONS[scene.arrangement])}:
+                file.write(json.dumps({"image_path": picture, "prompt": text}) + "\n")
+                captions.append(text)
+    return captions
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    image.save(temporary, "PNG", compress_level=1)
+    temporary.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=Path("work/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        emoji.fetch(args.out_dir / "emoji")
+        pictures = emoji.load(args.out_dir / "emoji")
+        rng = random.Random(args.seed)
+        names = emoji.known_names()
+        singles = [scene for scene in scenes.all_singles(names) if not scene.held_out]
+        pairs = scenes.random_pairs(names, PAIRS, False, rng)
+        write_pictures(args.out_dir / "pictures", singles + pairs, pictures)
+        write_tokenizer_pictures(args.out_dir / "pictures", rng.sample(singles + pairs, PANELS), pictures, rng)
+        captions = write_records(args.out_dir / "records.jsonl", args.out_dir / "pictures", singles + pairs, rng)
+        write_tokenizer(args.out_dir / "tokenizer", captions)
+        aliases = [emoji.ALIASES[name] for name in names if name in emoji.ALIASES]
+        (args.out_dir / "tokenizer" / "names.txt").write_text("\n".join(sorted({*names, *aliases})) + "\n")
+    except (InputError, OSError) as error:
+        print(f"demo_data.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(captions)} records of {len(singles) + len(pairs)} pictures in {args.out_dir}; "
+          f"disk free: {shutil.disk_usage(args.out_dir).free >> 30} GiB")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
