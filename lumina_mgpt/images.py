@@ -104,7 +104,7 @@ def best_size(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> t
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     """RGB images of one size -> (B, 3, H, W) float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    return stacked.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+    return (stacked.permute(0, 3, 1, 2).float() / 255 * 2 - 1).contiguous()
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -35,7 +35,7 @@ class MoVQGANTraining:
     pixels: int = 16 * 96 * 96  # of one batch
     lr: float = 1.5e-3
     warmup_steps: int = 50
-    continuous_steps: int = 300  # without quantization, so that codes are not fitted to noise
+    continuous_steps: int = 250  # without quantization, so that codes are not fitted to noise
     commitment: float = 0.25
     decay: float = 0.99  # of the codes' moving averages (van den Oord et al. 2017, appendix A.1)
     dead_below: float = 0.05  # codes used less often than this per step are moved to a latent of the batch
@@ -73,7 +73,8 @@ class Pictures:
         _, images = self.groups[rng.choice(len(self.groups), p=self.weights)]
         count = max(1, pixels // (images.shape[1] * images.shape[2]))
         chosen = images[rng.integers(0, len(images), count)]
-        return torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return pixels.contiguous()  # channels-last convolutions are several times slower on a CPU
 
 
 def kmeans(points: Tensor, count: int, steps: int = 12, generator: torch.Generator | None = None) -> Tensor:
