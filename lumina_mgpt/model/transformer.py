@@ -54,7 +54,7 @@ class HeadNorm(nn.Module):
             return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
         share = self.heads // rows
         weight, bias = (p.repeat_interleave(share, dim=0) if share > 1 else p for p in (self.weight, self.bias))
-        return F.layer_norm(x, (width,), eps=HEAD_NORM_EPS) * weight + bias
+        return torch.addcmul(bias, F.layer_norm(x, (width,), eps=HEAD_NORM_EPS), weight).to(x.dtype)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torch.dtype) -> Rope:
