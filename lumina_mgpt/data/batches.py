@@ -1,0 +1,143 @@
+"""Which samples go into which batch, and batches as tensors.
+
+The plan of an epoch is one list of micro-batches, a function of (seed, epoch) and the batch size alone: any number of
+processes walks the same list, each taking every world-th entry.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumina_mgpt.data.dataset import TokenDataset
+from lumina_mgpt.data.seeding import generator
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.unirep import IGNORED
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """A fixed number of `rows`, or as many rows as fit into `tokens`; widths are multiples of `multiple`."""
+
+    rows: int = 0
+    tokens: int = 0
+    multiple: int = 32
+
+    def __post_init__(self) -> None:
+        if (self.rows > 0) == (self.tokens > 0) or min(self.rows, self.tokens) < 0:
+            raise InputError(f"give one of --batch_size and --max_tokens, above 0; got {self.rows} and {self.tokens}")
+        if self.multiple < 1:
+            raise InputError(f"--pad_multiple must be at least 1, got {self.multiple}")
+
+    def width(self, length: int) -> int:
+        return -(-length // self.multiple) * self.multiple
+
+    def rows_of(self, width: int) -> int:
+        return self.rows or max(1, self.tokens // width)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One micro-batch of the plan: its samples, and the shape it is padded to."""
+
+    samples: np.ndarray
+    rows: int
+    width: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Shapes: ids (B, T) long; index (L,) positions in the flattened ids whose successor has a label; targets (L,) that
+    successor, -100 where `index` is padding. `labelled` counts the real ones, `tokens` the ids that are no padding."""
+
+    ids: Tensor
+    index: Tensor
+    targets: Tensor
+    labelled: int
+    tokens: int
+
+
+def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Planned]:
+    """Batches of samples of about one length and of one type, in random order."""
+    samples = dataset.epoch(epoch)
+    random = generator(dataset.seed, "plan", epoch)
+    lengths, kinds = dataset.length(samples), dataset.kind(samples)
+    widths = -(-lengths // size.multiple) * size.multiple
+    # Within one width the order is random, so that an epoch's batches differ from the last one's.
+    order = np.lexsort((random.random(len(samples)), -widths, kinds))
+    batches, at = [], 0
+    while at < len(order):
+        width = int(widths[order[at]])
+        rows = size.rows_of(width)
+        chosen = order[at : at + rows]
+        chosen = chosen[kinds[chosen] == kinds[order[at]]]
+        batches.append(Planned(samples[chosen], rows, width))
+        at += len(chosen)
+    return [batches[n] for n in random.permutation(len(batches))]
+
+
+def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, pad_id: int = 0) -> MicroBatch:
+    """Reads a planned micro-batch; short rows and missing rows are padded on the right, where nothing attends to them.
+
+    `index` is padded to a multiple of 8 * `multiple` (at most B * T), so that few shapes occur.
+    """
+    B, T = planned.rows, planned.width
+    ids = torch.full((B, T), pad_id)
+    labels = torch.full((B, T), IGNORED)
+    tokens = 0
+    for row, sample in enumerate(planned.samples):
+        row_ids, row_labels = dataset.read(int(sample), epoch)
+        ids[row, : len(row_ids)], labels[row, : len(row_ids)] = row_ids, row_labels
+        tokens += len(row_ids)
+    successors = torch.full((B, T), IGNORED)
+    successors[:, :-1] = labels[:, 1:]
+    index = (successors.flatten() != IGNORED).nonzero().flatten()
+    labelled = len(index)
+    L = min(B * T, max(1, -(-labelled // (8 * multiple))) * 8 * multiple)
+    targets = torch.full((L,), IGNORED)
+    targets[:labelled] = successors.flatten()[index]
+    index = torch.cat([index, index.new_zeros(L - labelled)])
+    return MicroBatch(ids, index, targets, labelled, tokens)
+
+
+def empty_like(batch: MicroBatch) -> MicroBatch:
+    """A batch of the same shape without any label: what a process computes when an epoch leaves it nothing."""
+    return MicroBatch(batch.ids, batch.index, torch.full_like(batch.targets, IGNORED), 0, 0)
+
+
+class Feed:
+    """Hands out the micro-batches of each step to one of `world` processes; its position is (epoch, done).
+
+    A step takes `accum` * `world` micro-batches of the plan, process r those at r, r + world, ...; at the end of an epoch
+    fewer may be left, and the step is a smaller one.
+    """
+
+    def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:
+        self.dataset, self.size, self.accum, self.rank, self.world = dataset, size, accum, rank, world
+        self.epoch, self.done = 0, 0
+        self._plan: tuple[int, list[Planned]] | None = None
+
+    @property
+    def plan(self) -> list[Planned]:
+        if self._plan is None or self._plan[0] != self.epoch:
+            self._plan = self.epoch, plan_epoch(self.dataset, self.epoch, self.size)
+        return self._plan[1]
+
+    @property
+    def epochs(self) -> float:
+        """Epochs walked so far, with their fraction."""
+        return self.epoch + self.done / len(self.plan)
+
+    def next_step(self) -> list[MicroBatch]:
+        """This process's micro-batches of the next step, at least one; the position moves on."""
+        plan, multiple = self.plan, self.size.multiple
+        step = plan[self.done : self.done + self.accum * self.world]
+        mine = step[self.rank :: self.world]
+        batches = [collate(self.dataset, planned, self.epoch, multiple) for planned in mine]
+        for _ in range(len(range(0, len(step), self.world)) - len(mine)):  # all processes do equally many forwards
+            batches.append(empty_like(batches[-1] if batches else collate(self.dataset, step[0], self.epoch, multiple)))
+        self.done += len(step)
+        if self.done == len(plan):
+            self.epoch, self.done = self.epoch + 1, 0
+        return batches

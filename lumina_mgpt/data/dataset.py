@@ -1,0 +1,154 @@
+"""Token records of one or several files as one data set, a function of (seed, epoch) in everything random."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lumina_mgpt.data.files import read_rows
+from lumina_mgpt.data.seeding import generator, unit
+from lumina_mgpt.data.shards import Sequence, read_sequence
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.unirep import drop_context
+from lumina_mgpt.vocabulary import Vocabulary
+
+DROPPED_SHARE = 0.1  # of the sequences lose their context, as released; guidance needs them
+_RATIO_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of a data file's `META`. `ratio` of its records are seen an epoch (above 1: some more than once)."""
+
+    path: str
+    type: str = "default"
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ratio, int | float) or not 0 < self.ratio <= _RATIO_LIMIT:
+            raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
+
+
+def read_sources(data_config: str | Path) -> list[Source]:
+    """The `META: [{path, type, ratio}]` of a YAML file; relative paths start at the working directory.
+
+    Raises:
+        InputError: the file cannot be read, or has other keys.
+    """
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(data_config), resolve=True)
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, ValueError) as error:
+        raise InputError(f"--data_config {data_config} cannot be read as YAML ({error}); see configs/data/") from None
+    entries = raw.get("META") if isinstance(raw, dict) else None
+    if not isinstance(entries, list) or not entries or set(raw) != {"META"}:
+        raise InputError(f"--data_config {data_config} must hold one list, META; see configs/data/")
+    sources = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not {"path", "type", "ratio"} >= set(entry):
+            raise InputError(f"--data_config {data_config}: an entry has path, type and ratio only, got {entry!r}")
+        sources.append(Source(**entry))
+    return sources
+
+
+class TokenDataset:
+    """All records of some sources.
+
+    A sample is numbered (source, record, repeat) -> one integer; its length is known without reading it.
+
+    Attributes:
+        lengths: (N,) ids of each record. kinds: (N,) number of the source's type.
+
+    Raises:
+        InputError: a record file is missing, damaged or empty.
+    """
+
+    def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0) -> None:
+        self.vocabulary, self.seed, self.sources = vocabulary, seed, sources
+        self.files: list[str] = []
+        types = sorted({source.type for source in sources})
+        columns: list[np.ndarray] = []
+        self.spans: list[tuple[int, int]] = []
+        for source in sources:
+            table = self._read(source, types.index(source.type))
+            start = sum(map(len, columns))
+            self.spans.append((start, start + len(table)))
+            columns.append(table)
+        self.file_numbers, self.records, self.lengths, self.kinds = np.concatenate(columns).T
+
+    def _read(self, source: Source, kind: int) -> np.ndarray:
+        rows = read_rows(source.path, "path in META")
+        if not rows:
+            raise InputError(f"{source.path} holds no records; see the bad items that pre_tokenize.py listed")
+        base, known, table = Path(source.path).resolve().parent, {}, []
+        for row in rows:
+            try:
+                file, length, record = str(row["file"]), int(row["len"]), int(row["id"])
+            except (TypeError, KeyError, ValueError):
+                raise InputError(f"{source.path}: a record is {{file, len, id}}, got {row!r}; make it with concat_record.py") from None
+            if file not in known:
+                known[file] = len(self.files)
+                self.files.append(str(base / file))
+            table.append((known[file], record, length, kind))
+        return np.array(table, dtype=np.int64)
+
+    def check(self, max_seq_len: int) -> None:
+        """Raises: InputError: some sequences are longer than `max_seq_len`; says how many."""
+        over = int((self.lengths > max_seq_len).sum())
+        if over:
+            raise InputError(
+                f"--max_seq_len must be at least {self.lengths.max()}, got {max_seq_len}: {over} of {len(self.lengths)} "
+                "sequences are longer; raise it, or pre-tokenize to a smaller --target_size"
+            )
+
+    def fingerprint(self) -> str:
+        """Changes whenever the plan of an epoch would."""
+        digest = hashlib.sha256(repr([(source.type, source.ratio) for source in self.sources]).encode())
+        digest.update(self.lengths.tobytes() + self.records.tobytes())
+        return digest.hexdigest()[:16]
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Numbers of the samples of an epoch, each source at its ratio; (M,)."""
+        parts = []
+        for n, (source, (start, stop)) in enumerate(zip(self.sources, self.spans, strict=True)):
+            whole, share = divmod(source.ratio, 1)
+            parts += [np.arange(start, stop) + repeat * len(self.lengths) for repeat in range(int(whole))]
+            count = round(share * (stop - start))
+            if count:
+                chosen = generator(self.seed, "ratio", epoch, n).permutation(stop - start)[:count]
+                parts.append(np.sort(chosen) + start + int(whole) * len(self.lengths))
+        return np.concatenate(parts)
+
+    def length(self, samples: np.ndarray) -> np.ndarray:
+        return self.lengths[samples % len(self.lengths)]
+
+    def kind(self, samples: np.ndarray) -> np.ndarray:
+        return self.kinds[samples % len(self.kinds)]
+
+    def read(self, sample: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and labels (T,) of a sample, without its context in one case of ten, decided by (seed, epoch, sample).
+
+        Raises:
+            InputError: its shard is missing or damaged.
+        """
+        sequence = self.sequence(sample)
+        if unit(self.seed, "context", epoch, sample) >= DROPPED_SHARE:
+            return sequence.ids, sequence.labels
+        ids, labels = drop_context(sequence.ids.tolist(), sequence.labels.tolist(), self.vocabulary)
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def sequence(self, sample: int) -> Sequence:
+        """A sample as it lies on the disk."""
+        number = int(sample) % len(self.lengths)
+        path = self.files[self.file_numbers[number]]
+        sequence = read_sequence(path, int(self.records[number]))
+        if len(sequence.ids) != self.lengths[number]:
+            raise InputError(f"{path}: record {self.records[number]} has {len(sequence.ids)} ids, its record file says "
+                             f"{self.lengths[number]}; run concat_record.py again")  # fmt: skip
+        if int(sequence.ids.max()) >= self.vocabulary.vocab_size:
+            raise InputError(f"{path} holds id {int(sequence.ids.max())}, the model has {self.vocabulary.vocab_size}; "
+                             "pre-tokenize with the tokenizer of this model")  # fmt: skip
+        return sequence

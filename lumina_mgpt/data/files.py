@@ -1,0 +1,69 @@
+"""Small files that are whole or absent, and JSON records read with errors a user can act on."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from lumina_mgpt.errors import InputError
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Writes a file so that a reader, or a run after a kill, sees all of it or the one before."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}); free some space or choose another folder") from None
+
+
+def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
+    """Appends JSON lines and waits until they are on the disk."""
+    text = "".join(json_line(row) for row in rows)
+    if not text:
+        return
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); free some space or choose another folder") from None
+
+
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_rows(path: str | Path, option: str) -> list:
+    """All rows of a `.json` (a list) or `.jsonl` (one value a line) file.
+
+    Raises:
+        InputError: naming `option`, and the line that is damaged.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".jsonl"):
+        raise InputError(f"{option} must end in .json or .jsonl, got {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path} cannot be read ({error}); give an existing file in UTF-8") from None
+    if path.suffix == ".jsonl":
+        return [_parse(line, f"{path}, line {n}", option) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = _parse(text, str(path), option)
+    if not isinstance(rows, list):
+        raise InputError(f"{option} {path} must hold a list of records, got a {type(rows).__name__}")
+    return rows
+
+
+def _parse(text: str, where: str, option: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{option} {where} is not JSON ({error}); mend or remove it") from None

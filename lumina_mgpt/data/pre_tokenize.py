@@ -1,0 +1,248 @@
+"""Records with pictures -> token shards: resumable after a kill at any moment, nothing lost, doubled or replaced.
+
+A rank's part of the input is cut into blocks; a block becomes one shard, written atomically, and a shard that exists is
+a finished block. The record file lists what the shards hold; it follows them and is rebuilt from them at every start.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from lumina_mgpt.data.files import append_lines, json_line, read_rows, write_atomic
+from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record
+from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image
+from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+from lumina_mgpt.unirep import GRID_UNIT, UniRepError, encode_conversation
+from lumina_mgpt.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which part of which file to tokenize, and how. `models` fingerprints the tokenizer and MoVQGAN files."""
+
+    in_filename: str
+    out_dir: str
+    splits: int = 1
+    rank: int = 0
+    target_size: int = 768
+    keep_size: bool = False
+    seed: int = 0
+    batch_size: int = 16
+    block: int = 512
+    models: str = ""
+
+    def __post_init__(self) -> None:
+        if self.splits < 1 or not 0 <= self.rank < self.splits:
+            raise InputError(f"--rank must be in 0 ... --splits - 1, got rank {self.rank} of {self.splits} splits")
+        if self.batch_size < 1 or self.block < 1:
+            raise InputError(f"--batch_size and --block must be at least 1, got {self.batch_size} and {self.block}")
+        candidate_sizes(self.target_size)
+
+    @property
+    def name(self) -> str:
+        return f"{self.rank}-of-{self.splits}"
+
+
+def fingerprint(*paths: Path) -> str:
+    """One digest of some files' contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 22):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+class PreTokenizer:
+    """Tokenizes one rank's part of a record file.
+
+    Raises:
+        InputError: the input cannot be read, or `out_dir` holds the work of other settings.
+    """
+
+    def __init__(self, settings: Settings, vocabulary: Vocabulary, images: ImageTokenizer) -> None:
+        self.settings, self.vocabulary, self.images = settings, vocabulary, images
+        self.rows = read_rows(settings.in_filename, "--in_filename")
+        self.first = len(self.rows) * settings.rank // settings.splits
+        self.last = len(self.rows) * (settings.rank + 1) // settings.splits
+        if self.first == self.last:
+            raise InputError(f"--in_filename {settings.in_filename} has {len(self.rows)} records, none for this rank")
+        self.sizes = candidate_sizes(settings.target_size)
+        self.codes: dict[Path, tuple[torch.Tensor, tuple[int, int]] | str] = {}  # or why there are none
+        self.out = Path(settings.out_dir)
+        self.good = self.bad = 0
+
+    @property
+    def blocks(self) -> list[range]:
+        step = self.settings.block
+        return [range(start, min(start + step, self.last)) for start in range(self.first, self.last, step)]
+
+    def shard(self, number: int) -> Path:
+        return self.out / "shards" / f"{self.settings.name}-{number:05d}.safetensors"
+
+    def run(self, progress: Callable[[int], None] = lambda records: None) -> None:
+        """Does what is not done yet; `progress` is told the number of records after each block."""
+        todo = self._resume(progress)
+        records = {n: self._parse(n) for number in todo for n in self.blocks[number]}
+        uses = Counter(path for record in records.values() if isinstance(record, Record) for path in set(record.images))
+        for number in todo:
+            block = {n: records.pop(n) for n in self.blocks[number]}
+            self._encode_images(path for record in block.values() if isinstance(record, Record) for path in record.images)
+            index = self._write(number, block)
+            self._list([(self.shard(number), index)])
+            for record in block.values():
+                if isinstance(record, Record):
+                    uses.subtract(set(record.images))
+                    for path in record.images:
+                        if not uses[path]:
+                            self.codes.pop(path, None)
+            progress(len(block))
+
+    def _parse(self, number: int) -> Record | str:
+        try:
+            return parse_record(self.rows[number])
+        except InputError as error:
+            return str(error)
+
+    def _resume(self, progress: Callable[[int], None]) -> list[int]:
+        """Brings the record file in line with the shards; returns the blocks that are to be done."""
+        (self.out / "shards").mkdir(parents=True, exist_ok=True)
+        job = asdict(self.settings) | {"records": len(self.rows), "input": fingerprint(Path(self.settings.in_filename))}
+        for unimportant in ("in_filename", "out_dir", "batch_size"):
+            del job[unimportant]
+        path = self.out / f"{self.settings.name}-job.json"
+        if path.exists() and (found := json.loads(path.read_text())) != job:
+            differs = ", ".join(key for key in job if found.get(key) != job[key])
+            raise InputError(f"--out_dir {self.out} holds work with other settings ({differs}); give an empty folder")
+        write_atomic(path, json.dumps(job, indent=1))
+        done = [number for number in range(len(self.blocks)) if self.shard(number).exists()]
+        for kind in ("record", "bad"):
+            write_atomic(self.out / f"{self.settings.name}-{kind}.jsonl", "")
+        self._list([(self.shard(number), read_index(self.shard(number))) for number in done])
+        progress(sum(len(self.blocks[number]) for number in done))
+        return sorted(set(range(len(self.blocks))) - set(done))
+
+    def _list(self, shards: list[tuple[Path, ShardIndex]]) -> None:
+        name = self.settings.name
+        rows = [row for path, index in shards for row in index.rows(str(path.relative_to(self.out)))]
+        bad = [item for _, index in shards for item in index.bad]
+        append_lines(self.out / f"{name}-record.jsonl", rows)
+        append_lines(self.out / f"{name}-bad.jsonl", bad)
+        self.good, self.bad = self.good + len(rows), self.bad + len(bad)
+
+    def _encode_images(self, paths: Iterable[Path]) -> None:
+        """Fills `codes` for new paths, in batches of one size."""
+        waiting: dict[tuple[int, int], list[tuple[Path, Image.Image]]] = {}
+        for path in dict.fromkeys(paths):
+            if path in self.codes:
+                continue
+            try:
+                image = self._crop(open_image(path))
+            except InputError as error:
+                self.codes[path] = str(error)
+                continue
+            batch = waiting.setdefault(image.size, [])
+            batch.append((path, image))
+            if len(batch) == self.settings.batch_size:
+                self._encode_batch(waiting.pop(image.size))
+        for batch in waiting.values():
+            self._encode_batch(batch)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        if self.settings.keep_size and not (image.width % GRID_UNIT or image.height % GRID_UNIT):
+            return image
+        return center_crop(image, best_size(image.size, self.sizes))
+
+    @torch.inference_mode()
+    def _encode_batch(self, batch: list[tuple[Path, Image.Image]]) -> None:
+        codes = self.images.encode([image for _, image in batch])  # (B, rows, cols)
+        for (path, image), grid in zip(batch, codes, strict=True):
+            self.codes[path] = grid, image.size
+
+    def _write(self, number: int, block: dict[int, Record | str]) -> ShardIndex:
+        sequences, bad = [], []
+        for n, record in block.items():
+            try:
+                sequences.append(self._tokenize(n, record))
+            except (InputError, UniRepError) as error:
+                log.warning("record %d is left out: %s", n, error)
+                bad.append({"id": n, "reason": str(error)})
+        return write_shard(self.shard(number), sequences, bad)
+
+    def _tokenize(self, number: int, record: Record | str) -> Sequence:
+        if isinstance(record, str):
+            raise InputError(record)
+        found = [self.codes[path] for path in record.images]
+        for item in found:
+            if isinstance(item, str):
+                raise InputError(item)
+        codes, sizes = [item[0] for item in found], [item[1] for item in found]
+        turns = conversation(record, codes, sizes, is_plain(self.settings.seed, number))
+        ids, labels = encode_conversation(turns, self.vocabulary)
+        return Sequence(number, torch.as_tensor(ids, dtype=torch.long), torch.as_tensor(labels, dtype=torch.long))
+
+
+def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[int, int]:
+    """Checks every shard of every rank and writes one record file; returns the numbers of records and of bad items.
+
+    `save_path` ends in `.jsonl` (a line a record) or `.json` (one list); the shards stay where they are, and `file` in a
+    row is their path from the folder of `save_path`.
+
+    Raises:
+        InputError: a rank is missing or unfinished, a shard is damaged, or a record file does not list its shards.
+    """
+    folder, save_path = Path(sub_record_dir), Path(save_path)
+    if save_path.suffix not in (".json", ".jsonl"):
+        raise InputError(f"--save_path must end in .json or .jsonl, got {save_path}")
+    jobs = sorted(folder.glob("*-of-*-job.json"), key=lambda path: int(path.name.split("-")[0]))
+    if not jobs:
+        raise InputError(f"--sub_record_dir {folder} holds no work of pre_tokenize.py; give its --out_dir")
+    read = [json.loads(path.read_text()) for path in jobs]
+    splits = read[0]["splits"]
+    if [job["rank"] for job in read] != list(range(splits)) or any({**job, "rank": 0} != read[0] for job in read):
+        ranks = [job["rank"] for job in read]
+        raise InputError(f"--sub_record_dir {folder} holds ranks {ranks} of {splits}; run pre_tokenize.py for the others")
+    rows, bad = [], 0
+    for job in read:
+        part, left_out = _check_rank(folder, job)
+        rows += part
+        bad += left_out
+    base = save_path.resolve().parent
+    shift = Path(os.path.relpath(folder.resolve(), base))
+    rows = [row | {"file": str(shift / row["file"])} for row in rows]
+    base.mkdir(parents=True, exist_ok=True)
+    lines = [json_line(row) for row in rows]
+    write_atomic(save_path, "".join(lines) if save_path.suffix == ".jsonl" else "[" + ",".join(lines) + "]")
+    return len(rows), bad
+
+
+def _check_rank(folder: Path, job: dict) -> tuple[list[dict], int]:
+    name = f"{job['rank']}-of-{job['splits']}"
+    first, last = (job["records"] * n // job["splits"] for n in (job["rank"], job["rank"] + 1))
+    rows, bad, seen = [], 0, []
+    for number in range(-(-(last - first) // job["block"])):
+        path = folder / "shards" / f"{name}-{number:05d}.safetensors"
+        if not path.exists():
+            raise InputError(f"{path} is missing: rank {job['rank']} is not finished; run pre_tokenize.py --rank {job['rank']} again")
+        index = read_index(path, check=True)
+        rows += index.rows(str(path.relative_to(folder)))
+        bad += len(index.bad)
+        seen += index.records + [item["id"] for item in index.bad]
+    if sorted(seen) != list(range(first, last)):
+        raise InputError(f"{folder}: the shards of rank {job['rank']} do not hold their records once each; start over")
+    listed = read_rows(folder / f"{name}-record.jsonl", "--sub_record_dir")
+    if sorted(listed, key=lambda row: row["id"]) != rows:
+        raise InputError(f"{folder}/{name}-record.jsonl does not list its shards; run pre_tokenize.py --rank {job['rank']} again")
+    return rows, bad

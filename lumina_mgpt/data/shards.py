@@ -1,0 +1,120 @@
+"""Token shards: many sequences of ids with their labels in one safetensors file that is whole or absent.
+
+Tensors of a shard: `ids` int32 (total,), `labelled` bool (total,), `offsets` int64 (sequences + 1,), `records` int64
+(sequences,). Its metadata carries a checksum and the records left out, with their reasons.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from lumina_mgpt.data.files import write_atomic
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.unirep import IGNORED
+
+FORMAT = "lumina-mgpt-tokens-1"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tokenized record. Shapes: ids, labels (T,) long; a label is its id, or -100."""
+
+    record: int
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    records: list[int]
+    lengths: list[int]
+    bad: list[dict]
+
+    def rows(self, file: str) -> list[dict]:
+        """Its lines of a record file."""
+        return [{"file": file, "len": n, "id": record} for record, n in zip(self.records, self.lengths, strict=True)]
+
+
+def write_shard(path: Path, sequences: list[Sequence], bad: list[dict]) -> ShardIndex:
+    """Writes a shard atomically. `bad` holds {"id", "reason"} of what was left out."""
+    lengths = [len(sequence.ids) for sequence in sequences]
+    empty = [torch.zeros(0, dtype=torch.long)]
+    ids = torch.cat([sequence.ids for sequence in sequences] or empty).to(torch.int32)
+    labels = torch.cat([sequence.labels for sequence in sequences] or empty)
+    labelled = labels != IGNORED
+    assert torch.equal(labels[labelled], ids[labelled].long()), "a label is the id itself"
+    tensors = {
+        "ids": ids,
+        "labelled": labelled,
+        "offsets": torch.tensor([0, *lengths]).cumsum(0),
+        "records": torch.tensor([sequence.record for sequence in sequences], dtype=torch.long),
+    }
+    metadata = {"format": FORMAT, "checksum": str(_checksum(tensors)), "bad": json.dumps(bad, ensure_ascii=False)}
+    write_atomic(path, save(tensors, metadata))
+    return ShardIndex([sequence.record for sequence in sequences], lengths, bad)
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    value = 0
+    for name in ("ids", "labelled", "offsets", "records"):
+        value = zlib.crc32(tensors[name].numpy().tobytes(), value)
+    return value
+
+
+def read_index(path: str | Path, check: bool = False) -> ShardIndex:
+    """What a shard holds; with `check` every byte is compared with the checksum.
+
+    Raises:
+        InputError: the file is missing, half-written, damaged, or no token shard.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InputError(f"{path} is no token shard; make it with scripts/pre_tokenize.py")
+            offsets, records = file.get_tensor("offsets"), file.get_tensor("records")
+            total = file.get_slice("ids").get_shape()[0]
+            if check:
+                tensors = {name: file.get_tensor(name) for name in ("ids", "labelled", "offsets", "records")}
+                if str(_checksum(tensors)) != metadata["checksum"]:
+                    raise InputError(f"{path} is damaged: its checksum differs; delete it and run pre_tokenize.py again")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged ({error}); delete it and run pre_tokenize.py again") from None
+    lengths = offsets.diff()
+    if len(records) != len(lengths) or int(offsets[-1]) != total or (lengths <= 0).any():
+        raise InputError(f"{path} is damaged: its offsets do not fit; delete it and run pre_tokenize.py again")
+    return ShardIndex(records.tolist(), lengths.tolist(), json.loads(metadata["bad"]))
+
+
+class _OpenShard:
+    def __init__(self, path: str) -> None:
+        index = read_index(path)
+        self.file = safe_open(path, "pt").__enter__()  # a memory map: closed with the object
+        self.ids, self.labelled = self.file.get_slice("ids"), self.file.get_slice("labelled")
+        offsets = self.file.get_tensor("offsets").tolist()
+        self.spans = {record: (offsets[n], offsets[n + 1]) for n, record in enumerate(index.records)}
+
+
+@lru_cache(maxsize=256)
+def _open(path: str) -> _OpenShard:
+    return _OpenShard(path)
+
+
+def read_sequence(path: str | Path, record: int) -> Sequence:
+    """One sequence of a shard; only its own bytes are read.
+
+    Raises:
+        InputError: the shard is missing or damaged, or does not hold the record.
+    """
+    shard = _open(str(path))
+    if record not in shard.spans:
+        raise InputError(f"{path} does not hold record {record}; run concat_record.py again on its folder")
+    start, stop = shard.spans[record]
+    ids = shard.ids[start:stop].long()
+    return Sequence(record, ids, ids.masked_fill(~shard.labelled[start:stop], IGNORED))

@@ -1,0 +1,81 @@
+"""One process or many, by the same calls: torchrun's environment, sums over processes, sharded parameters."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lumina_mgpt.devices import resolve_device
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.training.loss import LossModel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str = "auto") -> "Processes":
+        """Joins the group that torchrun describes; a plain start is a world of one, without any group."""
+        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        if world == 1:
+            return cls(0, 1, resolve_device(device))
+        found = resolve_device(device)
+        if found.type == "cuda":
+            index = int(os.environ["LOCAL_RANK"])
+            if index >= torch.cuda.device_count():
+                raise InputError(f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()}, the GPUs here")
+            found = torch.device("cuda", index)
+            torch.cuda.set_device(found)
+        backend = "nccl" if found.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        return cls(rank, world, found)
+
+    def stop(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def shard(module: LossModel, processes: Processes) -> None:
+    """Spreads parameters, gradients and optimizer state over the processes, a layer at a time (FSDP2)."""
+    if processes.world == 1:
+        return
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    for layer in module.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def clip_gradients(module: nn.Module, limit: float) -> float:
+    """Scales gradients down to a global norm of `limit` (0: leaves them); returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit if limit > 0 else float("inf"))
+    return float(full_tensor(norm))

@@ -1,0 +1,79 @@
+"""Everything a training run is told, checked in one place."""
+
+import math
+from dataclasses import dataclass
+
+from lumina_mgpt.errors import InputError
+
+PRECISIONS = ("bf16", "fp32")
+OPTIMIZERS = ("adamw", "muon")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Field names are those of the command line options.
+
+    One of `epochs`, `max_steps`, `max_minutes` says how long the run is; the learning rate follows the fraction of it
+    that has passed. `batch_size` and `max_tokens` are those of one micro-batch on one process.
+
+    Raises:
+        InputError: naming the option that is out of its range.
+    """
+
+    data_config: str
+    output_dir: str
+    init_from: str | None = None
+    model_config: str | None = None
+    tokenizer_path: str | None = None
+    batch_size: int = 0
+    max_tokens: int = 0
+    accum_iter: int = 1
+    pad_multiple: int = 32
+    max_seq_len: int = 4096
+    epochs: float = 0
+    max_steps: int = 0
+    max_minutes: float = 0
+    warmup: float = 0.01
+    optimizer: str = "adamw"
+    lr: float = 2e-5
+    min_lr: float = 0.0
+    muon_lr: float = 0.02
+    wd: float = 0.1
+    clip_grad: float = 4.0
+    dropout: float = 0.05
+    z_loss_weight: float = 1e-5
+    ema: float = 0.0
+    precision: str = "bf16"
+    compile: bool = False
+    checkpointing: bool = False
+    save_iteration_interval: int = 1000
+    save_minutes: float = 0
+    keep_checkpoints: int = 2
+    resume: str = ""
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.init_from) == bool(self.model_config):
+            raise InputError("give one of --init_from (a checkpoint) and --model_config (training from scratch)")
+        if self.model_config and not self.tokenizer_path:
+            raise InputError("--model_config needs --tokenizer_path, the folder whose tokenizer the data was made with")
+        budgets = [self.epochs, self.max_steps, self.max_minutes]
+        if sum(value > 0 for value in budgets) != 1 or min(budgets) < 0:
+            raise InputError(f"give one of --epochs, --max_steps and --max_minutes, above 0; got {budgets}")
+        for name in ("accum_iter", "max_seq_len", "keep_checkpoints"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("lr", "muon_lr"):
+            self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "must be above 0")
+        for name in ("min_lr", "wd", "clip_grad", "z_loss_weight", "save_iteration_interval", "save_minutes", "threads"):
+            self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "must be at least 0")
+        self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
+        for name in ("warmup", "dropout", "ema"):
+            self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        self._require("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}")
+        self._require("optimizer", self.optimizer in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise InputError(f"--{name} {rule}, got {getattr(self, name)}")

@@ -1,0 +1,218 @@
+"""The training loop, the same for one process and for many."""
+
+import contextlib
+import math
+import signal
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch
+from lumina_mgpt.data.dataset import TokenDataset, read_sources
+from lumina_mgpt.data.seeding import seed_of
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.checkpoint import load_model, resolve
+from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training.distributed import Processes, clip_gradients, shard
+from lumina_mgpt.training.loss import LossModel
+from lumina_mgpt.training.metrics import Metrics
+from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
+from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.vocabulary import Vocabulary
+
+
+def build_model(settings: Settings) -> tuple[Transformer, Path]:
+    """The model to train, in float32 on the CPU, and the folder of its tokenizer."""
+    if settings.init_from:
+        folder = resolve(settings.init_from)
+        model = load_model(folder, torch.float32, torch.device("cpu"), "sdpa")
+    else:
+        path = str(settings.model_config)
+        config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
+        folder = Path(str(settings.tokenizer_path))
+        model = Transformer(config)
+        model.init_weights(torch.Generator().manual_seed(settings.seed))
+    folder = Path(settings.tokenizer_path) if settings.tokenizer_path else folder
+    model.config = replace(model.config, dropout=settings.dropout, z_loss_weight=settings.z_loss_weight)
+    model.dropout, model.gradient_checkpointing = settings.dropout, settings.checkpointing
+    return model, folder
+
+
+class Trainer:
+    """One run: construct it on every process, then `run()`.
+
+    Raises:
+        InputError: settings, data or a checkpoint do not fit; nothing has been trained then.
+    """
+
+    def __init__(self, settings: Settings, processes: Processes) -> None:
+        self.settings, self.processes = settings, processes
+        self.output_dir = Path(settings.output_dir)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        start = self._checkpoint_to_resume()
+        model, folder = build_model(settings)
+        vocabulary = Vocabulary.from_folder(folder, model.config)
+        self.dataset = TokenDataset(read_sources(settings.data_config), vocabulary, settings.seed)
+        self.dataset.check(settings.max_seq_len)
+        size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
+        self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
+        if processes.first:
+            checkpoint.keep_tokenizer(folder, self.output_dir)
+        self.module = LossModel(model.to(processes.device))
+        self.model = model.train()
+        if settings.compile:
+            self.module.compile_parts()
+        shard(self.module, processes)
+        self.optimizers = build_optimizers(model, settings)
+        self.ema = Ema(model, settings.ema) if settings.ema else None
+        self.at, self.elapsed, self.tokens = 0, 0.0, 0
+        self.stop, self.leave = 0, False  # the signal that came here; whether one came anywhere
+        if start is not None:
+            self._resume(start)
+        self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first)
+
+    # -- position ------------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that has passed."""
+        settings = self.settings
+        if settings.max_minutes:
+            return self.elapsed / (60 * settings.max_minutes)
+        return self.at / settings.max_steps if settings.max_steps else self.feed.epochs / settings.epochs
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """Raises: InputError: the folder holds a run, and nothing says to go on with it."""
+        found = checkpoint.newest(self.output_dir)
+        if self.settings.resume not in ("", "auto"):
+            found = Path(self.settings.resume)
+            checkpoint.read_state(found)
+        elif found is not None and not self.settings.resume:
+            raise InputError(f"--output_dir {self.output_dir} holds a run already ({found.name}); --resume auto goes on "
+                             "with it, another folder starts anew")  # fmt: skip
+        return found
+
+    def _identity(self) -> dict:
+        """What must be the same for a position to mean the same data, and the weights the same model."""
+        names = ("seed", "batch_size", "max_tokens", "pad_multiple", "optimizer")
+        model = asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
+        return {name: getattr(self.settings, name) for name in names} | {
+            "data_config": self.dataset.fingerprint(), "ema": self.ema is not None, "model_config": model,
+        }  # fmt: skip
+
+    def _state(self) -> dict:
+        return {
+            "step": self.at, "epoch": self.feed.epoch, "done": self.feed.done, "elapsed": self.elapsed,
+            "tokens": self.tokens, "ema": self.ema.updates if self.ema else 0, "world": self.processes.world,
+            "identity": self._identity(), "model": asdict(self.model.config), "settings": asdict(self.settings),
+        }  # fmt: skip
+
+    def _resume(self, path: Path) -> None:
+        state = checkpoint.read_state(path)
+        mine = self._identity()
+        differs = [f"--{key} (was {state['identity'].get(key)})" for key in mine if state["identity"].get(key) != mine[key]]
+        if differs:
+            raise InputError(f"--resume {path} is of a run with another {', '.join(differs)}; use the same, or a new --output_dir")
+        checkpoint.load(path, self.model, self.optimizers, self.ema, self.processes)
+        self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
+        self.feed.epoch, self.feed.done = state["epoch"], state["done"]
+        if self.ema:
+            self.ema.updates = state["ema"]
+
+    def save(self) -> Path:
+        return checkpoint.save(self.output_dir, self.model, self.optimizers, self.ema, self._state(), self.processes,
+                               self.settings.keep_checkpoints)  # fmt: skip
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Trains to the end, or until a signal; a checkpoint is written either way. Returns the signal, or 0.
+
+        Raises:
+            InputError: the loss is no longer finite, or data or disk fail; the last checkpoint is whole.
+        """
+        with self._signals():
+            try:
+                self._loop()
+            finally:
+                self.metrics.close()
+        return self.stop or (signal.SIGTERM if self.leave else 0)
+
+    def _loop(self) -> None:
+        settings, began = self.settings, time.monotonic() - self.elapsed
+        saved_at, saved_elapsed = self.at, self.elapsed
+        while self.progress < 1 and not self.leave:
+            self._step(began)
+            due = settings.save_iteration_interval and self.at - saved_at >= settings.save_iteration_interval
+            due = due or settings.save_minutes and self.elapsed - saved_elapsed >= 60 * settings.save_minutes
+            if due and self.progress < 1 and not self.leave:
+                self.metrics.flush()
+                self.save()
+                saved_at, saved_elapsed = self.at, self.elapsed
+        if self.at != saved_at:
+            self.metrics.flush()
+            self.save()
+
+    def _step(self, began: float) -> None:
+        started, settings, processes = time.monotonic(), self.settings, self.processes
+        factor = schedule(self.progress, settings.warmup, settings.min_lr / settings.lr)
+        set_lr(self.optimizers, factor)
+        # Random numbers are a function of the step: nothing of them needs to be kept for a resumed run to be the same.
+        torch.manual_seed(seed_of(settings.seed, "step", self.at, processes.rank))
+        batches = self.feed.next_step()
+        labelled, tokens = processes.sum(*(sum(getattr(b, name) for b in batches) for name in ("labelled", "tokens")))
+        losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
+        norm = clip_gradients(self.module, settings.clip_grad)
+        elapsed = time.monotonic() - began if processes.first else 0.0
+        cross, z, stop, elapsed = processes.sum(*(sum(loss) for loss in zip(*losses, strict=True)), self.stop, elapsed)
+        if not math.isfinite(cross + z + norm):
+            raise InputError(f"the loss is {cross / max(1.0, labelled)} and the gradient norm {norm} at step {self.at + 1}; "
+                             f"the checkpoints before it are kept: go on from one with a lower --lr than {settings.lr}")  # fmt: skip
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model)
+        self.at, self.tokens, self.elapsed = self.at + 1, self.tokens + int(tokens), elapsed
+        # Processes leave the loop together, at the step where the sum has told all of them.
+        self.leave = stop > 0
+        self.metrics.step({
+            "step": self.at, "epoch": round(self.feed.epochs, 4), "progress": self.progress,
+            "loss": cross / max(1.0, labelled), "z_loss": z / max(1.0, labelled), "grad_norm": norm,
+            "lr": settings.lr * factor, "tokens": self.tokens, "elapsed": round(elapsed, 3),
+            "tokens_per_second": tokens / (time.monotonic() - started),
+        })  # fmt: skip
+
+    def _backward(self, batch: MicroBatch, labelled: float) -> tuple[float, float]:
+        """Adds this micro-batch's share of the gradient of the mean over all labels of the step, wherever they lie."""
+        device, settings = self.processes.device, self.settings
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        with autocast:
+            cross, z = self.module(*(part.to(device) for part in (batch.ids, batch.index, batch.targets)))
+        # FSDP averages gradients over the processes; the sum is wanted.
+        ((cross + settings.z_loss_weight * z) * (self.processes.world / labelled)).backward()
+        return cross.item(), z.item()
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
+        handlers = {}
+
+        def note(number, frame) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
+                handlers[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

@@ -1,0 +1,113 @@
+"""Trains or finetunes on token records, on one process or, under torchrun, on many: see TRAIN.md."""
+
+import argparse
+import dataclasses
+import sys
+import typing
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.training.settings import OPTIMIZERS, PRECISIONS, Settings
+
+HELP = {
+    "data_config": "YAML with META: [{path, type, ratio}]",
+    "output_dir": "checkpoints, metrics.jsonl and the export go here",
+    "init_from": "checkpoint folder or hub id to start from",
+    "model_config": "YAML or config.json of a model to train from scratch",
+    "tokenizer_path": "folder of the tokenizer (default: that of --init_from)",
+    "batch_size": "sequences of a micro-batch on one process",
+    "max_tokens": "instead of --batch_size: ids of a micro-batch, padding included",
+    "accum_iter": "micro-batches a step, on each process",
+    "pad_multiple": "sequences are padded to multiples of this",
+    "max_seq_len": "longer sequences are an error at the start",
+    "epochs": "length of the run in epochs",
+    "max_steps": "or in steps",
+    "max_minutes": "or in minutes; time before a --resume counts",
+    "warmup": "fraction of the run in which the learning rate rises",
+    "optimizer": "muon: for the matrices inside the layers, adamw for the rest",
+    "lr": "peak learning rate of adamw",
+    "min_lr": "learning rate at the end",
+    "muon_lr": "peak learning rate of muon",
+    "wd": "weight decay",
+    "clip_grad": "limit of the gradient's norm, 0 for none",
+    "ema": "export a moving average of the weights with this decay, 0 for none",
+    "precision": "of the matrix products; weights stay float32",
+    "compile": "torch.compile layers and loss",
+    "checkpointing": "recompute activations in the backward pass",
+    "save_iteration_interval": "steps between checkpoints, 0 for none",
+    "save_minutes": "minutes between checkpoints, 0 for none",
+    "keep_checkpoints": "newest checkpoints kept",
+    "resume": "auto: go on from the newest checkpoint in --output_dir if there is one; or the path of one",
+    "device": "auto, cpu or cuda",
+    "threads": "CPU threads of this process, 0 for torch's default",
+}
+
+
+def parse() -> tuple[argparse.Namespace, dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(Settings):
+        kind = next(t for t in (typing.get_args(field.type) or (field.type,)) if t is not type(None))
+        options: dict = {"help": HELP.get(field.name, " ")}
+        if kind is bool:
+            options["action"] = "store_true"
+        else:
+            options |= {"type": kind, "default": None if field.default is dataclasses.MISSING else field.default}
+            options["required"] = field.name == "output_dir"
+        options["choices"] = {"optimizer": OPTIMIZERS, "precision": PRECISIONS}.get(field.name)
+        if options["choices"] is None:
+            del options["choices"]
+        parser.add_argument(f"--{field.name}", **options)
+    parser.add_argument("--model_size", help="released spelling of --model_config configs/model/SIZE.yaml (2B, 7B)")
+    parser.add_argument("--warmup_epochs", type=float, help="released spelling of --warmup, in epochs")
+    parser.add_argument("--export_only", action="store_true", help="export the newest checkpoint of --output_dir and stop")
+    parser.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
+    parser.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    args = parser.parse_args()
+    return args, {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+
+
+def settings_of(args: argparse.Namespace, values: dict) -> Settings:
+    if values["data_config"] is None:
+        raise InputError("--data_config is missing; give a YAML file such as configs/data/demo.yaml")
+    if args.model_size and not values["init_from"]:
+        values["model_config"] = f"configs/model/{args.model_size}.yaml"
+    if args.warmup_epochs is not None:
+        if not values["epochs"]:
+            raise InputError("--warmup_epochs needs --epochs; use --warmup, a fraction of the run")
+        values["warmup"] = args.warmup_epochs / values["epochs"]
+    return Settings(**values)
+
+
+def train(settings: Settings) -> tuple[int, bool]:
+    from lumina_mgpt.training.distributed import Processes
+    from lumina_mgpt.training.trainer import Trainer
+
+    processes = Processes.start(settings.device)
+    try:
+        return Trainer(settings, processes).run(), processes.first
+    finally:
+        processes.stop()
+
+
+def main() -> int:
+    args, values = parse()
+    try:
+        signal, first = (0, True) if args.export_only else train(settings_of(args, values))
+        if signal:
+            if first:
+                print("stopped after a checkpoint; the same command with --resume auto goes on", file=sys.stderr)
+            return 128 + signal
+        if first:
+            from lumina_mgpt.training.checkpoint import export
+
+            print(f"exported to {export(args.output_dir, args.export_dir, args.export_dtype)}")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Turns records (pictures and texts) into token shards: see TRAIN.md."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lumina_mgpt.errors import InputError
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--in_filename", required=True, help=".json or .jsonl; relative image paths start at the working directory")
+    parser.add_argument("--out_dir", required=True, help="shards, record files and bad items go here")
+    parser.add_argument("--model_path", required=True, help="folder with config.json and the tokenizer")
+    parser.add_argument("--movqgan_path", help="MoVQGAN weights (default: looked for in --model_path)")
+    parser.add_argument("--splits", type=int, default=1, help="parts that the records are cut into")
+    parser.add_argument("--rank", type=int, default=0, help="which part this process does")
+    parser.add_argument("--target_size", type=int, default=768, help="area target x target at the nearest aspect ratio")
+    parser.add_argument("--keep_size", action="store_true", help="leave pictures whose sides are multiples of 32 uncut")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures encoded at once")
+    parser.add_argument("--block", type=int, default=512, help="records a shard")
+    parser.add_argument("--seed", type=int, default=0, help="decides which instructions leave the size out")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto: a GPU where there is one)")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    from lumina_mgpt.config import ModelConfig
+    from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings, fingerprint
+    from lumina_mgpt.devices import resolve_device
+    from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
+    from lumina_mgpt.vocabulary import Vocabulary
+
+    device = resolve_device(args.device)
+    folder = Path(args.model_path)
+    config = ModelConfig.from_json(folder / "config.json")
+    movqgan = find_movqgan(folder, args.movqgan_path)
+    vocabulary = Vocabulary.from_folder(folder, config)
+    names = ("in_filename", "out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block")
+    models = fingerprint(folder / "tokenizer.json", movqgan)
+    settings = Settings(**{name: getattr(args, name) for name in names}, models=f"{models}-{config.image_code_offset}")
+    job = PreTokenizer(settings, vocabulary, ImageTokenizer.from_checkpoint(movqgan, device))
+    if job.images.num_codes != config.num_image_codes:
+        raise InputError(f"{movqgan} has {job.images.num_codes} codes, {folder} expects {config.num_image_codes}")
+    with tqdm(total=job.last - job.first, unit="record", desc=settings.name, dynamic_ncols=True) as bar:
+        job.run(bar.update)
+    print(f"{job.good} records in {job.out / (settings.name + '-record.jsonl')}, {job.bad} left out")
+    if job.bad:
+        print(f"why: {job.out / (settings.name + '-bad.jsonl')}")
+    return 0
+
+
+def main() -> int:
+    args = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
