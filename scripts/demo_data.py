@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.demo import emoji, scenes
 from lumina_mgpt.demo.tokenizer import write_tokenizer
 from lumina_mgpt.errors import InputError
@@ -73,6 +74,7 @@ def _save(image: Image.Image, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path("work/demo"))
+    parser.add_argument("--model_config", default="configs/model/demo.yaml", help="its config.json goes to the tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
@@ -86,6 +88,7 @@ def main() -> int:
         write_tokenizer_pictures(args.out_dir / "pictures", rng.sample(singles + pairs, PANELS), pictures, rng)
         captions = write_records(args.out_dir / "records.jsonl", args.out_dir / "pictures", singles + pairs, rng)
         write_tokenizer(args.out_dir / "tokenizer", captions)
+        ModelConfig.from_yaml(args.model_config).to_json(args.out_dir / "tokenizer" / "config.json")
         aliases = [emoji.ALIASES[name] for name in names if name in emoji.ALIASES]
         (args.out_dir / "tokenizer" / "names.txt").write_text("\n".join(sorted({*names, *aliases})) + "\n")
     except (InputError, OSError) as error:

@@ -169,7 +169,7 @@ class Trainer:
         temporary = self.state_path.with_suffix(".part")
         torch.save(state, temporary)
         temporary.replace(self.state_path)
-        export(self.model, self.out_dir / "movqgan.safetensors", torch.float32)
+        export(self.model, self.out_dir / "movqgan.safetensors")
 
     def _quantize(self, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Straight-through codes of a latent (B, Z, h, w), and the commitment loss."""
@@ -241,8 +241,9 @@ class Trainer:
         return self.model
 
 
-def export(model: MoVQGAN, path: Path, dtype: torch.dtype) -> None:
-    """Writes the weights as safetensors under the released names."""
+def export(model: MoVQGAN, path: Path) -> None:
+    """Writes the weights as safetensors under the released names, in float16: half the size, and the codes that later
+    trainings see are made by the very weights that are shipped."""
     temporary = path.with_suffix(".part")
-    save_file({key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}, temporary)
+    save_file({key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()}, temporary)
     temporary.replace(path)
