@@ -32,12 +32,12 @@ class MoVQGANTraining:
     """Settings; `minutes` is the whole budget and the learning rate falls linearly over it."""
 
     minutes: float = 45.0
-    pixels: int = 8 * 96 * 96  # of one batch
+    pixels: int = 4 * 96 * 96  # of one batch
     lr: float = 1.5e-3
     warmup_steps: int = 50
     continuous_steps: int = 400  # without quantization, so that codes are not fitted to noise
     commitment: float = 0.25
-    decay: float = 0.99  # of the codes' moving averages (van den Oord et al. 2017, appendix A.1)
+    decay: float = 0.995  # of the codes' moving averages (van den Oord et al. 2017, appendix A.1)
     dead_below: float = 0.05  # codes used less often than this per step are moved to a latent of the batch
     revive_every: int = 20
     revive_until: float = 0.8  # part of the budget after which codes are left where they are

@@ -1,0 +1,148 @@
+"""The demo's scenes, captions, maps and measures; and the shipped checkpoint itself."""
+
+import json
+import random
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumina_mgpt.demo import emoji, evaluation, scenes
+from lumina_mgpt.demo.emoji import CELL
+from lumina_mgpt.demo.scenes import COLORS, Scene
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "assets" / "demo"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, np.ndarray]:
+    """Discs of different colours and sizes under three real names: the emoji themselves are not shipped."""
+    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
+    made = {}
+    for n, name in enumerate(["hedgehog", "owl", "grapes"]):
+        rgba = np.zeros((CELL, CELL, 4), np.float32)
+        rgba[..., n] = 0.8
+        rgba[..., 3] = np.hypot(x, y) < 20 + 8 * n
+        made[name] = rgba
+    return made
+
+
+def test_captions_name_every_object_and_the_colour():
+    rng = random.Random(0)
+    for scene in (Scene(("hedgehog",), "orange"), Scene(("owl", "grapes"), "sky blue", "beside")):
+        captions = {scenes.caption(scene, rng) for _ in range(100)}
+        assert len(captions) > 5
+        for text in captions:
+            assert scene.color in text and all(name in text.lower() for name in scene.names), text
+            assert " a o" not in f" {text.lower()}" and "a grapes" not in text, text
+
+
+def test_left_and_above_are_where_the_caption_says(pictures):
+    beside = scenes.render(Scene(("owl", "hedgehog"), "white", "beside"), pictures)
+    above = scenes.render(Scene(("owl", "hedgehog"), "white", "above"), pictures)
+    assert beside.size == (2 * CELL, CELL) and above.size == (CELL, 2 * CELL)
+    middle = CELL // 2
+    owl, hedgehog = (0, 204, 0), (204, 0, 0)
+    assert [beside.getpixel(p) for p in ((middle, middle), (CELL + middle, middle))] == [owl, hedgehog]
+    assert [above.getpixel(p) for p in ((middle, middle), (middle, CELL + middle))] == [owl, hedgehog]
+    rng = random.Random(0)
+    for _ in range(50):
+        text = scenes.caption(Scene(("owl", "hedgehog"), "white", "beside"), rng).lower()
+        first, second = ("hedgehog", "owl") if "right of" in text else ("owl", "hedgehog")
+        assert text.index(first) < text.index(second)
+
+
+def test_held_out_compositions_never_reach_training():
+    names = emoji.known_names()
+    rng = random.Random(0)
+    training, held = scenes.random_pairs(names, 500, False, rng), scenes.random_pairs(names, 200, True, rng)
+    pairs = [{frozenset(scene.names) for scene in part} for part in (training, held)]
+    assert not pairs[0] & pairs[1]
+    singles = scenes.all_singles(names)
+    share = sum(scene.held_out for scene in singles) / len(singles)
+    assert 0.08 < share < 0.12
+    assert len({scene.key for scene in singles}) == len(singles)
+
+
+def test_maps_follow_the_layers(pictures):
+    scene = Scene(("hedgehog", "grapes"), "white", "beside")
+    depth = np.asarray(scenes.depth(scene, pictures))[..., 0]
+    middle, rim = CELL // 2, CELL // 2 - 18
+    assert depth[0, 0] == 0 and depth[middle, middle] > depth[middle, rim] > 0  # rounded, on a far background
+    assert depth[middle, middle] > depth[middle, CELL + middle] > 0  # the first object is nearer
+    segmented = np.asarray(scenes.segmentation(scene, pictures))
+    slots = [tuple(segmented[middle, x]) for x in (middle, CELL + middle)]
+    assert slots == list(scenes.SLOT_COLORS) and not segmented[0, 0].any()
+    edges = np.asarray(scenes.edges(scenes.render(scene, pictures)))[..., 0]
+    assert set(np.unique(edges)) == {0, 255}
+    distance = np.abs(np.hypot(*(np.argwhere(edges[:, :CELL]) - (CELL - 1) / 2).T) - 20)
+    assert len(distance) > 50 and distance.max() < 3  # the outline of the first disc, and nothing else
+
+
+def test_the_measures_find_what_was_rendered_and_notice_what_was_not(pictures):
+    for name in pictures:
+        for color in COLORS:
+            scene = Scene((name,), color)
+            image = scenes.render(scene, pictures)
+            noisy = np.asarray(image) + np.random.default_rng(0).normal(0, 12, (CELL, CELL, 3))
+            image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+            assert evaluation.nearest_color(image) == color
+            (cell,) = evaluation.cells(image, scene)
+            assert evaluation.nearest_emoji(cell, color, pictures) == name
+    assert evaluation.psnr(image, image) == 100 and evaluation.psnr(image, scenes.render(scene, pictures)) < 30
+    assert str(evaluation.Share(150, 300)) == "50.0 ± 2.9 %"
+
+
+def test_loose_pictures_are_a_function_of_the_seed(pictures):
+    first, again, other = (scenes.loose(random.Random(seed), pictures) for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+# -- the shipped checkpoint --------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_checkpoint_is_complete_and_small():
+    names = (DEMO / "names.txt").read_text().split("\n")[:-1]
+    assert set(emoji.known_names()) <= set(names)
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 40e6
+    config = json.loads((DEMO / "config.json").read_text())
+    assert config["model_type"] == "chameleon" and config["base_size"] == CELL
+
+
+def test_it_draws_what_is_asked_for():
+    """Backgrounds by colour; and the picture of a prompt is nearer to another seed's than to another prompt's."""
+    from lumina_mgpt import Pipeline
+
+    pipeline = Pipeline.from_pretrained(DEMO)
+    prompts = {"a hedgehog on a sky blue background": "sky blue", "a red apple on a black background": "black",
+               "a cactus on a pink background": "pink"}  # fmt: skip
+    results = pipeline.generate(list(prompts), n=2, seed=3)
+    images = [[r.image for r in results if r.job.prompt_index == n] for n in range(len(prompts))]
+    for (first, second), color in zip(images, prompts.values(), strict=True):
+        assert evaluation.nearest_color(first) == color
+        assert evaluation.nearest_color(second) == color
+    centre = [[np.asarray(i, float)[24:72, 24:72] for i in pair] for pair in images]
+    for n, (first, second) in enumerate(centre):
+        others = [((first - other[0]) ** 2).mean() for m, other in enumerate(centre) if m != n]
+        assert ((first - second) ** 2).mean() < 0.7 * min(others)
+
+
+def _readme_commands() -> list[str]:
+    """Commands of the README that run on the demo checkpoint."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines() if line.startswith("    ")]
+    return [line for line in lines if line.startswith("python generate_examples/") and "Alpha-VLLM" not in line]
+
+
+@pytest.mark.parametrize("command", _readme_commands())
+def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
+    script, *options = shlex.split(command)[1:]
+    done = subprocess.run([sys.executable, str(ROOT / script), *options], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "0_0.png").is_file()
