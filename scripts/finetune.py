@@ -58,7 +58,7 @@ def parse() -> tuple[argparse.Namespace, dict]:
         parser.add_argument(f"--{field.name}", **options)
     parser.add_argument("--model_size", help="released spelling of --model_config configs/model/SIZE.yaml (2B, 7B)")
     parser.add_argument("--warmup_epochs", type=float, help="released spelling of --warmup, in epochs")
-    parser.add_argument("--export_only", action="store_true", help="export the newest checkpoint of --output_dir and stop")
+    parser.add_argument("--export_only", action="store_true", help="export the newest checkpoint, do not train")
     parser.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
     parser.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     args = parser.parse_args()

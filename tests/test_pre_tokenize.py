@@ -142,7 +142,7 @@ def test_bad_items_are_logged_and_never_replaced(tools, tmp_path):
         {"image_path": "missing.png", "prompt": "a cat"}, {"image_path": str(tmp_path / "no.png"), "prompt": "a cat"},
         {"image_path": name, "prompt": "a <eoss> cat"}, {"prompt": "a cat"}, "text",
         {"conversations": [{"from": "gpt", "value": "hello"}], "image": name},
-        {"conversations": [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": "a"}], "image": [name, name]},
+        {"conversations": [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": ""}], "image": 2 * [name]},
     ]  # fmt: skip
     job = tokenize(tools, write_records(tmp_path, [good, *bad, good]), tmp_path / "out")
     assert (job.good, job.bad) == (2, 7)
@@ -176,11 +176,11 @@ def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(24)]
     path = write_records(tmp_path, [{"image_path": names[n % 24], "prompt": f"cat {n}"} for n in range(48)])
     out, block = tmp_path / "out", ["--block", "2", "--batch_size", "2"]
-    command = [sys.executable, "scripts/pre_tokenize.py", "--in_filename", path, "--out_dir", out, "--target_size", "64"]
-    command += ["--model_path", tiny_checkpoint, *block]
+    command = [sys.executable, "scripts/pre_tokenize.py", "--in_filename", path, "--out_dir", out, *block]
+    command = list(map(str, command + ["--target_size", 64, "--model_path", tiny_checkpoint]))
     kills = 0
     for wanted in (1, 5):
-        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and len(list(out.glob("shards/*.safetensors"))) < wanted:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)

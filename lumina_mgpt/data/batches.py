@@ -48,8 +48,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shapes: ids (B, T) long; index (L,) positions in the flattened ids whose successor has a label; targets (L,) that
-    successor, -100 where `index` is padding. `labelled` counts the real ones, `tokens` the ids that are no padding."""
+    """Shapes: ids (B, T) long; index (L,) positions in the flattened ids whose successor has a label; targets (L,)
+    that successor, -100 where `index` is padding. `labelled` counts the real ones, `tokens` the ids without padding."""
 
     ids: Tensor
     index: Tensor
@@ -109,8 +109,8 @@ def empty_like(batch: MicroBatch) -> MicroBatch:
 class Feed:
     """Hands out the micro-batches of each step to one of `world` processes; its position is (epoch, done).
 
-    A step takes `accum` * `world` micro-batches of the plan, process r those at r, r + world, ...; at the end of an epoch
-    fewer may be left, and the step is a smaller one.
+    A step takes `accum` * `world` micro-batches of the plan, process r those at r, r + world, ...; at the end of an
+    epoch fewer may be left, and the step is a smaller one.
     """
 
     def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:

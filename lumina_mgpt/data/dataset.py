@@ -13,7 +13,7 @@ from lumina_mgpt.data.files import read_rows
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.unirep import drop_context
+from lumina_mgpt.unirep import decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
 
 DROPPED_SHARE = 0.1  # of the sequences lose their context, as released; guidance needs them
@@ -48,7 +48,8 @@ def read_sources(data_config: str | Path) -> list[Source]:
         raise InputError(f"--data_config {data_config} must hold one list, META; see configs/data/")
     sources = []
     for entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or not {"path", "type", "ratio"} >= set(entry):
+        fits = isinstance(entry, dict) and isinstance(entry.get("path"), str)
+        if not fits or not {"path", "type", "ratio"} >= set(entry):
             raise InputError(f"--data_config {data_config}: an entry has path, type and ratio only, got {entry!r}")
         sources.append(Source(**entry))
     return sources
@@ -88,7 +89,8 @@ class TokenDataset:
             try:
                 file, length, record = str(row["file"]), int(row["len"]), int(row["id"])
             except (TypeError, KeyError, ValueError):
-                raise InputError(f"{source.path}: a record is {{file, len, id}}, got {row!r}; make it with concat_record.py") from None
+                raise InputError(f"{source.path}: a record is {{file, len, id}}, got {row!r}; make the file with "
+                                 "scripts/concat_record.py") from None  # fmt: skip
             if file not in known:
                 known[file] = len(self.files)
                 self.files.append(str(base / file))
@@ -96,13 +98,27 @@ class TokenDataset:
         return np.array(table, dtype=np.int64)
 
     def check(self, max_seq_len: int) -> None:
-        """Raises: InputError: some sequences are longer than `max_seq_len`; says how many."""
+        """What can be known to be wrong before anything is trained.
+
+        Raises:
+            InputError: sequences are longer than `max_seq_len` (says how many), or a source is of another vocabulary.
+        """
         over = int((self.lengths > max_seq_len).sum())
         if over:
             raise InputError(
-                f"--max_seq_len must be at least {self.lengths.max()}, got {max_seq_len}: {over} of {len(self.lengths)} "
-                "sequences are longer; raise it, or pre-tokenize to a smaller --target_size"
+                f"--max_seq_len must be at least {self.lengths.max()}, got {max_seq_len}: {over} of "
+                f"{len(self.lengths)} sequences are longer; raise it, or pre-tokenize to a smaller --target_size"
             )
+        for source, (start, _) in zip(self.sources, self.spans, strict=True):
+            ids = self.sequence(start).ids.tolist()
+            ends = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_end_id]
+            begins = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_start_id]
+            try:
+                for begin, end in zip(begins, ends, strict=True):
+                    decode_image(torch.tensor(ids[begin : end + 1]), self.vocabulary)
+            except ValueError as error:
+                raise InputError(f"{source.path} was made with another vocabulary ({error}); pre-tokenize with the "
+                                 "tokenizer and config.json of this model") from None  # fmt: skip
 
     def fingerprint(self) -> str:
         """Changes whenever the plan of an epoch would."""

@@ -20,7 +20,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}); free some space or choose another folder") from None
+        raise InputError(f"{path} cannot be written ({error.strerror}); free some space, or write elsewhere") from None
 
 
 def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
@@ -34,7 +34,7 @@ def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); free some space or choose another folder") from None
+        raise InputError(f"{path} cannot be written ({error.strerror}); free some space, or write elsewhere") from None
 
 
 def json_line(row: dict) -> str:

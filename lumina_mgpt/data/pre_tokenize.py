@@ -99,15 +99,14 @@ class PreTokenizer:
         uses = Counter(path for record in records.values() if isinstance(record, Record) for path in set(record.images))
         for number in todo:
             block = {n: records.pop(n) for n in self.blocks[number]}
-            self._encode_images(path for record in block.values() if isinstance(record, Record) for path in record.images)
+            whole = [record for record in block.values() if isinstance(record, Record)]
+            self._encode_images(path for record in whole for path in record.images)
             index = self._write(number, block)
             self._list([(self.shard(number), index)])
-            for record in block.values():
-                if isinstance(record, Record):
-                    uses.subtract(set(record.images))
-                    for path in record.images:
-                        if not uses[path]:
-                            self.codes.pop(path, None)
+            for record in whole:
+                uses.subtract(set(record.images))
+            for path in [path for path in self.codes if not uses[path]]:
+                del self.codes[path]
             progress(len(block))
 
     def _parse(self, number: int) -> Record | str:
@@ -197,8 +196,8 @@ class PreTokenizer:
 def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[int, int]:
     """Checks every shard of every rank and writes one record file; returns the numbers of records and of bad items.
 
-    `save_path` ends in `.jsonl` (a line a record) or `.json` (one list); the shards stay where they are, and `file` in a
-    row is their path from the folder of `save_path`.
+    `save_path` ends in `.jsonl` (a line a record) or `.json` (one list); the shards stay where they are, and `file` in
+    a row is their path from the folder of `save_path`.
 
     Raises:
         InputError: a rank is missing or unfinished, a shard is damaged, or a record file does not list its shards.
@@ -211,9 +210,11 @@ def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[i
         raise InputError(f"--sub_record_dir {folder} holds no work of pre_tokenize.py; give its --out_dir")
     read = [json.loads(path.read_text()) for path in jobs]
     splits = read[0]["splits"]
-    if [job["rank"] for job in read] != list(range(splits)) or any({**job, "rank": 0} != read[0] for job in read):
-        ranks = [job["rank"] for job in read]
-        raise InputError(f"--sub_record_dir {folder} holds ranks {ranks} of {splits}; run pre_tokenize.py for the others")
+    ranks = [job["rank"] for job in read]
+    if ranks != list(range(splits)):
+        raise InputError(f"--sub_record_dir {folder} holds ranks {ranks} of {splits}; run pre_tokenize.py for all")
+    if any(job | {"rank": 0} != read[0] for job in read):
+        raise InputError(f"--sub_record_dir {folder}: its ranks were made with different settings; start over")
     rows, bad = [], 0
     for job in read:
         part, left_out = _check_rank(folder, job)
@@ -230,12 +231,13 @@ def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[i
 
 def _check_rank(folder: Path, job: dict) -> tuple[list[dict], int]:
     name = f"{job['rank']}-of-{job['splits']}"
+    again = f"run pre_tokenize.py --rank {job['rank']} again"
     first, last = (job["records"] * n // job["splits"] for n in (job["rank"], job["rank"] + 1))
     rows, bad, seen = [], 0, []
     for number in range(-(-(last - first) // job["block"])):
         path = folder / "shards" / f"{name}-{number:05d}.safetensors"
         if not path.exists():
-            raise InputError(f"{path} is missing: rank {job['rank']} is not finished; run pre_tokenize.py --rank {job['rank']} again")
+            raise InputError(f"{path} is missing: rank {job['rank']} is not finished; {again}")
         index = read_index(path, check=True)
         rows += index.rows(str(path.relative_to(folder)))
         bad += len(index.bad)
@@ -244,5 +246,5 @@ def _check_rank(folder: Path, job: dict) -> tuple[list[dict], int]:
         raise InputError(f"{folder}: the shards of rank {job['rank']} do not hold their records once each; start over")
     listed = read_rows(folder / f"{name}-record.jsonl", "--sub_record_dir")
     if sorted(listed, key=lambda row: row["id"]) != rows:
-        raise InputError(f"{folder}/{name}-record.jsonl does not list its shards; run pre_tokenize.py --rank {job['rank']} again")
+        raise InputError(f"{folder}/{name}-record.jsonl does not list its shards; {again}")
     return rows, bad

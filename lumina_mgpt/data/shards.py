@@ -83,7 +83,7 @@ def read_index(path: str | Path, check: bool = False) -> ShardIndex:
             if check:
                 tensors = {name: file.get_tensor(name) for name in ("ids", "labelled", "offsets", "records")}
                 if str(_checksum(tensors)) != metadata["checksum"]:
-                    raise InputError(f"{path} is damaged: its checksum differs; delete it and run pre_tokenize.py again")
+                    raise InputError(f"{path} is damaged (checksum); delete it and run pre_tokenize.py again")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); delete it and run pre_tokenize.py again") from None
     lengths = offsets.diff()

@@ -1,11 +1,12 @@
 """Checkpoints of a run: weights, optimizer, moving average and position, by torch.distributed.checkpoint.
 
-A checkpoint is a folder `checkpoints/step-N` that is renamed into place when all of it is written; it loads on any number
-of processes.
+A checkpoint is a folder `checkpoints/step-N` that is renamed into place when all of it is written; it loads on any
+number of processes.
 """
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -78,17 +79,15 @@ def save(output_dir: Path, model: Transformer, optimizers: list[Optimizer], ema:
     return final
 
 
-def load(checkpoint: Path, model: Transformer, optimizers: list[Optimizer], ema: Ema | None, processes: Processes) -> None:
+def load(checkpoint: Path, model: Transformer, optimizers: list[Optimizer], ema: Ema | None,
+         processes: Processes) -> None:  # fmt: skip
     """Fills model, optimizers and moving average from a checkpoint.
 
     Raises:
         InputError: a file is missing or damaged, or holds another model.
     """
     tensors = _tensors(model, optimizers, ema)
-    try:
-        _quietly(dcp.load, tensors, checkpoint_id=checkpoint, no_dist=processes.world == 1)
-    except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-        raise InputError(f"{checkpoint} cannot be loaded ({_brief(error)}); remove it to go on from the one before") from None
+    _read(checkpoint, tensors, no_dist=processes.world == 1)
     set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
 
 
@@ -103,8 +102,12 @@ def _quietly(call, *args, **kwargs) -> None:
         call(*args, **kwargs)
 
 
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def _read(checkpoint: Path, tensors: dict, no_dist: bool) -> None:
+    try:
+        _quietly(dcp.load, tensors, checkpoint_id=checkpoint, no_dist=no_dist)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{checkpoint} cannot be loaded ({reason}); remove it to use the one before") from None
 
 
 def keep_tokenizer(source: str | Path, output_dir: Path) -> None:
@@ -131,10 +134,7 @@ def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str 
     state = read_state(checkpoint)
     model = Transformer(ModelConfig(**state["model"]))
     weights = {name: parameter.data for name, parameter in model.named_parameters()}
-    try:
-        _quietly(dcp.load, {"ema" if state["ema"] else "model": weights}, checkpoint_id=checkpoint, no_dist=True)
-    except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-        raise InputError(f"{checkpoint} cannot be loaded ({_brief(error)}); remove it to use the one before") from None
+    _read(checkpoint, {"ema" if state["ema"] else "model": weights}, no_dist=True)
     save_model(model, folder, DTYPES[dtype])
     for file in (output_dir / "tokenizer").iterdir():
         shutil.copyfile(file, folder / file.name)

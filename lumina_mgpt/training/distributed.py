@@ -31,9 +31,9 @@ class Processes:
             return cls(0, 1, resolve_device(device))
         found = resolve_device(device)
         if found.type == "cuda":
-            index = int(os.environ["LOCAL_RANK"])
-            if index >= torch.cuda.device_count():
-                raise InputError(f"torchrun --nproc-per-node must be at most {torch.cuda.device_count()}, the GPUs here")
+            index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if index >= count:
+                raise InputError(f"torchrun --nproc-per-node must be at most {count}, the GPUs here")
             found = torch.device("cuda", index)
             torch.cuda.set_device(found)
         backend = "nccl" if found.type == "cuda" else "gloo"

@@ -66,7 +66,8 @@ class Settings:
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("lr", "muon_lr"):
             self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "must be above 0")
-        for name in ("min_lr", "wd", "clip_grad", "z_loss_weight", "save_iteration_interval", "save_minutes", "threads"):
+        limits = ("min_lr", "wd", "clip_grad", "z_loss_weight")
+        for name in (*limits, "save_iteration_interval", "save_minutes", "threads"):
             self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "must be at least 0")
         self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
         for name in ("warmup", "dropout", "ema"):

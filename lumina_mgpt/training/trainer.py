@@ -93,8 +93,8 @@ class Trainer:
             found = Path(self.settings.resume)
             checkpoint.read_state(found)
         elif found is not None and not self.settings.resume:
-            raise InputError(f"--output_dir {self.output_dir} holds a run already ({found.name}); --resume auto goes on "
-                             "with it, another folder starts anew")  # fmt: skip
+            raise InputError(f"--output_dir {self.output_dir} holds a run already ({found.name}); --resume auto goes "
+                             "on with it, another folder starts anew")  # fmt: skip
         return found
 
     def _identity(self) -> dict:
@@ -114,10 +114,11 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
-        mine = self._identity()
-        differs = [f"--{key} (was {state['identity'].get(key)})" for key in mine if state["identity"].get(key) != mine[key]]
+        mine, its = self._identity(), state["identity"]
+        differs = [f"--{key} (was {its.get(key)})" for key in mine if its.get(key) != mine[key]]
         if differs:
-            raise InputError(f"--resume {path} is of a run with another {', '.join(differs)}; use the same, or a new --output_dir")
+            raise InputError(f"--resume {path} is of a run with another {', '.join(differs)}; use the same, or a new "
+                             "--output_dir")  # fmt: skip
         checkpoint.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
@@ -171,8 +172,9 @@ class Trainer:
         elapsed = time.monotonic() - began if processes.first else 0.0
         cross, z, stop, elapsed = processes.sum(*(sum(loss) for loss in zip(*losses, strict=True)), self.stop, elapsed)
         if not math.isfinite(cross + z + norm):
-            raise InputError(f"the loss is {cross / max(1.0, labelled)} and the gradient norm {norm} at step {self.at + 1}; "
-                             f"the checkpoints before it are kept: go on from one with a lower --lr than {settings.lr}")  # fmt: skip
+            raise InputError(f"the loss is {cross / max(1.0, labelled)} and the gradient norm {norm} at step "
+                             f"{self.at + 1}; the checkpoints before it are kept: go on from one with a lower --lr "
+                             f"than {settings.lr}")  # fmt: skip
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
