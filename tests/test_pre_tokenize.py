@@ -1,6 +1,7 @@
 """Pictures and texts to token shards: against the oracle, after kills, with bad items."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from lumina_mgpt.unirep import encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +182,7 @@ def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
     command = list(map(str, command + ["--target_size", 64, "--model_path", tiny_checkpoint]))
     kills = 0
     for wanted in (1, 5):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while process.poll() is None and len(list(out.glob("shards/*.safetensors"))) < wanted:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -230,5 +232,5 @@ def test_script_names_the_wrong_option(tiny_checkpoint, tmp_path, options, messa
     path = write_records(tmp_path, [{"image_path": "a.png", "prompt": "a cat"}])
     command = [sys.executable, "scripts/pre_tokenize.py", "--in_filename", path, "--out_dir", tmp_path / "out"]
     command += ["--model_path", tiny_checkpoint, *options]
-    run = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1

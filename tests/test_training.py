@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,10 @@ def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_overfits_a_batch(settings, optimizer):
-    size = dict(batch_size=24, max_steps=160, dropout=0.0, wd=0.0, warmup=0.05, lr=1e-2, optimizer=optimizer)
+    size = dict(batch_size=24, max_steps=80, dropout=0.0, wd=0.0, warmup=0.05, lr=1e-2, optimizer=optimizer)
     Trainer(changed(settings, **size), ONE).run()
     losses = [row["loss"] for row in metrics_of(settings.output_dir)]
-    assert losses[0] > 3 and losses[-1] < 0.4  # nearest to 0 that dropped contexts allow: some pictures lack their name
+    assert losses[0] > 3 and losses[-1] < 0.3
 
 
 def test_schedule_rises_and_falls():
@@ -185,6 +186,10 @@ def test_run_that_is_there_is_not_overwritten(settings):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
 
 
+def environment() -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def command(settings: Settings, *options, processes: int = 1) -> list[str]:
     start = [sys.executable]
     if processes > 1:
@@ -199,10 +204,10 @@ def command(settings: Settings, *options, processes: int = 1) -> list[str]:
 
 def test_ctrl_c_writes_a_checkpoint(settings):
     long = changed(settings, max_steps=100_000)
-    process = subprocess.Popen(command(long), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(long), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     lines = Path(settings.output_dir) / "metrics.jsonl"
     while process.poll() is None and not (lines.exists() and lines.stat().st_size):
-        pass
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume auto" in errors, errors
@@ -218,9 +223,8 @@ def test_two_processes_equal_one(settings, tmp_path):
     one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=7, ema=0.9)
     Trainer(one, ONE).run()
     two = changed(one, accum_iter=1, output_dir=str(tmp_path / "two"))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     line = command(two, "--export_dtype", "fp32", processes=2)
-    run = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True)
+    run = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     for a, b in zip(metrics_of(one.output_dir), metrics_of(two.output_dir), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)

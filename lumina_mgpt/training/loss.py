@@ -32,11 +32,11 @@ class LossModel(nn.Module):
         return token_losses(self.model.project(rows), targets)
 
     def compile_parts(self) -> None:
-        """Compiles each layer and the loss; each distinct batch shape is compiled once."""
+        """Compiles each layer, once for every batch shape, and the loss, once for all."""
         torch._dynamo.config.recompile_limit = 64  # widths x (first and later layers): more than the default of 8
         for layer in self.model.layers:
             layer.compile(dynamic=False)
-        self.losses = torch.compile(self._losses, dynamic=False)
+        self.losses = torch.compile(self._losses, dynamic=True)  # the number of labels is never quite the same
 
     def forward(self, ids: Tensor, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of cross-entropy and z-loss; only the positions in `index` reach the head.

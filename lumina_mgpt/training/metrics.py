@@ -1,13 +1,14 @@
 """What a run tells about itself: a progress bar, and one JSON line a step."""
 
 import json
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lumina_mgpt.data.files import append_lines, json_line, write_atomic
 
-_FLUSH = 20
+_FLUSH_SECONDS = 5
 
 
 class Metrics:
@@ -15,6 +16,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, progress: float, active: bool) -> None:
         self.active, self.path, self.waiting = active, folder / "metrics.jsonl", []
+        self.flushed = 0.0
         if not active:
             return
         if self.path.exists():  # lines of steps that a resumed run does again
@@ -31,13 +33,13 @@ class Metrics:
         self.bar.set_postfix_str(
             f"step {row['step']} loss {row['loss']:.3f} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s"
         )
-        if len(self.waiting) >= _FLUSH:
+        if time.monotonic() - self.flushed > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         if self.active:
             append_lines(self.path, self.waiting)
-            self.waiting = []
+            self.waiting, self.flushed = [], time.monotonic()
 
     def close(self) -> None:
         if self.active:
