@@ -228,4 +228,5 @@ def _drop(x: Tensor, rate: float) -> Tensor:
 def _narrow(x: Tensor) -> Tensor:
     """Under autocast, cast once what several projections read (each would make a copy of its own)."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if enabled else x

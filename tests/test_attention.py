@@ -1,0 +1,134 @@
+"""Attention backends against attention written as its formula."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model import attention
+from lumina_mgpt.model.attention import Span
+from lumina_mgpt.model.kv_cache import KVCache
+
+CONFIG = ModelConfig(
+    vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, image_code_offset=0, num_image_codes=8,
+)  # fmt: skip
+
+
+def heads(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def formula(q, k, v, positions):
+    """softmax(q k / sqrt(H)) v over slots up to each query's position. q (B, T, N, H), k, v (B, S, K, H)."""
+    group = q.shape[2] // k.shape[2]
+    out = torch.zeros_like(q)
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            seen = int(positions[b, t]) + 1
+            for n in range(q.shape[2]):
+                keys, values = k[b, :seen, n // group], v[b, :seen, n // group]
+                out[b, t, n] = torch.softmax(keys @ q[b, t, n] / q.shape[3] ** 0.5, 0) @ values
+    return out
+
+
+def span_for(positions, length, cache, filled=None):
+    return Span.of(length, positions, cache, filled, torch.float64, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_each_row_sees_the_slots_up_to_its_own_positions(length):
+    cache = KVCache(CONFIG, 3, 12, torch.float64, "cpu")
+    positions = torch.tensor([[4], [0], [6]]) + torch.arange(length)
+    span = span_for(positions, length, cache, filled=11)
+    q, k, v = heads(3, length, 4, 8), heads(3, 11, 2, 8, seed=1), heads(3, 11, 2, 8, seed=2)
+    expected = formula(q, k, v, positions)
+    torch.testing.assert_close(attention.sdpa(q, k, v, span, True), expected, rtol=0, atol=1e-12)
+
+
+def test_cheap_spans_have_no_mask():
+    cache = KVCache(CONFIG, 2, 12, torch.float32, "cpu")
+    for span, filled, causal in [
+        (span_for(0, 7, None), 7, True),
+        (span_for(0, 7, cache), 7, True),
+        (span_for(9, 1, cache), 10, False),
+        (span_for(0, 1, cache), 1, False),
+    ]:
+        assert span.mask is None and (span.filled, span.causal) == (filled, causal)
+    assert span_for(3, 2, cache).mask.shape == (1, 1, 2, 5)
+    assert span_for(torch.zeros(2, 1, dtype=torch.long), 1, cache).filled == 12
+
+
+def test_the_cache_writes_where_it_is_told_and_nowhere_else():
+    cache = KVCache(CONFIG, 2, 8, torch.bfloat16, "cpu")
+    keys, values = heads(2, 3, 2, 8, seed=1, dtype=torch.float32), heads(2, 3, 2, 8, seed=2, dtype=torch.float32)
+    positions = torch.tensor([[0, 1, 2], [4, 5, 6]])
+    k, v = cache.update(1, keys, values, positions, 7)
+    assert k.shape == v.shape == (2, 7, 2, 8) and k.dtype == torch.bfloat16
+    for row, start in ((0, 0), (1, 4)):
+        assert torch.equal(k[row, start : start + 3], keys[row].bfloat16())
+        assert torch.equal(v[row, start : start + 3], values[row].bfloat16())
+    assert cache.store.count_nonzero() == keys.numel() + values.numel()  # the rest is zero: never NaN
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+def test_written_out_equals_the_kernel(length):
+    """Values and gradients, in float64 by way of the private function, at the edges of its blocks."""
+    q, k, v = (heads(2, 3, length, 8, seed=s).requires_grad_() for s in range(3))
+    outward = heads(2, 3, length, 8, seed=9)
+    results = []
+    for attend in (attention._causal_blocks, lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True)):  # fmt: skip
+        out = attend(q, k, v)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), outward)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_written_out_only_where_it_pays(monkeypatch):
+    """bf16 on a CPU with gradients; long sequences, float32 and inference go to the kernel."""
+    used = []
+    monkeypatch.setattr(attention, "_causal_blocks", lambda q, k, v: used.append(q.shape) or q)
+    span = span_for(0, 6, None)
+    for dtype, grad, expected in [(torch.bfloat16, True, 1), (torch.bfloat16, False, 0), (torch.float32, True, 0)]:
+        used.clear()
+        q = heads(1, 6, 2, 8, dtype=dtype).requires_grad_(grad)
+        attention.sdpa(q, q.detach(), q.detach(), span, False)
+        assert len(used) == expected
+
+
+def fake_flash(q, k_cache, v_cache, *, cache_seqlens, causal):
+    """What flash-attn documents: per-row lengths, causal aligned to the end of each row's keys."""
+    assert causal and cache_seqlens.dtype == torch.int32
+    T = q.shape[1]
+    return formula(q, k_cache, v_cache, cache_seqlens[:, None].long() - T + torch.arange(T))
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([[4, 5, 6], [0, 1, 2]]), 3], ids=["ragged", "alike"])
+def test_flash_reads_each_row_to_its_own_length(monkeypatch, positions):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_with_kvcache=fake_flash))
+    cache = KVCache(CONFIG, 2, 9, torch.float64, "cpu")
+    span = span_for(positions, 3, cache, filled=8)
+    q, k, v = heads(2, 3, 4, 8), heads(2, span.filled, 2, 8, seed=1), heads(2, span.filled, 2, 8, seed=2)
+    expected = attention.sdpa(q, k, v, span, True)
+    torch.testing.assert_close(attention.flash(q, k, v, span, True), expected, rtol=0, atol=1e-12)
+    span = span_for(0, 3, None)
+    torch.testing.assert_close(attention.flash(q, q, q, span, False), attention.sdpa(q, q, q, span, False))
+
+
+def test_backends_that_cannot_work_say_so(monkeypatch):
+    assert attention.backend("sdpa") is attention.sdpa
+    with pytest.raises(InputError, match="--attn must be sdpa or flash, got 'eager'"):
+        attention.backend("eager")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--attn flash needs a CUDA GPU"):
+        attention.backend("flash")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(InputError, match="--attn flash needs the flash-attn package .* --attn sdpa"):
+        attention.backend("flash")
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace())
+    assert attention.backend("flash") is attention.flash
