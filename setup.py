@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+SCENES = ["opencv-python-headless>=4.10"]  # edge and distance maps of the demo checkpoint's training scenes
 
 
 def requirements() -> list[str]:
@@ -35,14 +36,14 @@ setup(
     package_data={"lumina_mgpt.demo": ["*.txt"]},
     install_requires=requirements(),
     extras_require={
+        "demo": SCENES,
         "test": [
+            *SCENES,
             "pytest>=8",
             "hypothesis>=6.100",  # property tests of the image sequences
             "transformers>=5.0",  # an independent Chameleon to compare logits with
-            "accelerate>=1.0",  # transformers' loader asks for it
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
-            "scipy>=1.13",  # statistics of the samplers, and edge maps of the training scenes
             "ruff>=0.12",
-        ]
+        ],
     },
 )

@@ -82,7 +82,10 @@ class Checkpoint:
         Raises:
             InputError: there is no such checkpoint, it is incomplete, or MoVQGAN weights are missing.
         """
-        folder = resolve(path)
+        try:
+            folder = resolve(path)
+        except InputError as error:
+            raise InputError(f"--model_path {error}") from None
         config = ModelConfig.from_json(folder / "config.json")
         vocabulary = Vocabulary.from_folder(folder, config)
         return cls(folder, config, vocabulary, find_movqgan(folder, movqgan_path))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,10 @@ from lumina_mgpt.outputs import OutputFolder
 
 SCRIPT = Path(__file__).parent.parent / "generate_examples" / "generate.py"
 BASE = ("--device", "cpu", "--width", "32", "--height", "32")
+PATIENCE = 300  # seconds for a process that takes three on an idle machine; only a hang may exceed it
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +202,7 @@ def test_hints():
         (["--prompt", "snow " * 3000], ["the prompt (number 1)", "shorter"]),
         (["--prompt_file", "/no/such/file"], ["--prompt_file /no/such/file", "No such file"]),
         (["--prompt_file", "."], ["--prompt_file .", "Is a directory"]),
-        (["--model_path", "no/such/folder"], ["no/such/folder"]),
+        (["--model_path", "no/such/folder"], ["--model_path no/such/folder"]),
         (["--movqgan_path", "/no/such.ckpt"], ["--movqgan_path /no/such.ckpt"]),
         (["--promt", "a cat"], ["--promt"]),
         (["--pro", "a cat"], ["--pro"]),
@@ -276,14 +281,14 @@ def test_a_folder_that_is_no_checkpoint(generate, tmp_path, capsys, no_weights):
 
 def test_a_hub_id_that_cannot_be_reached(tmp_path):
     """In a process of its own, whose every connection is refused at once."""
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    environment = ENVIRONMENT | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
     environment.pop("HF_HUB_OFFLINE", None)
     result = subprocess.run(
         [sys.executable, SCRIPT, *BASE, "--prompt", "a cat", "--model_path", "some/model", "--save_path", "out"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
-    assert result.stderr.count("\n") == 1 and "some/model" in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1 and "--model_path some/model" in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -307,7 +312,7 @@ def test_a_disk_without_room_is_noticed_before_the_work(tmp_path, tiny_checkpoin
     """A real limit of the system on the size of files stands in for the full disk."""
     result = subprocess.run(
         [sys.executable, SCRIPT, *BASE, "--prompt", "a cat", "--model_path", tiny_checkpoint, "--save_path", "out"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )  # fmt: skip
     assert result.returncode == 2, result.stderr
@@ -342,13 +347,16 @@ def test_ctrl_c_keeps_finished_pictures_and_nothing_else(tiny_checkpoint, tmp_pa
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--device", "cpu", "--prompt", "a cat", "-n", "500", "--batch_size", "1", "--preview",
          "--model_path", tiny_checkpoint, "--save_path", out],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (out / "0_1.png").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not (out / "0_1.png").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=PATIENCE)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     finished = names(out)
     assert finished == sorted(f"0_{repeat}.png" for repeat in range(len(finished))), "no preview, no half of a file"
@@ -402,3 +410,28 @@ def test_the_demo_checkpoint_is_found_from_any_folder(tmp_path, monkeypatch):
     assert cli.checkpoint_path("Alpha-VLLM/Lumina-mGPT-2.0") == "Alpha-VLLM/Lumina-mGPT-2.0"
     (tmp_path / "assets" / "demo").mkdir(parents=True)
     assert cli.checkpoint_path(cli.DEMO) == cli.DEMO, "a folder of that name right here is meant"
+
+
+def test_the_sample_script_runs_as_it_stands(tiny_checkpoint, tmp_path):
+    """From another folder, with a path and a prompt that need their quotes."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "my models" / "tiny")
+    result = subprocess.run(
+        ["bash", SCRIPT.parent.parent / "scripts" / "sample.sh", folder, "--prompt", "a cat  & \"a 'snowman'\"", *BASE],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "outputs" / "t2i" / "0_0.png") as image:
+        assert image.text["prompt"] == "a cat  & \"a 'snowman'\""
+
+
+def test_the_commands_of_the_readme_are_understood(script):
+    """Every `generate.py` line there parses; no option there is unknown, and none here is missing there."""
+    readme = (SCRIPT.parent.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    name = "python generate_examples/generate.py"
+    commands = [line.split(name, 1)[1] for line in readme.splitlines() if name in line]
+    assert len(commands) >= 3
+    for command in commands:
+        script.build_parser().parse_args(shlex.split(command, comments=True))
+    options = {option for action in script.build_parser()._actions for option in action.option_strings}
+    for option in options - {"-h", "--help"}:
+        assert f"`{option}" in readme, f"{option} is missing in the README"
