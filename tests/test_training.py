@@ -218,20 +218,22 @@ def test_ctrl_c_writes_a_checkpoint(settings):
 # -- many processes ----------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one(settings, tmp_path):
-    """The same micro-batches on two processes (gloo, FSDP) as one after the other; the last step is of one alone."""
-    one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=7, ema=0.9)
+@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-4), ("muon", 1e-3)])
+def test_two_processes_equal_one(settings, tmp_path, optimizer, tolerance):
+    """The same micro-batches on two processes (gloo, FSDP) as one after the other; the last step of an epoch is of one
+    alone. Muon orthogonalizes in bfloat16, so the order of its sums shows."""
+    one = changed(settings, optimizer=optimizer, dropout=0.0, batch_size=5, accum_iter=2, max_steps=7, ema=0.9)
     Trainer(one, ONE).run()
     two = changed(one, accum_iter=1, output_dir=str(tmp_path / "two"))
     line = command(two, "--export_dtype", "fp32", processes=2)
     run = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     for a, b in zip(metrics_of(one.output_dir), metrics_of(two.output_dir), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     exported = load_file(Path(two.output_dir) / "export" / "model.safetensors")
     for name, value in weights_of(one.output_dir).items():
-        torch.testing.assert_close(exported[name], value, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(exported[name], value, atol=tolerance, rtol=1e-3)
     Trainer(changed(one, output_dir=two.output_dir, max_steps=8, resume="auto"), ONE).run()  # from two to one
 
 
