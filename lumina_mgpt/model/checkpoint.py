@@ -100,16 +100,30 @@ def load_model(
     for shard in shards:
         with _open(shard) as (shapes, read):
             for name in shapes:
-                if name.startswith(UNUSED) or (config.tie_word_embeddings and name == _HEAD):
-                    continue
-                tensor = read(name)
-                if not tensor.is_floating_point():
-                    raise InputError(f"{shard}: {name} must hold floating-point numbers, got {tensor.dtype}")
-                held = torch.empty(tensor.shape, dtype=dtype, device=device)
-                assign(model, name.removeprefix("model."), held.copy_(tensor))
+                if not name.startswith(UNUSED):
+                    # A copy of its own: what safetensors returns is a view of the file.
+                    held = torch.empty(shapes[name], dtype=dtype, device=device)
+                    assign(model, name.removeprefix("model."), held.copy_(_floating(read(name), name, shard)))
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+        _tie(model, folder)
     return model.eval()
+
+
+def _floating(tensor: Tensor, name: str, shard: Path) -> Tensor:
+    if not tensor.is_floating_point():
+        raise InputError(f"{shard}: {name} must hold floating-point numbers, got {tensor.dtype}")
+    return tensor
+
+
+def _tie(model: Transformer, folder: Path) -> None:
+    """Makes embedding and head one parameter; a file may hold it twice, but not with different values."""
+    head, embedding = model.lm_head.weight, model.embed_tokens.weight
+    if not head.is_meta and not torch.equal(head, embedding):
+        raise InputError(
+            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
+            "tie_word_embeddings; set that to false if the head is its own"
+        )
+    model.lm_head.weight = embedding
 
 
 def assign_parameter(model: Transformer, name: str, tensor: Tensor) -> None:
@@ -216,7 +230,7 @@ def _unpickle(shard: Path) -> dict[str, Tensor]:
     """A pickled state dict. Only tensors are read from it: a pickle may otherwise run any code."""
     try:
         state = torch.load(shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard))
-    except RuntimeError as error:  # how torch tells of a damaged archive
+    except Exception as error:  # a damaged file makes torch's reader raise anything, KeyError and struct.error too
         raise pickle.UnpicklingError(_first_line(error)) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise pickle.UnpicklingError("it holds something else than named tensors")
