@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,8 +42,9 @@ def read_sources(data_config: str | Path) -> list[Source]:
     """
     try:
         raw = OmegaConf.to_container(OmegaConf.load(data_config), resolve=True)
-    except (OSError, UnicodeDecodeError, OmegaConfBaseException, ValueError) as error:
-        raise InputError(f"--data_config {data_config} cannot be read as YAML ({error}); see configs/data/") from None
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--data_config {data_config} cannot be read as YAML ({reason}); see configs/data/") from None
     entries = raw.get("META") if isinstance(raw, dict) else None
     if not isinstance(entries, list) or not entries or set(raw) != {"META"}:
         raise InputError(f"--data_config {data_config} must hold one list, META; see configs/data/")
