@@ -149,7 +149,7 @@ def known_names(folder: Path) -> list[str]:
 def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
     """A hint for a prompt that mentions nothing of `names`, with those that are spelt alike; None if it does."""
     text = prompt.lower()
-    if not names or any(re.search(rf"\b{re.escape(name.lower())}", text) for name in names):
+    if not names or any(re.search(rf"\b{re.escape(name.lower())}(e?s)?\b", text) for name in names):
         return None
     words = re.findall(r"[\w'-]+", text)
     phrases = [" ".join(words[i : i + size]) for size in (3, 2, 1) for i in range(len(words) - size + 1)]
