@@ -61,6 +61,8 @@ def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torc
     """Cosines and signed sines for `rotate`, computed in float32 (in float64 for a float64 model).
 
     `length` is the length that a dynamic scaling adapts to once it exceeds max_position_embeddings.
+    Differs from the reference: with a cache that is its number of slots, known beforehand, so that all keys of a
+    sequence are turned alike; there each step adapts to the length so far, and older keys keep their older angles.
     Shapes: positions (..., T); returns two of (..., T, 1, H).
     Source: RoFormer (arXiv 2104.09864); dynamic scaling: NTK-aware, as in transformers' `dynamic` rope type.
     """
