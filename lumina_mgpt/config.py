@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lumina_mgpt.errors import InputError
 
@@ -61,12 +62,13 @@ class ModelConfig:
         _require(math.isfinite(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
         _require(0 < self.rms_norm_eps < 1, "rms_norm_eps", self.rms_norm_eps, "must be in (0, 1)")
         _require(0 <= self.image_code_offset <= self.vocab_size - self.num_image_codes, "image_code_offset",
-                 self.image_code_offset, f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
-        _require(self.base_size > 0 and self.base_size % 32 == 0, "base_size", self.base_size, "must be a multiple of 32")
+                 self.image_code_offset,
+                 f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
+        _require(self.base_size > 0 and self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
             factor = self.rope_scaling.get("factor", 1.0)
-            _require(kind in ("linear", "dynamic"), "rope_scaling", self.rope_scaling, "must be null, linear or dynamic")
+            _require(kind in ("linear", "dynamic"), "rope_scaling", self.rope_scaling, "must be null, linear, dynamic")
             _require(isinstance(factor, int | float) and factor >= 1, "rope_scaling", self.rope_scaling,
                      "must have a factor of at least 1")  # fmt: skip
 
@@ -81,14 +83,16 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
-            raise InputError(f"{path} is missing; a checkpoint folder holds config.json, safetensors and a tokenizer") from None
+            rule = "a checkpoint folder holds config.json, safetensors and a tokenizer"
+            raise InputError(f"{path} is missing; {rule}") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise InputError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from None
         if not isinstance(raw, dict) or raw.get("model_type") != "chameleon":
             kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
             raise InputError(f"{path}: model_type must be chameleon, got {kind!r}; this is another kind of checkpoint")
         known = {field.name for field in fields(cls)}
-        return cls._build({key: value for key, value in raw.items() if key in known}, path)
+        values = {key: value for key, value in raw.items() if key in known}
+        return cls._build(_rope_of_transformers_5(raw.get("rope_parameters")) | values, path)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "ModelConfig":
@@ -96,8 +100,9 @@ class ModelConfig:
         path = Path(path)
         try:
             raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (OSError, UnicodeDecodeError, OmegaConfBaseException, ValueError) as error:
-            raise InputError(f"{path} cannot be read as YAML ({error}); see configs/model/ for examples") from None
+        except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read as YAML ({reason}); see configs/model/ for examples") from None
         if not isinstance(raw, dict):
             raise InputError(f"{path} must hold a mapping of model sizes, got {type(raw).__name__}; see configs/model/")
         unknown = sorted(set(map(str, raw)) - {field.name for field in fields(cls)})
@@ -139,6 +144,16 @@ class SamplingConfig:
         _require(math.isfinite(self.temperature) and self.temperature > 0, "--temperature", self.temperature,
                  "must be a finite number > 0; try 1.0, or --top_k 1 for the likeliest codes")  # fmt: skip
         _require(0 <= self.seed < 2**63, "--seed", self.seed, "must be in 0 ... 2**63 - 1")
+
+
+def _rope_of_transformers_5(parameters: dict | None) -> dict:
+    """`rope_theta` and `rope_scaling` out of the one entry that transformers 5 writes in their place."""
+    if not isinstance(parameters, dict):
+        return {}
+    values = {"rope_theta": parameters["rope_theta"]} if "rope_theta" in parameters else {}
+    if parameters.get("rope_type", "default") != "default":
+        values["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return values
 
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:

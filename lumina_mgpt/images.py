@@ -24,7 +24,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.width * image.height > _MAX_PIXELS:
-                raise InputError(f"{path}: {image.width}x{image.height} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
+                size = f"{image.width}x{image.height}"
+                raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
@@ -77,7 +78,8 @@ def candidate_sizes(target: int) -> list[tuple[int, int]]:
         InputError: `target` is no positive multiple of 32.
     """
     if target < _UNIT or target % _UNIT:
-        raise InputError(f"--target_size must be a multiple of {_UNIT}, got {target}; try {max(1, target // _UNIT) * _UNIT}")
+        nearest = max(1, target // _UNIT) * _UNIT
+        raise InputError(f"--target_size must be a multiple of {_UNIT}, got {target}; try {nearest}")
     patches = (target // _UNIT) ** 2
     columns, rows, sizes = patches, 1, []
     while columns > 0:

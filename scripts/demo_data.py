@@ -74,7 +74,7 @@ def _save(image: Image.Image, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", type=Path, default=Path("work/demo"))
-    parser.add_argument("--model_config", default="configs/model/demo.yaml", help="its config.json goes to the tokenizer")
+    parser.add_argument("--model_config", default="configs/model/demo.yaml", help="written beside the tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:

@@ -37,7 +37,7 @@ def main() -> int:
     parser.add_argument("--ch", type=int, default=32, help="width of the finest level, a multiple of 32")
     parser.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--num_codes", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -89,7 +89,8 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
     truncated.write_bytes(truncated.read_bytes()[:-600])
     bomb = tmp_path / "bomb.png"
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", zlib.compress(b"\0" * 100)))
+    chunks = _png_chunk(b"IHDR", header) + _png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
+    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     for path in (text, truncated, bomb, tmp_path / "missing.png", tmp_path):
         with pytest.raises(InputError, match=path.name):
             open_image(path)

@@ -148,7 +148,8 @@ def test_training_leftovers_are_dropped_and_the_rest_is_strict(oracle_movqgan, t
 
 def test_damaged_files_are_refused_by_name(oracle_movqgan, tmp_path):
     data = oracle_movqgan.read_bytes()
-    for name, content in {"cut.ckpt": data[: len(data) // 2], "text.ckpt": b"hello", "cut.safetensors": b"\1" * 64}.items():
+    contents = {"cut.ckpt": data[: len(data) // 2], "text.ckpt": b"hello", "cut.safetensors": b"\1" * 64}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             ImageTokenizer.from_checkpoint(tmp_path / name)

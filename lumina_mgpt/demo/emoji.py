@@ -68,8 +68,8 @@ def fetch(folder: Path) -> None:
             except FileNotFoundError:
                 raise InputError(f"npm is needed to fetch {package}; install Node.js") from None
             except subprocess.CalledProcessError as error:
-                reason = error.stderr.decode(errors="replace").strip().splitlines()[-1:]
-                raise InputError(f"npm pack {package} failed ({' '.join(reason)}); is the registry reachable?") from None
+                reason = " ".join(error.stderr.decode(errors="replace").split())[-200:]
+                raise InputError(f"npm pack {package} failed ({reason}); is the registry reachable?") from None
             (archive,) = Path(temporary).glob("*.tgz")
             with tarfile.open(archive) as tar:
                 tar.extractall(temporary, filter="data")

@@ -125,7 +125,7 @@ def segmentation(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
 
 
 def loose(rng: random.Random, pictures: dict[str, np.ndarray]) -> Image.Image:
-    """Emoji of any size anywhere on a gradient of two colours, CELL x CELL: teaches the image tokenizer to generalise."""
+    """Emoji of any size anywhere on a gradient, CELL x CELL: they teach the image tokenizer to generalise."""
     ramp = np.linspace(0, 1, CELL, dtype=np.float32)
     ramp = (ramp[:, None] if rng.random() < 0.5 else ramp[None, :])[..., None]
     first, second = (np.asarray([rng.random() for _ in range(3)], np.float32) for _ in range(2))

@@ -63,7 +63,8 @@ class MoVQGANConfig:
                 attention_levels=tuple(attention),
             )
         except KeyError as error:
-            raise InputError(f"not a MoVQGAN state dict: it has no {error.args[0]}; see the README for the file") from None
+            missing = error.args[0]
+            raise InputError(f"not a MoVQGAN state dict: it has no {missing}; see the README for the file") from None
 
     @property
     def cell(self) -> int:
