@@ -66,6 +66,7 @@ def make(pipeline, prompts: list[str], layout, settings, output: OutputFolder, a
     total, saved, previews = len(prompts) * args.n, 0, set()
     bar = tqdm(
         total=total * layout.num_codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} codes, {rate_noinv_fmt}, {elapsed} gone, {remaining} left",
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then only
     )  # fmt: skip
 

@@ -78,7 +78,7 @@ def test_files_are_named_by_prompt_and_repeat_and_carry_their_settings(generate,
     expected |= {"top_k": "64", "temperature": "1.0", "device": "cpu", "dtype": "float32", "attn": "sdpa"}
     assert expected.items() <= text.items()
     err = capsys.readouterr().err
-    assert "codes/s" in err and "4 images: 100%" in err
+    assert "4 images: 100%" in err and "codes/s" in err and "left" in err
 
 
 def test_built_in_prompts_and_the_base_size(script, tiny_checkpoint, tmp_path):
