@@ -15,7 +15,7 @@ def main() -> int:
 
     try:
         good, bad = concat_records(args.sub_record_dir, args.save_path)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

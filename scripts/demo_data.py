@@ -6,7 +6,6 @@ python scripts/demo_data.py --out_dir work/demo
 import argparse
 import json
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def write_records(path: Path, folder: Path, todo: list[scenes.Scene], rng: rando
     with path.open("w") as file:
         for scene in todo:
             picture = str(folder / scene.arrangement / f"{scene.key}.png")
-            for text in {scenes.caption(scene, rng) for _ in range(CAPTIONS[scene.arrangement])}:
+            for text in dict.fromkeys(scenes.caption(scene, rng) for _ in range(CAPTIONS[scene.arrangement])):
                 file.write(json.dumps({"image_path": picture, "prompt": text}) + "\n")
                 captions.append(text)
     return captions
@@ -82,20 +81,20 @@ def main() -> int:
         pictures = emoji.load(args.out_dir / "emoji")
         rng = random.Random(args.seed)
         names = emoji.known_names()
-        singles = [scene for scene in scenes.all_singles(names) if not scene.held_out]
-        pairs = scenes.random_pairs(names, PAIRS, False, rng)
-        write_pictures(args.out_dir / "pictures", singles + pairs, pictures)
-        write_tokenizer_pictures(args.out_dir / "pictures", rng.sample(singles + pairs, PANELS), pictures, rng)
-        captions = write_records(args.out_dir / "records.jsonl", args.out_dir / "pictures", singles + pairs, rng)
+        todo = scenes.training_scenes(names, PAIRS, rng)
+        write_pictures(args.out_dir / "pictures", todo, pictures)
+        write_tokenizer_pictures(args.out_dir / "pictures", rng.sample(todo, PANELS), pictures, rng)
+        captions = write_records(args.out_dir / "records.jsonl", args.out_dir / "pictures", todo, rng)
         write_tokenizer(args.out_dir / "tokenizer", captions)
         ModelConfig.from_yaml(args.model_config).to_json(args.out_dir / "tokenizer" / "config.json")
         aliases = [emoji.ALIASES[name] for name in names if name in emoji.ALIASES]
         (args.out_dir / "tokenizer" / "names.txt").write_text("\n".join(sorted({*names, *aliases})) + "\n")
     except (InputError, OSError) as error:
-        print(f"demo_data.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(captions)} records of {len(singles) + len(pairs)} pictures in {args.out_dir}; "
-          f"disk free: {shutil.disk_usage(args.out_dir).free >> 30} GiB")  # fmt: skip
+    except KeyboardInterrupt:
+        return 130
+    print(f"{len(captions)} records of {len(todo)} pictures in {args.out_dir}")
     return 0
 
 

@@ -76,18 +76,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=20_000)
     args = parser.parse_args()
     try:
+        if args.prompts < 2:
+            raise InputError(f"--prompts must be at least 2 (a standard error needs two), got {args.prompts}; try 300")
         emoji.fetch(args.emoji_dir)
         pictures = emoji.load(args.emoji_dir)
         rng = random.Random(args.seed)
         names = emoji.known_names()
-        singles = [scene for scene in scenes.all_singles(names) if scene.held_out]
-        singles = rng.sample(singles, min(args.prompts, len(singles)))
-        pairs = scenes.random_pairs(names, args.prompts, True, rng)
+        singles, pairs = scenes.evaluation_scenes(names, args.prompts, rng)
         pipeline = Pipeline.from_pretrained(args.model_path)
         report(pipeline, {"one emoji": singles, "two emoji": pairs}, pictures, rng, args)
-    except InputError as error:
-        print(f"evaluate_demo.py: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

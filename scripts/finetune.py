@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import sys
 import typing
+from pathlib import Path
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.training.settings import OPTIMIZERS, PRECISIONS, Settings
 
+PROJECT = Path(__file__).resolve().parent.parent
 HELP = {
     "data_config": "YAML with META: [{path, type, ratio}]",
     "output_dir": "checkpoints, metrics.jsonl and the export go here",
@@ -58,6 +60,9 @@ def parse() -> tuple[argparse.Namespace, dict]:
         parser.add_argument(f"--{field.name}", **options)
     parser.add_argument("--model_size", help="released spelling of --model_config configs/model/SIZE.yaml (2B, 7B)")
     parser.add_argument("--warmup_epochs", type=float, help="released spelling of --warmup, in epochs")
+    for name in ("cache_ann_on_disk", "unmask_image_logits"):
+        parser.add_argument(f"--{name}", action="store_true", help="released option; always so here")
+    parser.add_argument("--num_workers", type=int, help="released option, without effect: tokens are memory-mapped")
     parser.add_argument("--export_only", action="store_true", help="export the newest checkpoint, do not train")
     parser.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
     parser.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
@@ -68,8 +73,10 @@ def parse() -> tuple[argparse.Namespace, dict]:
 def settings_of(args: argparse.Namespace, values: dict) -> Settings:
     if values["data_config"] is None:
         raise InputError("--data_config is missing; give a YAML file such as configs/data/demo.yaml")
-    if args.model_size and not values["init_from"]:
-        values["model_config"] = f"configs/model/{args.model_size}.yaml"
+    if args.model_size and not values["init_from"]:  # of a checkpoint the size is known
+        if values["model_config"]:
+            raise InputError("--model_size and --model_config say the same thing; give one of them")
+        values["model_config"] = str(PROJECT / "configs" / "model" / f"{args.model_size}.yaml")
     if args.warmup_epochs is not None:
         if not values["epochs"]:
             raise InputError("--warmup_epochs needs --epochs; use --warmup, a fraction of the run")
@@ -100,7 +107,7 @@ def main() -> int:
             from lumina_mgpt.training.checkpoint import export
 
             print(f"exported to {export(args.output_dir, args.export_dir, args.export_dtype)}")
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

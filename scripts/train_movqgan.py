@@ -45,12 +45,15 @@ def main() -> int:
     try:
         if args.ch < 32 or args.ch % 32:
             raise InputError(f"--ch must be a multiple of 32 (group norm has 32 groups), got {args.ch}; try 32")
+        for name in ("minutes", "blocks", "num_codes", "lr", "threads"):
+            if not getattr(args, name) > 0:
+                raise InputError(f"--{name} must be above 0, got {getattr(args, name)}")
         torch.set_num_threads(args.threads)
         config = MoVQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)
         settings = MoVQGANTraining(minutes=args.minutes, lr=args.lr, seed=args.seed)
         Trainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
     except (InputError, OSError) as error:
-        print(f"train_movqgan.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train_movqgan.py: stopped; run the same command again to go on from the last save", file=sys.stderr)

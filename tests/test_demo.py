@@ -66,6 +66,8 @@ def test_held_out_compositions_never_reach_training():
     singles = scenes.all_singles(names)
     share = sum(scene.held_out for scene in singles) / len(singles)
     assert 0.08 < share < 0.12
+    trained, (evaluated, _) = scenes.training_scenes(names, 50, rng), scenes.evaluation_scenes(names, 300, rng)
+    assert not set(trained) & set(evaluated) and len(evaluated) == 300
     assert len({scene.key for scene in singles}) == len(singles)
 
 

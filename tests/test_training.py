@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.shards import Sequence, write_shard
+from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.transformer import Transformer
@@ -25,7 +25,7 @@ from lumina_mgpt.training.loss import LossModel
 from lumina_mgpt.training.optimizer import Ema, schedule
 from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.training.trainer import Trainer
-from lumina_mgpt.unirep import encode_conversation
+from lumina_mgpt.unirep import IGNORED, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -267,8 +267,50 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(settings):
 def test_damaged_checkpoint_is_named(settings):
     Trainer(changed(settings, max_steps=2), ONE).run()
     path = checkpoint.newest(Path(settings.output_dir))
-    shutil.rmtree(path / "missing", ignore_errors=True)
     data = next(path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(InputError, match=path.name):
         Trainer(changed(settings, resume="auto"), ONE)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(settings):
+    """torch raises a BaseException of its own there, which went past every handler once."""
+    trainer = Trainer(changed(settings, max_steps=2), ONE)
+    trainer.run()
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer.at = 5
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(InputError, match="step 5 cannot be written") as caught:
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
+    assert Trainer(changed(settings, max_steps=3, resume="auto"), ONE).at == 2
+
+
+def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens):
+    """A retrained image tokenizer gives sequences as long as before, and of another meaning."""
+    Trainer(changed(settings, max_steps=1), ONE).run()
+    shard = tokens.parent / "a.safetensors"
+    kept = shard.read_bytes()
+    sequences = [read_sequence(shard, n) for n in range(24)]
+    try:
+        swapped = [Sequence(s.record, s.ids.clone(), s.labels.clone()) for s in sequences]
+        first = swapped[0]
+        place = int((first.labels != IGNORED).nonzero()[4])
+        first.ids[place] = first.labels[place] = int(first.ids[place + 1])
+        write_shard(shard, swapped, [])
+        with pytest.raises(InputError, match="data_config"):
+            Trainer(changed(settings, resume="auto"), ONE)
+    finally:
+        shard.write_bytes(kept)
+
+
+def test_the_released_command_is_understood():
+    released = "--cache_ann_on_disk --num_workers 8 --unmask_image_logits --model_size 7B --epochs 2"
+    command = [sys.executable, "scripts/finetune.py", "--output_dir", "x", "--data_config", "missing.yaml",
+               "--warmup_epochs", "0.01", "--batch_size", "8", "--tokenizer_path", "x", *released.split()]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "missing.yaml" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

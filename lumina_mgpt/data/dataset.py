@@ -30,6 +30,8 @@ class Source:
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.type, str):
+            raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
         if not isinstance(self.ratio, int | float) or not 0 < self.ratio <= _RATIO_LIMIT:
             raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
 
@@ -126,6 +128,8 @@ class TokenDataset:
         """Changes whenever the plan of an epoch would."""
         digest = hashlib.sha256(repr([(source.type, source.ratio) for source in self.sources]).encode())
         digest.update(self.lengths.tobytes() + self.records.tobytes())
+        for start, _ in self.spans:  # other codes of the same pictures have the same lengths
+            digest.update(self.sequence(start).ids.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def epoch(self, epoch: int) -> np.ndarray:

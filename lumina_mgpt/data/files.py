@@ -38,7 +38,7 @@ def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def json_line(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row) + "\n"  # escaped: a path may hold what UTF-8 cannot
 
 
 def read_rows(path: str | Path, option: str) -> list:

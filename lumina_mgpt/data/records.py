@@ -54,12 +54,12 @@ def _parse_conversation(raw: dict) -> Record:
         raise InputError("conversations must be a list of at least two turns")
     texts = []
     for n, turn in enumerate(turns):
-        role = ROLES.get(turn.get("from")) if isinstance(turn, dict) else None
+        role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role != ("human", "assistant")[n % 2] or not isinstance(turn.get("value"), str):
             raise InputError(f"turn {n} must be from {('human', 'gpt')[n % 2]} with a text as its value")
         texts.append(turn["value"])
     marks = sum(text.count(IMAGE_MARK) for text in texts)
-    if marks == 0 and images:  # facts of the release: an unmentioned image goes before the first human text
+    if marks == 0 and images:  # as released, an unmentioned image goes before the first human text
         texts[0] = f"{IMAGE_MARK} " * len(images) + texts[0]
     elif marks != len(images):
         raise InputError(f"{marks} {IMAGE_MARK} marks for {len(images)} images; write one mark an image, or none")

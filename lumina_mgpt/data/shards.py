@@ -55,7 +55,7 @@ def write_shard(path: Path, sequences: list[Sequence], bad: list[dict]) -> Shard
         "offsets": torch.tensor([0, *lengths]).cumsum(0),
         "records": torch.tensor([sequence.record for sequence in sequences], dtype=torch.long),
     }
-    metadata = {"format": FORMAT, "checksum": str(_checksum(tensors)), "bad": json.dumps(bad, ensure_ascii=False)}
+    metadata = {"format": FORMAT, "checksum": str(_checksum(tensors)), "bad": json.dumps(bad)}
     write_atomic(path, save(tensors, metadata))
     return ShardIndex([sequence.record for sequence in sequences], lengths, bad)
 

@@ -64,7 +64,8 @@ def fetch(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             try:
-                subprocess.run(["npm", "pack", "--silent", package], cwd=temporary, check=True, capture_output=True)
+                command = ["npm", "pack", "--loglevel", "error", package]
+                subprocess.run(command, cwd=temporary, check=True, capture_output=True)
             except FileNotFoundError:
                 raise InputError(f"npm is needed to fetch {package}; install Node.js") from None
             except subprocess.CalledProcessError as error:

@@ -25,7 +25,7 @@ class Share:
 
     @property
     def error(self) -> float:
-        """Standard error of the share; one right or wrong is assumed where all are alike (rule of succession)."""
+        """Standard error of the share, after one right and one wrong more, so that 300 of 300 is not certain."""
         p = (self.right + 1) / (self.count + 2)
         return math.sqrt(p * (1 - p) / self.count)
 

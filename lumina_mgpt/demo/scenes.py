@@ -162,16 +162,20 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return text
 
 
-def plain_caption(scene: Scene) -> str:
-    """The phrasing used in evaluation: the first template, with the names as listed."""
-    template = _TEMPLATES[scene.arrangement][0]
-    phrases = [with_article(name) for name in scene.names]
-    text = template.format(a=phrases[0], b=phrases[-1], c=scene.color)
-    return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
-
-
 def all_singles(names: list[str]) -> list[Scene]:
     return [Scene((name,), color) for name in names for color in COLORS]
+
+
+def training_scenes(names: list[str], pairs: int, rng: random.Random) -> list[Scene]:
+    """What the demo is trained on: every single that is not held out, and random pairs that are not."""
+    singles = [scene for scene in all_singles(names) if not scene.held_out]
+    return singles + random_pairs(names, pairs, False, rng)
+
+
+def evaluation_scenes(names: list[str], count: int, rng: random.Random) -> tuple[list[Scene], list[Scene]]:
+    """At most `count` singles and `count` pairs, all of them held out."""
+    singles = [scene for scene in all_singles(names) if scene.held_out]
+    return rng.sample(singles, min(count, len(singles))), random_pairs(names, count, True, rng)
 
 
 def random_pairs(names: list[str], count: int, held_out: bool, rng: random.Random) -> list[Scene]:

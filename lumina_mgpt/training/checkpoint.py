@@ -11,13 +11,13 @@ import shutil
 import warnings
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.files import write_atomic
+from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import save_model
 from lumina_mgpt.model.transformer import Transformer
@@ -26,7 +26,6 @@ from lumina_mgpt.training.optimizer import Ema
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 _STATE = "trainer.json"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -70,11 +69,9 @@ def save(output_dir: Path, model: Transformer, optimizers: list[Optimizer], ema:
             os.replace(partial, final)
             for old in sorted(folder.glob("step-*"))[:-keep]:
                 shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "write" not in str(error) and "space" not in str(error):
-            raise
+    except (OSError, dcp.api.CheckpointException) as error:
         raise InputError(f"--output_dir {output_dir}: the checkpoint of step {state['step']} cannot be written "
-                         f"({error}); free some space, then --resume auto") from None  # fmt: skip
+                         f"({_reason(error)}); free some space, then --resume auto") from None  # fmt: skip
     processes.barrier()
     return final
 
@@ -106,8 +103,14 @@ def _read(checkpoint: Path, tensors: dict, no_dist: bool) -> None:
     try:
         _quietly(dcp.load, tensors, checkpoint_id=checkpoint, no_dist=no_dist)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{checkpoint} cannot be loaded ({reason}); remove it to use the one before") from None
+        raise InputError(f"{checkpoint} cannot be loaded ({_reason(error)}); remove it to use the one before") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong on the first process that failed, without the trace that torch puts around it."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:200]
 
 
 def keep_tokenizer(source: str | Path, output_dir: Path) -> None:
@@ -115,7 +118,7 @@ def keep_tokenizer(source: str | Path, output_dir: Path) -> None:
     (output_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, output_dir / "tokenizer" / name)
+            write_atomic(output_dir / "tokenizer" / name, (Path(source) / name).read_bytes())
 
 
 def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str = "bf16") -> Path:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -195,9 +196,15 @@ class Trainer:
             self._restore()
 
     def _restore(self) -> None:
-        state = torch.load(self.state_path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
+        try:
+            state = torch.load(self.state_path, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizers.load_state_dict(state["optimizers"])
+        except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"--out_dir: {self.state_path} is damaged or of another size ({reason}); remove it to start anew"
+            ) from None
         self.codes.sizes, self.codes.sums = state["sizes"], state["sums"]
         self.step, self.elapsed, self.quantizing = state["step"], state["elapsed"], state["quantizing"]
         log.info("resumed at step %d, %.1f minutes", self.step, self.elapsed / 60)
@@ -208,9 +215,13 @@ class Trainer:
             "sums": self.codes.sums, "step": self.step, "elapsed": self.elapsed, "quantizing": self.quantizing,
         }  # fmt: skip
         temporary = self.state_path.with_suffix(".part")
-        torch.save(state, temporary)
-        temporary.replace(self.state_path)
-        export(self.model, self.out_dir / "movqgan.safetensors")
+        try:
+            torch.save(state, temporary)
+            temporary.replace(self.state_path)
+            export(self.model, self.out_dir / "movqgan.safetensors")
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"--out_dir {self.out_dir} cannot be written ({error}); free some space") from None
 
     def _quantize(self, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Straight-through codes of a latent (B, Z, h, w), and the commitment loss."""
@@ -246,7 +257,11 @@ class Trainer:
         return loss.item(), -10 * math.log10(F.mse_loss(out.detach().float().clamp(-1, 1), pixels).item() / 4 + 1e-12)
 
     def run(self) -> MoVQGAN:
-        """Trains until the budget is used, counting the minutes of earlier runs."""
+        """Trains until the budget is used, counting the minutes of earlier runs.
+
+        Raises:
+            InputError: the disk is full, the loss is not finite, or the budget ends before there are codes.
+        """
         budget = self.settings.minutes * 60
         bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc="movqgan")
         last_save, psnr = self.elapsed, None
@@ -255,7 +270,8 @@ class Trainer:
                 began = time.monotonic()
                 rng = np.random.default_rng((self.settings.seed, self.step))
                 generator = torch.Generator().manual_seed(self.step)
-                if not self.quantizing and self.step >= self.settings.continuous_steps and self.latents:
+                enough = sum(map(len, self.latents)) >= 8 * len(self.codes.codes)  # a resumed run gathers them anew
+                if not self.quantizing and self.step >= self.settings.continuous_steps and enough:
                     self.codes.start(kmeans(torch.cat(self.latents), len(self.codes.codes), generator=generator))
                     self.quantizing, self.latents = True, []
                 loss, now = self._train_step(self.pictures.batch(rng, self.settings.pixels), generator)
@@ -274,6 +290,8 @@ class Trainer:
                     self.save()
                     last_save = self.elapsed
         bar.close()
+        if not self.quantizing:
+            raise InputError(f"--minutes {self.settings.minutes} end before the codes begin; give more")
         self.save()
         return self.model
 

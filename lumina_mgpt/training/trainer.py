@@ -54,15 +54,13 @@ class Trainer:
         self.output_dir = Path(settings.output_dir)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        start = self._checkpoint_to_resume()
+        start, sources = self._checkpoint_to_resume(), read_sources(settings.data_config)
         model, folder = build_model(settings)
         vocabulary = Vocabulary.from_folder(folder, model.config)
-        self.dataset = TokenDataset(read_sources(settings.data_config), vocabulary, settings.seed)
+        self.dataset = TokenDataset(sources, vocabulary, settings.seed)
         self.dataset.check(settings.max_seq_len)
         size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
-        if processes.first:
-            checkpoint.keep_tokenizer(folder, self.output_dir)
         self.module = LossModel(model.to(processes.device))
         self.model = model.train()
         if settings.compile:
@@ -74,6 +72,8 @@ class Trainer:
         self.stop, self.leave = 0, False  # the signal that came here; whether one came anywhere
         if start is not None:
             self._resume(start)
+        if processes.first:  # only now: a refused resume must leave the run's own in place
+            checkpoint.keep_tokenizer(folder, self.output_dir)
         self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first)
 
     # -- position ------------------------------------------------------------------------------------------------------
