@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,22 +291,18 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(settings):
     assert Trainer(changed(settings, max_steps=3, resume="auto"), ONE).at == 2
 
 
-def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens):
+def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens, tmp_path):
     """A retrained image tokenizer gives sequences as long as before, and of another meaning."""
     Trainer(changed(settings, max_steps=1), ONE).run()
-    shard = tokens.parent / "a.safetensors"
-    kept = shard.read_bytes()
-    sequences = [read_sequence(shard, n) for n in range(24)]
-    try:
-        swapped = [Sequence(s.record, s.ids.clone(), s.labels.clone()) for s in sequences]
-        first = swapped[0]
-        place = int((first.labels != IGNORED).nonzero()[4])
-        first.ids[place] = first.labels[place] = int(first.ids[place + 1])
-        write_shard(shard, swapped, [])
-        with pytest.raises(InputError, match="data_config"):
-            Trainer(changed(settings, resume="auto"), ONE)
-    finally:
-        shard.write_bytes(kept)
+    sequences = [read_sequence(tokens.parent / "a.safetensors", n) for n in range(24)]
+    first = Sequence(0, sequences[0].ids.clone(), sequences[0].labels.clone())
+    place = int((first.labels != IGNORED).nonzero()[4])
+    first.ids[place] = first.labels[place] = int(first.ids[place + 1])
+    write_shard(tmp_path / "a.safetensors", [first, *sequences[1:]], [])
+    shutil.copy(tokens.parent / "records.jsonl", tmp_path)
+    (tmp_path / "data.yaml").write_text(tokens.read_text().replace(str(tokens.parent), str(tmp_path)))
+    with pytest.raises(InputError, match="data_config"):
+        Trainer(changed(settings, resume="auto", data_config=str(tmp_path / "data.yaml")), ONE)
 
 
 def test_the_released_command_is_understood():
