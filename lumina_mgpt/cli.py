@@ -14,8 +14,6 @@ from pathlib import Path
 from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 DEMO = "assets/demo"
 _PROJECT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -149,7 +147,7 @@ def known_names(folder: Path) -> list[str]:
 def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
     """A hint for a prompt that mentions nothing of `names`, with those that are spelt alike; None if it does."""
     text = prompt.lower()
-    if not names or any(re.search(rf"\b{re.escape(name.lower())}(e?s)?\b", text) for name in names):
+    if not names or any(re.search(rf"\b{_plural_too(name.lower())}\b", text) for name in names):
         return None
     words = re.findall(r"[\w'-]+", text)
     phrases = [" ".join(words[i : i + size]) for size in (3, 2, 1) for i in range(len(words) - size + 1)]
@@ -160,6 +158,12 @@ def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
     best = sorted(close, key=lambda name: -close[name])[:3]
     suggestion = f"did you mean {' or '.join(best)}?" if best else f"it knows {', '.join(names[:3])} and so on"
     return f"{prompt!r} names nothing of the {len(names)} things that this checkpoint knows; {suggestion} (names.txt)"
+
+
+def _plural_too(name: str) -> str:
+    """A pattern for a name and its regular plural: cat, cats; box, boxes; cherry, cherries."""
+    stem = re.escape(name)
+    return f"(?:{stem}(?:e?s)?|{stem[:-1]}ies)" if name.endswith("y") else f"{stem}(?:e?s)?"
 
 
 def run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None) -> int:
@@ -179,7 +183,7 @@ def run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequen
     except InputError as error:
         return _refuse(str(error))
     except KeyboardInterrupt as stop:
-        print(f"stopped by Ctrl-C; {str(stop) or 'nothing was written'}", file=sys.stderr)
+        print(f"stopped by Ctrl-C; {str(stop) or 'finished images are kept'}", file=sys.stderr)
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):

@@ -48,7 +48,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "model_parallel_size", "num_image_codes",
+            "num_key_value_heads", "max_position_embeddings", "model_parallel_size", "num_image_codes", "base_size",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -64,7 +64,7 @@ class ModelConfig:
         _require(0 <= self.image_code_offset <= self.vocab_size - self.num_image_codes, "image_code_offset",
                  self.image_code_offset,
                  f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
-        _require(self.base_size > 0 and self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
+        _require(self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
             factor = self.rope_scaling.get("factor", 1.0)
@@ -127,7 +127,7 @@ class ModelConfig:
 class SamplingConfig:
     """How codes are drawn. `cfg` is the guidance scale (1.0: no guidance, no unconditional row).
 
-    Ranges: cfg >= 0 and finite; temperature > 0; top_k >= 1 (more than the number of codes means all of them).
+    Ranges: cfg in 0 ... 1000; temperature > 0; top_k >= 1 (more than the number of codes means all of them).
 
     Raises:
         InputError: naming the command line option that is out of its range.
@@ -139,11 +139,13 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.cfg) and self.cfg >= 0, "--cfg", self.cfg, "must be a finite number >= 0; try 4.0")
-        _require(self.top_k >= 1, "--top_k", self.top_k, "must be at least 1; try 4096")
+        _require(0 <= self.cfg <= 1000, "--cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
+        _require(isinstance(self.top_k, int) and self.top_k >= 1, "--top_k", self.top_k,
+                 "must be a whole number of at least 1; try 4096")  # fmt: skip
         _require(math.isfinite(self.temperature) and self.temperature > 0, "--temperature", self.temperature,
                  "must be a finite number > 0; try 1.0, or --top_k 1 for the likeliest codes")  # fmt: skip
-        _require(0 <= self.seed < 2**63, "--seed", self.seed, "must be in 0 ... 2**63 - 1")
+        _require(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "--seed", self.seed,
+                 "must be a whole number in 0 ... 2**63 - 1")  # fmt: skip
 
 
 def _rope_of_transformers_5(parameters: dict | None) -> dict:

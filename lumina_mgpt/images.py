@@ -42,10 +42,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: transparency is laid over white, 16-bit and float grey are scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        # Pillow opens 16-bit grey as I;16 or I; only files made from floats in [0, 1] are of mode F with such a range.
-        top = 65535.0 if values.max(initial=0) > 255 else (255.0 if values.max(initial=0) > 1 else 1.0)
-        if image.mode.startswith("I"):
-            top = 65535.0
+        # Pillow opens 16-bit grey as I;16 or I; floats tell their range only by their largest value.
+        largest = values.max(initial=0)
+        top = 65535.0 if image.mode.startswith("I") or largest > 255 else 255.0 if largest > 1 else 1.0
         return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -103,8 +102,8 @@ def best_size(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> t
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of one size -> (B, 3, H, W) float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    """Images of one size and any mode -> (B, 3, H, W) float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
     return (stacked.permute(0, 3, 1, 2).float() / 255 * 2 - 1).contiguous()
 
 

@@ -27,13 +27,13 @@ class OutputFolder:
         Raises:
             InputError: one of them exists, or the folder cannot be made or written to.
         """
-        taken = [name for name in names if (self.folder / name).exists()]
+        taken = [name for name in names if os.path.exists(self.folder / name)]  # False where it may not be looked at
         if taken and not self.overwrite:
             others = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
             raise InputError(
                 f"--save_path {self.folder} has {taken[0]}{others} already; give another folder, or --overwrite"
             )
-        made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        made = [folder for folder in (self.folder, *self.folder.parents) if not os.path.exists(folder)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe-") as probe:
@@ -57,7 +57,7 @@ class OutputFolder:
             InputError: the file exists and may not be overwritten, or it could not be written in full.
         """
         path = self.folder / name
-        if path.exists() and not (self.overwrite or again):
+        if os.path.exists(path) and not (self.overwrite or again):
             raise InputError(f"--save_path {self.folder}: {name} appeared meanwhile and is kept; give another folder")
         info = PngInfo()
         for key, value in (text or {}).items():

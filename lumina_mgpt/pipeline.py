@@ -1,6 +1,5 @@
 """From a prompt to a picture: the only place where vocabulary, sampler, model and image tokenizer meet."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
-
-logger = logging.getLogger(__name__)
 
 # Batches are sized so that their keys and values stay below this: one image of the 7B, eight of the demo checkpoint.
 _CACHE_BUDGET = 1 << 30
@@ -84,10 +81,10 @@ class Checkpoint:
         """
         try:
             folder = resolve(path)
+            config = ModelConfig.from_json(folder / "config.json")
+            vocabulary = Vocabulary.from_folder(folder, config)
         except InputError as error:
             raise InputError(f"--model_path {error}") from None
-        config = ModelConfig.from_json(folder / "config.json")
-        vocabulary = Vocabulary.from_folder(folder, config)
         return cls(folder, config, vocabulary, find_movqgan(folder, movqgan_path))
 
     def layout(self, width: int | None = None, height: int | None = None) -> ImageLayout:
@@ -152,6 +149,10 @@ class Pipeline:
         attention.backend(attn)  # asked for here only to have its error before any weights are read
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, movqgan_path)
         dtype = resolve_dtype(dtype, device, checkpoint.config)
+        if attn == "flash" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
+            raise InputError(
+                f"--attn flash needs --device cuda and --dtype bf16 or fp16, got {device} and {dtype}; use --attn sdpa"
+            )
         # Always float32: decoding is a small part of the work, and the picture then depends on its codes alone.
         image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, torch.float32)
         if image_tokenizer.num_codes != checkpoint.config.num_image_codes:
@@ -194,8 +195,8 @@ class Pipeline:
         if not texts:
             raise InputError("--prompt must be given at least once")
         for name, value in (("-n", n), ("--batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}; try 1")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise InputError(f"{name} must be a whole number of at least 1, got {value}; try 1")
         settings = SamplingConfig(cfg=cfg, top_k=top_k, temperature=temperature, seed=seed)
         layout = self.checkpoint.layout(width, height)
         encoded = self.checkpoint.prompt_ids(texts, layout)
@@ -220,7 +221,6 @@ class Pipeline:
                 image = self.image_tokenizer.decode(grid[None])[0]
                 yield Result(job, settings.seed, image, grid, encode_image(grid, self.checkpoint.vocabulary))
 
-    @torch.inference_mode()
     def sample(
         self,
         starts: Sequence[Sequence[int]],

@@ -129,11 +129,19 @@ def test_transformers_chameleon_reads_what_is_saved(tmp_path):
             torch.testing.assert_close(ours.project(ours(IDS)), expected, rtol=1e-5, atol=1e-3)  # logits up to 100
 
 
-def test_head_norms_with_a_row_a_head(folder):
-    """A different row for each head stays as it is, and is saved so."""
-    change(folder, lambda t: t.update({k: torch.randn(4 if "q_n" in k else 2, 8) for k in t if "q_norm" in k}))
+@pytest.mark.parametrize("leaves", [("weight", "bias"), ("weight",), ("bias",)])
+def test_head_norms_with_a_row_a_head(folder, leaves):
+    """A different row for each head stays as it is, is used by that head, and is saved so; weight and bias each."""
+    names = [f"q_norm.{leaf}" for leaf in leaves]
+    change(folder, lambda t: t.update({k: torch.randn(4, 8) for k in t if k.endswith(tuple(names))}))
     model = load(folder)
-    assert model.layers[1].self_attn.q_norm.weight.shape == (4, 8)
+    norm = model.layers[1].self_attn.q_norm
+    for leaf in leaves:
+        assert getattr(norm, leaf).shape == (4, 8)
+    x = torch.randn(2, 3, 4, 8)
+    plain = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    weight, bias = (p.repeat_interleave(4 // len(p), 0) for p in (norm.weight, norm.bias))
+    torch.testing.assert_close(norm(x), plain * weight + bias)
     save_model(model, folder)
     assert same(model, load(folder))
 
@@ -332,8 +340,9 @@ def test_pickles_are_fetched_where_there_is_nothing_else(monkeypatch, folder):
             torch.save(tensors, folder / "pytorch_model.bin")
         return str(folder)
 
-    assert len(hub(monkeypatch, answer)) == 0
+    calls = hub(monkeypatch, answer)
     assert same(make(), load(resolve("owner/name")))
+    assert len(calls) == 2  # pickles are asked for only once there proved to be nothing safer
 
 
 def test_a_local_folder_is_preferred_to_the_hub(monkeypatch, tmp_path):

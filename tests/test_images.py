@@ -66,7 +66,10 @@ def test_other_modes_become_rgb(tmp_path, mode):
         image.save(path)
     except OSError:
         pytest.skip(f"no file format holds {mode}")
-    assert open_image(path).mode == "RGB"
+    opened = open_image(path)
+    assert opened.mode == "RGB"
+    if mode != "LAB":
+        assert min(opened.getpixel((0, 0))) >= 254
 
 
 def test_exif_rotation_is_applied(tmp_path):

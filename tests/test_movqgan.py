@@ -114,7 +114,8 @@ def test_bands_of_rows_and_chunks_of_queries_change_nothing():
 
 def test_inference_equals_the_training_path(tokenizer):
     """The one works in place and by broadcasting, the other enlarges and copies."""
-    latent = tokenizer.latent_of(torch.randint(0, 16384, (2, 4, 6), generator=torch.Generator().manual_seed(1)))
+    codes = torch.randint(0, 16384, (2, 4, 6), generator=torch.Generator().manual_seed(1))
+    latent = tokenizer.model.quantize.embedding(codes).permute(0, 3, 1, 2)
     trained = tokenizer.model.decode_latent(latent)
     with torch.no_grad():
         torch.testing.assert_close(tokenizer.model.decode_latent(latent), trained.detach(), rtol=1e-4, atol=1e-5)
@@ -167,14 +168,41 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
 
 
 def test_the_file_is_looked_for_in_the_model_folder_first(tmp_path, monkeypatch):
+    released = tmp_path / "270M" / "movqgan_270M.ckpt"
+    monkeypatch.setattr("lumina_mgpt.movqgan.tokenizer._RELEASED_PLACE", released)
     with pytest.raises(InputError, match="download movqgan_270M.ckpt"):
         find_movqgan(tmp_path)
     with pytest.raises(InputError, match="--movqgan_path"):
         find_movqgan(tmp_path, tmp_path / "nothing.ckpt")
-    (tmp_path / "movqgan_270M.ckpt").touch()
-    assert find_movqgan(tmp_path) == tmp_path / "movqgan_270M.ckpt"
+    released.parent.mkdir()
+    released.touch()
+    assert find_movqgan(tmp_path) == released
+    (tmp_path / "movqgan_67M.ckpt").touch()
+    assert find_movqgan(tmp_path) == tmp_path / "movqgan_67M.ckpt"
     (tmp_path / "other.ckpt").touch()
     assert find_movqgan(tmp_path, tmp_path / "other.ckpt") == tmp_path / "other.ckpt"
+    (tmp_path / "movqgan_102M.ckpt").touch()
+    with pytest.raises(InputError, match="movqgan_102M.ckpt, movqgan_67M.ckpt"):
+        find_movqgan(tmp_path)
+
+
+def test_any_mode_and_rotation_comes_in(tokenizer):
+    """Transparency was once dropped here instead of being laid over white."""
+    white = tokenizer.encode([Image.new("RGB", (32, 16), "white")])
+    assert torch.equal(tokenizer.encode([Image.new("RGBA", (32, 16), (255, 0, 0, 0))]), white)
+    grey = tokenizer.encode([Image.new("RGB", (16, 16), (78, 78, 78))])
+    deep = Image.fromarray(np.full((16, 16), 20000, np.uint16))
+    assert torch.equal(tokenizer.encode([deep]), grey)
+    turned = Image.new("RGB", (32, 16), "white")
+    turned.getexif()[0x0112] = 6
+    assert tokenizer.encode([turned]).shape == (1, 4, 2)
+
+
+def test_weights_under_other_names_are_refused(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.VQModel(norm_type="spatial", latent_channels=4, num_vq_embeddings=8, vq_embed_dim=4)
+    with pytest.raises(InputError, match="released names"):
+        MoVQGAN.from_state_dict(theirs.state_dict())
 
 
 def test_sides_must_be_multiples_of_the_cell_and_codes_in_range(tokenizer):

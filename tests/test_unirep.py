@@ -23,15 +23,6 @@ from lumina_mgpt.unirep import (
 from lumina_mgpt.vocabulary import Vocabulary
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only slow tensors of this size down, on a busy machine a hundredfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def vocabulary(oracle_dir):
     config = ModelConfig(171520, 64, 64, 1, 2, 2)

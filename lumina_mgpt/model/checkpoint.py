@@ -4,6 +4,7 @@ Names: ours are those on disk without the leading `model.` (`lm_head.weight` is 
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -43,13 +44,13 @@ def resolve(source: str | Path) -> Path:
     Raises:
         InputError: neither a checkpoint folder nor a hub id that can be fetched.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if os.path.isdir(folder):  # False, and no error, where it may not be looked at
         if not (folder / "config.json").is_file():
             raise InputError(f"{source} is no checkpoint folder: it holds no config.json; give the folder that does")
         _find_weights(folder)
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise InputError(f"{source} is a file; give the checkpoint folder that holds config.json")
     if not _HUB_ID.fullmatch(str(source)):
         raise InputError(f"{source}: no such folder, and no hub id of the form owner/name; correct the path")

@@ -49,11 +49,11 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., heads, H), and so is what it returns."""
-        rows, width = self.weight.shape
-        if rows == 1:
+        width = x.shape[-1]
+        if len(self.weight) == len(self.bias) == 1:
             return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
-        share = self.heads // rows
-        weight, bias = (p.repeat_interleave(share, dim=0) if share > 1 else p for p in (self.weight, self.bias))
+        # A file may hold one row a head of the one, and fewer of the other.
+        weight, bias = (p.repeat_interleave(self.heads // len(p), dim=0) for p in (self.weight, self.bias))
         return torch.addcmul(bias, F.layer_norm(x, (width,), eps=HEAD_NORM_EPS), weight).to(x.dtype)
 
 

@@ -49,6 +49,7 @@ class MoVQGANConfig:
 
         try:
             ch = state["encoder.conv_in.weight"].shape[0]
+            state["encoder.down.0.block.0.conv1.weight"]  # absent where another program has named the tensors
             levels = count("encoder.down.{}.block.0.conv1.weight")
             widths = [state[f"encoder.down.{n}.block.0.conv1.weight"].shape[0] for n in range(levels)]
             embed_dim, z_channels = state["quant_conv.weight"].shape[:2]
@@ -62,9 +63,9 @@ class MoVQGANConfig:
                 num_codes=state["quantize.embedding.weight"].shape[0],
                 attention_levels=tuple(attention),
             )
-        except KeyError as error:
-            missing = error.args[0]
-            raise InputError(f"not a MoVQGAN state dict: it has no {missing}; see the README for the file") from None
+        except (KeyError, ValueError) as error:
+            fault = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise InputError(f"not a MoVQGAN state dict in the released names: {fault}; see the README") from None
 
     @property
     def cell(self) -> int:
@@ -72,7 +73,7 @@ class MoVQGANConfig:
         return 2 ** (len(self.mult) - 1)
 
 
-def _conv(conv: nn.Conv2d, x: Tensor, scale: int = 1, pixels_a_band: int = 1 << 18) -> Tensor:
+def _conv(conv: nn.Conv2d, x: Tensor, scale: int = 1, pixels_a_band: int = 1 << 17) -> Tensor:
     """A 3x3 convolution of `x`, enlarged `scale` times by nearest neighbour first, without large temporaries.
 
     In inference, feature maps beyond `pixels_a_band` pixels go through in bands of rows with one row of halo. A
@@ -145,11 +146,11 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
         inplace = not torch.is_grad_enabled()
         h = F.silu(self.norm1(x, latent), inplace=inplace)
-        if hasattr(self, "nin_shortcut"):
-            x = self.nin_shortcut(x)
         h = _conv(self.conv1, h)
         h = F.silu(self.norm2(h, latent), inplace=inplace)
         h = _conv(self.conv2, h)
+        if hasattr(self, "nin_shortcut"):  # last: here the least is held beside it
+            x = self.nin_shortcut(x)
         return h.add_(x) if inplace else x + h
 
 
@@ -297,11 +298,12 @@ class MoVQGAN(nn.Module):
             InputError: keys are missing or unknown, or a shape does not fit.
         """
         state = {key: value for key, value in state.items() if not key.startswith(_IGNORED) and "ema_" not in key}
-        with torch.device("meta"):
-            model = cls(MoVQGANConfig.from_state_dict(state))
+        config = MoVQGANConfig.from_state_dict(state)
         try:
+            with torch.device("meta"):
+                model = cls(config)
             model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError: a width that its 32 groups do not divide
             raise InputError("MoVQGAN state dict does not fit: " + " ".join(str(error).split())[:500]) from None
         return model.requires_grad_(False).eval()
 

@@ -1,11 +1,11 @@
 """Pictures <-> code grids with a MoVQGAN file: finding it, loading it, converting."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,23 +15,26 @@ from lumina_mgpt.movqgan.model import MoVQGAN
 
 RELEASED_NAME = "movqgan_270M.ckpt"
 _RELEASED_PLACE = Path(__file__).parent / "270M" / RELEASED_NAME
-_NAMES = ("movqgan.safetensors", RELEASED_NAME, f"movqgan/270M/{RELEASED_NAME}")
+_PATTERNS = ("movqgan*.safetensors", "movqgan*.ckpt")
 
 
 def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -> Path:
     """The MoVQGAN file to use: `explicit`, else one in the model folder, else the place for the released file.
 
     Raises:
-        InputError: there is none, or `explicit` is no file.
+        InputError: there is none, there are several, or `explicit` is no file.
     """
     if explicit is not None:
-        if not Path(explicit).is_file():
+        if not os.path.isfile(explicit):  # False, and no error, where it may not be looked at
             raise InputError(f"--movqgan_path {explicit} is not a file; give the path of {RELEASED_NAME}")
         return Path(explicit)
-    places = [*(Path(model_folder) / name for name in _NAMES), _RELEASED_PLACE]
-    for place in places:
-        if place.is_file():
-            return place
+    found = sorted(path for pattern in _PATTERNS for path in Path(model_folder).glob(pattern))
+    if len(found) > 1:  # two sizes may have as many codes, and the wrong one draws noise
+        raise InputError(f"{model_folder} holds {', '.join(p.name for p in found)}; say which with --movqgan_path")
+    if found:
+        return found[0]
+    if _RELEASED_PLACE.is_file():
+        return _RELEASED_PLACE
     raise InputError(
         f"no MoVQGAN weights in {model_folder} and no {_RELEASED_PLACE}: download {RELEASED_NAME} "
         "(linked from the Alpha-VLLM/Lumina-mGPT-2.0 page) to that place, or give --movqgan_path"
@@ -88,11 +91,12 @@ class ImageTokenizer:
         return self.model.config.cell
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images of one size, sides multiples of 8 -> codes (B, rows, cols) int64 on the CPU.
+        """Images of any mode and of one size when upright, sides multiples of 8 -> codes (B, rows, cols) on the CPU.
 
         Raises:
             InputError: the sizes differ, or a side is not a multiple of the cell.
         """
+        images = [ImageOps.exif_transpose(image) for image in images]
         sizes = {image.size for image in images}
         if len(sizes) != 1:
             raise InputError(f"images of one batch must have one size, got {sorted(sizes)}")
@@ -105,7 +109,3 @@ class ImageTokenizer:
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (B, rows, cols) -> RGB images of (8 cols) x (8 rows) pixels."""
         return to_images(self.model.decode(codes.to(self.model.quantize.embedding.weight.device)))
-
-    def latent_of(self, codes: Tensor) -> Tensor:
-        """Codes (B, rows, cols) -> their codebook vectors (B, Z, rows, cols)."""
-        return rearrange(self.model.quantize.embedding(codes), "B h w Z -> B Z h w")

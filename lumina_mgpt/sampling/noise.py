@@ -39,7 +39,7 @@ def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count
     bits = np.empty((len(index), count), np.uint64)
     for ((seed, repeat), position), at in index.items():
         bits[at] = _bits(seed, repeat, position, count)
-    noise = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # uniform in the open interval (0, 1), 53 bits
+    noise = ((bits >> np.uint64(12)) + 0.5) * 2.0**-52  # uniform in (0, 1): one bit more would round up to 1
     for _ in range(2):  # -log(-log(uniform)), in place
         np.log(noise, out=noise)
         np.negative(noise, out=noise)
