@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lumina_mgpt.config import SamplingConfig
+from lumina_mgpt.config import SamplingConfig, check_counts
 from lumina_mgpt.errors import InputError
 
 DEMO = "assets/demo"
@@ -105,9 +105,7 @@ def checkpoint_path(text: str) -> str | Path:
 
 def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
     """The sampling options of a command line, checked."""
-    for name, value in (("-n", getattr(args, "n", 1)), ("--batch_size", args.batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}; try 1")
+    check_counts(getattr(args, "n", 1), args.batch_size)
     return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
 
 

@@ -148,6 +148,17 @@ class SamplingConfig:
                  "must be a whole number in 0 ... 2**63 - 1")  # fmt: skip
 
 
+def check_counts(n: int, batch_size: int | None) -> None:
+    """Images of a prompt, and images made at once (None: to be chosen).
+
+    Raises:
+        InputError: one of them is no whole number of 1 ... 100,000; each image costs names and memory beforehand.
+    """
+    for name, value in (("-n", n), ("--batch_size", batch_size)):
+        whole = isinstance(value, int) and 1 <= value <= 100_000
+        _require(value is None or whole, name, value, "must be a whole number in 1 ... 100000; try 1")
+
+
 def _rope_of_transformers_5(parameters: dict | None) -> dict:
     """`rope_theta` and `rope_scaling` out of the one entry that transformers 5 writes in their place."""
     if not isinstance(parameters, dict):

@@ -1,7 +1,7 @@
 """From a prompt to a picture: the only place where vocabulary, sampler, model and image tokenizer meet."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt import prompts as templates
-from lumina_mgpt.config import ModelConfig, SamplingConfig
+from lumina_mgpt.config import ModelConfig, SamplingConfig, check_counts
 from lumina_mgpt.devices import cache_bytes, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
@@ -147,7 +147,10 @@ class Pipeline:
         """
         device = resolve_device(device)
         attention.backend(attn)  # asked for here only to have its error before any weights are read
-        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, movqgan_path)
+        if not isinstance(path, Checkpoint):
+            checkpoint = Checkpoint.open(path, movqgan_path)
+        else:
+            checkpoint = replace(path, movqgan_path=find_movqgan(path.folder, movqgan_path or path.movqgan_path))
         dtype = resolve_dtype(dtype, device, checkpoint.config)
         if attn == "flash" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
             raise InputError(
@@ -194,9 +197,7 @@ class Pipeline:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise InputError("--prompt must be given at least once")
-        for name, value in (("-n", n), ("--batch_size", batch_size)):
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise InputError(f"{name} must be a whole number of at least 1, got {value}; try 1")
+        check_counts(n, batch_size)
         settings = SamplingConfig(cfg=cfg, top_k=top_k, temperature=temperature, seed=seed)
         layout = self.checkpoint.layout(width, height)
         encoded = self.checkpoint.prompt_ids(texts, layout)

@@ -184,9 +184,9 @@ def test_hints():
         (["--width", "4096"], ["--width", "got 4096", "2048"]),
         (["--width", "1024", "--height", "1024"], ["--width 1024 --height 1024", "2048", "smaller"]),
         (["--width", "wide"], ["--width must be a whole number, got 'wide'"]),
-        (["-n", "0"], ["-n must be at least 1, got 0"]),
+        (["-n", "0"], ["-n must be a whole number in 1 ... 100000", "got 0"]),
         (["-n", "1.5"], ["-n must be a whole number, got '1.5'"]),
-        (["--batch_size", "-1"], ["--batch_size must be at least 1, got -1"]),
+        (["--batch_size", "-1"], ["--batch_size must be a whole number in 1 ... 100000", "got -1"]),
         (["--cfg", "nan"], ["--cfg", "got nan"]),
         (["--cfg", "-1"], ["--cfg", "got -1.0"]),
         (["--cfg", "much"], ["--cfg must be a number, got 'much'"]),
@@ -375,7 +375,7 @@ def test_ctrl_c_before_anything_was_made(generate, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr("lumina_mgpt.pipeline.load_model", stop)
     assert generate("--prompt", "a cat") == 130
-    assert capsys.readouterr().err == "stopped by Ctrl-C; nothing was written\n"
+    assert capsys.readouterr().err == "stopped by Ctrl-C; finished images are kept\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -156,8 +156,9 @@ def test_results_come_batch_by_batch(pipeline):
     ("arguments", "message"),
     [
         (dict(prompts=[]), "--prompt"),
-        (dict(n=0), "-n must be at least 1, got 0"),
-        (dict(batch_size=0), "--batch_size must be at least 1, got 0"),
+        (dict(n=0), "-n must be a whole number in 1 ... 100000; try 1, got 0"),
+        (dict(n=10**9), "-n must be a whole number in 1 ... 100000"),
+        (dict(batch_size=0), "--batch_size must be a whole number in 1 ... 100000; try 1, got 0"),
         (dict(cfg=float("nan")), "--cfg"),
         (dict(temperature=0.0), "--temperature"),
         (dict(top_k=0), "--top_k"),
