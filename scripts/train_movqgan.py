@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--ch", type=int, default=32, help="width of the finest level, a multiple of 32")
     parser.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
     parser.add_argument("--num_codes", type=int, default=2048)
+    parser.add_argument("--decoder_of", help="finished weights: train on their decoder alone; codes keep their meaning")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +51,7 @@ def main() -> int:
                 raise InputError(f"--{name} must be above 0, got {getattr(args, name)}")
         torch.set_num_threads(args.threads)
         config = MoVQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)
-        settings = MoVQGANTraining(minutes=args.minutes, lr=args.lr, seed=args.seed)
+        settings = MoVQGANTraining(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
         Trainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

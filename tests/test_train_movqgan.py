@@ -16,7 +16,7 @@ from lumina_mgpt.demo import emoji, scenes
 from lumina_mgpt.demo.tokenizer import VOCABULARY, write_tokenizer
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGANConfig
-from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, load_state_dict
 from lumina_mgpt.prompts import text_to_image
 from lumina_mgpt.training.movqgan import MovingCodes, MoVQGANTraining, Pictures, Trainer, kmeans
 from lumina_mgpt.vocabulary import Vocabulary
@@ -65,6 +65,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
     for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
     assert whole.quantizing and resumed.quantizing
+
+
+def test_a_decoder_trained_on_leaves_codes_as_they_are(folder, tmp_path):
+    train(folder, tmp_path / "first", 8)
+    first = load_state_dict(tmp_path / "first" / "movqgan.safetensors")
+    settings = replace(SETTINGS, decoder_of=str(tmp_path / "first" / "movqgan.safetensors"))
+    train(folder, tmp_path / "second", 8, settings)
+    second = load_state_dict(tmp_path / "second" / "movqgan.safetensors")
+    kept = ("encoder.", "quant_conv.", "quantize.")
+    changed = {key for key in first if not torch.equal(first[key], second[key])}
+    assert not any(key.startswith(kept) for key in changed)
+    assert any(key.startswith("decoder.") for key in changed) and any("post_quant_conv" in key for key in changed)
 
 
 def test_a_run_stopped_just_before_the_codes_begin_can_go_on(folder, tmp_path):

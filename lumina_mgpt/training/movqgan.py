@@ -24,15 +24,21 @@ from tqdm import tqdm
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
+from lumina_mgpt.movqgan.tokenizer import load_state_dict
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class MoVQGANTraining:
-    """Settings; `minutes` is the whole budget and the learning rate falls linearly over it."""
+    """Settings; `minutes` is the whole budget and the learning rate falls linearly over it.
+
+    `decoder_of` names finished weights: encoder and codes stay as they are there, so that tokens made with them keep
+    their meaning, and only what turns codes into pixels is trained on.
+    """
 
     minutes: float = 45.0
+    decoder_of: str | None = None
     pixels: int = 4 * 96 * 96  # of one batch
     lr: float = 3e-3
     warmup_steps: int = 50
@@ -185,10 +191,15 @@ class Trainer:
     def __init__(self, config: MoVQGANConfig, settings: MoVQGANTraining, pictures: Pictures, out_dir: Path) -> None:
         torch.manual_seed(settings.seed)
         self.model, self.settings, self.pictures, self.out_dir = MoVQGAN(config), settings, pictures, out_dir
+        if settings.decoder_of:
+            self.model = MoVQGAN.from_state_dict(load_state_dict(settings.decoder_of))
+            self.model.float().train().requires_grad_(True)
+            for part in (self.model.encoder, self.model.quant_conv):
+                part.requires_grad_(False)
         self.model.quantize.embedding.weight.requires_grad_(False)
         self.codes = MovingCodes(self.model, settings)
         self.optimizers = ConvMuon(self.model, settings.lr)
-        self.step, self.elapsed, self.quantizing = 0, 0.0, False
+        self.step, self.elapsed, self.quantizing = 0, 0.0, bool(settings.decoder_of)
         self.latents: list[Tensor] = []
         out_dir.mkdir(parents=True, exist_ok=True)
         self.state_path = out_dir / "training.pt"
@@ -229,6 +240,8 @@ class Trainer:
         flat = cells.detach().reshape(-1, cells.shape[-1])
         nearest = self.model.quantize.nearest(cells.detach())
         chosen = self.model.quantize.embedding(nearest)
+        if self.settings.decoder_of:
+            return rearrange(chosen, "B h w Z -> B Z h w"), chosen.new_zeros(())
         self.codes.update(flat, nearest.flatten())
         reviving = self.elapsed < self.settings.revive_until * self.settings.minutes * 60
         if reviving and self.step % self.settings.revive_every == 0:
