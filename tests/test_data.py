@@ -163,6 +163,9 @@ def test_what_is_wrong_is_named(vocabulary, tmp_path, dataset):
         TokenDataset([source], vocabulary).read(5, 0)
     with pytest.raises(InputError, match="--max_tokens"):
         BatchSize(rows=1, tokens=1)
+    with pytest.raises(InputError, match="--max_tokens must be at least 64"):
+        BatchSize(tokens=63).check(33)
+    BatchSize(tokens=64).check(64)
 
 
 def test_tokens_of_another_vocabulary_are_refused(vocabulary, tmp_path):

@@ -36,6 +36,12 @@ class BatchSize:
     def rows_of(self, width: int) -> int:
         return self.rows or max(1, self.tokens // width)
 
+    def check(self, longest: int) -> None:
+        """Raises: InputError: the longest sequence alone is more than `tokens`."""
+        if 0 < self.tokens < self.width(longest):
+            raise InputError(f"--max_tokens must be at least {self.width(longest)}, the longest sequence with its "
+                             f"padding, got {self.tokens}")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Planned:

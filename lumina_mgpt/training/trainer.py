@@ -60,6 +60,7 @@ class Trainer:
         self.dataset = TokenDataset(sources, vocabulary, settings.seed)
         self.dataset.check(settings.max_seq_len)
         size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
+        size.check(int(self.dataset.lengths.max()))
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
         self.module = LossModel(model.to(processes.device))
         self.model = model.train()
