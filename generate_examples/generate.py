@@ -24,6 +24,7 @@ def build_parser() -> cli.Parser:
     for side in ("--width", "--height"):
         group.add_argument(side, type=cli.whole, help="pixels, a multiple of 32 (default: the checkpoint's base size)")
     cli.add_sampling_options(parser)
+    cli.add_speculation_options(parser)
     cli.add_output_options(parser)
     group.add_argument(
         "--preview", action="store_true",
@@ -35,7 +36,7 @@ def build_parser() -> cli.Parser:
 
 def generate(args: argparse.Namespace) -> None:
     """Checks everything that can be checked without weights, then loads and makes the pictures."""
-    settings = cli.sampling_settings(args)
+    settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
     prompts = cli.read_prompts(args.prompt, args.prompt_file)
     output = OutputFolder(args.save_path, args.overwrite)
     if prompts:
@@ -56,12 +57,14 @@ def generate(args: argparse.Namespace) -> None:
         print(f"hint: {hint}", file=sys.stderr)
 
     pipeline = Pipeline.from_pretrained(checkpoint, device, args.dtype, attn=args.attn)
-    make(pipeline, prompts, layout, settings, output, args)
+    make(pipeline, prompts, layout, settings, speculation, output, args)
 
 
-def make(pipeline, prompts: list[str], layout, settings, output: OutputFolder, args: argparse.Namespace) -> None:
+def make(
+    pipeline, prompts: list[str], layout, settings, speculation, output: OutputFolder, args: argparse.Namespace
+) -> None:
     """Generates and saves; whatever ends it, finished pictures stay and unfinished ones leave nothing behind."""
-    described = describe(pipeline, layout, settings, args)
+    described = describe(pipeline, layout, settings, speculation, args)
     print(", ".join(f"{key} {value}" for key, value in described.items()))
     total, saved, previews = len(prompts) * args.n, 0, set()
     bar = tqdm(
@@ -79,8 +82,9 @@ def make(pipeline, prompts: list[str], layout, settings, output: OutputFolder, a
 
     try:
         results = pipeline.stream(
-            prompts, args.width, args.height, args.n, batch_size=args.batch_size, on_row=on_row, **asdict(settings)
-        )
+            prompts, args.width, args.height, args.n, batch_size=args.batch_size, on_row=on_row,
+            speculation=speculation, **asdict(settings),
+        )  # fmt: skip
         for result in results:
             job = result.job
             text = {"prompt": job.prompt, "repeat": job.repeat} | described
@@ -96,12 +100,14 @@ def make(pipeline, prompts: list[str], layout, settings, output: OutputFolder, a
             output.discard(name)
 
 
-def describe(pipeline, layout, settings, args: argparse.Namespace) -> dict[str, object]:
+def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) -> dict[str, object]:
     """Everything that decides how a picture comes out, besides its prompt and repeat."""
     from lumina_mgpt.pipeline import pixel_size
 
     width, height = pixel_size(layout)
     sampling = asdict(settings) | {"top_k": min(settings.top_k, pipeline.checkpoint.config.num_image_codes)}
+    if speculation is not None:
+        sampling |= {"coupling": speculation.coupling, "window": speculation.window}
     movqgan = args.movqgan_path or pipeline.checkpoint.movqgan_path.name
     weights = {"model_path": args.model_path, "movqgan_path": movqgan}
     running = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch."), "attn": args.attn}

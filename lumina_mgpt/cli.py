@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lumina_mgpt.config import SamplingConfig, check_counts
+from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation, check_counts
 from lumina_mgpt.errors import InputError
 
 DEMO = "assets/demo"
@@ -89,6 +89,27 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch_size", type=whole, help="images made at once; changes speed and memory only (default: up to 8)"
     )
+
+
+def add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    """Options of speculative Jacobi sampling."""
+    group = parser.add_argument_group("speculation")
+    group.add_argument(
+        "--speculative_jacobi", action="store_true",
+        help="several codes a forward; exact: the same image, or with --coupling maximal one of the same distribution",
+    )  # fmt: skip
+    group.add_argument("--coupling", choices=COUPLINGS, help=f"how drafts are judged (default: {Speculation.coupling})")
+    group.add_argument("--window", type=whole, help=f"drafts judged by one forward (default: {Speculation.window})")
+
+
+def speculation_settings(args: argparse.Namespace) -> Speculation | None:
+    """The speculation options of a command line, checked; None where there is to be none."""
+    given = {name: getattr(args, name) for name in ("coupling", "window") if getattr(args, name) is not None}
+    if args.speculative_jacobi:
+        return Speculation(**given)
+    for name, value in given.items():
+        raise InputError(f"--{name} {value} means nothing without --speculative_jacobi; add that, or leave it out")
+    return None
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

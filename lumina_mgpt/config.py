@@ -148,6 +148,27 @@ class SamplingConfig:
                  "must be a whole number in 0 ... 2**63 - 1")  # fmt: skip
 
 
+COUPLINGS = ("noise", "maximal", "independent")
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How codes are drafted and judged: the coupling, the number of drafts `window`, and the law of a new draft.
+
+    Raises:
+        InputError: naming the command line option that is out of its range.
+    """
+
+    coupling: str = "noise"
+    window: int = 32
+    birth: str = "above"
+
+    def __post_init__(self) -> None:
+        _require(self.coupling in COUPLINGS, "--coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
+        _require(isinstance(self.window, int) and 1 <= self.window <= 4096, "--window", self.window,
+                 "must be a whole number in 1 ... 4096; try 32")  # fmt: skip
+
+
 def check_counts(n: int, batch_size: int | None) -> None:
     """Images of a prompt, and images made at once (None: to be chosen).
 

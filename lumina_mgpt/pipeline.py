@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt import prompts as templates
-from lumina_mgpt.config import ModelConfig, SamplingConfig, check_counts
+from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, check_counts
 from lumina_mgpt.devices import cache_bytes, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
@@ -18,6 +18,7 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
 from lumina_mgpt.sampling.autoregressive import sample
+from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
 from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -130,6 +131,7 @@ class Pipeline:
         self.image_tokenizer = image_tokenizer
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.forwards = 0  # of the last `sample`: what it cost
 
     @classmethod
     def from_pretrained(
@@ -184,12 +186,14 @@ class Pipeline:
         seed: int = SamplingConfig.seed,
         batch_size: int | None = None,
         on_row: OnRow | None = None,
+        speculation: Speculation | None = None,
     ) -> Iterator[Result]:
         """Makes `n` images of each prompt and yields them batch by batch, as soon as they are done.
 
         An image depends on its prompt, its repeat (0 to n - 1), the seed and the settings; neither on the other
         prompts and their order, nor on `batch_size` (default: what keeps the cache within 1 GiB, at most 8).
-        `width` and `height` are pixels, multiples of 32 (default: the checkpoint's base size).
+        `width` and `height` are pixels, multiples of 32 (default: the checkpoint's base size). With `speculation`
+        several codes come of one forward: the same image where its coupling is `noise`, else one of the same law.
 
         Raises:
             InputError: before any work, when a prompt or a setting is out of its range.
@@ -204,7 +208,7 @@ class Pipeline:
         jobs = [Job(text, index, repeat) for index, text in enumerate(texts) for repeat in range(n)]
         size = batch_size or self.batch_size(max(map(len, encoded)) + layout.length, settings)
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        return self._run(batches, encoded, layout, settings, on_row)
+        return self._run(batches, encoded, layout, settings, on_row, speculation)
 
     def batch_size(self, slots: int, settings: SamplingConfig) -> int:
         """How many images of `slots` ids make one batch when the caller does not say."""
@@ -212,11 +216,11 @@ class Pipeline:
         image = rows * cache_bytes(self.checkpoint.config, slots, self.dtype)
         return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
 
-    def _run(self, batches, encoded, layout, settings, on_row) -> Iterator[Result]:
+    def _run(self, batches, encoded, layout, settings, on_row, speculation) -> Iterator[Result]:
         for batch in batches:
             report = None if on_row is None else _reporter(on_row, batch, layout)
             starts, repeats = [encoded[job.prompt_index] for job in batch], [job.repeat for job in batch]
-            codes = self.sample(starts, layout, settings, repeats, on_row=report)
+            codes = self.sample(starts, layout, settings, repeats, on_row=report, speculation=speculation)
             for job, grid in zip(batch, codes, strict=True):
                 # One by one: decoding needs by far the most memory a pixel, and a picture must not feel its neighbours.
                 image = self.image_tokenizer.decode(grid[None])[0]
@@ -231,18 +235,26 @@ class Pipeline:
         *,
         given: Tensor | None = None,
         on_row: Callable[[int, Tensor], None] | None = None,
+        speculation: Speculation | None = None,
     ) -> Tensor:
         """Continues each of B starts (ids up to the image) with an image, all in one batch.
 
         `given` are the codes of panels that are not to be sampled, (B, layout.given).
-        Shapes: -> codes (B, rows, cols) int64 on the CPU.
+        Shapes: -> codes (B, rows, cols) int64 on the CPU. Afterwards `self.forwards` tells how many steps it took.
         """
         config, vocabulary = self.checkpoint.config, self.checkpoint.vocabulary
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
-        slots = max(map(len, starts)) + layout.length
-        step = CachedStep(self.model, KVCache(config, rows, slots, self.dtype, self.device), vocabulary.code_slice)
+        length = max(map(len, starts)) + layout.length
+        spare = spare_slots(layout, speculation.window) if speculation else 0
+        cache = KVCache(config, rows, length, self.dtype, self.device, spare)
+        step = CachedStep(self.model, cache, vocabulary.code_slice)
         keys = [(settings.seed, repeat) for repeat in repeats]
-        return sample(step, starts, layout, settings, keys, on_row, given=given).cpu()
+        if speculation:
+            codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given)
+        else:
+            codes = sample(step, starts, layout, settings, keys, on_row, given=given)
+        self.forwards = step.calls
+        return codes.cpu()
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
         """Pictures of full size from the first rows of their codes (B, rows so far, cols); the rest is grey."""
@@ -267,9 +279,11 @@ class CachedStep:
     def __init__(self, model: Transformer, cache: KVCache, columns: slice) -> None:
         self.model, self.cache, self.columns = model, cache, columns
         self.device = next(model.parameters()).device
+        self.calls = 0
 
     def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
+        self.calls += 1
         filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
         ids, positions, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions, read))
         hidden = self.model(ids, positions=positions, cache=self.cache, filled=filled)  # (R, T, D)

@@ -81,6 +81,15 @@ def test_files_are_named_by_prompt_and_repeat_and_carry_their_settings(generate,
     assert "4 images: 100%" in err and "codes/s" in err and "left" in err
 
 
+def test_speculation_gives_the_same_picture_and_says_so_inside(generate, tmp_path):
+    assert generate("--prompt", "a cat", "--save_path", str(tmp_path / "plain")) == 0
+    options = ("--speculative_jacobi", "--window", "7", "--save_path", str(tmp_path / "fast"))
+    assert generate("--prompt", "a cat", *options) == 0
+    with Image.open(tmp_path / "plain" / "0_0.png") as plain, Image.open(tmp_path / "fast" / "0_0.png") as fast:
+        assert plain.tobytes() == fast.tobytes()
+        assert fast.text | {"coupling": "noise", "window": "7"} == fast.text and "window" not in plain.text
+
+
 def test_built_in_prompts_and_the_base_size(script, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     assert script.main(["--model_path", str(tiny_checkpoint), "--save_path", str(out), "--device", "cpu"]) == 0
@@ -194,6 +203,9 @@ def test_hints():
         (["--temperature", "0"], ["--temperature", "got 0.0"]),
         (["--temperature", "inf"], ["--temperature", "got inf"]),
         (["--seed", "-1"], ["--seed", "got -1"]),
+        (["--speculative_jacobi", "--window", "0"], ["--window must be a whole number in 1 ... 4096", "got 0"]),
+        (["--speculative_jacobi", "--coupling", "loose"], ["--coupling", "'loose'"]),
+        (["--coupling", "maximal"], ["--coupling maximal", "without --speculative_jacobi"]),
         (["--device", "gpu"], ["--device", "'gpu'", "auto"]),
         (["--device", "mps"], ["--device mps", "--device cpu"]),
         (["--dtype", "int8"], ["--dtype", "'int8'"]),

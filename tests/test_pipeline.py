@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lumina_mgpt import Checkpoint, Pipeline, devices
-from lumina_mgpt.config import ModelConfig, SamplingConfig
+from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.devices import resolve_device, resolve_dtype, weight_count
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
@@ -92,6 +92,29 @@ def test_float32_differs_from_float64_and_between_batches_in_near_ties_only(exac
     for truth, *others in zip(reference, batched, single, strict=True):
         for other in others:
             assert near_tie(exact, truth.job.prompt, truth.codes, other.codes, (5, truth.job.repeat), **settings)
+
+
+@pytest.mark.parametrize("window", [3, 40])
+def test_speculation_with_common_noise_gives_the_same_images(exact, pipeline, window):
+    plain = exact.generate(PROMPTS, 64, 64, n=2, batch_size=8, seed=5)
+    cost = exact.forwards
+    speculation = Speculation("noise", window)
+    fast = exact.generate(PROMPTS, 64, 64, n=2, batch_size=3, seed=5, speculation=speculation)
+    assert cost == 64 and exact.forwards <= 64
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(plain, fast, strict=True))
+    single = pipeline.generate(PROMPTS, 64, 64, n=2, batch_size=3, seed=5, speculation=speculation)
+    for truth, other in zip(plain, single, strict=True):
+        assert near_tie(exact, truth.job.prompt, truth.codes, other.codes, (5, truth.job.repeat), cfg=4.0)
+
+
+@pytest.mark.parametrize("coupling", ["maximal", "independent"])
+def test_other_couplings_are_reproducible_and_greedy_where_there_is_no_choice(exact, coupling):
+    speculation, settings = Speculation(coupling, 9), dict(width=64, height=64, seed=3)
+    batch = exact.generate(PROMPTS, n=2, batch_size=8, speculation=speculation, **settings)
+    alone = exact.generate(PROMPTS, n=2, batch_size=1, speculation=speculation, **settings)
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(batch, alone, strict=True))
+    assert torch.equal(exact.generate("a cat", top_k=1, speculation=speculation, **settings)[0].codes,
+                       exact.generate("a cat", top_k=1, **settings)[0].codes)  # fmt: skip
 
 
 def test_the_near_tie_check_can_fail(exact):

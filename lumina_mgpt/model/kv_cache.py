@@ -7,16 +7,21 @@ from lumina_mgpt.config import ModelConfig
 
 
 class KVCache:
-    """`slots` places a row; the key of position p lies in slot p, so rows of different lengths need no bookkeeping.
+    """`length` places a row; the key of position p lies in slot p, so rows of different lengths need no bookkeeping.
+
+    `spare` slots behind them are for the pads of short rows: nothing ever sees what is in there.
 
     Slots are zero at first: a slot that no query may see still enters the products with weight 0, and 0 · NaN is NaN.
     Nothing is ever cleared. A query sees slots up to its own position only, so what a longer earlier sequence, a
     rejected draft or a pad left behind is overwritten before anything can see it.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str):
-        shape = (config.num_hidden_layers, 2, rows, slots, config.num_key_value_heads, config.head_dim)
-        self.rows, self.slots = rows, slots
+    def __init__(
+        self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device | str,
+        spare: int = 0,
+    ):  # fmt: skip
+        self.length, self.slots = length, length + spare
+        shape = (config.num_hidden_layers, 2, rows, self.slots, config.num_key_value_heads, config.head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         self._row = torch.arange(rows, device=device)[:, None]  # (B, 1)
 

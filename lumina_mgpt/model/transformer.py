@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         span = Span.of(T, positions, cache, filled, hidden.dtype, ids.device)
         if isinstance(positions, int):
             positions = torch.arange(positions, positions + T, device=ids.device)
-        rope = rope_angles(self.config, positions, T if cache is None else cache.slots, hidden.dtype)
+        rope = rope_angles(self.config, positions, T if cache is None else cache.length, hidden.dtype)
         rate = self.dropout if self.training else 0.0
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for layer in self.layers:

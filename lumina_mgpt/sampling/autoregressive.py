@@ -88,7 +88,7 @@ def sample(
         law = code_log_probs(logits, settings)[:, 0]  # (B, C)
         codes[:, index] = code = draw(law, settings, keys, [index] * B)
         if (index + 1) % layout.cols == 0:
-            _check_numbers(law)
+            check_numbers(law)
             if on_row is not None:
                 rows = (index + 1) // layout.cols
                 on_row(rows - 1, codes[:, : index + 1].reshape(B, rows, layout.cols).clone())
@@ -143,7 +143,7 @@ def following(code: Tensor, index: int, layout: ImageLayout, origin: Tensor) -> 
     return Call(ids, origin[:, None] + torch.arange(first, stop), torch.full((R, 1), T - 1))
 
 
-def _check_numbers(law: Tensor) -> None:
-    """Once a row is enough: what is not a number in the cache stays there."""
+def check_numbers(law: Tensor) -> None:
+    """Raises InputError where there is none. Once a row is enough: what is not a number in the cache stays there."""
     if law.isnan().any():
         raise InputError("--dtype gives logits that are not numbers; try bf16 or fp32, or fetch the checkpoint again")

@@ -39,7 +39,7 @@ def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count
     bits = np.empty((len(index), count), np.uint64)
     for ((seed, repeat), position), at in index.items():
         bits[at] = _bits(seed, repeat, position, count)
-    noise = ((bits >> np.uint64(12)) + 0.5) * 2.0**-52  # uniform in (0, 1): one bit more would round up to 1
+    noise = _open_unit(bits)
     for _ in range(2):  # -log(-log(uniform)), in place
         np.log(noise, out=noise)
         np.negative(noise, out=noise)
@@ -48,7 +48,26 @@ def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count
     return torch.from_numpy(noise)
 
 
-def _bits(seed: int, repeat: int, position: int, count: int) -> np.ndarray:
-    # The counter's low words count the blocks of this draw; its last word is left for noise of another purpose.
-    key, counter = np.array([seed, repeat], np.uint64), np.array([0, 0, position, 0], np.uint64)
+def uniform_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], visit: int, count: int) -> Tensor:
+    """`count` uniform numbers a row, new for each (seed, repeat, position, visit) and independent of `gumbel`.
+
+    Args:
+        keys: B times (seed, repeat).
+        positions: B indices of codes.
+        visit: which look at the image, from 0.
+
+    Shapes: -> (B, count) float64 in (0, 1) on the CPU.
+    """
+    pairs = zip(keys, positions, strict=True)
+    bits = np.stack([_bits(*key, position, count, purpose=1 + visit) for key, position in pairs])
+    return torch.from_numpy(_open_unit(bits))
+
+
+def _bits(seed: int, repeat: int, position: int, count: int, purpose: int = 0) -> np.ndarray:
+    # The counter's two low words count the blocks of this draw.
+    key, counter = np.array([seed, repeat], np.uint64), np.array([0, 0, position, purpose], np.uint64)
     return np.random.Philox(key=key, counter=counter).random_raw(count)
+
+
+def _open_unit(bits: np.ndarray) -> np.ndarray:
+    return ((bits >> np.uint64(12)) + 0.5) * 2.0**-52  # one bit more would round up to 1

@@ -1,0 +1,80 @@
+"""How a draft code is judged by the law that is now known for its place, and what takes its place if it falls.
+
+Each coupling takes a window of W places, all of whose laws came out of one forward given the drafts before them, and
+returns the codes that now stand there and which drafts were confirmed. Up to and including the first place that was not
+confirmed the codes are final: their contexts were. The codes after it are the next drafts.
+
+Shapes here: law, drafted (B, W, C) log-probabilities, -inf where 0: the law now, and the one a draft was drawn from.
+drafts (B, W). uniforms (2, B, W) float64 in (0, 1), new for every call. noise (B, W, C), the same for a place however
+often it is looked at.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Judged(NamedTuple):
+    """Shapes: (B, W) each."""
+
+    codes: Tensor
+    confirmed: Tensor
+
+
+def common_noise(law: Tensor, drafts: Tensor, noise: Tensor | None) -> Judged:
+    """Fixed-point iteration: each place draws with its own fixed noise (None: takes the likeliest code).
+
+    The image is the one that drawing code after code with that noise gives.
+    Source: arXiv 2002.09928 (Jacobi decoding), with the Gumbel-max trick in place of argmax.
+    """
+    codes = (law if noise is None else law + noise).argmax(-1)
+    return Judged(codes, codes == drafts)
+
+
+def maximal(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> Judged:
+    """Keeps each draft as often as any coupling of the two laws can, also behind a miss.
+
+    A code that stands after this call is distributed as `law`, so that is the law it was drawn from in the next one.
+    Source: MC-SJD (arXiv 2510.24211).
+    """
+    kept = _kept(law, drafted, drafts, uniforms[0])
+    return Judged(torch.where(kept, drafts, _redrawn(law, drafted, drafts, uniforms[1])), kept)
+
+
+def independent(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> Judged:
+    """As published for speculative Jacobi decoding: what lies behind the first miss is drawn anew.
+
+    Slower than the others, and here as the baseline of the benchmark. Source: arXiv 2410.01699.
+    """
+    kept = _kept(law, drafted, drafts, uniforms[0])
+    before = kept.cumprod(-1).bool()
+    reached = torch.ones_like(kept)
+    reached[:, 1:] = before[:, :-1]
+    nothing = torch.full_like(drafted, -torch.inf)
+    redrawn = _redrawn(law, torch.where(reached[..., None], drafted, nothing), drafts, uniforms[1])
+    return Judged(torch.where(before, drafts, redrawn), before)
+
+
+def _kept(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
+    """With probability min(1, law / drafted) at the draft."""
+    ratio = (law - drafted).gather(-1, drafts[..., None])[..., 0]
+    return uniform.log() < ratio.double()
+
+
+def _redrawn(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
+    """A code from what `law` has more of than `drafted`, by inversion; the draft itself where that is nothing."""
+    residual = (law.exp() - drafted.exp()).clamp_(min=0)
+    return torch.where(residual.amax(-1) > 0, by_inversion(residual.log(), uniform), drafts)
+
+
+def by_inversion(law: Tensor, uniform: Tensor) -> Tensor:
+    """A code a place by inversion of the law's sums. Shapes: law (..., C), uniform (...) in (0, 1) -> (...).
+
+    `law` is any log of weights; where all of them are 0, the code means nothing.
+    """
+    mass = law.double().exp().cumsum(-1)
+    total = mass[..., -1]
+    # Below the total whatever the rounding, so that the first sum above it is one that has just grown.
+    at = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, at[..., None], right=True)[..., 0].clamp(max=law.shape[-1] - 1)
