@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from test_sampling import RememberingStep
 
 from lumina_mgpt.config import COUPLINGS, ModelConfig, SamplingConfig, Speculation
-from lumina_mgpt.errors import InputError
 from lumina_mgpt.sampling import couplings, jacobi, sample
 from lumina_mgpt.sampling.drafts import BIRTHS
 from lumina_mgpt.sampling.jacobi import sample_jacobi
@@ -113,7 +112,7 @@ def exact_law(vocabulary, layout, config) -> dict[tuple, float]:
     """Probability of every outcome, by the chain rule over all sequences."""
     step = TableStep()
     laws: dict[tuple, float] = {(): 1.0}
-    for place in range(layout.given, layout.num_codes):
+    for _ in range(layout.given, layout.num_codes):
         longer = {}
         for codes, probability in laws.items():
             ids = layout.fill(torch.tensor([0] * layout.given + list(codes)))
