@@ -31,6 +31,7 @@ HELP = {
     "muon_lr": "peak learning rate of muon",
     "wd": "weight decay",
     "clip_grad": "limit of the gradient's norm, 0 for none",
+    "label_smoothing": "share of each target that is spread over all ids; steadies guidance in short trainings",
     "ema": "export a moving average of the weights with this decay, 0 for none",
     "precision": "of the matrix products; weights stay float32",
     "compile": "torch.compile layers and loss",

@@ -1,6 +1,8 @@
 """MoVQGAN against the released code's outputs and against diffusers' MoVQ."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +135,24 @@ def test_released_sizes_have_the_number_of_weights_in_their_names(ch, blocks, mi
     with torch.device("meta"):
         count = sum(p.numel() for p in MoVQGAN(MoVQGANConfig(ch=ch, blocks=blocks)).parameters())
     assert round(count / 1e6) == pytest.approx(millions, abs=1)
+
+
+_DECODE = """
+import resource, torch
+from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
+model = MoVQGAN(MoVQGANConfig(ch=256, blocks=2)).eval()
+pixels = model.decode(torch.randint(0, 16384, (1, 128, 128)))
+assert pixels.shape == (1, 3, 1024, 1024)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in KiB on Linux")
+def test_a_1024_image_of_the_largest_size_decodes_within_8_gib():
+    """A minute's work: the weights' values do not matter, their number does."""
+    done = subprocess.run([sys.executable, "-c", _DECODE], capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 8.0
 
 
 def test_training_leftovers_are_dropped_and_the_rest_is_strict(oracle_movqgan, tmp_path):

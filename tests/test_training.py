@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lumina_mgpt.config import ModelConfig
@@ -22,7 +23,7 @@ from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.loss import LossModel
+from lumina_mgpt.training.loss import LossModel, token_losses
 from lumina_mgpt.training.optimizer import Ema, schedule
 from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.training.trainer import Trainer
@@ -137,6 +138,15 @@ def test_export_is_the_average_where_there_is_one(settings, tiny_checkpoint):
     assert (folder / "tokenizer.json").read_bytes() == (tiny_checkpoint / "tokenizer.json").read_bytes()
     model = load_model(folder, torch.float32, "cpu")
     assert isinstance(model, Transformer) and model.config.num_image_codes == 64
+
+
+def test_label_smoothing_is_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(9, 50, generator=generator), torch.tensor([3, -100, 49, 0, 7, -100, 12, 12, 1])
+    for smoothing in (0.0, 0.02, 0.3):
+        cross, _ = token_losses(logits, targets, smoothing)
+        expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        torch.testing.assert_close(cross, expected)
 
 
 def test_from_scratch_within_a_time_box(settings, tiny_checkpoint, tmp_path):

@@ -6,16 +6,22 @@ from torch import Tensor, nn
 from lumina_mgpt.model.transformer import Transformer
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sums of the cross-entropy and of logsumexp² (the z-loss) in float32; a target below 0 counts nothing.
 
+    With `smoothing`, in [0, 1), that share of each target is spread over all ids. Guidance multiplies differences of
+    logits, so where all ids may be drawn it needs unlikely ones to be equally unlikely with and without a prompt, which
+    one-hot targets never teach.
+
     Shapes: logits (L, V), targets (L,); returns two scalars.
-    Source: z-loss of PaLM (arXiv 2204.02311), section 5.
+    Source: label smoothing, arXiv 1512.00567, section 7; z-loss of PaLM (arXiv 2204.02311), section 5.
     """
     logits = logits.float()
     counted = targets >= 0
     total = logits.logsumexp(-1)  # (L,)
     chosen = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
     zero = total.new_zeros(())
     return torch.where(counted, total - chosen, zero).sum(), torch.where(counted, total.square(), zero).sum()
 
@@ -23,13 +29,13 @@ def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class LossModel(nn.Module):
     """The transformer with its loss as one module, so that what shards or compiles modules sees every product."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.smoothing = model, smoothing
         self.losses = self._losses
 
     def _losses(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return token_losses(self.model.project(rows), targets)
+        return token_losses(self.model.project(rows), targets, self.smoothing)
 
     def compile_parts(self) -> None:
         """Compiles each layer, once for every batch shape, and the loss, once for all."""

@@ -42,6 +42,7 @@ class Settings:
     clip_grad: float = 4.0
     dropout: float = 0.05
     z_loss_weight: float = 1e-5
+    label_smoothing: float = 0.0
     ema: float = 0.0
     precision: str = "bf16"
     compile: bool = False
@@ -70,7 +71,7 @@ class Settings:
         for name in (*limits, "save_iteration_interval", "save_minutes", "threads"):
             self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "must be at least 0")
         self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
-        for name in ("warmup", "dropout", "ema"):
+        for name in ("warmup", "dropout", "label_smoothing", "ema"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         self._require("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}")
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}")

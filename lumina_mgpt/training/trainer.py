@@ -62,7 +62,7 @@ class Trainer:
         size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
         size.check(int(self.dataset.lengths.max()))
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
-        self.module = LossModel(model.to(processes.device))
+        self.module = LossModel(model.to(processes.device), settings.label_smoothing)
         self.model = model.train()
         if settings.compile:
             self.module.compile_parts()
