@@ -149,6 +149,7 @@ class SamplingConfig:
 
 
 COUPLINGS = ("noise", "maximal", "independent")
+BIRTHS = ("uniform", "above", "left", "both")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ class Speculation:
 
     def __post_init__(self) -> None:
         _require(self.coupling in COUPLINGS, "--coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
+        _require(self.birth in BIRTHS, "--birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
         _require(isinstance(self.window, int) and 1 <= self.window <= 4096, "--window", self.window,
                  "must be a whole number in 1 ... 4096; try 32")  # fmt: skip
 

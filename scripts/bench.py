@@ -2,12 +2,12 @@
 
     python scripts/bench.py --coupling plain independent maximal noise --window 16 32 64
 
-`codes a forward` counts the codes of an image over the forwards after its prompt. `of bandwidth` is how fast a forward
-reads weights and cache, against the read bandwidth measured here: 100 % is the floor that no forward of one row beats.
+`codes a forward` counts the codes of an image over the forwards after its prompt. `of bandwidth` is the rate at which a
+forward goes through weights and cache, over the read bandwidth of memory measured here: near 100 % reading is all that
+it does; more means that the weights stay in the processor's caches.
 """
 
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lumina_mgpt import cli
 from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.sampling.drafts import BIRTHS
 
@@ -36,7 +37,7 @@ class Row:
     bandwidth: float
 
 
-def read_bandwidth(device: torch.device, size: int = 1 << 28, repeats: int = 5) -> float:
+def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) -> float:
     """Bytes a second of summing a large tensor, the best of several."""
     data = torch.ones(size, dtype=torch.float32, device=device)
     best = 0.0
@@ -53,35 +54,33 @@ def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, sp
     checkpoint = pipeline.checkpoint
     layout = checkpoint.layout(args.width, args.height)
     starts = checkpoint.prompt_ids(prompts, layout)
-    forwards, seconds, images = 0, 0.0, 0
-    for first in range(0, len(starts), args.batch_size):
+    forwards, seconds = 0, 0.0
+    batches = range(0, len(starts), args.batch_size)
+    for first in batches:
         batch = starts[first : first + args.batch_size]
         began = time.perf_counter()
         pipeline.sample(batch, layout, settings, [0] * len(batch), speculation=speculation)
         seconds += time.perf_counter() - began
-        forwards += (pipeline.forwards - 1) * len(batch)
-        images += len(batch)
-    batches = -(-len(starts) // args.batch_size)
-    rows = args.batch_size * (1 if settings.cfg == 1 else 2)
+        forwards += pipeline.forwards
+    steps = forwards - len(batches)  # after the prompts
+    rows = min(args.batch_size, len(starts)) * (1 if settings.cfg == 1 else 2)
     half = rows * cache_bytes(checkpoint.config, max(map(len, starts)) + layout.length // 2, pipeline.dtype)
-    weights = sum(p.nbytes for name, p in pipeline.model.named_parameters() if "embed" not in name)
-    each = seconds / (forwards / images * batches)
+    layers = sum(p.nbytes for p in pipeline.model.layers.parameters())
+    head = checkpoint.config.num_image_codes * checkpoint.config.hidden_size * pipeline.dtype.itemsize
+    each = seconds / forwards
     return Row(
         coupling=speculation.coupling if speculation else "plain",
         window=speculation.window if speculation else 1,
         birth=speculation.birth if speculation else "-",
-        seconds=seconds / images,
-        codes=(layout.num_codes - 1) * images / forwards,
+        seconds=seconds / len(starts),
+        codes=(layout.num_codes - 1) * len(batches) / steps,
         milliseconds=1000 * each,
-        bandwidth=(weights + half) / each / bandwidth,
+        bandwidth=(layers + head + half) / each / bandwidth,
     )
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Codes a forward over the window, one line a coupling and birth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -94,6 +93,28 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def check_plot(path: Path) -> None:
+    """Raises InputError before an hour of work and not after it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError(f"--plot {path} needs matplotlib; pip install matplotlib, or leave it out") from None
+    matplotlib.use("Agg")
+    if path.suffix != ".png" or not path.resolve().parent.is_dir():
+        raise InputError(f"--plot must be a .png file in a folder that exists, got {path}")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory that was in use at once: of the GPU, or of this process (None where that is not told)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def build_parser() -> cli.Parser:
@@ -119,6 +140,10 @@ def bench(args) -> None:
     todo = [None] if "plain" in args.coupling else []
     todo += [Speculation(coupling, window, birth) for coupling in args.coupling if coupling != "plain"
              for birth in args.birth for window in args.window]  # fmt: skip
+    if not 1 <= args.threads <= 1024:
+        raise InputError(f"--threads must be in 1 ... 1024, got {args.threads}; try {torch.get_num_threads()}")
+    if args.plot:
+        check_plot(args.plot)
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     prompts = cli.read_prompts(None, args.prompt_file) if args.prompt_file else cli.example_prompts(checkpoint.folder)
@@ -133,10 +158,11 @@ def bench(args) -> None:
               f"{row.milliseconds:.1f} | {100 * row.bandwidth:.0f} % |")  # fmt: skip
     if args.plot:
         plot([row for row in rows if row.coupling != "plain"], args.plot)
+    peak = peak_bytes(pipeline.device)
     print(json.dumps({
         "model": str(args.model_path), "device": str(pipeline.device), "dtype": str(pipeline.dtype).split(".")[1],
         "threads": args.threads, "images": len(prompts), "bandwidth_gb_s": round(bandwidth / 1e9, 2),
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_gb": peak and round(peak / 1e9, 2),
         "sampling": asdict(settings), "rows": [asdict(row) for row in rows],
     }))  # fmt: skip
 

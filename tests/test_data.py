@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.batches import BatchSize, Feed, collate, plan_epoch
+from lumina_mgpt.data.batches import BatchSize, Feed, collate, corrupt, plan_epoch
 from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_index, read_sequence, write_shard
@@ -173,3 +173,16 @@ def test_tokens_of_another_vocabulary_are_refused(vocabulary, tmp_path):
     other = Vocabulary(vocabulary._tokenizer, 500, 12, vocab_size=576)
     with pytest.raises(InputError, match="another vocabulary"):
         TokenDataset([source], other).check(4096)
+
+
+def test_corruption_replaces_codes_by_codes_and_nothing_else():
+    torch.manual_seed(0)
+    codes = slice(100, 164)
+    ids = torch.randint(0, 200, (64, 500))
+    new = corrupt(ids, codes, 0.2)
+    changed = new != ids
+    was, now = ids[changed], new[changed]
+    assert ((was >= 100) & (was < 164) & (now >= 100) & (now < 164)).all()
+    readable = ((ids >= 100) & (ids < 164)).sum()
+    assert 0.05 < changed.sum() / readable < 0.2  # of the others' ids, many are no codes here
+    assert torch.equal(corrupt(ids, codes, 0.0), ids)

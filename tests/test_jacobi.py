@@ -67,16 +67,17 @@ def test_an_image_is_the_same_alone_and_in_a_batch(vocabulary, coupling):
         assert torch.equal(alone[0], batch[b])
 
 
+@pytest.mark.parametrize("given", [0, 16])
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_each_row_is_told_once_and_final(vocabulary, coupling):
-    layout, seen = ImageLayout(vocabulary, 1, 2), []
+def test_each_new_row_is_told_once_and_final(vocabulary, coupling, given):
+    layout, seen = ImageLayout(vocabulary, 1, 2, given=given), []
     prompts = [generation_prompt(text, vocabulary) for text in PROMPTS]
     keys = [(1, n) for n in range(3)]
     codes = sample_jacobi(
         SettledStep(64), prompts, layout, SamplingConfig(cfg=1.0), keys, Speculation(coupling, 9),
-        lambda row, codes: seen.append((row, codes)),
+        lambda row, codes: seen.append((row, codes)), given=torch.ones((3, given), dtype=torch.long),
     )  # fmt: skip
-    assert [row for row, _ in seen] == list(range(layout.rows))
+    assert [row for row, _ in seen] == list(range(given // layout.cols, layout.rows))
     assert all(torch.equal(part, codes[:, : row + 1]) for row, part in seen)
 
 
@@ -158,19 +159,20 @@ def test_images_have_the_law_of_the_model(vocabulary, coupling, window, birth):
 
 
 def plant_law_for_residual(monkeypatch):
-    monkeypatch.setattr(couplings, "_redrawn", lambda law, drafted, drafts, u: couplings.by_inversion(law, u))
+    monkeypatch.setattr(couplings, "_redrawn", lambda law, drafted, drafts, u: couplings.by_inversion(law.exp(), u))
 
 
 def plant_old_law(monkeypatch):
     judge = jacobi._Images.judge
 
     def keep_old(self, law):
-        at = (self.done[:, None] + torch.arange(law.shape[1])).clamp(max=self.layout.num_codes - 1)
-        drafts, drafted = self.codes.gather(1, at), self._law_at(at).clone()
+        places = self.done[:, None] + torch.arange(law.shape[1])
+        at, ring = places.clamp(max=self.N), self._ring(places, self.laws)
+        drafts, drafted = self.codes.gather(1, at), self.laws[self.rows, ring]
         judge(self, law)
         same = self.codes.gather(1, at) == drafts
         rows = self.rows.expand_as(at)[same]
-        self.laws[rows, at[same] % self.laws.shape[1]] = drafted[same]
+        self.laws[rows, ring[same]] = drafted[same]
 
     monkeypatch.setattr(jacobi._Images, "judge", keep_old)
 
@@ -222,7 +224,7 @@ def test_drafts_that_are_always_right_and_always_wrong(vocabulary, coupling, mon
     def wrong(above, left):
         return torch.full_like(above, -torch.inf).index_fill(-1, torch.tensor([outside]), 0.0)
 
-    monkeypatch.setitem(BIRTHS, "wrong", wrong)
+    monkeypatch.setitem(BIRTHS, "uniform", wrong)
     step = FlatStep()
-    codes = sample_jacobi(step, prompt, layout, config, [(1, 0)], Speculation(coupling, 1, "wrong"))
+    codes = sample_jacobi(step, prompt, layout, config, [(1, 0)], Speculation(coupling, 1, "uniform"))
     assert step.forwards == 64 and (codes != outside).all()

@@ -73,6 +73,12 @@ def test_a_decoder_trained_on_leaves_codes_as_they_are(folder, tmp_path):
     settings = replace(SETTINGS, decoder_of=str(tmp_path / "first" / "movqgan.safetensors"))
     train(folder, tmp_path / "second", 8, settings)
     second = load_state_dict(tmp_path / "second" / "movqgan.safetensors")
+    train(folder, tmp_path / "second", 9, settings)  # goes on
+    train(folder, tmp_path / "third", 4)
+    with pytest.raises(InputError, match="not those of --decoder_of"):
+        train(folder, tmp_path / "third", 8, settings)
+    with pytest.raises(InputError, match="--decoder_of"):
+        train(folder, tmp_path / "fourth", 8, replace(SETTINGS, decoder_of=str(tmp_path / "no.safetensors")))
     kept = ("encoder.", "quant_conv.", "quantize.")
     changed = {key for key in first if not torch.equal(first[key], second[key])}
     assert not any(key.startswith(kept) for key in changed)

@@ -23,7 +23,7 @@ from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.loss import LossModel, token_losses
+from lumina_mgpt.training.loss import TAIL_MASS, LossModel, token_losses
 from lumina_mgpt.training.optimizer import Ema, schedule
 from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.training.trainer import Trainer
@@ -140,13 +140,25 @@ def test_export_is_the_average_where_there_is_one(settings, tiny_checkpoint):
     assert isinstance(model, Transformer) and model.config.num_image_codes == 64
 
 
-def test_label_smoothing_is_torchs_own():
+def test_the_tail_term_brings_unlikely_ids_to_one_level_and_leaves_the_likely_ones():
     generator = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(9, 50, generator=generator), torch.tensor([3, -100, 49, 0, 7, -100, 12, 12, 1])
-    for smoothing in (0.0, 0.02, 0.3):
-        cross, _ = token_losses(logits, targets, smoothing)
-        expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-        torch.testing.assert_close(cross, expected)
+    logits = (4 * torch.randn(6, 500, generator=generator)).requires_grad_()
+    targets = torch.tensor([3, -100, 49, 0, 7, 12])
+    plain, _ = token_losses(logits, targets)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, targets, reduction="sum"))
+    with torch.no_grad():
+        logits[torch.arange(6), targets.clamp(min=0)] += 15
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        token_losses(logits, targets, tail_weight=1.0)[0].backward()
+        optimizer.step()
+    law = logits.detach().log_softmax(-1)[targets >= 0]
+    chosen = law.gather(1, targets[targets >= 0, None])
+    level = torch.tensor(TAIL_MASS / 500).log()
+    assert chosen.exp().min() > 0.95
+    tail = law[law < chosen]
+    assert (tail.mean() - level).abs() < 0.5 and tail.std() < 0.5
 
 
 def test_from_scratch_within_a_time_box(settings, tiny_checkpoint, tmp_path):

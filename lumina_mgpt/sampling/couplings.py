@@ -51,30 +51,35 @@ def independent(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) 
     before = kept.cumprod(-1).bool()
     reached = torch.ones_like(kept)
     reached[:, 1:] = before[:, :-1]
-    nothing = torch.full_like(drafted, -torch.inf)
-    redrawn = _redrawn(law, torch.where(reached[..., None], drafted, nothing), drafts, uniforms[1])
+    anew = by_inversion(law.exp(), uniforms[1])
+    redrawn = torch.where(reached, _redrawn(law, drafted, drafts, uniforms[1]), anew)
     return Judged(torch.where(before, drafts, redrawn), before)
 
 
 def _kept(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
     """With probability min(1, law / drafted) at the draft."""
     ratio = (law - drafted).gather(-1, drafts[..., None])[..., 0]
-    return uniform.log() < ratio.double()
+    return uniform.log().to(ratio.device, _wide(ratio)) < ratio
 
 
 def _redrawn(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """A code from what `law` has more of than `drafted`, by inversion; the draft itself where that is nothing."""
+    """A code from what `law` has more of than `drafted`; the draft itself where that is nothing."""
     residual = (law.exp() - drafted.exp()).clamp_(min=0)
-    return torch.where(residual.amax(-1) > 0, by_inversion(residual.log(), uniform), drafts)
+    return torch.where(residual.amax(-1) > 0, by_inversion(residual, uniform), drafts)
 
 
-def by_inversion(law: Tensor, uniform: Tensor) -> Tensor:
-    """A code a place by inversion of the law's sums. Shapes: law (..., C), uniform (...) in (0, 1) -> (...).
+def by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
+    """A code a place by inversion of the weights' sums. Shapes: weights (..., C), uniform (...) in (0, 1) -> (...).
 
-    `law` is any log of weights; where all of them are 0, the code means nothing.
+    Where all weights are 0, the code means nothing.
     """
-    mass = law.double().exp().cumsum(-1)
+    mass = weights.to(_wide(weights)).cumsum(-1)
     total = mass[..., -1]
     # Below the total whatever the rounding, so that the first sum above it is one that has just grown.
-    at = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, at[..., None], right=True)[..., 0].clamp(max=law.shape[-1] - 1)
+    at = torch.minimum(uniform.to(mass) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(mass, at[..., None], right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Sums of thousands of terms want float64, which Apple's GPUs lack."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

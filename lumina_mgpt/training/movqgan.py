@@ -191,8 +191,11 @@ class Trainer:
     def __init__(self, config: MoVQGANConfig, settings: MoVQGANTraining, pictures: Pictures, out_dir: Path) -> None:
         torch.manual_seed(settings.seed)
         self.model, self.settings, self.pictures, self.out_dir = MoVQGAN(config), settings, pictures, out_dir
-        if settings.decoder_of:
-            self.model = MoVQGAN.from_state_dict(load_state_dict(settings.decoder_of))
+        if settings.decoder_of:  # of the size that it has, whatever `config` says
+            try:
+                self.model = MoVQGAN.from_state_dict(load_state_dict(settings.decoder_of))
+            except InputError as error:
+                raise InputError(f"--decoder_of: {error}") from None
             self.model.float().train().requires_grad_(True)
             for part in (self.model.encoder, self.model.quant_conv):
                 part.requires_grad_(False)
@@ -209,6 +212,11 @@ class Trainer:
     def _restore(self) -> None:
         try:
             state = torch.load(self.state_path, weights_only=True)
+            fixed = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+            if self.settings.decoder_of and any(
+                not torch.equal(self.model.get_parameter(name), state["model"][name]) for name in fixed
+            ):
+                raise ValueError("its codes are not those of --decoder_of")
             self.model.load_state_dict(state["model"])
             self.optimizers.load_state_dict(state["optimizers"])
         except Exception as error:  # the unpickler raises whatever damaged bytes lead it to

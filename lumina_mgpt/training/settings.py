@@ -42,7 +42,8 @@ class Settings:
     clip_grad: float = 4.0
     dropout: float = 0.05
     z_loss_weight: float = 1e-5
-    label_smoothing: float = 0.0
+    tail_weight: float = 0.0
+    code_noise: float = 0.0
     ema: float = 0.0
     precision: str = "bf16"
     compile: bool = False
@@ -67,11 +68,11 @@ class Settings:
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("lr", "muon_lr"):
             self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "must be above 0")
-        limits = ("min_lr", "wd", "clip_grad", "z_loss_weight")
+        limits = ("min_lr", "wd", "clip_grad", "z_loss_weight", "tail_weight")
         for name in (*limits, "save_iteration_interval", "save_minutes", "threads"):
             self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "must be at least 0")
         self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
-        for name in ("warmup", "dropout", "label_smoothing", "ema"):
+        for name in ("warmup", "dropout", "ema", "code_noise"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         self._require("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}")
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}")

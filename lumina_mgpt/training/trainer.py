@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch
+from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset, read_sources
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.errors import InputError
@@ -62,7 +62,7 @@ class Trainer:
         size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
         size.check(int(self.dataset.lengths.max()))
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
-        self.module = LossModel(model.to(processes.device), settings.label_smoothing)
+        self.module = LossModel(model.to(processes.device), settings.tail_weight)
         self.model = model.train()
         if settings.compile:
             self.module.compile_parts()
@@ -167,6 +167,9 @@ class Trainer:
         # Random numbers are a function of the step: nothing of them needs to be kept for a resumed run to be the same.
         torch.manual_seed(seed_of(settings.seed, "step", self.at, processes.rank))
         batches = self.feed.next_step()
+        if settings.code_noise:
+            batches = [replace(b, ids=corrupt(b.ids, self.dataset.vocabulary.code_slice, settings.code_noise))
+                       for b in batches]  # fmt: skip
         labelled, tokens = processes.sum(*(sum(getattr(b, name) for b in batches) for name in ("labelled", "tokens")))
         losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
         norm = clip_gradients(self.module, settings.clip_grad)
