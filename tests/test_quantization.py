@@ -234,11 +234,11 @@ def test_biases_and_a_tied_head(tmp_path):
 
 
 def test_the_whole_model_never_exists_unquantized(tmp_path):
-    """Peak of memory torch asked for while 16 equal layers are loaded, against their size in float32.
+    """Peak of memory torch asked for while eight equal layers are loaded, against their size in float32.
 
     In small shards, since a file counts as memory while it is open.
     """
-    config = ModelConfig(64, 128, 256, 16, 4, 4, image_code_offset=32, num_image_codes=32)
+    config = ModelConfig(64, 128, 256, 8, 4, 4, image_code_offset=32, num_image_codes=32)
     model = Transformer(config)
     save_model(model, tmp_path, max_shard_bytes=400_000)
     full = sum(parameter.nbytes for parameter in model.parameters())
@@ -255,7 +255,7 @@ def test_the_whole_model_never_exists_unquantized(tmp_path):
         return highest
 
     assert peak() > full, "the measure works"
-    assert peak(quant=128) < 0.5 * full
+    assert peak(quant=128) < 0.75 * full
 
 
 # What a user can mend
