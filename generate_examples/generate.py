@@ -37,6 +37,7 @@ def build_parser() -> cli.Parser:
 def generate(args: argparse.Namespace) -> None:
     """Checks everything that can be checked without weights, then loads and makes the pictures."""
     settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
+    cli.quant_group(args)
     prompts = cli.read_prompts(args.prompt, args.prompt_file)
     output = OutputFolder(args.save_path, args.overwrite)
     if prompts:
@@ -56,7 +57,8 @@ def generate(args: argparse.Namespace) -> None:
     for hint in filter(None, (cli.unknown_hint(prompt, names) for prompt in prompts)):
         print(f"hint: {hint}", file=sys.stderr)
 
-    pipeline = Pipeline.from_pretrained(checkpoint, device, args.dtype, attn=args.attn)
+    quant = cli.quant_group(args, checkpoint.config.int4_group)
+    pipeline = Pipeline.from_pretrained(checkpoint, device, args.dtype, attn=args.attn, quant=quant)
     make(pipeline, prompts, layout, settings, speculation, output, args)
 
 
@@ -111,6 +113,9 @@ def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) 
     movqgan = args.movqgan_path or pipeline.checkpoint.movqgan_path.name
     weights = {"model_path": args.model_path, "movqgan_path": movqgan}
     running = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch."), "attn": args.attn}
+    group = pipeline.model.config.int4_group
+    if group is not None:
+        running |= {"quant": "int4", "quant_group": group}
     software = {"software": f"lumina_mgpt {__version__}"}
     return {"width": width, "height": height} | sampling | weights | running | software
 

@@ -11,7 +11,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation, check_counts
+from lumina_mgpt.config import (
+    COUPLINGS,
+    DEFAULT_INT4_GROUP,
+    INT4_GROUPS,
+    SamplingConfig,
+    Speculation,
+    check_counts,
+)
 from lumina_mgpt.errors import InputError
 
 DEMO = "assets/demo"
@@ -74,6 +81,20 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         help="of the transformer; auto: fp32 on a CPU (bf16 if fp32 needs over half of the memory), bf16 on CUDA",
     )  # fmt: skip
     group.add_argument("--attn", default="sdpa", choices=("sdpa", "flash"), help="flash needs flash-attn and a GPU")
+    group.add_argument("--quant", action="store_true", help="int4 weights, made while loading; quantize.py keeps them")
+    group.add_argument(
+        "--quant_group", type=whole, choices=INT4_GROUPS,
+        help=f"weights that share a scale; fewer: nearer to the original, larger (default: {DEFAULT_INT4_GROUP})",
+    )  # fmt: skip
+
+
+def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | None:
+    """The group size that --quant asks for, None without it; `stored` is that of a checkpoint which is int4 already."""
+    if args.quant:
+        return args.quant_group or stored or DEFAULT_INT4_GROUP
+    if args.quant_group is not None:
+        raise InputError(f"--quant_group {args.quant_group} means nothing without --quant; add that, or leave it out")
+    return None
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -11,13 +11,22 @@ from yaml import YAMLError
 
 from lumina_mgpt.errors import InputError
 
+INT4_GROUPS = (32, 64, 128)
+DEFAULT_INT4_GROUP = 128
+
+
+def int4_recipe(group: int) -> dict[str, object]:
+    """What `config.json` says of int4 weights in groups of `group`."""
+    return {"quant_method": "lumina_mgpt_int4", "bits": 4, "group_size": group}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the decoder-only transformer; field names are those of the released `config.json`.
 
-    The last three fields are this project's own keys, absent from released files (where the defaults are right):
-    image code `c` has the id `image_code_offset + c`, and `base_size` is the side in pixels the weights were made for.
+    The last four fields are this project's own, absent from released files (where the defaults are right): image code
+    `c` has the id `image_code_offset + c`, `base_size` is the side in pixels the weights were made for, and
+    `quantization_config` is the recipe of int4 weights (`int4_recipe`; other programs know the key, and refuse it).
 
     Raises:
         InputError: a size is not positive, or two sizes do not fit each other.
@@ -44,6 +53,7 @@ class ModelConfig:
     image_code_offset: int = 155000
     num_image_codes: int = 16384
     base_size: int = 768
+    quantization_config: dict | None = None
 
     def __post_init__(self) -> None:
         positive = (
@@ -71,6 +81,14 @@ class ModelConfig:
             _require(kind in ("linear", "dynamic"), "rope_scaling", self.rope_scaling, "must be null, linear, dynamic")
             _require(isinstance(factor, int | float) and factor >= 1, "rope_scaling", self.rope_scaling,
                      "must have a factor of at least 1")  # fmt: skip
+        recipes = [int4_recipe(group) for group in INT4_GROUPS]
+        _require(self.quantization_config in (None, *recipes), "quantization_config", self.quantization_config,
+                 f"must be absent or {recipes[-1]} (or with group_size 32 or 64)")  # fmt: skip
+
+    @property
+    def int4_group(self) -> int | None:
+        """Weights that share a scale; None where nothing is quantized."""
+        return self.quantization_config and self.quantization_config["group_size"]
 
     @property
     def head_dim(self) -> int:
@@ -120,7 +138,10 @@ class ModelConfig:
     def to_json(self, path: str | Path) -> None:
         """Writes a `config.json` that the released code and this one both read."""
         extra = {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_type": "chameleon"}
-        Path(path).write_text(json.dumps(extra | asdict(self), indent=2) + "\n")
+        values = asdict(self)
+        if self.quantization_config is None:  # other programs take a null for a recipe
+            del values["quantization_config"]
+        Path(path).write_text(json.dumps(extra | values, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

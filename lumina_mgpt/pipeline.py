@@ -141,11 +141,16 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         movqgan_path: str | Path | None = None,
         attn: str = "sdpa",
+        quant: int | None = None,
     ) -> "Pipeline":
         """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
 
+        `quant` 32, 64 or 128 makes int4 weights of the layers' matrices while they are read, in groups of so many;
+        a checkpoint of int4 weights needs no telling. `pipeline.model.config.int4_group` says what there is.
+
         Raises:
-            InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others.
+            InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others,
+                or it cannot be quantized so.
         """
         device = resolve_device(device)
         attention.backend(attn)  # asked for here only to have its error before any weights are read
@@ -165,7 +170,7 @@ class Pipeline:
                 f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "
                 f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
             )
-        model = load_model(checkpoint.folder, dtype, device, attn)
+        model = load_model(checkpoint.folder, dtype, device, attn, quant)
         return cls(checkpoint, model.eval(), image_tokenizer)
 
     def generate(

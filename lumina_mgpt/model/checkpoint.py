@@ -4,12 +4,15 @@ Names: ours are those on disk without the leading `model.` (`lm_head.weight` is 
 """
 
 import json
+import logging
+import math
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.config import DEFAULT_INT4_GROUP, INT4_GROUPS, ModelConfig, int4_recipe
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.model import quantization
+from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.transformer import HeadNorm, Transformer
+
+logger = logging.getLogger(__name__)
 
 # In released files, and never used: the image tokenizer of the Chameleon that training began with.
 UNUSED = "model.vqmodel."
@@ -27,16 +34,14 @@ _HEAD = "lm_head.weight"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WEIGHT_FILES = (_INDEX, _SINGLE, "pytorch_model.bin.index.json", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[\w]")
-_HUB_FILES = (
-    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "names.txt", "prompts.txt", "model*.safetensors", "model*.json",
-    "movqgan*.safetensors", "*movqgan*.ckpt",
+# What belongs to a checkpoint besides its config and its weights.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "names.txt", "prompts.txt", "movqgan*.safetensors", "*movqgan*.ckpt",
 )  # fmt: skip
+_HUB_FILES = ("config.json", "model*.safetensors", "model*.json", *COMPANIONS)
 _HUB_PICKLES = ("pytorch_model*.bin", "pytorch_model*.json")
 _SHOWN = 5  # names of a kind in one message
-
-Assign = Callable[[Transformer, str, Tensor], None]
-
 
 def resolve(source: str | Path) -> Path:
     """The folder of a checkpoint: a local one as it is, or a hub id fetched to the hub's cache.
@@ -80,40 +85,93 @@ def _fetch(hub_id: str) -> Path:
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype, device: torch.device | str, attn: str = "sdpa", assign: Assign | None = None
+    folder: str | Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    attn: str = "sdpa",
+    quant: int | None = None,
+    on_read: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """The model of a checkpoint folder, in evaluation mode.
 
     Names and shapes are checked before any weight is read; then each tensor goes straight to its dtype and device, so
-    that no second copy of the whole exists. `assign(model, name, tensor)` puts one tensor in place, as it was read;
-    the default is `assign_parameter`, and a caller may put something smaller there instead.
+    that no second copy of the whole exists. With `quant` the matrices of the layers become int4 in groups of so many
+    weights, each as it is read and from the numbers in the file, whatever the dtype; `model.config` then says so.
+    `dtype` None keeps every tensor as it is in the file, and int4 weights in their portable form: to be saved.
+    `on_read` is told how many weights are read, and of how many.
 
     Raises:
-        InputError: files are missing, damaged or of another model; the message names them.
+        InputError: files are missing, damaged or of another model, or it cannot be quantized so; the message says why.
     """
     folder = Path(folder)
     config = ModelConfig.from_json(folder / "config.json")
+    group = _group(folder, config, quant)
+    if group and dtype:
+        quantization.require_kernel(device)
     with torch.device("meta"):
         model = Transformer(config, attn)
+    if config.int4_group:
+        quantization.swap(model, group)
     shards = _find_weights(folder)
-    _check(folder, model, _shapes(shards))
-    assign = assign or assign_parameter
+    found = _shapes(shards)
+    _check(folder, model, found)
+    if group and not config.int4_group:  # not before the check: the file has plain matrices
+        quantization.swap(model, group)
+        model.config = replace(config, quantization_config=int4_recipe(group))
+        if dtype:  # for the 7B that takes minutes
+            logger.info("making int4 weights in groups of %d while loading", group)
+    total, done = sum(map(math.prod, found.values())), 0
     for shard in shards:
         with _open(shard) as (shapes, read):
             for name in shapes:
                 if not name.startswith(UNUSED):
-                    # A copy of its own: what safetensors returns is a view of the file.
-                    held = torch.empty(shapes[name], dtype=dtype, device=device)
-                    assign(model, name.removeprefix("model."), held.copy_(_floating(read(name), name, shard)))
+                    _place(model, name, read(name), shard, dtype, device)
+                done += math.prod(shapes[name])
+                if on_read:
+                    on_read(done, total)
     if config.tie_word_embeddings:
         _tie(model, folder)
+    if group and dtype:
+        quantization.pack(model, dtype)
     return model.eval()
 
 
-def _floating(tensor: Tensor, name: str, shard: Path) -> Tensor:
+def _group(folder: Path, config: ModelConfig, quant: int | None) -> int | None:
+    """Weights that share a scale: those asked for, or those in the file."""
+    stored = config.int4_group
+    if quant is not None and quant not in INT4_GROUPS:
+        raise InputError(f"--quant_group must be 32, 64 or 128, got {quant}; try {DEFAULT_INT4_GROUP}")
+    if quant and stored and quant != stored:
+        raise InputError(
+            f"--quant_group must be {stored} for {folder}, whose weights are int4 in such groups, got {quant}; "
+            "leave it out, or give the checkpoint that it was made of"
+        )
+    return quant or stored
+
+
+def _place(
+    model: Transformer, disk: str, tensor: Tensor, shard: Path, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Puts one tensor of a file where it belongs."""
+    name = disk.removeprefix("model.")
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if not (isinstance(module, Int4Linear) and leaf == "weight_int4"):
+        _floating(tensor, disk, shard)
+    if isinstance(module, Int4Linear) and leaf != "bias":
+        try:
+            module.take(leaf, tensor, device)
+        except InputError as error:
+            raise InputError(f"{shard}: {disk} {error}; fetch the checkpoint again") from None
+    else:
+        # A copy of its own: what safetensors returns is a view of the file.
+        held = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
+        assign_parameter(model, name, held.copy_(tensor))
+
+
+def _floating(tensor: Tensor, name: str, shard: Path) -> None:
     if not tensor.is_floating_point():
         raise InputError(f"{shard}: {name} must hold floating-point numbers, got {tensor.dtype}")
-    return tensor
 
 
 def _tie(model: Transformer, folder: Path) -> None:
@@ -184,7 +242,7 @@ def _shapes(shards: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 def _check(folder: Path, model: Transformer, found: dict[str, tuple[int, ...]]) -> None:
     """Compares names and shapes on disk with the model's, all of them before it complains."""
-    wanted = {disk_name(name): _accepted(model, name) for name in model.state_dict()}
+    wanted = {disk_name(name): _accepted(model, name, tensor) for name, tensor in model.state_dict().items()}
     optional = {_HEAD} if model.config.tie_word_embeddings else set()
     missing = sorted(wanted.keys() - found.keys() - optional)
     unknown = sorted(name for name in found.keys() - wanted.keys() if not name.startswith(UNUSED))
@@ -196,10 +254,10 @@ def _check(folder: Path, model: Transformer, found: dict[str, tuple[int, ...]]) 
         raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(faults)}; fetch the checkpoint again")
 
 
-def _accepted(model: Transformer, name: str) -> list[tuple[int, ...]]:
-    """Shapes a parameter may have on disk: a head norm has a row for each model-parallel part, or for each head."""
+def _accepted(model: Transformer, name: str, tensor: Tensor) -> list[tuple[int, ...]]:
+    """Shapes a tensor may have on disk: a head norm has a row for each model-parallel part, or for each head."""
     module = model.get_submodule(name.rpartition(".")[0])
-    shape = tuple(model.get_parameter(name).shape)
+    shape = tuple(tensor.shape)
     one_a_head = (module.heads, shape[-1]) if isinstance(module, HeadNorm) else shape
     return [shape] if one_a_head == shape else [shape, one_a_head]
 
@@ -243,13 +301,15 @@ def save_model(
 ) -> None:
     """Writes config.json and safetensors in the released layout; other files in the folder stay as they are.
 
-    Everything is written under temporary names and renamed when all of it is on disk. `dtype` None keeps each as it is.
+    Everything is written under temporary names and renamed when all of it is on disk. `dtype` None keeps each as it is;
+    int4 weights (in their portable form, from `load_model` with dtype None) have no other.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written to.
     """
+    assert dtype is None or model.config.int4_group is None
     folder = Path(folder)
-    named = {disk_name(name): parameter.detach() for name, parameter in model.named_parameters()}  # tied: once
+    named = {disk_name(name): tensor.detach() for name, tensor in _stored(model)}
     shards = _split(named, dtype, max_shard_bytes)
     count = len(shards)
     written: dict[Path, Path] = {}  # temporary -> final
@@ -277,6 +337,13 @@ def save_model(
     finally:
         for temporary in written:
             temporary.unlink(missing_ok=True)
+
+
+def _stored(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds: parameters, a tied one once, and the buffers of int4 matrices."""
+    assert not any(isinstance(module, Int4Linear) and module.kernel for module in model.modules())
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def disk_name(name: str) -> str:

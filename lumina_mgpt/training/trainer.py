@@ -29,6 +29,11 @@ def build_model(settings: Settings) -> tuple[Transformer, Path]:
     """The model to train, in float32 on the CPU, and the folder of its tokenizer."""
     if settings.init_from:
         folder = resolve(settings.init_from)
+        if ModelConfig.from_json(folder / "config.json").int4_group:
+            raise InputError(
+                f"--init_from {settings.init_from} holds int4 weights, which cannot be trained; "
+                "give the checkpoint that they were made of"
+            )
         model = load_model(folder, torch.float32, torch.device("cpu"), "sdpa")
     else:
         path = str(settings.model_config)
