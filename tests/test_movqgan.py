@@ -149,7 +149,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in KiB on Linux")
 def test_a_1024_image_of_the_largest_size_decodes_within_8_gib():
-    """A minute's work: the weights' values do not matter, their number does."""
+    """Some minutes' work on two cores. The weights' values do not matter, their number does."""
     done = subprocess.run([sys.executable, "-c", _DECODE], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 8.0
