@@ -72,8 +72,7 @@ def sample(
     """
     B, C = len(prompts), layout.vocabulary.num_image_codes
     assert B == len(keys), (B, len(keys))
-    given = torch.empty((B, 0), dtype=torch.long) if given is None else given
-    assert given.shape == (B, layout.given), (given.shape, B, layout.given)
+    given = known_codes(given, layout, B)
     if layout.given == layout.num_codes:
         return given.view(B, layout.rows, layout.cols).clone()
 
@@ -96,6 +95,13 @@ def sample(
             call = following(code, index, layout, origin)
     assert codes is not None
     return codes.view(B, layout.rows, layout.cols)
+
+
+def known_codes(given: Tensor | None, layout: ImageLayout, B: int) -> Tensor:
+    """The given codes (B, layout.given), checked; none where there are none."""
+    given = torch.empty((B, 0), dtype=torch.long) if given is None else given
+    assert given.shape == (B, layout.given), (given.shape, B, layout.given)
+    return given
 
 
 def draw(law: Tensor, settings: SamplingConfig, keys: Sequence[tuple[int, int]], positions: Sequence[int]) -> Tensor:

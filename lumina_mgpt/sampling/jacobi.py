@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings
-from lumina_mgpt.sampling.autoregressive import Call, OnRow, Step, check_numbers, draw, opening
+from lumina_mgpt.sampling.autoregressive import Call, OnRow, Step, check_numbers, draw, known_codes, opening
 from lumina_mgpt.sampling.drafts import BIRTHS
 from lumina_mgpt.sampling.logits import code_log_probs
 from lumina_mgpt.sampling.noise import gumbel_rows, uniform_rows
@@ -44,8 +44,7 @@ def sample_jacobi(
     """
     B = len(prompts)
     assert B == len(keys), (B, len(keys))
-    given = torch.empty((B, 0), dtype=torch.long) if given is None else given
-    assert given.shape == (B, layout.given), (given.shape, B, layout.given)
+    given = known_codes(given, layout, B)
     if layout.given == layout.num_codes:
         return given.view(B, layout.rows, layout.cols).clone()
 
