@@ -3,6 +3,7 @@
     python generate_examples/generate.py --prompt "a hedgehog on a sky blue background" --save_path outputs
 
 Pictures are named {prompt index}_{repeat}.png, counted from 0, and carry their prompt and settings as PNG text.
+Started by `accelerate launch` or torchrun, each process makes its share of them.
 """
 
 import argparse
@@ -39,39 +40,43 @@ def generate(args: argparse.Namespace) -> None:
     settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
     cli.quant_group(args)
     prompts = cli.read_prompts(args.prompt, args.prompt_file)
-    output = OutputFolder(args.save_path, args.overwrite)
+    share = cli.process_share()
+    output = OutputFolder(args.save_path, args.overwrite, shared=share[1] > 1)
     if prompts:
-        output.claim(file_names(len(prompts), args))
+        output.claim(file_names(len(prompts), args, share))
 
-    from lumina_mgpt.devices import resolve_device  # torch takes seconds to import: only now
+    from lumina_mgpt.devices import own_device  # torch takes seconds to import: only now
     from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
-    device = resolve_device(args.device)
+    device = own_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     if not prompts:
         prompts = cli.example_prompts(checkpoint.folder)
-        output.claim(file_names(len(prompts), args))
+        output.claim(file_names(len(prompts), args, share))
     layout = checkpoint.layout(args.width, args.height)
     checkpoint.prompt_ids(prompts, layout)
     names = cli.known_names(checkpoint.folder)
     for hint in filter(None, (cli.unknown_hint(prompt, names) for prompt in prompts)):
         print(f"hint: {hint}", file=sys.stderr)
 
-    quant = cli.quant_group(args, checkpoint.config.int4_group)
-    pipeline = Pipeline.from_pretrained(checkpoint, device, args.dtype, attn=args.attn, quant=quant)
-    make(pipeline, prompts, layout, settings, speculation, output, args)
+    loading = cli.loading_settings(args, checkpoint.config.int4_group)
+    pipeline = Pipeline.from_pretrained(checkpoint, device, **loading)
+    make(pipeline, prompts, layout, settings, speculation, output, args, share)
 
 
 def make(
-    pipeline, prompts: list[str], layout, settings, speculation, output: OutputFolder, args: argparse.Namespace
+    pipeline, prompts: list[str], layout, settings, speculation, output: OutputFolder, args: argparse.Namespace,
+    share: tuple[int, int],
 ) -> None:
     """Generates and saves; whatever ends it, finished pictures stay and unfinished ones leave nothing behind."""
     described = describe(pipeline, layout, settings, speculation, args)
-    print(", ".join(f"{key} {value}" for key, value in described.items()))
-    total, saved, previews = len(prompts) * args.n, 0, set()
+    if share[0] == 0:
+        print(", ".join(f"{key} {value}" for key, value in described.items()))
+    total, saved, previews = len(range(share[0], len(prompts) * args.n, share[1])), 0, set()
     bar = tqdm(
         total=total * layout.num_codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} codes, {rate_noinv_fmt}, {elapsed} gone, {remaining} left",
+        disable=share[0] > 0,  # the first process's share stands for all
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then only
     )  # fmt: skip
 
@@ -85,7 +90,7 @@ def make(
     try:
         results = pipeline.stream(
             prompts, args.width, args.height, args.n, batch_size=args.batch_size, on_row=on_row,
-            speculation=speculation, **asdict(settings),
+            speculation=speculation, share=share, **asdict(settings),
         )  # fmt: skip
         for result in results:
             job = result.job
@@ -113,6 +118,8 @@ def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) 
     movqgan = args.movqgan_path or pipeline.checkpoint.movqgan_path.name
     weights = {"model_path": args.model_path, "movqgan_path": movqgan}
     running = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch."), "attn": args.attn}
+    if pipeline.cache_dtype != pipeline.dtype:
+        running["cache_dtype"] = str(pipeline.cache_dtype).removeprefix("torch.")
     group = pipeline.model.config.int4_group
     if group is not None:
         running |= {"quant": "int4", "quant_group": group}
@@ -128,10 +135,11 @@ def preview_name(prompt_index: int, repeat: int) -> str:
     return f"{prompt_index}_{repeat}.preview.png"
 
 
-def file_names(prompts: int, args: argparse.Namespace) -> list[str]:
-    """All that a run will write."""
+def file_names(prompts: int, args: argparse.Namespace, share: tuple[int, int]) -> list[str]:
+    """All that this process will write."""
     kinds = (file_name, preview_name) if args.preview else (file_name,)
-    return [kind(index, repeat) for index in range(prompts) for repeat in range(args.n) for kind in kinds]
+    images = [(index, repeat) for index in range(prompts) for repeat in range(args.n)]
+    return [kind(*image) for image in images[share[0] :: share[1]] for kind in kinds]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,6 +39,12 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
+def own_device(name: str) -> torch.device:
+    """`resolve_device`, but of several GPUs the one that a launcher meant for this process."""
+    device, local = resolve_device(name), os.environ.get("LOCAL_RANK", "")
+    return resolve_device(f"cuda:{local}") if device.type == "cuda" and local.isdecimal() else device
+
+
 def resolve_dtype(name: str | torch.dtype, device: torch.device, config: ModelConfig) -> torch.dtype:
     """`auto` is bf16 on CUDA (fp16 where the GPU lacks it), fp16 on Apple's GPUs, and fp32 on a CPU.
 
@@ -76,8 +82,9 @@ def weight_count(config: ModelConfig) -> int:
 
 
 def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one row of `slots` ids takes."""
-    return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    """Bytes of keys and values that one row of `slots` ids takes; int8 ones have a float32 scale a token and head."""
+    vector = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+    return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * vector
 
 
 def _physical_memory() -> int | None:

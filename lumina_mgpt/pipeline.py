@@ -18,7 +18,7 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
 from lumina_mgpt.sampling.autoregressive import sample
-from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
+from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -125,12 +125,16 @@ class Pipeline:
         results[0].image.save("hedgehog.png")
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Transformer, image_tokenizer: ImageTokenizer) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: Transformer, image_tokenizer: ImageTokenizer,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.model = model
         self.image_tokenizer = image_tokenizer
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.cache_dtype = cache_dtype or self.dtype
         self.forwards = 0  # of the last `sample`: what it cost
 
     @classmethod
@@ -142,11 +146,13 @@ class Pipeline:
         movqgan_path: str | Path | None = None,
         attn: str = "sdpa",
         quant: int | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> "Pipeline":
         """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
 
         `quant` 32, 64 or 128 makes int4 weights of the layers' matrices while they are read, in groups of so many;
         a checkpoint of int4 weights needs no telling. `pipeline.model.config.int4_group` says what there is.
+        `cache_dtype` torch.int8 holds keys and values in half the room of bf16 (default: the model's own).
 
         Raises:
             InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others,
@@ -163,6 +169,8 @@ class Pipeline:
             raise InputError(
                 f"--attn flash needs --device cuda and --dtype bf16 or fp16, got {device} and {dtype}; use --attn sdpa"
             )
+        if attn == "flash" and cache_dtype == torch.int8:
+            raise InputError("--attn flash reads no int8 cache; use --attn sdpa, or leave out --cache_dtype int8")
         # Always float32: decoding is a small part of the work, and the picture then depends on its codes alone.
         image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, torch.float32)
         if image_tokenizer.num_codes != checkpoint.config.num_image_codes:
@@ -171,7 +179,7 @@ class Pipeline:
                 f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
             )
         model = load_model(checkpoint.folder, dtype, device, attn, quant)
-        return cls(checkpoint, model.eval(), image_tokenizer)
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype)
 
     def generate(
         self, prompts: str | Sequence[str], width: int | None = None, height: int | None = None, **settings
@@ -192,6 +200,7 @@ class Pipeline:
         batch_size: int | None = None,
         on_row: OnRow | None = None,
         speculation: Speculation | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[Result]:
         """Makes `n` images of each prompt and yields them batch by batch, as soon as they are done.
 
@@ -199,6 +208,7 @@ class Pipeline:
         prompts and their order, nor on `batch_size` (default: what keeps the cache within 1 GiB, at most 8).
         `width` and `height` are pixels, multiples of 32 (default: the checkpoint's base size). With `speculation`
         several codes come of one forward: the same image where its coupling is `noise`, else one of the same law.
+        `share` (r, count) makes every count-th image from the r-th on, for one of several processes.
 
         Raises:
             InputError: before any work, when a prompt or a setting is out of its range.
@@ -211,14 +221,19 @@ class Pipeline:
         layout = self.checkpoint.layout(width, height)
         encoded = self.checkpoint.prompt_ids(texts, layout)
         jobs = [Job(text, index, repeat) for index, text in enumerate(texts) for repeat in range(n)]
-        size = batch_size or self.batch_size(max(map(len, encoded)) + layout.length, settings)
+        jobs = jobs[share[0] :: share[1]]
+        size = batch_size or self.batch_size(max(map(len, encoded)), layout, settings, speculation)
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return self._run(batches, encoded, layout, settings, on_row, speculation)
 
-    def batch_size(self, slots: int, settings: SamplingConfig) -> int:
-        """How many images of `slots` ids make one batch when the caller does not say."""
-        rows = 1 if settings.cfg == 1.0 else 2
-        image = rows * cache_bytes(self.checkpoint.config, slots, self.dtype)
+    def batch_size(
+        self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
+    ) -> int:
+        """How many images behind a start of so many ids make one batch when the caller does not say."""
+        config, slots = self.checkpoint.config, start + layout.length
+        image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        if speculation:
+            image += ring_bytes(layout, speculation)
         return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
 
     def _run(self, batches, encoded, layout, settings, on_row, speculation) -> Iterator[Result]:
@@ -251,7 +266,7 @@ class Pipeline:
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation else 0
-        cache = KVCache(config, rows, length, self.dtype, self.device, spare)
+        cache = KVCache(config, rows, length, self.cache_dtype, self.device, spare)
         step = CachedStep(self.model, cache, vocabulary.code_slice)
         keys = [(settings.seed, repeat) for repeat in repeats]
         if speculation:
@@ -289,6 +304,16 @@ class CachedStep:
     def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
         self.calls += 1
+        if self.calls == 1:  # the images of one prompt read it once, and all that have none read nothing once
+            rows, source = torch.cat([ids, positions, read], 1).unique(dim=0, return_inverse=True)
+            if len(rows) < len(ids):
+                logits = self._forward(*rows.split([ids.shape[1], positions.shape[1], read.shape[1]], 1))
+                source = source.to(self.device)
+                self.cache.spread(source, positions.shape[1])
+                return logits[source]
+        return self._forward(ids, positions, read)
+
+    def _forward(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
         ids, positions, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions, read))
         hidden = self.model(ids, positions=positions, cache=self.cache, filled=filled)  # (R, T, D)

@@ -64,7 +64,7 @@ def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, sp
         forwards += pipeline.forwards
     steps = forwards - len(batches)  # after the prompts
     rows = min(args.batch_size, len(starts)) * (1 if settings.cfg == 1 else 2)
-    half = rows * cache_bytes(checkpoint.config, max(map(len, starts)) + layout.length // 2, pipeline.dtype)
+    half = rows * cache_bytes(checkpoint.config, max(map(len, starts)) + layout.length // 2, pipeline.cache_dtype)
     layers = sum(t.nbytes for part in ("parameters", "buffers") for t in getattr(pipeline.model.layers, part)())
     head = checkpoint.config.num_image_codes * checkpoint.config.hidden_size * pipeline.dtype.itemsize
     each = seconds / forwards
@@ -147,8 +147,9 @@ def bench(args) -> None:
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     prompts = cli.read_prompts(None, args.prompt_file) if args.prompt_file else cli.example_prompts(checkpoint.folder)
-    quant = cli.quant_group(args, checkpoint.config.int4_group)
-    pipeline = Pipeline.from_pretrained(checkpoint, args.device, args.dtype, attn=args.attn, quant=quant)
+    pipeline = Pipeline.from_pretrained(
+        checkpoint, args.device, **cli.loading_settings(args, checkpoint.config.int4_group)
+    )
     bandwidth = read_bandwidth(pipeline.device)
     measure(pipeline, prompts[:1], settings, None, args, bandwidth)  # warm-up
     rows = [measure(pipeline, prompts, settings, choice, args, bandwidth) for choice in tqdm(todo, unit="setting")]
@@ -162,8 +163,8 @@ def bench(args) -> None:
     peak = peak_bytes(pipeline.device)
     print(json.dumps({
         "model": str(args.model_path), "device": str(pipeline.device), "dtype": str(pipeline.dtype).split(".")[1],
-        "quant_group": quant, "threads": args.threads, "images": len(prompts),
-        "bandwidth_gb_s": round(bandwidth / 1e9, 2), "peak_gb": peak and round(peak / 1e9, 2),
+        "quant_group": pipeline.model.config.int4_group, "cache_dtype": args.cache_dtype, "threads": args.threads,
+        "images": len(prompts), "bandwidth_gb_s": round(bandwidth / 1e9, 2), "peak_gb": peak and round(peak / 1e9, 2),
         "sampling": asdict(settings), "rows": [asdict(row) for row in rows],
     }))  # fmt: skip
 

@@ -11,7 +11,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.attention import Span
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.kv_cache import KVCache, Scaled
 
 HEAD_NORM_EPS = 1e-5  # of the released model; its config.json does not hold it
 
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         v = self.v_proj(hidden).unflatten(-1, heads)  # (B, T, K, H)
         if cache is not None:
             k, v = cache.update(self.index, k, v, span.positions, span.filled)  # (B, S, K, H)
-            q = q.to(k.dtype)
+            q = q if isinstance(k, Scaled) else q.to(k.dtype)
         return self.o_proj(self.attend(q, k, v, span, cache is not None).flatten(2))
 
 
