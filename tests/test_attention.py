@@ -66,7 +66,7 @@ def test_the_cache_writes_where_it_is_told_and_nowhere_else():
     cache = KVCache(CONFIG, 2, 8, torch.bfloat16, "cpu")
     keys, values = heads(2, 3, 2, 8, seed=1, dtype=torch.float32), heads(2, 3, 2, 8, seed=2, dtype=torch.float32)
     positions = torch.tensor([[0, 1, 2], [4, 5, 6]])
-    k, v = cache.update(1, keys, values, positions, 7)
+    k, v = cache.layer(1).update(keys, values, positions, 7)
     assert k.shape == v.shape == (2, 7, 2, 8) and k.dtype == torch.bfloat16
     for row, start in ((0, 0), (1, 4)):
         assert torch.equal(k[row, start : start + 3], keys[row].bfloat16())
@@ -82,10 +82,10 @@ def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, posit
     cache = KVCache(CONFIG, 2, 9, torch.int8, "cpu")
     before = heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4) * torch.logspace(-3, 3, 7)[:, None, None]
     if not isinstance(positions, int) or positions:
-        cache.update(1, *before, 0, 7)
+        cache.layer(1).update(*before, 0, 7)
     span = span_for(positions, 3, cache, filled=7)
     q, new = heads(2, 3, 4, 8), (heads(2, 3, 2, 8, seed=1), heads(2, 3, 2, 8, seed=2))
-    held = cache.update(1, *new, span.positions, span.filled)
+    held = cache.layer(1).update(*new, span.positions, span.filled)
     k, v = (part.codes.double() * part.scales.double()[..., None] for part in held)
     asked = torch.arange(3) + (positions if isinstance(positions, int) else positions[:, :1])
     asked = asked.expand(2, 3)
@@ -99,7 +99,7 @@ def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, posit
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_rows_of_a_cache_are_spread(dtype):
     cache = KVCache(CONFIG, 3, 5, dtype, "cpu")
-    cache.update(0, heads(2, 4, 2, 8, seed=1), heads(2, 4, 2, 8, seed=2), 0, 4)
+    cache.layer(0).update(heads(2, 4, 2, 8, seed=1), heads(2, 4, 2, 8, seed=2), 0, 4)
     before = [held.clone() for held in (cache.store, cache.scales) if held is not None]
     cache.spread(torch.tensor([1, 0, 1]), 3)
     for old, new in zip(before, (cache.store, cache.scales), strict=False):

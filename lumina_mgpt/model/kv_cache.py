@@ -47,31 +47,40 @@ class KVCache:
         self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device) if quantized else None
         self._row = torch.arange(rows, device=device)[:, None]  # (B, 1)
 
-    def update(
-        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor | int, filled: int
-    ) -> tuple[Held, Held]:
-        """Writes keys and values at their positions, and returns all that may be in use of the first B rows.
-
-        Shapes: keys, values (B, T, K, H); positions (B, T), or the position of the first of T for every row alike;
-        returns two views (B, filled, K, H).
-        """
-        B, T = keys.shape[:2]
-        at = slice(positions, positions + T) if isinstance(positions, int) else positions
-        rows = slice(B) if isinstance(positions, int) else self._row[:B]
-        held = []
-        for part, new in enumerate((keys, values)):
-            store = self.store[layer, part]
-            if self.scales is None:
-                store[rows, at] = new.to(store.dtype)
-                held.append(store[:B, :filled])
-            else:
-                scales = self.scales[layer, part]
-                store[rows, at], scales[rows, at] = Scaled.of(new)
-                held.append(Scaled(store[:B, :filled], scales[:B, :filled]))
-        return held[0], held[1]
+    def layer(self, index: int) -> "LayerCache":
+        return LayerCache(self.store[index], None if self.scales is None else self.scales[index], self._row)
 
     def spread(self, source: Tensor, filled: int) -> None:
         """Row r becomes a copy of row source[r] as far as `filled` slots. Shapes: source (rows,)."""
         for held in (self.store, self.scales):
             if held is not None:
                 held[:, :, :, :filled] = held[:, :, source, :filled]
+
+
+class LayerCache(NamedTuple):
+    """One layer's part. Shapes: store (2, rows, slots, K, H), scales (2, rows, slots, K) or None, row (rows, 1)."""
+
+    store: Tensor
+    scales: Tensor | None
+    row: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor | int, filled: int) -> tuple[Held, Held]:
+        """Writes keys and values at their positions, and returns all that may be in use of the first B rows.
+
+        Shapes: keys, values (B, T, K, H); positions (B, T), or the position of the first of T for every row alike;
+        returns two views (B, filled, K, H).
+        """
+        B, T = keys.shape[:2]
+        alike = isinstance(positions, int)
+        rows, at = (slice(B), slice(positions, positions + T)) if alike else (self.row[:B], positions)
+        held = []
+        for part, new in enumerate((keys, values)):
+            store = self.store[part]
+            if self.scales is None:
+                store[rows, at] = new.to(store.dtype)
+                held.append(store[:B, :filled])
+            else:
+                scales = self.scales[part]
+                store[rows, at], scales[rows, at] = Scaled.of(new)
+                held.append(Scaled(store[:B, :filled], scales[:B, :filled]))
+        return held[0], held[1]
