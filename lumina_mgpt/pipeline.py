@@ -304,18 +304,20 @@ class CachedStep:
     def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
         self.calls += 1
-        if self.calls == 1:  # the images of one prompt read it once, and all that have none read nothing once
-            rows, source = torch.cat([ids, positions, read], 1).unique(dim=0, return_inverse=True)
-            if len(rows) < len(ids):
-                logits = self._forward(*rows.split([ids.shape[1], positions.shape[1], read.shape[1]], 1))
-                source = source.to(self.device)
-                self.cache.spread(source, positions.shape[1])
-                return logits[source]
-        return self._forward(ids, positions, read)
+        if self.calls > 1:
+            filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
+            return self._forward(ids, positions.to(self.device, non_blocking=True), read, filled)
+        T = ids.shape[1]
+        assert torch.equal(positions, torch.arange(T).expand_as(positions))  # so that no mask is needed
+        # The images of one prompt read it once, and all the rows without a prompt are one.
+        rows, source = torch.cat([ids, read], 1).unique(dim=0, return_inverse=True)
+        source = source.to(self.device, non_blocking=True)
+        logits = self._forward(rows[:, :T], 0, rows[:, T:], T)
+        self.cache.spread(source, T)
+        return logits[source]
 
-    def _forward(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
-        ids, positions, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions, read))
+    def _forward(self, ids: Tensor, positions: Tensor | int, read: Tensor, filled: int) -> Tensor:
+        ids, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, read))
         hidden = self.model(ids, positions=positions, cache=self.cache, filled=filled)  # (R, T, D)
         wanted = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))  # (R, Q, D)
         return self.model.project(wanted, self.columns)

@@ -75,10 +75,11 @@ def test_the_cache_writes_where_it_is_told_and_nowhere_else():
 
 
 @pytest.mark.parametrize("positions", [torch.tensor([[4, 5, 6], [0, 1, 2]]), 3, 0], ids=["ragged", "alike", "first"])
-@pytest.mark.parametrize("block", [4, 512])
-def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, positions, block):
+@pytest.mark.parametrize(("block", "queries"), [(4, 256), (512, 256), (512, 2)])
+def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, positions, block, queries):
     """Against the formula on integers times scales; and those are within half a step of what was put in."""
     monkeypatch.setattr(attention, "INT8_BLOCK", block)
+    monkeypatch.setattr(attention, "INT8_QUERIES", queries)
     cache = KVCache(CONFIG, 2, 9, torch.int8, "cpu")
     before = heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4) * torch.logspace(-3, 3, 7)[:, None, None]
     if not isinstance(positions, int) or positions:

@@ -13,6 +13,7 @@ from lumina_mgpt.model.kv_cache import Held, KVCache, Scaled
 
 QUERY_BLOCK = 128
 MAX_WRITTEN_OUT = 1024
+INT8_QUERIES = 256  # more of them at once, and the integers of a layer are made numbers for torch's kernel
 INT8_BLOCK = 512  # slots whose integers are turned into numbers at once: of 32 heads of 128, 8 MB in float32
 
 
@@ -51,12 +52,14 @@ class Span:
 
 
 def sdpa(q: Tensor, k: Held, v: Held, span: Span, cached: bool) -> Tensor:
-    """torch's scaled_dot_product_attention; the same written out where keys and values are int8.
+    """torch's scaled_dot_product_attention; written out where keys and values are int8.
 
     Shapes: q (B, T, N, H); k, v (B, S, K, H); returns (B, T, N, H).
     """
     if isinstance(k, Scaled):
-        return _int8(q, k, v, span)
+        if q.shape[1] <= INT8_QUERIES:
+            return _int8(q, k, v, span)
+        k, v = k.numbers(q.dtype), v.numbers(q.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not grouped:

@@ -20,6 +20,9 @@ class Scaled(NamedTuple):
         scales = x.abs().amax(-1).float().clamp_(min=torch.finfo(torch.float32).tiny) / 127
         return cls((x / scales[..., None]).round().to(torch.int8), scales)
 
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes * self.scales[..., None]).to(dtype)
+
 
 Held = Tensor | Scaled  # what attention reads
 
@@ -53,8 +56,8 @@ class KVCache:
     def spread(self, source: Tensor, filled: int) -> None:
         """Row r becomes a copy of row source[r] as far as `filled` slots. Shapes: source (rows,)."""
         for held in (self.store, self.scales):
-            if held is not None:
-                held[:, :, :, :filled] = held[:, :, source, :filled]
+            for layer in () if held is None else held:  # a copy of one layer at a time
+                layer[:, :, :filled] = layer[:, source, :filled]
 
 
 class LayerCache(NamedTuple):
