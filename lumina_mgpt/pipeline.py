@@ -164,7 +164,7 @@ class Pipeline:
             checkpoint = Checkpoint.open(path, movqgan_path)
         else:
             checkpoint = replace(path, movqgan_path=find_movqgan(path.folder, movqgan_path or path.movqgan_path))
-        dtype = resolve_dtype(dtype, device, checkpoint.config)
+        dtype = resolve_dtype(dtype, device, checkpoint.config, quant)
         if attn == "flash" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
             raise InputError(
                 f"--attn flash needs --device cuda and --dtype bf16 or fp16, got {device} and {dtype}; use --attn sdpa"
@@ -179,6 +179,8 @@ class Pipeline:
                 f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
             )
         model = load_model(checkpoint.folder, dtype, device, attn, quant)
+        if not checkpoint.config.tie_word_embeddings:
+            model.lm_head.keep(checkpoint.vocabulary.code_slice)
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype)
 
     def generate(

@@ -20,6 +20,7 @@ from lumina_mgpt import cli
 from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.measure import peak_bytes, read_bandwidth
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.sampling.drafts import BIRTHS
 
@@ -35,17 +36,6 @@ class Row:
     codes: float
     milliseconds: float
     bandwidth: float
-
-
-def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) -> float:
-    """Bytes a second of summing a large tensor, the best of several."""
-    data = torch.ones(size, dtype=torch.float32, device=device)
-    best = 0.0
-    for _ in range(repeats):
-        began = time.perf_counter()
-        data.sum().item()
-        best = max(best, data.nbytes / (time.perf_counter() - began))
-    return best
 
 
 def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, speculation: Speculation | None,
@@ -104,17 +94,6 @@ def check_plot(path: Path) -> None:
     matplotlib.use("Agg")
     if path.suffix != ".png" or not path.resolve().parent.is_dir():
         raise InputError(f"--plot must be a .png file in a folder that exists, got {path}")
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The most memory that was in use at once: of the GPU, or of this process (None where that is not told)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def build_parser() -> cli.Parser:

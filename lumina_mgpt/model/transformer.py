@@ -148,9 +148,15 @@ class Layer(nn.Module):
 class Head(nn.Linear):
     """The output projection, to the whole vocabulary or to a slice of it."""
 
+    kept: slice | None = None
+
+    def keep(self, columns: slice) -> None:
+        """Lets go of all other columns: the text of a large vocabulary, for a model that is to write images only."""
+        self.weight, self.kept = nn.Parameter(self.weight[columns].detach().clone(), requires_grad=False), columns
+
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        weight = self.weight if columns is None else self.weight[columns]
-        return F.linear(hidden, weight)
+        assert self.kept in (None, columns), f"columns {columns} of a head that kept {self.kept}"
+        return F.linear(hidden, self.weight if self.kept == columns else self.weight[columns])
 
 
 class Transformer(nn.Module):
