@@ -91,14 +91,22 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--cache_dtype", default="auto", choices=("auto", "int8"),
         help="of keys and values; auto: the transformer's; int8: half of bf16, a scale a token and head",
     )  # fmt: skip
+    group.add_argument(
+        "--movqgan_dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the image tokenizer"
+    )
 
 
 def loading_settings(args: argparse.Namespace, stored: int | None = None) -> dict[str, object]:
     """What `Pipeline.from_pretrained` is told besides checkpoint and device, for `quant_group`'s `stored`."""
     import torch
 
-    cache_dtype = torch.int8 if args.cache_dtype == "int8" else None
-    return {"dtype": args.dtype, "attn": args.attn, "quant": quant_group(args, stored), "cache_dtype": cache_dtype}
+    from lumina_mgpt.devices import DTYPES
+
+    return {
+        "dtype": args.dtype, "attn": args.attn, "quant": quant_group(args, stored),
+        "cache_dtype": torch.int8 if args.cache_dtype == "int8" else None,
+        "movqgan_dtype": DTYPES[args.movqgan_dtype],
+    }  # fmt: skip
 
 
 def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | None:

@@ -147,12 +147,15 @@ class Pipeline:
         attn: str = "sdpa",
         quant: int | None = None,
         cache_dtype: torch.dtype | None = None,
+        movqgan_dtype: torch.dtype = torch.float32,
     ) -> "Pipeline":
         """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
 
         `quant` 32, 64 or 128 makes int4 weights of the layers' matrices while they are read, in groups of so many;
         a checkpoint of int4 weights needs no telling. `pipeline.model.config.int4_group` says what there is.
         `cache_dtype` torch.int8 holds keys and values in half the room of bf16 (default: the model's own).
+        `movqgan_dtype`: decoding is a small part of the work, and in float32 (default) a picture depends on its codes
+        alone; bf16 and fp16 halve the memory that it takes.
 
         Raises:
             InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others,
@@ -171,8 +174,7 @@ class Pipeline:
             )
         if attn == "flash" and cache_dtype == torch.int8:
             raise InputError("--attn flash reads no int8 cache; use --attn sdpa, or leave out --cache_dtype int8")
-        # Always float32: decoding is a small part of the work, and the picture then depends on its codes alone.
-        image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, torch.float32)
+        image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)
         if image_tokenizer.num_codes != checkpoint.config.num_image_codes:
             raise InputError(
                 f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,6 +247,14 @@ def test_processes_share_the_images(exact):
     assert [len(part) for part in parts] == [5, 4] and not parts[0].keys() & parts[1].keys()
     for part in parts:
         assert all(torch.equal(whole[key], codes) for key, codes in part.items())
+
+
+def test_half_precision_decodes_nearly_the_same_picture(tiny_checkpoint, exact):
+    half = Pipeline.from_pretrained(tiny_checkpoint, "cpu", torch.float64, movqgan_dtype=torch.bfloat16)
+    (first,), (second,) = (p.generate("a cat", 64, 64, cfg=1.0) for p in (exact, half))
+    assert torch.equal(first.codes, second.codes)
+    difference = np.asarray(first.image, float) - np.asarray(second.image, float)
+    assert 0 < np.abs(difference).mean() < 2  # of 255
 
 
 def test_an_int8_cache_stays_near(tiny_checkpoint, exact):
