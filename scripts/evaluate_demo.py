@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lumina_mgpt.demo import emoji, evaluation, scenes
 from lumina_mgpt.demo.evaluation import Share
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import psnr
 from lumina_mgpt.pipeline import Pipeline
 
 _BATCH = 30
@@ -62,7 +63,7 @@ def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict)
     for scene in tqdm(todo, desc="reconstruction", unit="picture"):
         image = scenes.render(scene, pictures)
         tokenizer = pipeline.image_tokenizer
-        values.append(evaluation.psnr(tokenizer.decode(tokenizer.encode([image]))[0], image))
+        values.append(psnr(tokenizer.decode(tokenizer.encode([image]))[0], image))
     return np.array(values)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from lumina_mgpt.demo import emoji, evaluation, scenes
 from lumina_mgpt.demo.emoji import CELL
 from lumina_mgpt.demo.scenes import COLORS, Scene
+from lumina_mgpt.images import psnr
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "assets" / "demo"
@@ -96,7 +97,7 @@ def test_the_measures_find_what_was_rendered_and_notice_what_was_not(pictures):
             assert evaluation.nearest_color(image) == color
             (cell,) = evaluation.cells(image, scene)
             assert evaluation.nearest_emoji(cell, color, pictures) == name
-    assert evaluation.psnr(image, image) == 100 and evaluation.psnr(image, scenes.render(scene, pictures)) < 30
+    assert psnr(image, image) == 100 and psnr(image, scenes.render(scene, pictures)) < 30
     assert str(evaluation.Share(150, 300)) == "50.0 ± 2.9 %"
 
 

@@ -57,12 +57,6 @@ def nearest_color(image: Image.Image) -> str:
     return min(COLORS, key=lambda color: float(((background(color) - median) ** 2).sum()))
 
 
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    difference = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
-    return -10 * math.log10(max(float((difference**2).mean()) / 255**2, 1e-10))
-
-
 def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
     """Pictures in a grid with their captions below, white ground."""
     font = ImageFont.load_default(10)
