@@ -5,9 +5,9 @@
     python generate_examples/generate.py --task i2i --i2i_task depth --image_path assets/depth.png \\
         --image_prompt "a hedgehog on a sky blue background" --save_path controlled
 
-Pictures are named {prompt index}_{repeat}.png, counted from 0, and carry their prompt and settings as PNG text. One made
-of a given panel is named by its task, {i2i_task}.png, and lies beside that panel, {i2i_task}_ref_center_crop.png. The
-lower panel of a dual-panel picture is written alone too, as {the picture's name}_result.png.
+Pictures are named {prompt index}_{repeat}.png, counted from 0, and carry their prompt and settings as PNG text. What is
+made of a given panel is named by its task, {i2i_task}.png, and lies beside that panel,
+{i2i_task}_ref_center_crop.png. The lower panel of a dual-panel picture is written alone too, as {its name}_result.png.
 """
 
 import argparse
@@ -27,22 +27,32 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("what to make")
     group.add_argument("--prompt", "--image_prompt", action="append", help="what to show; may be given several times")
     group.add_argument("--prompt_file", help="UTF-8 text file with one prompt a line (default: five built-in prompts)")
-    group.add_argument("-n", type=cli.whole, default=1, help="images of each prompt")
-    for side in ("--width", "--height"):
-        group.add_argument(
-            side, type=cli.whole,
-            help="pixels of all panels, a multiple of 32 (default: panels of the checkpoint's base size)",
-        )  # fmt: skip
     tasks.add_task_options(parser)
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: cli.Parser) -> None:
+    """Every option that does not say what to make."""
+    group = parser.add_argument_group("how many, how large")
+    group.add_argument("-n", type=cli.whole, default=1, help="images of each prompt")
+    add_size_options(group)
     cli.add_sampling_options(parser)
     cli.add_speculation_options(parser)
     cli.add_output_options(parser)
     group.add_argument(
         "--preview", action="store_true",
-        help="write each picture row by row while it grows, as {prompt index}_{repeat}.preview.png",
+        help="write each picture row by row while it grows, as {its name}.preview.png",
     )  # fmt: skip
     cli.add_checkpoint_options(parser)
-    return parser
+
+
+def add_size_options(group) -> None:
+    for side in ("--width", "--height"):
+        group.add_argument(
+            side, type=cli.whole,
+            help="pixels of all panels, a multiple of 32 (default: panels of the checkpoint's base size)",
+        )  # fmt: skip
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -134,9 +134,12 @@ class Checkpoint:
         )
 
     def prompt_ids(
-        self, texts: Sequence[str], layout: ImageLayout, task: Task = TASKS["t2i"], shown: str | None = None
+        self, texts: Sequence[str], layout: ImageLayout, task: Task = TASKS["t2i"], shown: str | None = None,
+        option: str = "--prompt",
     ) -> list[list[int]]:
         """The ids that each generation starts from, up to image start; `shown` as in `Task.instruction`.
+
+        `option` is what messages call the texts.
 
         Raises:
             InputError: a text holds a special name, or prompt and image are longer than the model can see.
@@ -152,7 +155,7 @@ class Checkpoint:
             try:
                 ids = generation_prompt(task.instruction(text, *size, shown), self.vocabulary)
             except InputError as error:
-                raise InputError(f"--prompt (number {index}): {error}") from None
+                raise InputError(f"{option} (number {index}): {error}") from None
             if len(ids) + layout.length > limit:
                 raise InputError(
                     f"--width {size[0]} --height {size[1]} take {layout.length} ids and the prompt (number {index}) "

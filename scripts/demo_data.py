@@ -16,6 +16,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.demo import emoji, scenes
 from lumina_mgpt.demo.tokenizer import write_tokenizer
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.maps import canny
 
 PAIRS = 12000
 CAPTIONS = {"single": 6, "beside": 1, "above": 1}  # phrasings of each picture; pairs have variety enough
@@ -36,7 +37,7 @@ def write_tokenizer_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: 
     for scene in tqdm(todo, desc="maps", unit="scene"):
         picture = scenes.render(scene, pictures)
         maps = {
-            "edges": scenes.edges(picture),
+            "edges": canny(picture),
             "depth": scenes.depth(scene, pictures),
             "segmentation": scenes.segmentation(scene, pictures),
         }

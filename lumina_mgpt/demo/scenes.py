@@ -75,8 +75,14 @@ def background(color: str) -> np.ndarray:
     return np.asarray(ImageColor.getrgb(color.replace(" ", "")), np.float32) / 255
 
 
-def _over(below: np.ndarray, picture: np.ndarray) -> np.ndarray:
+def over(below: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """An RGBA picture over RGB, float32 in [0, 1]."""
     return picture[..., :3] * picture[..., 3:] + below * (1 - picture[..., 3:])
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """RGB in [0, 1] as a picture."""
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def render(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
@@ -85,13 +91,8 @@ def render(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
     canvas = np.broadcast_to(background(scene.color), (height, width, 3)).copy()
     for name, (left, top) in zip(scene.names, scene.offsets, strict=True):
         part = np.s_[top : top + CELL, left : left + CELL]
-        canvas[part] = _over(canvas[part], pictures[name])
-    return Image.fromarray((canvas * 255).round().astype(np.uint8))
-
-
-def edges(image: Image.Image) -> Image.Image:
-    """Canny edges of a picture, white on black (OpenCV; thresholds 100 and 200, as is usual for control images)."""
-    return Image.fromarray(cv2.Canny(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY), 100, 200)).convert("RGB")
+        canvas[part] = over(canvas[part], pictures[name])
+    return to_image(canvas)
 
 
 def _masks(scene: Scene, pictures: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -137,8 +138,8 @@ def loose(rng: random.Random, pictures: dict[str, np.ndarray]) -> Image.Image:
             picture = picture[:, ::-1]
         left, top = (rng.randint(-side // 3, CELL - side * 2 // 3) for _ in range(2))
         x0, y0, x1, y1 = max(0, left), max(0, top), min(CELL, left + side), min(CELL, top + side)
-        canvas[y0:y1, x0:x1] = _over(canvas[y0:y1, x0:x1], picture[y0 - top : y1 - top, x0 - left : x1 - left])
-    return Image.fromarray((canvas.clip(0, 1) * 255).round().astype(np.uint8))
+        canvas[y0:y1, x0:x1] = over(canvas[y0:y1, x0:x1], picture[y0 - top : y1 - top, x0 - left : x1 - left])
+    return to_image(canvas)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
