@@ -40,7 +40,7 @@ _TEMPLATES = {"single": _SINGLE, "beside": _BESIDE, "above": _ABOVE}
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two emoji by name (the first is left, or above) on a background of a CSS colour."""
+    """One or two emoji by name (the first is left, or above), or none, on a background of a CSS colour."""
 
     names: tuple[str, ...]
     color: str
@@ -54,6 +54,8 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether the composition is kept from all training: by (name, colour), or by the unordered pair of names."""
+        if not self.names:
+            return False
         parts = (*self.names, self.color) if len(self.names) == 1 else sorted(self.names)
         return zlib.crc32("|".join(parts).encode()) % _HELD_OUT == 0
 
@@ -66,7 +68,7 @@ class Scene:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
-        left, top = self.offsets[-1]
+        left, top = self.offsets[-1] if self.names else (0, 0)
         return left + CELL, top + CELL
 
 
@@ -142,20 +144,25 @@ def loose(rng: random.Random, pictures: dict[str, np.ndarray]) -> Image.Image:
     return to_image(canvas)
 
 
+def noun(name: str, rng: random.Random) -> str:
+    """What people call the emoji of that name."""
+    return ALIASES[name] if name in ALIASES and rng.random() < 0.4 else name
+
+
+def with_articles(text: str) -> str:
+    """`a orange background` -> `an orange background`, for the colours that want it."""
+    return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of several phrasings of the scene."""
-
-    def noun(name: str) -> str:
-        return ALIASES[name] if name in ALIASES and rng.random() < 0.4 else name
-
-    nouns = [noun(name) for name in scene.names]
+    nouns = [noun(name, rng) for name in scene.names]
     phrases = [with_article(n) for n in nouns]
     if scene.arrangement == "single" and scene.color == "white" and rng.random() < 0.2:
         text = phrases[0]
     else:
         template = rng.choice(_TEMPLATES[scene.arrangement])
-        text = template.format(a=phrases[0], b=phrases[-1], c=scene.color, n=nouns[0])
-        text = text.replace(" a orange", " an orange").replace(" a olive", " an olive")
+        text = with_articles(template.format(a=phrases[0], b=phrases[-1], c=scene.color, n=nouns[0]))
     if rng.random() < 0.15:
         text = text[0].upper() + text[1:]
     if rng.random() < 0.1:
