@@ -15,7 +15,7 @@ from lumina_mgpt.maps import canny
 from lumina_mgpt.prompts import I2I_TASKS, TASKS, Task
 
 SIZE = (CELL, 2 * CELL)  # (width, height) of two panels of the base size
-_TOLD = 0.3  # share of the training prompts that say what the panel shows as well
+_OTHERWISE = 0.3  # share of the training prompts that say more, or less, than those of the evaluation
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 3000),
     }
 )
-_SUBJECTS = ("on a {c} background", "the same on a {c} background", "{c} background", "it, {c} background")
+_BACKGROUNDS = ("on a {c} background", "the same on a {c} background", "{c} background", "it, {c} background")
 # How an edit is asked for, and how often: {n} is what was there, {b} what comes, {c} the new background.
 _EDITS = {
     "background": (4, ("make the background {c}", "change the background to {c}", "put it on a {c} background")),
@@ -113,7 +113,7 @@ def training_examples(kind: str, names: list[str], rng: random.Random) -> list[E
     rng.shuffle(pool)
     found: list[Example] = []
     while len(found) < KINDS[kind].records:
-        example = _example(kind, pool[len(found) % len(pool)], names, _TOLD, rng)
+        example = _example(kind, pool[len(found) % len(pool)], names, _OTHERWISE, rng)
         if not example.held_out:  # its other scene may be
             found.append(example)
     return found
@@ -125,26 +125,34 @@ def evaluation_examples(kind: str, names: list[str], count: int, rng: random.Ran
     return [_example(kind, scene, names, 0.0, rng) for scene in rng.sample(pool, min(count, len(pool)))]
 
 
-def _example(kind: str, scene: Scene, names: list[str], told: float, rng: random.Random) -> Example:
-    tells = rng.random() < told
-    if kind == "subject":
-        return _subject(scene, tells, rng)
+def _example(kind: str, scene: Scene, names: list[str], otherwise: float, rng: random.Random) -> Example:
     if kind == "edit":
         return _edit(scene, names, rng)
-    wordless = KINDS[kind].task.wordless
-    return Example(kind, scene, scene, "" if wordless and not tells else scenes.caption(scene, rng))
-
-
-def _subject(scene: Scene, tells: bool, rng: random.Random) -> Example:
-    """The same emoji on another background; where it tells, either panel's words name it."""
-    (name,) = scene.names
-    reference = Scene(scene.names, rng.choice([color for color in COLORS if color != scene.color]))
-    shown = with_article(scenes.noun(name, rng)) if tells and rng.random() < 0.5 else None
-    if tells and shown is None:
-        prompt = scenes.caption(scene, rng)
+    differs, task = rng.random() < otherwise, KINDS[kind].task
+    if kind == "subject":
+        return _subject(scene, differs, rng)
+    if task.wordless and not differs:
+        prompt = ""
+    elif task.given_panels and not task.wordless and differs:  # a control panel must be looked at
+        prompt = _background(scene, rng)
     else:
-        prompt = scenes.with_articles(rng.choice(_SUBJECTS).format(c=scene.color))
-    return Example("subject", reference, scene, prompt, shown)
+        prompt = scenes.caption(scene, rng)
+    return Example(kind, scene, scene, prompt)
+
+
+def _background(scene: Scene, rng: random.Random) -> str:
+    return scenes.with_articles(rng.choice(_BACKGROUNDS).format(c=scene.color))
+
+
+def _subject(scene: Scene, named: bool, rng: random.Random) -> Example:
+    """The same emoji on another background; where it is named, either the prompt or the words for the panel do it."""
+    reference = Scene(scene.names, rng.choice([color for color in COLORS if color != scene.color]))
+    if not named:
+        return Example("subject", reference, scene, _background(scene, rng))
+    if rng.random() < 0.5:
+        return Example("subject", reference, scene, scenes.caption(scene, rng))
+    shown = with_article(scenes.noun(scene.names[0], rng))
+    return Example("subject", reference, scene, _background(scene, rng), shown)
 
 
 def _edit(scene: Scene, names: list[str], rng: random.Random) -> Example:
