@@ -1,80 +1,106 @@
-"""Makes pictures from prompts.
+"""Makes pictures from prompts, and of pictures.
 
     python generate_examples/generate.py --prompt "a hedgehog on a sky blue background" --save_path outputs
+    python generate_examples/generate.py --task depth --prompt "an owl on a pink background" --save_path pair
+    python generate_examples/generate.py --task i2i --i2i_task depth --image_path assets/depth.png \\
+        --image_prompt "a hedgehog on a sky blue background" --save_path controlled
 
-Pictures are named {prompt index}_{repeat}.png, counted from 0, and carry their prompt and settings as PNG text.
+Pictures are named {prompt index}_{repeat}.png, counted from 0, and carry their prompt and settings as PNG text. What is
+made of a given panel is named by its task, {i2i_task}.png, and lies beside that panel,
+{i2i_task}_ref_center_crop.png. The lower panel of a dual-panel picture is written alone too, as {its name}_result.png.
 Started by `accelerate launch` or torchrun, each process makes its share of them.
 """
 
 import argparse
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 from tqdm import tqdm
 
-from lumina_mgpt import __version__, cli
+from lumina_mgpt import __version__, cli, tasks
 from lumina_mgpt.outputs import OutputFolder
+from lumina_mgpt.tasks import Request, result_file
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="generate.py", description="Makes pictures from prompts.")
+    parser = cli.Parser(prog="generate.py", description="Makes pictures from prompts, and of pictures.")
     group = parser.add_argument_group("what to make")
-    group.add_argument("--prompt", action="append", help="what to show; may be given several times")
+    group.add_argument("--prompt", "--image_prompt", action="append", help="what to show; may be given several times")
     group.add_argument("--prompt_file", help="UTF-8 text file with one prompt a line (default: five built-in prompts)")
+    tasks.add_task_options(parser)
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: cli.Parser) -> None:
+    """Every option that does not say what to make."""
+    group = parser.add_argument_group("how many, how large")
     group.add_argument("-n", type=cli.whole, default=1, help="images of each prompt")
-    for side in ("--width", "--height"):
-        group.add_argument(side, type=cli.whole, help="pixels, a multiple of 32 (default: the checkpoint's base size)")
+    add_size_options(group)
     cli.add_sampling_options(parser)
     cli.add_speculation_options(parser)
     cli.add_output_options(parser)
     group.add_argument(
         "--preview", action="store_true",
-        help="write each picture row by row while it grows, as {prompt index}_{repeat}.preview.png",
+        help="write each picture row by row while it grows, as {its name}.preview.png",
     )  # fmt: skip
     cli.add_checkpoint_options(parser)
-    return parser
+
+
+def add_size_options(group) -> None:
+    for side in ("--width", "--height"):
+        group.add_argument(
+            side, type=cli.whole,
+            help="pixels of all panels, a multiple of 32 (default: panels of the checkpoint's base size)",
+        )  # fmt: skip
 
 
 def generate(args: argparse.Namespace) -> None:
     """Checks everything that can be checked without weights, then loads and makes the pictures."""
+    run(args, tasks.read_request)
+
+
+def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], Request]) -> None:
+    """`generate`, for any command that has its options and turns them into a request."""
     settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
     cli.quant_group(args)
-    prompts = cli.read_prompts(args.prompt, args.prompt_file)
-    share = cli.process_share()
+    share, request = cli.process_share(), read_request(args)
     output = OutputFolder(args.save_path, args.overwrite, shared=share[1] > 1)
-    if prompts:
-        output.claim(file_names(len(prompts), args, share))
+    if request.prompts:
+        output.claim(file_names(request, args, share), request.keep)
 
     from lumina_mgpt.devices import own_device  # torch takes seconds to import: only now
-    from lumina_mgpt.pipeline import Checkpoint, Pipeline
+    from lumina_mgpt.pipeline import Checkpoint
 
     device = own_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
-    if not prompts:
-        prompts = cli.example_prompts(checkpoint.folder)
-        output.claim(file_names(len(prompts), args, share))
-    layout = checkpoint.layout(args.width, args.height)
-    checkpoint.prompt_ids(prompts, layout)
+    if not request.prompts:
+        request = replace(request, prompts=cli.example_prompts(checkpoint.folder))
+        output.claim(file_names(request, args, share))
+    layout = checkpoint.layout(args.width, args.height, request.task)
+    checkpoint.prompt_ids(request.prompts, layout, request.task, request.shown)
+    panel = request.panel(layout)
     names = cli.known_names(checkpoint.folder)
-    for hint in filter(None, (cli.unknown_hint(prompt, names) for prompt in prompts)):
+    for hint in filter(None, (cli.unknown_hint(prompt, names) for prompt in filter(None, request.prompts))):
         print(f"hint: {hint}", file=sys.stderr)
 
-    loading = cli.loading_settings(args, checkpoint.config.int4_group)
-    pipeline = Pipeline.from_pretrained(checkpoint, device, **loading)
-    make(pipeline, prompts, layout, settings, speculation, output, args, share)
+    pipeline = cli.load_pipeline(args, checkpoint, device)
+    make(pipeline, request, panel, layout, settings, speculation, output, args, share)
 
 
 def make(
-    pipeline, prompts: list[str], layout, settings, speculation, output: OutputFolder, args: argparse.Namespace,
+    pipeline, request: Request, panel, layout, settings, speculation, output: OutputFolder, args: argparse.Namespace,
     share: tuple[int, int],
 ) -> None:
     """Generates and saves; whatever ends it, finished pictures stay and unfinished ones leave nothing behind."""
-    described = describe(pipeline, layout, settings, speculation, args)
+    described = request.described() | describe(pipeline, layout, settings, speculation, args)
     if share[0] == 0:
         print(", ".join(f"{key} {value}" for key, value in described.items()))
-    total, saved, previews = len(range(share[0], len(prompts) * args.n, share[1])), 0, set()
+    total, saved, previews = len(range(share[0], len(request.prompts) * args.n, share[1])), 0, set()
+    codes = total * (layout.num_codes - layout.given)
     bar = tqdm(
-        total=total * layout.num_codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,
+        total=codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} codes, {rate_noinv_fmt}, {elapsed} gone, {remaining} left",
         disable=share[0] > 0,  # the first process's share stands for all
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then only
@@ -84,20 +110,26 @@ def make(
         bar.update(len(done.jobs) * layout.cols)
         if args.preview:
             for job, picture in zip(done.jobs, pipeline.preview(done.codes, layout), strict=True):
-                previews.add(name := preview_name(job.prompt_index, job.repeat))
+                previews.add(name := preview_file(request.stem(job.prompt_index, job.repeat)))
                 output.save(name, picture, again=True)
 
     try:
         results = pipeline.stream(
-            prompts, args.width, args.height, args.n, batch_size=args.batch_size, on_row=on_row,
-            speculation=speculation, share=share, **asdict(settings),
+            request.prompts, args.width, args.height, args.n, batch_size=args.batch_size, on_row=on_row,
+            speculation=speculation, task=request.task, panel=panel, shown=request.shown, share=share,
+            **asdict(settings),
         )  # fmt: skip
         for result in results:
             job = result.job
             text = {"prompt": job.prompt, "repeat": job.repeat} | described
-            path = output.save(file_name(job.prompt_index, job.repeat), result.image, text)
+            stem = request.stem(job.prompt_index, job.repeat)
+            if panel is not None and not saved and share[0] == 0:
+                output.save(request.panel_file, panel)
+            if result.panels > 1:
+                output.save(result_file(stem), result.panel, text)
+            path = output.save(f"{stem}.png", result.image, text)
             saved += 1
-            output.discard(preview_name(job.prompt_index, job.repeat))
+            output.discard(preview_file(stem))
             bar.write(f"{path}: {job.prompt}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{saved} of {total} images are in {output.folder}") from None
@@ -129,19 +161,16 @@ def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) 
     return {"width": width, "height": height} | sampling | weights | running | software
 
 
-def file_name(prompt_index: int, repeat: int) -> str:
-    return f"{prompt_index}_{repeat}.png"
+def preview_file(stem: str) -> str:
+    return f"{stem}.preview.png"
 
 
-def preview_name(prompt_index: int, repeat: int) -> str:
-    return f"{prompt_index}_{repeat}.preview.png"
-
-
-def file_names(prompts: int, args: argparse.Namespace, share: tuple[int, int]) -> list[str]:
+def file_names(request: Request, args: argparse.Namespace, share: tuple[int, int]) -> list[str]:
     """All that this process will write."""
-    kinds = (file_name, preview_name) if args.preview else (file_name,)
-    images = [(index, repeat) for index in range(prompts) for repeat in range(args.n)]
-    return [kind(*image) for image in images[share[0] :: share[1]] for kind in kinds]
+    kinds = ["{}.png".format] + [result_file] * (request.task.panels > 1) + [preview_file] * args.preview
+    stems = [request.stem(index, repeat) for index in range(len(request.prompts)) for repeat in range(args.n)]
+    panel = [] if request.picture is None or share[0] else [request.panel_file]
+    return [kind(stem) for stem in stems[share[0] :: share[1]] for kind in kinds] + panel
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumina_mgpt.config import (
     COUPLINGS,
@@ -21,6 +22,11 @@ from lumina_mgpt.config import (
     check_counts,
 )
 from lumina_mgpt.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 DEMO = "assets/demo"
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -96,17 +102,17 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def loading_settings(args: argparse.Namespace, stored: int | None = None) -> dict[str, object]:
-    """What `Pipeline.from_pretrained` is told besides checkpoint and device, for `quant_group`'s `stored`."""
+def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "Pipeline":
+    """The pipeline of an opened checkpoint that `add_checkpoint_options` asks for."""
     import torch
 
     from lumina_mgpt.devices import DTYPES
+    from lumina_mgpt.pipeline import Pipeline
 
-    return {
-        "dtype": args.dtype, "attn": args.attn, "quant": quant_group(args, stored),
-        "cache_dtype": torch.int8 if args.cache_dtype == "int8" else None,
-        "movqgan_dtype": DTYPES[args.movqgan_dtype],
-    }  # fmt: skip
+    return Pipeline.from_pretrained(
+        checkpoint, device, args.dtype, attn=args.attn, quant=quant_group(args, checkpoint.config.int4_group),
+        cache_dtype=torch.int8 if args.cache_dtype == "int8" else None, movqgan_dtype=DTYPES[args.movqgan_dtype],
+    )  # fmt: skip
 
 
 def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | None:

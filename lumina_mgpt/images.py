@@ -1,6 +1,8 @@
 """Pictures in and out: opening what users have, crops of the released system, pixels as tensors."""
 
+import math
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +15,7 @@ from lumina_mgpt.errors import InputError
 _UNIT = 32  # candidate sizes are walked in patches of 32 pixels
 _MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb, made an error here
 _MAX_RATIO = 4
+_LONGEST_PANEL = 16  # times as long as wide: more is no picture, and scaling it to cover a panel could fill the memory
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -22,12 +25,14 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         InputError: no such file, not a picture, damaged, or more than 178,956,970 pixels.
     """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                size = f"{image.width}x{image.height}"
-                raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error, below
+            with Image.open(path) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    size = f"{image.width}x{image.height}"
+                    raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise InputError(f"{path}: the picture has more than {_MAX_PIXELS} pixels; shrink it first") from None
     except UnidentifiedImageError:
@@ -36,6 +41,25 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
         raise InputError(f"{path} cannot be read as a picture ({error}); check the path and the file") from None
+
+
+def open_panel(option: str, path: str | os.PathLike) -> Image.Image:
+    """Opens the picture that an option names, to be cropped to a panel later.
+
+    Raises:
+        InputError: naming the option; also for a side below 32 pixels, or sides whose ratio is over 16.
+    """
+    try:
+        image = open_image(path)
+    except InputError as error:
+        raise InputError(f"{option} {error}") from None
+    short, long = sorted(image.size)
+    if short < _UNIT or long > _LONGEST_PANEL * short:
+        raise InputError(
+            f"{option} {path} must be at least {_UNIT} pixels on each side and at most {_LONGEST_PANEL} times as long "
+            f"as wide, got {image.width}x{image.height}; give another picture, or a part of it"
+        )
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -66,6 +90,11 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def crop_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture of any mode, turned and over white as when it is opened, cropped to `size` (width, height)."""
+    return center_crop(to_rgb(ImageOps.exif_transpose(image)), size)
 
 
 def candidate_sizes(target: int) -> list[tuple[int, int]]:
@@ -99,6 +128,22 @@ def best_size(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> t
         return min(ratios) / max(ratios)
 
     return max(candidates, key=lambda candidate: (kept(candidate), candidate))
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one height in one row, without gaps."""
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    left = 0
+    for image in images:
+        strip.paste(image, (left, 0))
+        left += image.width
+    return strip
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB; 100 where the pictures are equal."""
+    difference = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
+    return -10 * math.log10(max(float((difference**2).mean()) / 255**2, 1e-10))
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:

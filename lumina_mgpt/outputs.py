@@ -22,13 +22,17 @@ class OutputFolder:
         self.folder = Path(folder)
         self.overwrite, self.shared = overwrite, shared
 
-    def claim(self, names: Iterable[str]) -> None:
+    def claim(self, names: Iterable[str], keep: Iterable[Path] = ()) -> None:
         """Checks that all of `names` may be written; call it before the work begins. Writes nothing that stays.
 
         Raises:
-            InputError: one of them exists, or the folder cannot be made or written to.
+            InputError: one of them exists, or is a file to `keep`, or the folder cannot be made or written to.
         """
         taken = [name for name in names if os.path.exists(self.folder / name)]  # False where it may not be looked at
+        for given in keep:
+            if any(os.path.samefile(self.folder / name, given) for name in taken):
+                raise InputError(f"--save_path {self.folder}: a result would replace {given}, which was given; give "
+                                 "another folder")  # fmt: skip
         if taken and not self.overwrite:
             others = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
             raise InputError(

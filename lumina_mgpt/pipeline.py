@@ -1,5 +1,6 @@
 """From a prompt to a picture: the only place where vocabulary, sampler, model and image tokenizer meet."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,18 +9,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lumina_mgpt import prompts as templates
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, check_counts
 from lumina_mgpt.devices import cache_bytes, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import crop_panel
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
+from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
-from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image, generation_prompt
+from lumina_mgpt.unirep import CODE_CELL, GRID_UNIT, ImageLayout, encode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
 # Batches are sized so that their keys and values stay below this: one image of the 7B, eight of the demo checkpoint.
@@ -38,13 +40,25 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """One image, its codes (rows, cols), and its ids from image start to image end."""
+    """One image, its codes (rows, cols), its ids from image start to image end, and the number of its panels."""
 
     job: Job
     seed: int
     image: Image.Image
     codes: Tensor
     ids: list[int]
+    panels: int = 1
+
+    @property
+    def panel(self) -> Image.Image:
+        """The lowest panel alone: what was asked for, where the image has several."""
+        width, height = self.image.size
+        return self.image.crop((0, height - height // self.panels, width, height))
+
+    @property
+    def panel_codes(self) -> Tensor:
+        """Its codes (rows / panels, cols), which may be given to the next request as they are."""
+        return self.codes.chunk(self.panels)[-1]
 
 
 @dataclass(frozen=True)
@@ -57,11 +71,17 @@ class RowsDone:
 
 
 OnRow = Callable[[RowsDone], None]
+Panel = Image.Image | Tensor  # a picture of any size and mode, or the codes (rows, cols) of one
 
 
 def pixel_size(layout: ImageLayout) -> tuple[int, int]:
     """Width and height in pixels of the image that a layout describes."""
     return layout.cols * CODE_CELL, layout.rows * CODE_CELL
+
+
+def given_size(layout: ImageLayout) -> tuple[int, int]:
+    """Width and height in pixels of the panel that is given; its height is 0 where there is none."""
+    return layout.cols * CODE_CELL, layout.given // layout.cols * CODE_CELL
 
 
 @dataclass(frozen=True)
@@ -88,26 +108,54 @@ class Checkpoint:
             raise InputError(f"--model_path {error}") from None
         return cls(folder, config, vocabulary, find_movqgan(folder, movqgan_path))
 
-    def layout(self, width: int | None = None, height: int | None = None) -> ImageLayout:
-        """Where forced ids and codes go in an image of that size in pixels (default: the checkpoint's base size)."""
-        base = self.config.base_size
-        width, height = (base if side is None else side for side in (width, height))
-        return ImageLayout.from_pixels(self.vocabulary, width, height)
+    def base_size(self, panels: int = 1) -> tuple[int, int]:
+        """Width and height in pixels where the user gives none: square panels, one above the other, of the base size.
 
-    def prompt_ids(self, texts: Sequence[str], layout: ImageLayout) -> list[list[int]]:
-        """The ids that each text-to-image generation starts from.
+        Where the model does not see that many codes, the largest whose pixels together are no more than one image's of
+        the base size: 512 × 1024 for the released weights, as in their examples.
+        """
+        side = self.config.base_size
+        if panels > 1 and panels * (side // CODE_CELL) ** 2 > self.config.max_position_embeddings:
+            side = max(GRID_UNIT, math.isqrt(side**2 // panels) // GRID_UNIT * GRID_UNIT)
+        return side, panels * side
+
+    def layout(
+        self, width: int | None = None, height: int | None = None, task: Task = TASKS["t2i"]
+    ) -> ImageLayout:
+        """Where forced ids and codes go in an image of that size in pixels, all panels together (default: `base_size`).
 
         Raises:
-            InputError: a prompt holds a special name, or prompt and image are longer than the model can see.
+            InputError: a side is not a multiple of 32 (the height: of 32 · panels), or too long.
         """
+        base = self.base_size(task.panels)
+        width, height = (own if side is None else side for side, own in zip((width, height), base, strict=True))
+        return ImageLayout.from_pixels(
+            self.vocabulary, width, height, panels=task.panels, given_panels=task.given_panels
+        )
+
+    def prompt_ids(
+        self, texts: Sequence[str], layout: ImageLayout, task: Task = TASKS["t2i"], shown: str | None = None,
+        option: str = "--prompt",
+    ) -> list[list[int]]:
+        """The ids that each generation starts from, up to image start; `shown` as in `Task.instruction`.
+
+        `option` is what messages call the texts.
+
+        Raises:
+            InputError: a text holds a special name, or prompt and image are longer than the model can see.
+        """
+        try:
+            self.vocabulary.encode_text(shown or "")
+        except InputError as error:
+            raise InputError(f"--panel_prompt: {error}") from None
         size = pixel_size(layout)
         limit = self.config.max_position_embeddings
         encoded = []
         for index, text in enumerate(texts):
             try:
-                ids = generation_prompt(templates.text_to_image(text, *size), self.vocabulary)
+                ids = generation_prompt(task.instruction(text, *size, shown), self.vocabulary)
             except InputError as error:
-                raise InputError(f"--prompt (number {index}): {error}") from None
+                raise InputError(f"{option} (number {index}): {error}") from None
             if len(ids) + layout.length > limit:
                 raise InputError(
                     f"--width {size[0]} --height {size[1]} take {layout.length} ids and the prompt (number {index}) "
@@ -187,7 +235,7 @@ class Pipeline:
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype)
 
     def compile(self) -> None:
-        """From here on steps run compiled (torch.compile): the first of each shape takes a minute, the rest are quicker.
+        """From here on steps are compiled (torch.compile): the first of each shape takes a minute, the rest less.
 
         On a CPU a layer is compiled for all shapes; on a GPU the whole model, with CUDA graphs, for few: there a step
         looks at a multiple of 256 slots, and the cache stays where it is between batches.
@@ -219,6 +267,9 @@ class Pipeline:
         on_row: OnRow | None = None,
         speculation: Speculation | None = None,
         share: tuple[int, int] = (0, 1),
+        task: Task = TASKS["t2i"],
+        panel: Panel | Sequence[Panel] | None = None,
+        shown: str | None = None,
     ) -> Iterator[Result]:
         """Makes `n` images of each prompt and yields them batch by batch, as soon as they are done.
 
@@ -228,6 +279,10 @@ class Pipeline:
         several codes come of one forward: the same image where its coupling is `noise`, else one of the same law.
         `share` (r, count) makes every count-th image from the r-th on, for one of several processes.
 
+        `task` is one of prompts.TASKS, or of prompts.I2I_TASKS where the upper panel is given: `panel`, one for all
+        prompts or one a prompt, is a picture, which is cropped to it, or codes, which are kept as they are. `shown`
+        says what the panel that the instruction describes displays, in place of the task's own words.
+
         Raises:
             InputError: before any work, when a prompt or a setting is out of its range.
         """
@@ -236,13 +291,33 @@ class Pipeline:
             raise InputError("--prompt must be given at least once")
         check_counts(n, batch_size)
         settings = SamplingConfig(cfg=cfg, top_k=top_k, temperature=temperature, seed=seed)
-        layout = self.checkpoint.layout(width, height)
-        encoded = self.checkpoint.prompt_ids(texts, layout)
+        layout = self.checkpoint.layout(width, height, task)
+        encoded = self.checkpoint.prompt_ids(texts, layout, task, shown)
+        given = self._given(panel, layout, len(texts))
         jobs = [Job(text, index, repeat) for index, text in enumerate(texts) for repeat in range(n)]
         jobs = jobs[share[0] :: share[1]]
         size = batch_size or self.batch_size(max(map(len, encoded)), layout, settings, speculation)
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        return self._run(batches, encoded, layout, settings, on_row, speculation)
+        return self._run(batches, encoded, layout, settings, on_row, speculation, given, task.panels)
+
+    def _given(self, panel: Panel | Sequence[Panel] | None, layout: ImageLayout, count: int) -> Tensor:
+        """Codes of each prompt's panel in reading order (count, layout.given).
+
+        Raises:
+            InputError: there is a panel and no place for it or the other way round, or codes do not fit the place.
+        """
+        panels = [] if panel is None else [panel] if isinstance(panel, Panel) else list(panel)
+        if len(panels) not in ((1, count) if layout.given else (0,)):
+            rule = f"1 or {count} (one a prompt)" if layout.given else "none, as this task generates every panel"
+            raise InputError(f"--image_path must give {rule}, got {len(panels)}; or choose another task")
+        size, grids = given_size(layout), []
+        for one in panels:
+            codes = self.image_tokenizer.encode([crop_panel(one, size)])[0] if isinstance(one, Image.Image) else one
+            if codes.shape != (size[1] // CODE_CELL, layout.cols):
+                raise InputError(f"the codes of a panel of {size[0]}x{size[1]} must have the shape "
+                                 f"{(size[1] // CODE_CELL, layout.cols)}, got {tuple(codes.shape)}")  # fmt: skip
+            grids.append(codes.flatten())
+        return (torch.stack(grids) if grids else torch.empty((1, 0), dtype=torch.long)).expand(count, -1)
 
     def batch_size(
         self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
@@ -254,15 +329,19 @@ class Pipeline:
             image += ring_bytes(layout, speculation)
         return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
 
-    def _run(self, batches, encoded, layout, settings, on_row, speculation) -> Iterator[Result]:
+    def _run(self, batches, encoded, layout, settings, on_row, speculation, given, panels) -> Iterator[Result]:
         for batch in batches:
             report = None if on_row is None else _reporter(on_row, batch, layout)
-            starts, repeats = [encoded[job.prompt_index] for job in batch], [job.repeat for job in batch]
-            codes = self.sample(starts, layout, settings, repeats, on_row=report, speculation=speculation)
+            prompts, repeats = [job.prompt_index for job in batch], [job.repeat for job in batch]
+            codes = self.sample(
+                [encoded[prompt] for prompt in prompts], layout, settings, repeats, given=given[prompts],
+                on_row=report, speculation=speculation,
+            )  # fmt: skip
             for job, grid in zip(batch, codes, strict=True):
                 # One by one: decoding needs by far the most memory a pixel, and a picture must not feel its neighbours.
                 image = self.image_tokenizer.decode(grid[None])[0]
-                yield Result(job, settings.seed, image, grid, encode_image(grid, self.checkpoint.vocabulary))
+                ids = encode_image(grid, self.checkpoint.vocabulary)
+                yield Result(job, settings.seed, image, grid, ids, panels)
 
     def sample(
         self,

@@ -23,6 +23,8 @@ MAPS: Mapping[str, str] = MappingProxyType(
         "canny": "canny edge map",
         "hed": "hed edge map",
         "openpose": "pose estimation map",
+        "normal": "normal map",  # from here on, not in the released code: worded in the same manner
+        "segmentation": "segmentation map",
     }
 )
 
@@ -37,12 +39,14 @@ class Task:
         shown: what goes into `{shown}` unless the caller says otherwise.
         panels: panels of the image, one above the other; the height is a multiple of 32 · panels.
         given_panels: how many of them, from the top, the user gives.
+        wordless: whether it makes sense without a prompt.
     """
 
     template: str
     shown: str = ""
     panels: int = 1
     given_panels: int = 0
+    wordless: bool = False
 
     def instruction(self, prompt: str, width: int, height: int, shown: str | None = None) -> str:
         """The human turn; width and height in pixels of the whole image."""
@@ -54,17 +58,20 @@ class Task:
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
         "t2i": Task(_TEXT_TO_IMAGE),
-        "t2i_plain": Task(_TEXT_TO_IMAGE_PLAIN),
         **{name: Task(_LOWER_SHOWS, shown, panels=2) for name, shown in MAPS.items()},
     }
 )
 # The upper panel is given. Predicting a map is the pair's instruction with the picture given: the only wording for it
-# that released weights have met.
+# that released weights have met. Editing has none in the released code; its prompt is what to change.
 I2I_TASKS: Mapping[str, Task] = MappingProxyType(
     {
         **{name: Task(_UPPER_SHOWS, shown, panels=2, given_panels=1) for name, shown in MAPS.items()},
         "subject": Task(_UPPER_SHOWS, _SUBJECT, panels=2, given_panels=1),
-        **{f"predict_{name}": Task(_LOWER_SHOWS, shown, panels=2, given_panels=1) for name, shown in MAPS.items()},
+        "edit": Task(_LOWER_SHOWS, "modified image", panels=2, given_panels=1),
+        **{
+            f"predict_{name}": Task(_LOWER_SHOWS, shown, panels=2, given_panels=1, wordless=True)
+            for name, shown in MAPS.items()
+        },
     }
 )
 
@@ -76,4 +83,4 @@ def text_to_image(prompt: str, width: int, height: int) -> str:
 
 def text_to_image_plain(prompt: str) -> str:
     """Instruction without a size: one in ten of the training sequences has this one."""
-    return TASKS["t2i_plain"].instruction(prompt, 0, 0)
+    return _TEXT_TO_IMAGE_PLAIN.format(prompt=prompt)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lumina_mgpt import cli
 from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
-from lumina_mgpt.devices import cache_bytes
+from lumina_mgpt.devices import cache_bytes, resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.measure import peak_bytes, read_bandwidth
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
@@ -126,9 +126,7 @@ def bench(args) -> None:
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     prompts = cli.read_prompts(None, args.prompt_file) if args.prompt_file else cli.example_prompts(checkpoint.folder)
-    pipeline = Pipeline.from_pretrained(
-        checkpoint, args.device, **cli.loading_settings(args, checkpoint.config.int4_group)
-    )
+    pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
     bandwidth = read_bandwidth(pipeline.device)
     measure(pipeline, prompts[:1], settings, None, args, bandwidth)  # warm-up
     rows = [measure(pipeline, prompts, settings, choice, args, bandwidth) for choice in tqdm(todo, unit="setting")]

@@ -1,6 +1,7 @@
 """Writes what the demo checkpoint is trained on: pictures, caption records and the tokenizer.
 
 python scripts/demo_data.py --out_dir work/demo
+python scripts/demo_data.py --out_dir work/demo --omni    # afterwards: the image tasks, omni.jsonl
 """
 
 import argparse
@@ -13,9 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.demo import emoji, scenes
+from lumina_mgpt.data.files import json_line, write_atomic
+from lumina_mgpt.demo import emoji, omni, scenes
 from lumina_mgpt.demo.tokenizer import write_tokenizer
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.maps import canny
 
 PAIRS = 12000
 CAPTIONS = {"single": 6, "beside": 1, "above": 1}  # phrasings of each picture; pairs have variety enough
@@ -36,7 +39,7 @@ def write_tokenizer_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: 
     for scene in tqdm(todo, desc="maps", unit="scene"):
         picture = scenes.render(scene, pictures)
         maps = {
-            "edges": scenes.edges(picture),
+            "edges": canny(picture),
             "depth": scenes.depth(scene, pictures),
             "segmentation": scenes.segmentation(scene, pictures),
         }
@@ -63,6 +66,19 @@ def write_records(path: Path, folder: Path, todo: list[scenes.Scene], rng: rando
     return captions
 
 
+def write_omni(out_dir: Path, pictures: dict, names: list[str], seed: int) -> int:
+    """Dual-panel pictures in `out_dir/pictures/omni` and their records in `out_dir/omni.jsonl`; returns how many."""
+    lines = []
+    for kind in tqdm(omni.KINDS, desc="image tasks", unit="task"):
+        for example in omni.training_examples(kind, names, random.Random(f"{seed} {kind}")):
+            path = out_dir / "pictures" / "omni" / f"{example.key}.png"
+            if not path.exists():
+                _save(omni.draw(example, pictures), path)
+            lines.append(json_line(omni.record(example, str(path))))
+    write_atomic(out_dir / "omni.jsonl", "".join(lines))
+    return len(lines)
+
+
 def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
@@ -75,12 +91,16 @@ def main() -> int:
     parser.add_argument("--out_dir", type=Path, default=Path("work/demo"))
     parser.add_argument("--model_config", default="configs/model/demo.yaml", help="written beside the tokenizer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--omni", action="store_true", help="write the image tasks' records, and nothing else")
     args = parser.parse_args()
     try:
         emoji.fetch(args.out_dir / "emoji")
         pictures = emoji.load(args.out_dir / "emoji")
         rng = random.Random(args.seed)
         names = emoji.known_names()
+        if args.omni:
+            print(f"{write_omni(args.out_dir, pictures, names, args.seed)} records in {args.out_dir / 'omni.jsonl'}")
+            return 0
         todo = scenes.training_scenes(names, PAIRS, rng)
         write_pictures(args.out_dir / "pictures", todo, pictures)
         write_tokenizer_pictures(args.out_dir / "pictures", rng.sample(todo, PANELS), pictures, rng)

@@ -5,24 +5,34 @@ python scripts/evaluate_demo.py --model_path assets/demo --emoji_dir work/demo/e
 Rows: one emoji (is the nearest of all known emoji the one asked for; is the background's colour right); two emoji of a
 pair that never occurs in training (are both right); and how well the image tokenizer reconstructs such pictures.
 The (name, colour) and the pairs that are held out come from lumina_mgpt/demo/scenes.py.
+
+Then a row for each figure of the image tasks (lumina_mgpt/demo/omni.py), beside what it comes to when each image is
+made with the panel, or with the prompt, of another example, and when the truth goes through the image tokenizer.
 """
 
 import argparse
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from lumina_mgpt.demo import emoji, evaluation, scenes
-from lumina_mgpt.demo.evaluation import Share
+from lumina_mgpt import cli
+from lumina_mgpt.demo import emoji, evaluation, omni, scenes
+from lumina_mgpt.demo.evaluation import Mean, Share
+from lumina_mgpt.demo.omni import Example
+from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.pipeline import Pipeline
+from lumina_mgpt.images import psnr
+from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 _BATCH = 30
 _ON_SHEET = 24
+TEXT_ROWS = ("one emoji", "two emoji")
+ROWS = (*TEXT_ROWS, *omni.KINDS)
 
 
 def generate(pipeline: Pipeline, todo: list[scenes.Scene], rng: random.Random, args) -> list[tuple]:
@@ -62,29 +72,92 @@ def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict)
     for scene in tqdm(todo, desc="reconstruction", unit="picture"):
         image = scenes.render(scene, pictures)
         tokenizer = pipeline.image_tokenizer
-        values.append(evaluation.psnr(tokenizer.decode(tokenizer.encode([image]))[0], image))
+        values.append(psnr(tokenizer.decode(tokenizer.encode([image]))[0], image))
     return np.array(values)
+
+
+def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, args) -> list:
+    """The dual-panel picture of each example, made from its upper panel, if it is given, and its prompt."""
+    task = asked[0].task
+    given = [omni.panels(example, pictures)[0] for example in asked] if task.given_panels else None
+    results = pipeline.stream(
+        [example.prompt for example in asked], *omni.SIZE, task=task, panel=given, cfg=args.cfg, seed=args.seed,
+        batch_size=_BATCH,
+    )  # fmt: skip
+    return [result.image for result in tqdm(results, total=len(asked), desc=asked[0].kind, unit="picture")]
+
+
+def judge_examples(truth: list[Example], images: list, pictures: dict) -> list[Share | Mean]:
+    """One summary a score of the kind; images[i] is judged by what truth[i] asked for."""
+    scores = [evaluation.scores(example, image, pictures) for example, image in zip(truth, images, strict=True)]
+    return [evaluation.summary(column) for column in zip(*scores, strict=True)]
+
+
+def shuffled(examples: list[Example]) -> dict[str, list[Example]]:
+    """The same with the panel, and with the prompt, of the next example, where there is such a thing."""
+    pairs = list(zip(examples, examples[1:] + examples[:1], strict=True))
+    others = {}
+    if examples[0].task.given_panels:
+        others["panel"] = [replace(example, upper=other.upper) for example, other in pairs]
+    if len({example.prompt for example in examples}) > 1:
+        others["prompt"] = [replace(example, prompt=other.prompt) for example, other in pairs]
+    return others
+
+
+def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], pictures: dict, args) -> dict[str, object]:
+    """Prints a row a score of each kind, writes a contact sheet a kind, and returns the figures."""
+    figures: dict[str, object] = {}
+    print("\n| task | figure | prompts | value | panel shuffled | prompt shuffled | truth through image tokenizer |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    tokenizer = pipeline.image_tokenizer
+    for kind in kinds:
+        examples = omni.evaluation_examples(kind, names, args.prompts, random.Random(f"{args.seed} {kind}"))
+        few = examples[: args.shuffled]
+        images = generate_examples(pipeline, examples, pictures, args)
+        columns = {"value": judge_examples(examples, images, pictures)}
+        for which, asked in shuffled(few).items():
+            columns[which] = judge_examples(few, generate_examples(pipeline, asked, pictures, args), pictures)
+        again = [tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)]))[0] for example in examples]
+        columns["tokenizer"] = judge_examples(examples, again, pictures)
+        for n, figure in enumerate(evaluation.SCORES[kind]):
+            row = {name: column[n] for name, column in columns.items()}
+            cells = " | ".join(str(row.get(name, "–")) for name in ("value", "panel", "prompt", "tokenizer"))
+            print(f"| {kind} | {figure} | {len(examples)} | {cells} |", flush=True)
+            figures[f"{kind}: {figure}"] = {name: [cell.value, cell.error] for name, cell in row.items()}
+        captions = [example.prompt for example in examples[:_ON_SHEET]]
+        evaluation.contact_sheet(images[:_ON_SHEET], captions, 12).save(args.out_dir / f"{kind}.png")
+    return figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", default="assets/demo")
+    cli.add_checkpoint_options(parser)
     parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="fetched there if missing")
     parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"))
     parser.add_argument("--prompts", type=int, default=300, help="prompts a row")
+    parser.add_argument("--shuffled", type=int, default=60, help="of them, with another's panel or prompt")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=20_000)
     args = parser.parse_args()
     try:
-        if args.prompts < 2:
-            raise InputError(f"--prompts must be at least 2 (a standard error needs two), got {args.prompts}; try 300")
+        if not 2 <= min(args.prompts, args.shuffled):
+            few = min(args.prompts, args.shuffled)
+            raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
         emoji.fetch(args.emoji_dir)
         pictures = emoji.load(args.emoji_dir)
         rng = random.Random(args.seed)
         names = emoji.known_names()
         singles, pairs = scenes.evaluation_scenes(names, args.prompts, rng)
-        pipeline = Pipeline.from_pretrained(args.model_path)
-        report(pipeline, {"one emoji": singles, "two emoji": pairs}, pictures, rng, args)
+        checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+        pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        figures: dict[str, object] = {"model_path": str(args.model_path), "cfg": args.cfg, "seed": args.seed}
+        rows = {name: todo for name, todo in zip(TEXT_ROWS, (singles, pairs), strict=True) if name in args.rows}
+        figures |= report(pipeline, rows, pictures, rng, args)
+        figures |= report_tasks(pipeline, [kind for kind in omni.KINDS if kind in args.rows], names, pictures, args)
+        (args.out_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"contact sheets and figures.json in {args.out_dir}")
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,9 +166,9 @@ def main() -> int:
     return 0
 
 
-def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> None:
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, object] = {"model_path": str(args.model_path), "cfg": args.cfg, "seed": args.seed}
+def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, object]:
+    """Prints a row of text to image each, writes a contact sheet each, and returns the figures."""
+    figures: dict[str, object] = {}
     print("| row | prompts | all objects right | each object right | background right | reconstruction |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, todo in rows.items():
@@ -111,8 +184,7 @@ def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: rando
         columns = 8 if len(todo[0].names) == 1 else 6
         sheet = evaluation.contact_sheet([m[2] for m in shown], [m[1] for m in shown], columns)
         sheet.save(args.out_dir / f"{name.replace(' ', '_')}.png")
-    (args.out_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"contact sheets and figures.json in {args.out_dir}")
+    return figures
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lumina_mgpt import maps
 from lumina_mgpt.demo import emoji, evaluation, scenes
 from lumina_mgpt.demo.emoji import CELL
 from lumina_mgpt.demo.scenes import COLORS, Scene
+from lumina_mgpt.images import psnr
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "assets" / "demo"
@@ -80,7 +82,7 @@ def test_maps_follow_the_layers(pictures):
     segmented = np.asarray(scenes.segmentation(scene, pictures))
     slots = [tuple(segmented[middle, x]) for x in (middle, CELL + middle)]
     assert slots == list(scenes.SLOT_COLORS) and not segmented[0, 0].any()
-    edges = np.asarray(scenes.edges(scenes.render(scene, pictures)))[..., 0]
+    edges = np.asarray(maps.canny(scenes.render(scene, pictures)))[..., 0]
     assert set(np.unique(edges)) == {0, 255}
     distance = np.abs(np.hypot(*(np.argwhere(edges[:, :CELL]) - (CELL - 1) / 2).T) - 20)
     assert len(distance) > 50 and distance.max() < 3  # the outline of the first disc, and nothing else
@@ -96,7 +98,7 @@ def test_the_measures_find_what_was_rendered_and_notice_what_was_not(pictures):
             assert evaluation.nearest_color(image) == color
             (cell,) = evaluation.cells(image, scene)
             assert evaluation.nearest_emoji(cell, color, pictures) == name
-    assert evaluation.psnr(image, image) == 100 and evaluation.psnr(image, scenes.render(scene, pictures)) < 30
+    assert psnr(image, image) == 100 and psnr(image, scenes.render(scene, pictures)) < 30
     assert str(evaluation.Share(150, 300)) == "50.0 ± 2.9 %"
 
 

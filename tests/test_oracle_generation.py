@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from lumina_mgpt import Pipeline
-from lumina_mgpt.config import SamplingConfig
-from lumina_mgpt.unirep import ImageLayout, encode_image, generation_prompt
+from lumina_mgpt.config import Speculation
+from lumina_mgpt.pipeline import CachedStep
+from lumina_mgpt.prompts import I2I_TASKS, TASKS
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,15 @@ def pipeline(oracle_checkpoint, oracle_movqgan) -> Pipeline:
 @pytest.fixture(scope="module")
 def cases(oracle_dir) -> dict:
     return json.loads((oracle_dir / "generation_greedy.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def oracle_prompts(oracle_dir) -> dict:
+    return json.loads((oracle_dir / "prompts.json").read_text())
+
+
+class Fed(Exception):
+    """Carries the ids of the first forward out of it."""
 
 
 def pixels_apart(image: Image.Image, path) -> int:
@@ -48,31 +57,49 @@ def test_images_of_one_batch_equal_those_alone(pipeline, cases):
     assert results[0].ids != results[1].ids != results[2].ids
 
 
+@pytest.mark.parametrize("name", ["depth", "canny", "hed"])
+def test_prompts_of_pairs_equal_the_released_code(pipeline, oracle_prompts, name):
+    item = oracle_prompts[f"pair_{name}_64x128"]
+    layout = pipeline.checkpoint.layout(item["width"], item["height"], TASKS[name])
+    prompt = item["question"].split(":\n", 1)[1]
+    assert pipeline.checkpoint.prompt_ids([prompt], layout, TASKS[name]) == [item["prompt"]]
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [("i2i_depth_64x128", "depth"), ("i2i_canny_64x128_rgba", "canny"), ("i2i_depth_128x128_landscape", "depth")],
+)
+def test_prompts_with_a_panel_equal_the_released_code(pipeline, oracle_prompts, oracle_dir, monkeypatch, case, name):
+    """From the picture file to the ids that the model reads first, guidance's unconditional row included."""
+    item = oracle_prompts[case]
+
+    def stop(self, ids, positions, read):
+        raise Fed(ids)
+
+    monkeypatch.setattr(CachedStep, "__call__", stop)
+    with pytest.raises(Fed) as fed, Image.open(oracle_dir / item["image"]) as picture:
+        pipeline.generate(item["question"].split(":\n", 1)[1], item["width"], item["height"], task=I2I_TASKS[name],
+                          panel=picture)  # fmt: skip
+    conditional, unconditional = fed.value.args[0].tolist()
+    assert conditional == item["prompt"]
+    assert unconditional[: len(item["ref_tokens"])] == item["ref_tokens"]
+
+
 def test_pairs_equal_the_released_code(pipeline, cases, oracle_dir):
     case = cases["pair_depth_64x128_cfg4"]
-    codes = continue_image(pipeline, case)
-    assert encode_image(codes, pipeline.checkpoint.vocabulary) == case["generated"]
-    (image,) = pipeline.image_tokenizer.decode(codes[None])
-    assert pixels_apart(image, oracle_dir / "gen_pair_depth_64x128_cfg4_0.png") <= 1
+    prompt = case["question"].split(":\n", 1)[1]
+    (result,) = pipeline.generate(prompt, 64, 128, cfg=case["cfg"], top_k=1, task=TASKS["depth"])
+    assert result.ids == case["generated"]
+    assert pixels_apart(result.image, oracle_dir / "gen_pair_depth_64x128_cfg4_0.png") <= 1
 
 
-def test_image_to_image_equals_the_released_code(pipeline, cases, oracle_dir):
+@pytest.mark.parametrize("speculation", [None, Speculation(window=9)])
+def test_image_to_image_equals_the_released_code(pipeline, cases, oracle_dir, oracle_prompts, speculation):
     """The unconditional rows see the given panel too."""
     case = cases["i2i_depth_64x128_cfg4"]
-    codes = continue_image(pipeline, case, given_panels=1)
-    assert encode_image(codes, pipeline.checkpoint.vocabulary) == case["ref_tokens"] + case["generated"]
-    (image,) = pipeline.image_tokenizer.decode(codes[None])
-    assert pixels_apart(image, oracle_dir / "gen_i2i_depth_64x128_cfg4_0.png") <= 1
-
-
-def continue_image(pipeline: Pipeline, case: dict, given_panels: int = 0) -> torch.Tensor:
-    """Greedy codes (rows, cols) of a dual-panel image; the upper panel's come from the case's own ids."""
-    vocabulary = pipeline.checkpoint.vocabulary
-    size = case["width"], case["height"]
-    layout = ImageLayout.from_pixels(vocabulary, *size, panels=2, given_panels=given_panels)
-    start = generation_prompt(case["question"], vocabulary)
-    assert start + (case["ref_tokens"] or []) == case["prompt"]
-    ids = torch.tensor(case["ref_tokens"] or [], dtype=torch.long)
-    given = vocabulary.id_to_code(ids[vocabulary.is_code(ids)])[None]
-    settings = SamplingConfig(cfg=case["cfg"], top_k=1)
-    return pipeline.sample([start], layout, settings, [0], given=given)[0]
+    prompt = case["question"].split(":\n", 1)[1]
+    with Image.open(oracle_dir / oracle_prompts["i2i_depth_64x128"]["image"]) as picture:
+        (result,) = pipeline.generate(prompt, 64, 128, cfg=case["cfg"], top_k=1, task=I2I_TASKS["depth"],
+                                      panel=picture, speculation=speculation)  # fmt: skip
+    assert result.ids == case["ref_tokens"] + case["generated"]
+    assert pixels_apart(result.image, oracle_dir / "gen_i2i_depth_64x128_cfg4_0.png") <= 1

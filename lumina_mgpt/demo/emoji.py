@@ -77,8 +77,8 @@ def fetch(folder: Path) -> None:
             shutil.move(Path(temporary) / "package", folder / name)
 
 
-def load(folder: Path) -> dict[str, np.ndarray]:
-    """name -> RGBA picture of CELL x CELL pixels, float32 in [0, 1], for every known name.
+def load(folder: Path, side: int = CELL) -> dict[str, np.ndarray]:
+    """name -> RGBA picture of side x side pixels, float32 in [0, 1], for every known name.
 
     Raises:
         InputError: the packages have no picture for a name.
@@ -94,6 +94,6 @@ def load(folder: Path) -> dict[str, np.ndarray]:
         if path is None:
             raise InputError(f"no picture of {name!r} in {folder}; remove the folder to fetch the packages again")
         with Image.open(path) as image:
-            small = image.convert("RGBA").resize((CELL, CELL), Image.Resampling.LANCZOS)
+            small = image.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
         pictures[name] = np.asarray(small, np.float32) / 255
     return pictures

@@ -1,15 +1,23 @@
 """What the demo checkpoint's pictures are judged by: the nearest of all emoji in pixels, and the nearest colour."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lumina_mgpt.demo.emoji import CELL
-from lumina_mgpt.demo.scenes import COLORS, Scene, background
+from lumina_mgpt.demo.omni import Example, draw_panel
+from lumina_mgpt.demo.scenes import COLORS, SLOT_COLORS, Scene, background
+from lumina_mgpt.maps import canny
 
 _BORDER = 4  # pixels: emoji leave the rim of their cell free, or nearly so
+
+
+Pictures = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,36 @@ class Share:
         return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
 
 
+@dataclass(frozen=True)
+class Mean:
+    """The mean of numbers in [-1, 1], and its standard error."""
+
+    values: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def error(self) -> float:
+        return float(np.std(self.values, ddof=1)) / math.sqrt(len(self.values))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.error:.3f}"
+
+
+def summary(values: Sequence[bool | float]) -> Share | Mean:
+    """What many scores of one kind come to: yes or no, or numbers."""
+    return Share(sum(values), len(values)) if isinstance(values[0], bool) else Mean(tuple(values))
+
+
 def cells(image: Image.Image, scene: Scene) -> list[np.ndarray]:
     """The square of each object in a picture of `scene.size`, (CELL, CELL, 3) in [0, 1]."""
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     return [pixels[top : top + CELL, left : left + CELL] for left, top in scene.offsets]
 
 
-def nearest_emoji(cell: np.ndarray, color: str, pictures: dict[str, np.ndarray]) -> str:
+def nearest_emoji(cell: np.ndarray, color: str, pictures: Pictures) -> str:
     """The emoji that, on that background, differs least from the cell in mean squared error of pixels."""
     names = list(pictures)
     stack = np.stack([pictures[name] for name in names])
@@ -57,10 +88,94 @@ def nearest_color(image: Image.Image) -> str:
     return min(COLORS, key=lambda color: float(((background(color) - median) ** 2).sum()))
 
 
-def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    difference = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
-    return -10 * math.log10(max(float((difference**2).mean()) / 255**2, 1e-10))
+def edge_f1(edges: Image.Image, truth: Image.Image) -> float:
+    """F1 of white lines on black; a pixel is found where the other picture has one at most 1 pixel away."""
+    found, wanted = (np.asarray(picture.convert("L")) > 127 for picture in (edges, truth))
+    if not found.any() or not wanted.any():
+        return float(found.any() == wanted.any())
+    near_found, near_wanted = (cv2.dilate(lines.astype(np.uint8), np.ones((3, 3))) > 0 for lines in (found, wanted))
+    precision, recall = (found & near_wanted).sum() / found.sum(), (wanted & near_found).sum() / wanted.sum()
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def correlation(image: Image.Image, truth: Image.Image) -> float:
+    """Pearson's, of grey values; 0 where one of them is a single grey."""
+    ours, theirs = (np.asarray(picture.convert("L"), np.float64) for picture in (image, truth))
+    ours, theirs = ours - ours.mean(), theirs - theirs.mean()
+    return float((ours * theirs).sum() / max(math.sqrt((ours**2).sum() * (theirs**2).sum()), 1e-9))
+
+
+def mean_iou(image: Image.Image, truth: Image.Image) -> float:
+    """Mean intersection over union of the classes in `truth`; a pixel has the class whose colour is nearest."""
+    palette = np.array([(0, 0, 0), *SLOT_COLORS], np.float32)
+    ours, theirs = (
+        ((np.asarray(picture.convert("RGB"), np.float32)[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
+        for picture in (image, truth)
+    )
+    shares = [((ours == n) & (theirs == n)).sum() / ((ours == n) | (theirs == n)).sum() for n in np.unique(theirs)]
+    return float(np.mean(shares))
+
+
+# -- image tasks -------------------------------------------------------------------------------------------------------
+
+Score = Callable[[Example, Image.Image, Image.Image, Pictures], "bool | float"]  # of the upper and the lower panel
+
+
+def shows(scene: Scene, panel: Image.Image, pictures: Pictures) -> bool:
+    """Whether the nearest of all emoji, and of none at all, on the scene's background is the scene's."""
+    known = pictures | {"": np.zeros((CELL, CELL, 4), np.float32)}
+    cell = np.asarray(panel, np.float32) / 255
+    return nearest_emoji(cell, scene.color, known) == "".join(scene.names)
+
+
+def _emoji(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return shows(example.lower, lower, pictures)
+
+
+def _emoji_above(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return shows(example.upper, upper, pictures)
+
+
+def _on_its_background(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return nearest_color(lower) == example.lower.color
+
+
+def _edited(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return all(right(example, upper, lower, pictures) for right in (_emoji, _on_its_background))
+
+
+def _same_edges(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> float:
+    return edge_f1(canny(lower), draw_panel(example.upper, "canny", pictures))
+
+
+def _map(shown: str, measure: Callable[[Image.Image, Image.Image], float]) -> Score:
+    """How near the lower panel is to the map of the scene."""
+    return lambda example, upper, lower, pictures: measure(lower, draw_panel(example.lower, shown, pictures))
+
+
+# Kind of example (omni.KINDS) -> what is measured of it.
+SCORES: Mapping[str, Mapping[str, Score]] = MappingProxyType(
+    {
+        "pair_depth": {"right emoji above": _emoji_above, "correlation": _map("depth", correlation)},
+        "pair_canny": {"right emoji above": _emoji_above, "edge F1": _map("canny", edge_f1)},
+        "depth": {"right emoji": _emoji},
+        "canny": {"edge F1": _same_edges},
+        "subject": {"same emoji": _emoji, "right background": _on_its_background},
+        "edit": {"change done, rest kept": _edited},
+        "predict_depth": {"correlation": _map("depth", correlation)},
+        "predict_canny": {"edge F1": _map("canny", edge_f1)},
+        "predict_segmentation": {"mean IoU": _map("segmentation", mean_iou)},
+    }
+)
+
+
+def scores(example: Example, image: Image.Image, pictures: Pictures) -> list[bool | float]:
+    """The scores of a dual-panel image of omni.SIZE, in the order of SCORES."""
+    upper, lower = (image.crop((0, top, CELL, top + CELL)) for top in (0, CELL))
+    return [score(example, upper, lower, pictures) for score in SCORES[example.kind].values()]
+
+
+# -- pictures of pictures ----------------------------------------------------------------------------------------------
 
 
 def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:

@@ -40,7 +40,7 @@ _TEMPLATES = {"single": _SINGLE, "beside": _BESIDE, "above": _ABOVE}
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two emoji by name (the first is left, or above) on a background of a CSS colour."""
+    """One or two emoji by name (the first is left, or above), or none, on a background of a CSS colour."""
 
     names: tuple[str, ...]
     color: str
@@ -54,6 +54,8 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether the composition is kept from all training: by (name, colour), or by the unordered pair of names."""
+        if not self.names:
+            return False
         parts = (*self.names, self.color) if len(self.names) == 1 else sorted(self.names)
         return zlib.crc32("|".join(parts).encode()) % _HELD_OUT == 0
 
@@ -66,7 +68,7 @@ class Scene:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
-        left, top = self.offsets[-1]
+        left, top = self.offsets[-1] if self.names else (0, 0)
         return left + CELL, top + CELL
 
 
@@ -75,8 +77,14 @@ def background(color: str) -> np.ndarray:
     return np.asarray(ImageColor.getrgb(color.replace(" ", "")), np.float32) / 255
 
 
-def _over(below: np.ndarray, picture: np.ndarray) -> np.ndarray:
+def over(below: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """An RGBA picture over RGB, float32 in [0, 1]."""
     return picture[..., :3] * picture[..., 3:] + below * (1 - picture[..., 3:])
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """RGB in [0, 1] as a picture."""
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def render(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
@@ -85,13 +93,8 @@ def render(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
     canvas = np.broadcast_to(background(scene.color), (height, width, 3)).copy()
     for name, (left, top) in zip(scene.names, scene.offsets, strict=True):
         part = np.s_[top : top + CELL, left : left + CELL]
-        canvas[part] = _over(canvas[part], pictures[name])
-    return Image.fromarray((canvas * 255).round().astype(np.uint8))
-
-
-def edges(image: Image.Image) -> Image.Image:
-    """Canny edges of a picture, white on black (OpenCV; thresholds 100 and 200, as is usual for control images)."""
-    return Image.fromarray(cv2.Canny(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY), 100, 200)).convert("RGB")
+        canvas[part] = over(canvas[part], pictures[name])
+    return to_image(canvas)
 
 
 def _masks(scene: Scene, pictures: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -137,24 +140,29 @@ def loose(rng: random.Random, pictures: dict[str, np.ndarray]) -> Image.Image:
             picture = picture[:, ::-1]
         left, top = (rng.randint(-side // 3, CELL - side * 2 // 3) for _ in range(2))
         x0, y0, x1, y1 = max(0, left), max(0, top), min(CELL, left + side), min(CELL, top + side)
-        canvas[y0:y1, x0:x1] = _over(canvas[y0:y1, x0:x1], picture[y0 - top : y1 - top, x0 - left : x1 - left])
-    return Image.fromarray((canvas.clip(0, 1) * 255).round().astype(np.uint8))
+        canvas[y0:y1, x0:x1] = over(canvas[y0:y1, x0:x1], picture[y0 - top : y1 - top, x0 - left : x1 - left])
+    return to_image(canvas)
+
+
+def noun(name: str, rng: random.Random) -> str:
+    """What people call the emoji of that name."""
+    return ALIASES[name] if name in ALIASES and rng.random() < 0.4 else name
+
+
+def with_articles(text: str) -> str:
+    """`a orange background` -> `an orange background`, for the colours that want it."""
+    return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """One of several phrasings of the scene."""
-
-    def noun(name: str) -> str:
-        return ALIASES[name] if name in ALIASES and rng.random() < 0.4 else name
-
-    nouns = [noun(name) for name in scene.names]
+    nouns = [noun(name, rng) for name in scene.names]
     phrases = [with_article(n) for n in nouns]
     if scene.arrangement == "single" and scene.color == "white" and rng.random() < 0.2:
         text = phrases[0]
     else:
         template = rng.choice(_TEMPLATES[scene.arrangement])
-        text = template.format(a=phrases[0], b=phrases[-1], c=scene.color, n=nouns[0])
-        text = text.replace(" a orange", " an orange").replace(" a olive", " an olive")
+        text = with_articles(template.format(a=phrases[0], b=phrases[-1], c=scene.color, n=nouns[0]))
     if rng.random() < 0.15:
         text = text[0].upper() + text[1:]
     if rng.random() < 0.1:

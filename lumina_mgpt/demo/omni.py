@@ -1,0 +1,173 @@
+"""The demo's image tasks: dual-panel examples made of scenes, their prompts, and the records that training reads."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image
+
+from lumina_mgpt.demo import scenes
+from lumina_mgpt.demo.emoji import CELL, with_article
+from lumina_mgpt.demo.scenes import COLORS, Scene
+from lumina_mgpt.maps import canny
+from lumina_mgpt.prompts import I2I_TASKS, TASKS, Task
+
+SIZE = (CELL, 2 * CELL)  # (width, height) of two panels of the base size
+_OTHERWISE = 0.3  # share of the training prompts that say more, or less, than those of the evaluation
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of example: its task, what its panels show, and how many of them training has."""
+
+    task: Task
+    upper: str
+    lower: str
+    records: int
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "pair_depth": Kind(TASKS["depth"], "picture", "depth", 3000),
+        "pair_canny": Kind(TASKS["canny"], "picture", "canny", 3000),
+        "depth": Kind(I2I_TASKS["depth"], "depth", "picture", 6000),
+        "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 6000),
+        "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 9000),
+        "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 12000),
+        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 3000),
+        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 3000),
+        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 3000),
+    }
+)
+_BACKGROUNDS = ("on a {c} background", "the same on a {c} background", "{c} background", "it, {c} background")
+# How an edit is asked for, and how often: {n} is what was there, {b} what comes, {c} the new background.
+_EDITS = {
+    "background": (4, ("make the background {c}", "change the background to {c}", "put it on a {c} background")),
+    "replace": (4, ("replace the {n} with {b}", "turn the {n} into {b}", "swap the {n} for {b}")),
+    "remove": (2, ("remove the {n}", "take the {n} away")),
+    "add": (1, ("add {b}", "put {b} there")),
+    "nothing": (1, ("no edit",)),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the two panels of one image are made of, and what is said of it; `shown` as in Task.instruction."""
+
+    kind: str
+    upper: Scene
+    lower: Scene
+    prompt: str
+    shown: str | None = None
+
+    @property
+    def task(self) -> Task:
+        return KINDS[self.kind].task
+
+    @property
+    def held_out(self) -> bool:
+        """Whether a composition in it is kept from training."""
+        return self.upper.held_out or self.lower.held_out
+
+    @property
+    def key(self) -> str:
+        """A path without suffix, the same for examples whose panels are."""
+        kind, both = KINDS[self.kind], dict.fromkeys((self.upper.key, self.lower.key))
+        return f"{kind.upper}-{kind.lower}/{'--'.join(both)}"
+
+
+def draw_panel(scene: Scene, shows: str, pictures: dict[str, np.ndarray]) -> Image.Image:
+    """A scene as `picture`, `depth`, `canny` or `segmentation`."""
+    if shows in ("depth", "segmentation"):
+        return getattr(scenes, shows)(scene, pictures)
+    picture = scenes.render(scene, pictures)
+    return canny(picture) if shows == "canny" else picture
+
+
+def panels(example: Example, pictures: dict[str, np.ndarray]) -> tuple[Image.Image, Image.Image]:
+    """The upper panel and the lower one."""
+    kind = KINDS[example.kind]
+    return draw_panel(example.upper, kind.upper, pictures), draw_panel(example.lower, kind.lower, pictures)
+
+
+def draw(example: Example, pictures: dict[str, np.ndarray]) -> Image.Image:
+    """Both panels as one picture of SIZE."""
+    both = Image.new("RGB", SIZE)
+    for panel, top in zip(panels(example, pictures), (0, CELL), strict=True):
+        both.paste(panel, (0, top))
+    return both
+
+
+def record(example: Example, path: str) -> dict:
+    """The example as scripts/pre_tokenize.py reads it; `path` is the picture of both panels, which all carry loss."""
+    text = example.task.instruction(example.prompt, *SIZE, example.shown)
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "<|image|>"}]
+    return {"conversations": turns, "image": path, "task": example.kind}
+
+
+def training_examples(kind: str, names: list[str], rng: random.Random) -> list[Example]:
+    """Examples without any composition that is held out: every scene once, before one comes again."""
+    pool = [scene for scene in scenes.all_singles(names) if not scene.held_out]
+    rng.shuffle(pool)
+    found: list[Example] = []
+    while len(found) < KINDS[kind].records:
+        example = _example(kind, pool[len(found) % len(pool)], names, _OTHERWISE, rng)
+        if not example.held_out:  # its other scene may be
+            found.append(example)
+    return found
+
+
+def evaluation_examples(kind: str, names: list[str], count: int, rng: random.Random) -> list[Example]:
+    """At most `count` examples of scenes that are held out; what the panel shows is for the panel alone to say."""
+    pool = [scene for scene in scenes.all_singles(names) if scene.held_out]
+    return [_example(kind, scene, names, 0.0, rng) for scene in rng.sample(pool, min(count, len(pool)))]
+
+
+def _example(kind: str, scene: Scene, names: list[str], otherwise: float, rng: random.Random) -> Example:
+    if kind == "edit":
+        return _edit(scene, names, rng)
+    differs, task = rng.random() < otherwise, KINDS[kind].task
+    if kind == "subject":
+        return _subject(scene, differs, rng)
+    if task.wordless and not differs:
+        prompt = ""
+    elif task.given_panels and not task.wordless and differs:  # a control panel must be looked at
+        prompt = _background(scene, rng)
+    else:
+        prompt = scenes.caption(scene, rng)
+    return Example(kind, scene, scene, prompt)
+
+
+def _background(scene: Scene, rng: random.Random) -> str:
+    return scenes.with_articles(rng.choice(_BACKGROUNDS).format(c=scene.color))
+
+
+def _subject(scene: Scene, named: bool, rng: random.Random) -> Example:
+    """The same emoji on another background; where it is named, either the prompt or the words for the panel do it."""
+    reference = Scene(scene.names, rng.choice([color for color in COLORS if color != scene.color]))
+    if not named:
+        return Example("subject", reference, scene, _background(scene, rng))
+    if rng.random() < 0.5:
+        return Example("subject", reference, scene, scenes.caption(scene, rng))
+    shown = with_article(scenes.noun(scene.names[0], rng))
+    return Example("subject", reference, scene, _background(scene, rng), shown)
+
+
+def _edit(scene: Scene, names: list[str], rng: random.Random) -> Example:
+    """An edit that ends in the scene, or for a removal begins with it."""
+    (name,), color = scene.names, scene.color
+    (operation,) = rng.choices(list(_EDITS), [weight for weight, _ in _EDITS.values()])
+    other = rng.choice([known for known in names if known != name])
+    bare = Scene((), color)
+    before, after = {
+        "background": (Scene((name,), rng.choice([known for known in COLORS if known != color])), scene),
+        "replace": (Scene((other,), color), scene),
+        "remove": (scene, bare),
+        "add": (bare, scene),
+        "nothing": (scene, scene),
+    }[operation]
+    old, new = (scenes.noun(panel.names[0], rng) if panel.names else "" for panel in (before, after))
+    words = {"n": old, "b": with_article(new) if new else "", "c": color}
+    return Example("edit", before, after, scenes.with_articles(rng.choice(_EDITS[operation][1]).format(**words)))

@@ -1,0 +1,26 @@
+"""Control maps computed from a picture, by libraries that need neither weights nor a network."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+from PIL import Image
+
+from lumina_mgpt.errors import InputError
+
+
+def canny(image: Image.Image) -> Image.Image:
+    """Canny edges of an RGB picture, white on black (OpenCV; thresholds 100 and 200, as is usual for control images).
+
+    Raises:
+        InputError: OpenCV is not installed; nothing else here needs it.
+    """
+    try:
+        import cv2
+    except ImportError:
+        raise InputError("canny edges need OpenCV; pip install opencv-python-headless") from None
+    return Image.fromarray(cv2.Canny(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY), 100, 200)).convert("RGB")
+
+
+# Depth, pose and the others need trained networks: the model itself predicts them.
+EXTRACTORS: Mapping[str, Callable[[Image.Image], Image.Image]] = MappingProxyType({"canny": canny})
