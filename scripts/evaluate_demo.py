@@ -107,6 +107,8 @@ def shuffled(examples: list[Example]) -> dict[str, list[Example]]:
 def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], pictures: dict, args) -> dict[str, object]:
     """Prints a row a score of each kind, writes a contact sheet a kind, and returns the figures."""
     figures: dict[str, object] = {}
+    if not kinds:
+        return figures
     print("\n| task | figure | prompts | value | panel shuffled | prompt shuffled | truth through image tokenizer |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     tokenizer = pipeline.image_tokenizer
@@ -181,8 +183,7 @@ def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: rando
         figures[name] = {key: [share.value, share.error] for key, share in shares.items()}
         figures[name]["reconstruction"] = [decibels.mean(), error]
         shown = rng.sample(made, min(_ON_SHEET, len(made)))
-        columns = 8 if len(todo[0].names) == 1 else 6
-        sheet = evaluation.contact_sheet([m[2] for m in shown], [m[1] for m in shown], columns)
+        sheet = evaluation.contact_sheet([m[2] for m in shown], [m[1] for m in shown], 8)
         sheet.save(args.out_dir / f"{name.replace(' ', '_')}.png")
     return figures
 

@@ -179,17 +179,23 @@ def scores(example: Example, image: Image.Image, pictures: Pictures) -> list[boo
 
 
 def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
-    """Pictures in a grid with their captions below, white ground."""
-    font = ImageFont.load_default(10)
-    width, height = max(i.width for i in images) + 12, max(i.height for i in images) + 42
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    """Pictures with their captions below, white ground; wide ones first, `columns` of the narrowest side by side."""
+    font, gap, words = ImageFont.load_default(10), 12, 42
+    whole = columns * (min(image.width for image in images) + gap)
+    order = sorted(range(len(images)), key=lambda n: (images[n].height, -images[n].width))
+    places, left, top, row = {}, 0, 0, 0
+    for n in order:
+        width, height = images[n].width + gap, images[n].height + words
+        if left and left + width > whole:
+            left, top, row = 0, top + row, 0
+        places[n] = (left + gap // 2, top + gap // 2)
+        left, row = left + width, max(row, height)
+    sheet = Image.new("RGB", (max(whole, max(image.width for image in images) + gap), top + row), "white")
     draw = ImageDraw.Draw(sheet)
-    for n, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = n % columns * width + 6, n // columns * height + 6
-        sheet.paste(image, (left, top))
-        for line, text in enumerate(_wrapped(caption, draw, font, width - 8, lines=3)):
-            draw.text((left, top + image.height + 2 + 11 * line), text, fill="black", font=font)
+    for n, (x, y) in places.items():
+        sheet.paste(images[n], (x, y))
+        for line, text in enumerate(_wrapped(captions[n], draw, font, images[n].width + gap - 4, lines=3)):
+            draw.text((x, y + images[n].height + 2 + 11 * line), text, fill="black", font=font)
     return sheet
 
 
