@@ -49,7 +49,7 @@ def edit(args: argparse.Namespace) -> None:
 
     from lumina_mgpt.devices import resolve_device  # torch takes seconds to import: only now
     from lumina_mgpt.images import crop_panel, open_panel
-    from lumina_mgpt.pipeline import Checkpoint, Pipeline, given_size
+    from lumina_mgpt.pipeline import Checkpoint, given_size
 
     picture = open_panel("--image_path", args.image_path)
     output.claim(file_names(len(args.instruction)), [Path(args.image_path)])
@@ -57,8 +57,7 @@ def edit(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     layout = checkpoint.layout(args.width, args.height, _TASK)
     checkpoint.prompt_ids(args.instruction, layout, _TASK, option="--instruction")
-    quant = cli.quant_group(args, checkpoint.config.int4_group)
-    pipeline = Pipeline.from_pretrained(checkpoint, device, args.dtype, attn=args.attn, quant=quant)
+    pipeline = cli.load_pipeline(args, checkpoint, device)
     make(pipeline, crop_panel(picture, given_size(layout)), layout, settings, speculation, output, args)
 
 

@@ -8,6 +8,7 @@
 Pictures are named {prompt index}_{repeat}.png, counted from 0, and carry their prompt and settings as PNG text. What is
 made of a given panel is named by its task, {i2i_task}.png, and lies beside that panel,
 {i2i_task}_ref_center_crop.png. The lower panel of a dual-panel picture is written alone too, as {its name}_result.png.
+Started by `accelerate launch` or torchrun, each process makes its share of them.
 """
 
 import argparse
@@ -64,19 +65,19 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     """`generate`, for any command that has its options and turns them into a request."""
     settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
     cli.quant_group(args)
-    request = read_request(args)
-    output = OutputFolder(args.save_path, args.overwrite)
+    share, request = cli.process_share(), read_request(args)
+    output = OutputFolder(args.save_path, args.overwrite, shared=share[1] > 1)
     if request.prompts:
-        output.claim(file_names(request, args), request.keep)
+        output.claim(file_names(request, args, share), request.keep)
 
-    from lumina_mgpt.devices import resolve_device  # torch takes seconds to import: only now
-    from lumina_mgpt.pipeline import Checkpoint, Pipeline
+    from lumina_mgpt.devices import own_device  # torch takes seconds to import: only now
+    from lumina_mgpt.pipeline import Checkpoint
 
-    device = resolve_device(args.device)
+    device = own_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     if not request.prompts:
         request = replace(request, prompts=cli.example_prompts(checkpoint.folder))
-        output.claim(file_names(request, args))
+        output.claim(file_names(request, args, share))
     layout = checkpoint.layout(args.width, args.height, request.task)
     checkpoint.prompt_ids(request.prompts, layout, request.task, request.shown)
     panel = request.panel(layout)
@@ -84,22 +85,24 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     for hint in filter(None, (cli.unknown_hint(prompt, names) for prompt in filter(None, request.prompts))):
         print(f"hint: {hint}", file=sys.stderr)
 
-    quant = cli.quant_group(args, checkpoint.config.int4_group)
-    pipeline = Pipeline.from_pretrained(checkpoint, device, args.dtype, attn=args.attn, quant=quant)
-    make(pipeline, request, panel, layout, settings, speculation, output, args)
+    pipeline = cli.load_pipeline(args, checkpoint, device)
+    make(pipeline, request, panel, layout, settings, speculation, output, args, share)
 
 
 def make(
-    pipeline, request: Request, panel, layout, settings, speculation, output: OutputFolder, args: argparse.Namespace
+    pipeline, request: Request, panel, layout, settings, speculation, output: OutputFolder, args: argparse.Namespace,
+    share: tuple[int, int],
 ) -> None:
     """Generates and saves; whatever ends it, finished pictures stay and unfinished ones leave nothing behind."""
     described = request.described() | describe(pipeline, layout, settings, speculation, args)
-    print(", ".join(f"{key} {value}" for key, value in described.items()))
-    total, saved, previews = len(request.prompts) * args.n, 0, set()
+    if share[0] == 0:
+        print(", ".join(f"{key} {value}" for key, value in described.items()))
+    total, saved, previews = len(range(share[0], len(request.prompts) * args.n, share[1])), 0, set()
     codes = total * (layout.num_codes - layout.given)
     bar = tqdm(
         total=codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} codes, {rate_noinv_fmt}, {elapsed} gone, {remaining} left",
+        disable=share[0] > 0,  # the first process's share stands for all
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then only
     )  # fmt: skip
 
@@ -113,13 +116,14 @@ def make(
     try:
         results = pipeline.stream(
             request.prompts, args.width, args.height, args.n, batch_size=args.batch_size, on_row=on_row,
-            speculation=speculation, task=request.task, panel=panel, shown=request.shown, **asdict(settings),
+            speculation=speculation, task=request.task, panel=panel, shown=request.shown, share=share,
+            **asdict(settings),
         )  # fmt: skip
         for result in results:
             job = result.job
             text = {"prompt": job.prompt, "repeat": job.repeat} | described
             stem = request.stem(job.prompt_index, job.repeat)
-            if panel is not None and not saved:
+            if panel is not None and not saved and share[0] == 0:
                 output.save(request.panel_file, panel)
             if result.panels > 1:
                 output.save(result_file(stem), result.panel, text)
@@ -146,6 +150,10 @@ def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) 
     movqgan = args.movqgan_path or pipeline.checkpoint.movqgan_path.name
     weights = {"model_path": args.model_path, "movqgan_path": movqgan}
     running = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch."), "attn": args.attn}
+    if args.movqgan_dtype != "fp32":
+        running["movqgan_dtype"] = args.movqgan_dtype
+    if pipeline.cache_dtype != pipeline.dtype:
+        running["cache_dtype"] = str(pipeline.cache_dtype).removeprefix("torch.")
     group = pipeline.model.config.int4_group
     if group is not None:
         running |= {"quant": "int4", "quant_group": group}
@@ -157,12 +165,12 @@ def preview_file(stem: str) -> str:
     return f"{stem}.preview.png"
 
 
-def file_names(request: Request, args: argparse.Namespace) -> list[str]:
-    """All that a run will write."""
+def file_names(request: Request, args: argparse.Namespace, share: tuple[int, int]) -> list[str]:
+    """All that this process will write."""
     kinds = ["{}.png".format] + [result_file] * (request.task.panels > 1) + [preview_file] * args.preview
     stems = [request.stem(index, repeat) for index in range(len(request.prompts)) for repeat in range(args.n)]
-    panel = [] if request.picture is None else [request.panel_file]
-    return [kind(stem) for stem in stems for kind in kinds] + panel
+    panel = [] if request.picture is None or share[0] else [request.panel_file]
+    return [kind(stem) for stem in stems[share[0] :: share[1]] for kind in kinds] + panel
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,10 +6,12 @@ Nothing here imports torch before it must, so that `--help` and most errors come
 import argparse
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumina_mgpt.config import (
     COUPLINGS,
@@ -20,6 +22,11 @@ from lumina_mgpt.config import (
     check_counts,
 )
 from lumina_mgpt.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 DEMO = "assets/demo"
 _PROJECT = Path(__file__).resolve().parent.parent
@@ -86,6 +93,26 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--quant_group", type=whole, choices=INT4_GROUPS,
         help=f"weights that share a scale; fewer: nearer to the original, larger (default: {DEFAULT_INT4_GROUP})",
     )  # fmt: skip
+    group.add_argument(
+        "--cache_dtype", default="auto", choices=("auto", "int8"),
+        help="of keys and values; auto: the transformer's; int8: half of bf16, a scale a token and head",
+    )  # fmt: skip
+    group.add_argument(
+        "--movqgan_dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the image tokenizer"
+    )
+
+
+def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "Pipeline":
+    """The pipeline of an opened checkpoint that `add_checkpoint_options` asks for."""
+    import torch
+
+    from lumina_mgpt.devices import DTYPES
+    from lumina_mgpt.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(
+        checkpoint, device, args.dtype, attn=args.attn, quant=quant_group(args, checkpoint.config.int4_group),
+        cache_dtype=torch.int8 if args.cache_dtype == "int8" else None, movqgan_dtype=DTYPES[args.movqgan_dtype],
+    )  # fmt: skip
 
 
 def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | None:
@@ -131,6 +158,19 @@ def speculation_settings(args: argparse.Namespace) -> Speculation | None:
     for name, value in given.items():
         raise InputError(f"--{name} {value} means nothing without --speculative_jacobi; add that, or leave it out")
     return None
+
+
+def process_share() -> tuple[int, int]:
+    """This process's number and how many there are, as `accelerate launch` and torchrun tell; (0, 1) when alone.
+
+    Raises:
+        InputError: the numbers in the environment mean nothing.
+    """
+    told = {name: os.environ.get(name, alone) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(text.isdecimal() for text in told.values()) or not int(told["RANK"]) < int(told["WORLD_SIZE"]):
+        raise InputError("RANK must be below WORLD_SIZE, both whole numbers, got {RANK!r} and {WORLD_SIZE!r}; a "
+                         "launcher sets them, unset them otherwise".format(**told))  # fmt: skip
+    return int(told["RANK"]), int(told["WORLD_SIZE"])
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

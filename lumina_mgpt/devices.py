@@ -39,7 +39,15 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def resolve_dtype(name: str | torch.dtype, device: torch.device, config: ModelConfig) -> torch.dtype:
+def own_device(name: str) -> torch.device:
+    """`resolve_device`, but of several GPUs the one that a launcher meant for this process."""
+    device, local = resolve_device(name), os.environ.get("LOCAL_RANK", "")
+    return resolve_device(f"cuda:{local}") if device.type == "cuda" and local.isdecimal() else device
+
+
+def resolve_dtype(
+    name: str | torch.dtype, device: torch.device, config: ModelConfig, quant: int | None = None
+) -> torch.dtype:
     """`auto` is bf16 on CUDA (fp16 where the GPU lacks it), fp16 on Apple's GPUs, and fp32 on a CPU.
 
     On a CPU fp32 is the quickest format that every processor has; only when the weights would then take more than half
@@ -60,7 +68,7 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device, config: ModelCo
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
         return torch.float16
-    needed, memory = 4 * weight_count(config), _physical_memory()
+    needed, memory = weight_bytes(config, torch.float32, quant), _physical_memory()
     if memory is not None and 2 * needed > memory:
         logger.info("weights in bf16: fp32 would take %.1f of %.1f GB of memory", needed / 1e9, memory / 1e9)
         return torch.bfloat16
@@ -69,15 +77,30 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device, config: ModelCo
 
 def weight_count(config: ModelConfig) -> int:
     """Number of weights in the matrices of the model (norms and biases, under 0.1 %, are left out)."""
+    return _embedding_weights(config) + _layer_weights(config)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, quant: int | None = None) -> int:
+    """Bytes of those weights; int4 ones, inside the layers, have a scale and a zero of two bytes each a group."""
+    inside, group = _layer_weights(config), quant or config.int4_group
+    layers = inside // 2 + 4 * inside // group if group else inside * dtype.itemsize
+    return _embedding_weights(config) * dtype.itemsize + layers
+
+
+def _embedding_weights(config: ModelConfig) -> int:
+    return (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+
+
+def _layer_weights(config: ModelConfig) -> int:
     D, H = config.hidden_size, config.head_dim
     attention = 2 * D * D + 2 * D * config.num_key_value_heads * H
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * D
-    return embeddings + config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
+    return config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
 
 
 def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one row of `slots` ids takes."""
-    return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    """Bytes of keys and values that one row of `slots` ids takes; int8 ones have a float32 scale a token and head."""
+    vector = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
+    return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * vector
 
 
 def _physical_memory() -> int | None:

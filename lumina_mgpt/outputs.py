@@ -17,9 +17,10 @@ _PROBE_BYTES = 1 << 18
 class OutputFolder:
     """The folder that results are written to. A file gets its name only once all of it is on the disk."""
 
-    def __init__(self, folder: str | Path, overwrite: bool = False) -> None:
+    def __init__(self, folder: str | Path, overwrite: bool = False, shared: bool = False) -> None:
+        """`shared`: other processes write there too, so that what is there may not be removed, empty as it may be."""
         self.folder = Path(folder)
-        self.overwrite = overwrite
+        self.overwrite, self.shared = overwrite, shared
 
     def claim(self, names: Iterable[str], keep: Iterable[Path] = ()) -> None:
         """Checks that all of `names` may be written; call it before the work begins. Writes nothing that stays.
@@ -46,7 +47,8 @@ class OutputFolder:
         except OSError as error:
             raise self._failure("files", error) from None
         finally:
-            for folder in made:  # innermost first: what the check made must not stay behind if the run fails later
+            # Innermost first: what the check made must not stay behind if the run fails later.
+            for folder in () if self.shared else made:
                 try:
                     folder.rmdir()
                 except OSError:

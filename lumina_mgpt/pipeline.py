@@ -20,7 +20,7 @@ from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
 from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.sampling.autoregressive import sample
-from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
+from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import CODE_CELL, GRID_UNIT, ImageLayout, encode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -173,13 +173,18 @@ class Pipeline:
         results[0].image.save("hedgehog.png")
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Transformer, image_tokenizer: ImageTokenizer) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, model: Transformer, image_tokenizer: ImageTokenizer,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.model = model
         self.image_tokenizer = image_tokenizer
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.cache_dtype = cache_dtype or self.dtype
         self.forwards = 0  # of the last `sample`: what it cost
+        self.compiled = False
 
     @classmethod
     def from_pretrained(
@@ -190,11 +195,16 @@ class Pipeline:
         movqgan_path: str | Path | None = None,
         attn: str = "sdpa",
         quant: int | None = None,
+        cache_dtype: torch.dtype | None = None,
+        movqgan_dtype: torch.dtype = torch.float32,
     ) -> "Pipeline":
         """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
 
         `quant` 32, 64 or 128 makes int4 weights of the layers' matrices while they are read, in groups of so many;
         a checkpoint of int4 weights needs no telling. `pipeline.model.config.int4_group` says what there is.
+        `cache_dtype` torch.int8 holds keys and values in half the room of bf16 (default: the model's own).
+        `movqgan_dtype`: decoding is a small part of the work, and in float32 (default) a picture depends on its codes
+        alone; bf16 and fp16 halve the memory that it takes.
 
         Raises:
             InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others,
@@ -206,20 +216,36 @@ class Pipeline:
             checkpoint = Checkpoint.open(path, movqgan_path)
         else:
             checkpoint = replace(path, movqgan_path=find_movqgan(path.folder, movqgan_path or path.movqgan_path))
-        dtype = resolve_dtype(dtype, device, checkpoint.config)
+        dtype = resolve_dtype(dtype, device, checkpoint.config, quant)
         if attn == "flash" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
             raise InputError(
                 f"--attn flash needs --device cuda and --dtype bf16 or fp16, got {device} and {dtype}; use --attn sdpa"
             )
-        # Always float32: decoding is a small part of the work, and the picture then depends on its codes alone.
-        image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, torch.float32)
+        if attn == "flash" and cache_dtype == torch.int8:
+            raise InputError("--attn flash reads no int8 cache; use --attn sdpa, or leave out --cache_dtype int8")
+        image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)
         if image_tokenizer.num_codes != checkpoint.config.num_image_codes:
             raise InputError(
                 f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "
                 f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
             )
         model = load_model(checkpoint.folder, dtype, device, attn, quant)
-        return cls(checkpoint, model.eval(), image_tokenizer)
+        if not checkpoint.config.tie_word_embeddings:
+            model.lm_head.keep(checkpoint.vocabulary.code_slice)
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype)
+
+    def compile(self) -> None:
+        """From here on steps are compiled (torch.compile): the first of each shape takes a minute, the rest less.
+
+        On a CPU a layer is compiled for all shapes; on a GPU the whole model, with CUDA graphs, for few: there a step
+        looks at a multiple of 256 slots, and the cache stays where it is between batches.
+        """
+        if self.device.type == "cuda":
+            self.model.compile(mode="reduce-overhead", dynamic=False)
+        else:
+            for layer in self.model.layers:
+                layer.compile(dynamic=True)
+        self.compiled = True
 
     def generate(
         self, prompts: str | Sequence[str], width: int | None = None, height: int | None = None, **settings
@@ -240,6 +266,7 @@ class Pipeline:
         batch_size: int | None = None,
         on_row: OnRow | None = None,
         speculation: Speculation | None = None,
+        share: tuple[int, int] = (0, 1),
         task: Task = TASKS["t2i"],
         panel: Panel | Sequence[Panel] | None = None,
         shown: str | None = None,
@@ -250,6 +277,7 @@ class Pipeline:
         prompts and their order, nor on `batch_size` (default: what keeps the cache within 1 GiB, at most 8).
         `width` and `height` are pixels, multiples of 32 (default: the checkpoint's base size). With `speculation`
         several codes come of one forward: the same image where its coupling is `noise`, else one of the same law.
+        `share` (r, count) makes every count-th image from the r-th on, for one of several processes.
 
         `task` is one of prompts.TASKS, or of prompts.I2I_TASKS where the upper panel is given: `panel`, one for all
         prompts or one a prompt, is a picture, which is cropped to it, or codes, which are kept as they are. `shown`
@@ -267,7 +295,8 @@ class Pipeline:
         encoded = self.checkpoint.prompt_ids(texts, layout, task, shown)
         given = self._given(panel, layout, len(texts))
         jobs = [Job(text, index, repeat) for index, text in enumerate(texts) for repeat in range(n)]
-        size = batch_size or self.batch_size(max(map(len, encoded)) + layout.length, settings)
+        jobs = jobs[share[0] :: share[1]]
+        size = batch_size or self.batch_size(max(map(len, encoded)), layout, settings, speculation)
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return self._run(batches, encoded, layout, settings, on_row, speculation, given, task.panels)
 
@@ -290,10 +319,14 @@ class Pipeline:
             grids.append(codes.flatten())
         return (torch.stack(grids) if grids else torch.empty((1, 0), dtype=torch.long)).expand(count, -1)
 
-    def batch_size(self, slots: int, settings: SamplingConfig) -> int:
-        """How many images of `slots` ids make one batch when the caller does not say."""
-        rows = 1 if settings.cfg == 1.0 else 2
-        image = rows * cache_bytes(self.checkpoint.config, slots, self.dtype)
+    def batch_size(
+        self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
+    ) -> int:
+        """How many images behind a start of so many ids make one batch when the caller does not say."""
+        config, slots = self.checkpoint.config, start + layout.length
+        image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        if speculation:
+            image += ring_bytes(layout, speculation)
         return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
 
     def _run(self, batches, encoded, layout, settings, on_row, speculation, given, panels) -> Iterator[Result]:
@@ -330,7 +363,7 @@ class Pipeline:
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation else 0
-        cache = KVCache(config, rows, length, self.dtype, self.device, spare)
+        cache = KVCache(config, rows, length, self.cache_dtype, self.device, spare)
         step = CachedStep(self.model, cache, vocabulary.code_slice)
         keys = [(settings.seed, repeat) for repeat in repeats]
         if speculation:
@@ -368,8 +401,20 @@ class CachedStep:
     def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
         self.calls += 1
-        filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
-        ids, positions, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions, read))
+        if self.calls > 1:
+            filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
+            return self._forward(ids, positions.to(self.device, non_blocking=True), read, filled)
+        T = ids.shape[1]
+        assert torch.equal(positions, torch.arange(T).expand_as(positions))  # so that no mask is needed
+        # The images of one prompt read it once, and all the rows without a prompt are one.
+        rows, source = torch.cat([ids, read], 1).unique(dim=0, return_inverse=True)
+        source = source.to(self.device, non_blocking=True)
+        logits = self._forward(rows[:, :T], 0, rows[:, T:], T)
+        self.cache.spread(source, T)
+        return logits[source]
+
+    def _forward(self, ids: Tensor, positions: Tensor | int, read: Tensor, filled: int) -> Tensor:
+        ids, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, read))
         hidden = self.model(ids, positions=positions, cache=self.cache, filled=filled)  # (R, T, D)
         wanted = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))  # (R, Q, D)
         return self.model.project(wanted, self.columns)

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from lumina_mgpt import cli
 from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
-from lumina_mgpt.devices import cache_bytes
+from lumina_mgpt.devices import cache_bytes, resolve_device
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.measure import peak_bytes, read_bandwidth
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.sampling.drafts import BIRTHS
 
@@ -35,17 +36,6 @@ class Row:
     codes: float
     milliseconds: float
     bandwidth: float
-
-
-def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) -> float:
-    """Bytes a second of summing a large tensor, the best of several."""
-    data = torch.ones(size, dtype=torch.float32, device=device)
-    best = 0.0
-    for _ in range(repeats):
-        began = time.perf_counter()
-        data.sum().item()
-        best = max(best, data.nbytes / (time.perf_counter() - began))
-    return best
 
 
 def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, speculation: Speculation | None,
@@ -64,7 +54,7 @@ def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, sp
         forwards += pipeline.forwards
     steps = forwards - len(batches)  # after the prompts
     rows = min(args.batch_size, len(starts)) * (1 if settings.cfg == 1 else 2)
-    half = rows * cache_bytes(checkpoint.config, max(map(len, starts)) + layout.length // 2, pipeline.dtype)
+    half = rows * cache_bytes(checkpoint.config, max(map(len, starts)) + layout.length // 2, pipeline.cache_dtype)
     layers = sum(t.nbytes for part in ("parameters", "buffers") for t in getattr(pipeline.model.layers, part)())
     head = checkpoint.config.num_image_codes * checkpoint.config.hidden_size * pipeline.dtype.itemsize
     each = seconds / forwards
@@ -106,17 +96,6 @@ def check_plot(path: Path) -> None:
         raise InputError(f"--plot must be a .png file in a folder that exists, got {path}")
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    """The most memory that was in use at once: of the GPU, or of this process (None where that is not told)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform != "linux":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="bench.py", description="Times sampling, settings side by side.")
     group = parser.add_argument_group("what to time")
@@ -147,8 +126,7 @@ def bench(args) -> None:
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     prompts = cli.read_prompts(None, args.prompt_file) if args.prompt_file else cli.example_prompts(checkpoint.folder)
-    quant = cli.quant_group(args, checkpoint.config.int4_group)
-    pipeline = Pipeline.from_pretrained(checkpoint, args.device, args.dtype, attn=args.attn, quant=quant)
+    pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
     bandwidth = read_bandwidth(pipeline.device)
     measure(pipeline, prompts[:1], settings, None, args, bandwidth)  # warm-up
     rows = [measure(pipeline, prompts, settings, choice, args, bandwidth) for choice in tqdm(todo, unit="setting")]
@@ -162,8 +140,8 @@ def bench(args) -> None:
     peak = peak_bytes(pipeline.device)
     print(json.dumps({
         "model": str(args.model_path), "device": str(pipeline.device), "dtype": str(pipeline.dtype).split(".")[1],
-        "quant_group": quant, "threads": args.threads, "images": len(prompts),
-        "bandwidth_gb_s": round(bandwidth / 1e9, 2), "peak_gb": peak and round(peak / 1e9, 2),
+        "quant_group": pipeline.model.config.int4_group, "cache_dtype": args.cache_dtype, "threads": args.threads,
+        "images": len(prompts), "bandwidth_gb_s": round(bandwidth / 1e9, 2), "peak_gb": peak and round(peak / 1e9, 2),
         "sampling": asdict(settings), "rows": [asdict(row) for row in rows],
     }))  # fmt: skip
 

@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lumina_mgpt import cli
 from lumina_mgpt.demo import emoji, evaluation, omni, scenes
 from lumina_mgpt.demo.evaluation import Mean, Share
 from lumina_mgpt.demo.omni import Example
+from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import psnr
-from lumina_mgpt.pipeline import Pipeline
+from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 _BATCH = 30
 _ON_SHEET = 24
@@ -129,7 +131,7 @@ def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], picture
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_path", default="assets/demo")
+    cli.add_checkpoint_options(parser)
     parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="fetched there if missing")
     parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"))
     parser.add_argument("--prompts", type=int, default=300, help="prompts a row")
@@ -147,7 +149,8 @@ def main() -> int:
         rng = random.Random(args.seed)
         names = emoji.known_names()
         singles, pairs = scenes.evaluation_scenes(names, args.prompts, rng)
-        pipeline = Pipeline.from_pretrained(args.model_path)
+        checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+        pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
         args.out_dir.mkdir(parents=True, exist_ok=True)
         figures: dict[str, object] = {"model_path": str(args.model_path), "cfg": args.cfg, "seed": args.seed}
         rows = {name: todo for name, todo in zip(TEXT_ROWS, (singles, pairs), strict=True) if name in args.rows}

@@ -49,7 +49,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     from lumina_mgpt.devices import resolve_device  # torch takes seconds to import: only now
     from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_panel
     from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
-    from lumina_mgpt.pipeline import Checkpoint, Pipeline
+    from lumina_mgpt.pipeline import Checkpoint
     from lumina_mgpt.unirep import GRID_UNIT
 
     device = resolve_device(args.device)
@@ -63,10 +63,7 @@ def reconstruct(args: argparse.Namespace) -> None:
         if args.through_model:
             check_length(checkpoint, crops[-1].size, path)
     output.claim(file_names(stems, args.through_model), [Path(path) for path in args.images])
-    pipeline = None
-    if args.through_model:
-        quant = cli.quant_group(args, checkpoint.config.int4_group)
-        pipeline = Pipeline.from_pretrained(checkpoint, device, args.dtype, attn=args.attn, quant=quant)
+    pipeline = cli.load_pipeline(args, checkpoint, device) if args.through_model else None
     images = pipeline.image_tokenizer if pipeline else ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device)
     show(dict(zip(stems, crops, strict=True)), images, pipeline, settings, output)
 

@@ -16,6 +16,10 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGANConfig
 from lumina_mgpt.training.movqgan import MoVQGANTraining, Pictures, Trainer
 
+SIZES = {"ch": 32, "blocks": 1, "num_codes": 2048}
+MEANING = {"ch": "width of the finest level, a multiple of 32", "blocks": "residual blocks a level",
+           "num_codes": "codes to choose from"}  # fmt: skip
+
 
 def weighted_folder(text: str) -> tuple[Path, float]:
     """`folder` or `folder=weight`."""
@@ -34,9 +38,8 @@ def main() -> int:
     parser.add_argument("--images", type=weighted_folder, nargs="+", required=True, metavar="FOLDER[=WEIGHT]")
     parser.add_argument("--out_dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=45.0)
-    parser.add_argument("--ch", type=int, default=32, help="width of the finest level, a multiple of 32")
-    parser.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
-    parser.add_argument("--num_codes", type=int, default=2048)
+    for name, value in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{MEANING[name]} (default: {value})")
     parser.add_argument("--decoder_of", help="finished weights: train on their decoder alone; codes keep their meaning")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
@@ -44,6 +47,11 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        for name, value in SIZES.items():
+            if args.decoder_of and getattr(args, name) is not None:
+                raise InputError(f"--{name} {getattr(args, name)} means nothing with --decoder_of, whose file has its "
+                                 "sizes; leave it out")  # fmt: skip
+            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
         if args.ch < 32 or args.ch % 32:
             raise InputError(f"--ch must be a multiple of 32 (group norm has 32 groups), got {args.ch}; try 32")
         for name in ("minutes", "blocks", "num_codes", "lr", "threads"):

@@ -66,12 +66,46 @@ def test_the_cache_writes_where_it_is_told_and_nowhere_else():
     cache = KVCache(CONFIG, 2, 8, torch.bfloat16, "cpu")
     keys, values = heads(2, 3, 2, 8, seed=1, dtype=torch.float32), heads(2, 3, 2, 8, seed=2, dtype=torch.float32)
     positions = torch.tensor([[0, 1, 2], [4, 5, 6]])
-    k, v = cache.update(1, keys, values, positions, 7)
+    k, v = cache.layer(1).update(keys, values, positions, 7)
     assert k.shape == v.shape == (2, 7, 2, 8) and k.dtype == torch.bfloat16
     for row, start in ((0, 0), (1, 4)):
         assert torch.equal(k[row, start : start + 3], keys[row].bfloat16())
         assert torch.equal(v[row, start : start + 3], values[row].bfloat16())
     assert cache.store.count_nonzero() == keys.numel() + values.numel()  # the rest is zero: never NaN
+
+
+@pytest.mark.parametrize("positions", [torch.tensor([[4, 5, 6], [0, 1, 2]]), 3, 0], ids=["ragged", "alike", "first"])
+@pytest.mark.parametrize(("block", "queries"), [(4, 256), (512, 256), (512, 2)])
+def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, positions, block, queries):
+    """Against the formula on integers times scales; and those are within half a step of what was put in."""
+    monkeypatch.setattr(attention, "INT8_BLOCK", block)
+    monkeypatch.setattr(attention, "INT8_QUERIES", queries)
+    cache = KVCache(CONFIG, 2, 9, torch.int8, "cpu")
+    before = heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4) * torch.logspace(-3, 3, 7)[:, None, None]
+    if not isinstance(positions, int) or positions:
+        cache.layer(1).update(*before, 0, 7)
+    span = span_for(positions, 3, cache, filled=7)
+    q, new = heads(2, 3, 4, 8), (heads(2, 3, 2, 8, seed=1), heads(2, 3, 2, 8, seed=2))
+    held = cache.layer(1).update(*new, span.positions, span.filled)
+    k, v = (part.codes.double() * part.scales.double()[..., None] for part in held)
+    asked = torch.arange(3) + (positions if isinstance(positions, int) else positions[:, :1])
+    asked = asked.expand(2, 3)
+    torch.testing.assert_close(attention.sdpa(q, *held, span, True), formula(q, k, v, asked), rtol=1e-5, atol=1e-5)
+    for row in range(2):
+        for got, given in zip((k, v), new, strict=True):
+            step = given[row].abs().amax(-1, keepdim=True) / 127
+            assert ((got[row, asked[row]] - given[row]).abs() <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_rows_of_a_cache_are_spread(dtype):
+    cache = KVCache(CONFIG, 3, 5, dtype, "cpu")
+    cache.layer(0).update(heads(2, 4, 2, 8, seed=1), heads(2, 4, 2, 8, seed=2), 0, 4)
+    before = [held.clone() for held in (cache.store, cache.scales) if held is not None]
+    cache.spread(torch.tensor([1, 0, 1]), 3)
+    for old, new in zip(before, (cache.store, cache.scales), strict=False):
+        assert torch.equal(new[:, :, :, :3], old[:, :, [1, 0, 1], :3]) and new.count_nonzero()
+        assert torch.equal(new[:, :, :, 3:], old[:, :, :, 3:])
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])

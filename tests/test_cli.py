@@ -90,6 +90,34 @@ def test_speculation_gives_the_same_picture_and_says_so_inside(generate, tmp_pat
         assert fast.text | {"coupling": "noise", "window": "7"} == fast.text and "window" not in plain.text
 
 
+def test_an_int8_cache_says_so_inside(generate, tmp_path, capsys):
+    assert generate("--prompt", "a cat", "--cache_dtype", "int8") == 0
+    with Image.open(tmp_path / "out" / "0_0.png") as image:
+        assert image.text["cache_dtype"] == "int8"
+
+
+def test_two_processes_make_the_pictures_of_one(generate, tiny_checkpoint, tmp_path):
+    """Started as `accelerate launch` starts them (on GPUs by torchrun, which works on a CPU as well)."""
+    prompts = ["--prompt", "a cat", "--prompt", "a snowman", "-n", "2", "--batch_size", "1", "--preview"]
+    assert generate(*prompts) == 0
+    out = tmp_path / "shared"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    options = [*BASE, "--model_path", str(tiny_checkpoint), "--save_path", str(out), *prompts]
+    run = subprocess.run([*launch, *options], capture_output=True, text=True, timeout=PATIENCE, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
+    assert names(out) == names(tmp_path / "out") == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
+    for name in names(out):
+        assert (out / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert run.stdout.count("width 32") == 1  # one process speaks for all
+
+
+@pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "1")])
+def test_a_launcher_that_makes_no_sense(generate, capsys, no_weights, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    refused(capsys, generate("--prompt", "a cat"), "RANK", rank, world)
+
+
 def test_built_in_prompts_and_the_base_size(script, tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     assert script.main(["--model_path", str(tiny_checkpoint), "--save_path", str(out), "--device", "cpu"]) == 0

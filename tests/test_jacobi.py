@@ -205,6 +205,24 @@ def test_the_law_of_the_image_shows_planted_faults(vocabulary, monkeypatch, plan
     assert misfit(vocabulary, "maximal", 5, "above") > 8
 
 
+@pytest.mark.parametrize("count", [1, 5, 128, 129, 300, 1024])
+def test_inversion_by_blocks_is_inversion(count):
+    """Against one sum over all codes; the ends of (0, 1) never find a code of weight 0."""
+    weights = torch.rand(400, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    weights[weights < 0.3] = 0
+    weights[weights.sum(-1) == 0] = 1
+    uniform = torch.linspace(0, 1, 402, dtype=torch.float64)[1:-1]
+    uniform[:2], uniform[-2:] = 2.0**-53, 1 - 2.0**-53
+    found = couplings.by_inversion(weights, uniform)
+    assert (weights.gather(-1, found[:, None]) > 0).all()
+    sums = weights.cumsum(-1)
+    target = uniform * sums[:, -1]
+    below = torch.where(found > 0, sums.gather(-1, (found - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    assert (below <= target + 1e-9).all() and (target <= sums.gather(-1, found[:, None])[:, 0] + 1e-9).all()
+    single = couplings.by_inversion(weights.float(), uniform)
+    assert (weights.gather(-1, single[:, None]) > 0).all()
+
+
 class FlatStep(TableStep):
     """One law everywhere."""
 

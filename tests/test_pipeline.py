@@ -4,10 +4,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from lumina_mgpt import Checkpoint, Pipeline, devices
+from lumina_mgpt import pipeline as pipeline_module
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.devices import resolve_device, resolve_dtype, weight_count
 from lumina_mgpt.errors import InputError
@@ -126,14 +128,14 @@ def test_the_near_tie_check_can_fail(exact):
     assert not near_tie(exact, "a cat", result.codes, altered, (0, 0), limit=min(1e-3, ahead / 2))
 
 
-@pytest.mark.parametrize(("cfg", "rows"), [(1.0, 3), (4.0, 6)])
-def test_guidance_one_costs_no_unconditional_row(pipeline, monkeypatch, cfg, rows):
+@pytest.mark.parametrize(("cfg", "first", "rows"), [(1.0, 3, 3), (4.0, 4, 6)])
+def test_guidance_one_costs_no_unconditional_row(pipeline, monkeypatch, cfg, first, rows):
     """Also counts the forwards: one with the prompt, one for each code but the first, none for a forced id."""
     seen = []
     forward = pipeline.model.forward
     monkeypatch.setattr(pipeline.model, "forward", lambda ids, **more: (seen.append(len(ids)), forward(ids, **more))[1])
     pipeline.generate(PROMPTS[:3], 64, 32, cfg=cfg)
-    assert seen == [rows] * (4 * 8)
+    assert seen == [first] + [rows] * (4 * 8 - 1)  # what is alike is read once
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 32), (32, 128), (160, 96)])
@@ -214,11 +216,59 @@ def test_opening_reads_no_weights(tiny_checkpoint, tmp_path):
 
 
 def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
-    assert pipeline.batch_size(200, SamplingConfig()) == 8
+    layout = pipeline.checkpoint.layout(64, 64)
+    assert pipeline.batch_size(100, layout, SamplingConfig()) == 8
     monkeypatch.setattr(pipeline, "checkpoint", pipeline.checkpoint.__class__(
         pipeline.checkpoint.folder, SEVEN_B, pipeline.checkpoint.vocabulary, pipeline.checkpoint.movqgan_path
     ))  # fmt: skip
-    assert pipeline.batch_size(9400, SamplingConfig()) == 1
+    assert pipeline.batch_size(9400, layout, SamplingConfig()) == 1
+    monkeypatch.setattr(pipeline_module, "_CACHE_BUDGET", 9 << 30)
+    settings = SamplingConfig(cfg=1.0)
+    assert pipeline.batch_size(3000, layout, settings) == 2  # 1 MiB an id in fp32
+    monkeypatch.setattr(pipeline, "cache_dtype", torch.int8)
+    assert pipeline.batch_size(3000, layout, settings) == 8
+    monkeypatch.setattr(pipeline_module, "ring_bytes", lambda layout, speculation: 2 << 30)
+    assert pipeline.batch_size(3000, layout, settings, Speculation()) == 3
+
+
+def test_what_is_alike_is_read_once(exact):
+    """Three images of one prompt: two rows for the prompts, the conditional one and the one without, then six."""
+    rows = []
+    hook = exact.model.layers[0].register_forward_pre_hook(lambda layer, given: rows.append(len(given[0])))
+    images = exact.generate("a cat", 32, 32, n=3, batch_size=3)
+    hook.remove()
+    assert rows[0] == 2 and set(rows[1:]) == {6}
+    assert len({tuple(image.codes.flatten().tolist()) for image in images}) == 3
+
+
+def test_processes_share_the_images(exact):
+    whole = by_job(exact.generate(PROMPTS[:3], 32, 32, n=3, batch_size=9))
+    parts = [by_job(exact.generate(PROMPTS[:3], 32, 32, n=3, share=(rank, 2))) for rank in range(2)]
+    assert [len(part) for part in parts] == [5, 4] and not parts[0].keys() & parts[1].keys()
+    for part in parts:
+        assert all(torch.equal(whole[key], codes) for key, codes in part.items())
+
+
+def test_half_precision_decodes_nearly_the_same_picture(tiny_checkpoint, exact):
+    half = Pipeline.from_pretrained(tiny_checkpoint, "cpu", torch.float64, movqgan_dtype=torch.bfloat16)
+    (first,), (second,) = (p.generate("a cat", 64, 64, cfg=1.0) for p in (exact, half))
+    assert torch.equal(first.codes, second.codes)
+    difference = np.asarray(first.image, float) - np.asarray(second.image, float)
+    assert 0 < np.abs(difference).mean() < 2  # of 255
+
+
+def test_an_int8_cache_stays_near(tiny_checkpoint, exact):
+    """The law of each code, given the same codes before it, moves by little, and not by nothing."""
+    rounded = Pipeline.from_pretrained(tiny_checkpoint, "cpu", torch.float64, cache_dtype=torch.int8)
+    layout, laws = exact.checkpoint.layout(64, 64), []
+    call, _ = opening(exact.checkpoint.prompt_ids(PROMPTS, layout), layout, torch.empty(4, 0).long(), guided=False)
+    for pipeline in (exact, rounded):
+        cache = KVCache(exact.checkpoint.config, 4, call.ids.shape[1], pipeline.cache_dtype, "cpu")
+        with torch.no_grad():
+            step = CachedStep(pipeline.model, cache, exact.checkpoint.vocabulary.code_slice)
+            laws.append(code_log_probs(step(*call), SamplingConfig(cfg=1.0)))
+    difference = (laws[0] - laws[1]).abs()
+    assert 1e-6 < difference.max() < 0.05
 
 
 SEVEN_B = ModelConfig(

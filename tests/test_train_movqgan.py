@@ -170,6 +170,7 @@ def test_the_text_tokenizer_fits_the_demo_configuration(tmp_path):
 
 @pytest.mark.parametrize("options, named", [
     (["--ch", "40"], "--ch"), (["--minutes", "0"], "--minutes"), (["--minutes", "nan"], "--minutes"), ([], "no .png"),
+    (["--ch", "64", "--decoder_of", "x.safetensors"], "--ch 64 means nothing with --decoder_of"),
 ])  # fmt: skip
 def test_options_out_of_range_are_one_line(tmp_path, options, named):
     (tmp_path / "empty").mkdir()

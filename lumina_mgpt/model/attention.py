@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.kv_cache import Held, KVCache, Scaled
 
 QUERY_BLOCK = 128
 MAX_WRITTEN_OUT = 1024
+INT8_QUERIES = 256  # more of them at once, and the integers of a layer are made numbers for torch's kernel
+INT8_BLOCK = 512  # slots whose integers are turned into numbers at once: of 32 heads of 128, 8 MB in float32
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,15 @@ class Span:
         return cls(positions, filled, mask, False)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:
-    """torch's scaled_dot_product_attention.
+def sdpa(q: Tensor, k: Held, v: Held, span: Span, cached: bool) -> Tensor:
+    """torch's scaled_dot_product_attention; written out where keys and values are int8.
 
     Shapes: q (B, T, N, H); k, v (B, S, K, H); returns (B, T, N, H).
     """
+    if isinstance(k, Scaled):
+        if q.shape[1] <= INT8_QUERIES:
+            return _int8(q, k, v, span)
+        k, v = k.numbers(q.dtype), v.numbers(q.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not grouped:
@@ -80,6 +87,28 @@ def _causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2)
         mixed.append(torch.add(unseen, scores, alpha=H**-0.5).softmax(-1) @ v[:, :, :stop])
     return torch.cat(mixed, 2)
+
+
+def _int8(q: Tensor, k: Scaled, v: Scaled, span: Span) -> Tensor:
+    """Attention over an int8 cache: scales go to scores and weights, so that only integers are read from memory.
+
+    Shapes: as `sdpa`.
+    """
+    B, T, N, H = q.shape
+    S, K = k.codes.shape[1:3]
+    blocks = [slice(start, start + INT8_BLOCK) for start in range(0, S, INT8_BLOCK)]
+    q = rearrange(q * H**-0.5, "B T (K G) H -> B K (G T) H", K=K)
+    scores = torch.cat([q @ rearrange(k.codes[:, block].to(q.dtype), "B S K H -> B K H S") for block in blocks], -1)
+    scores = scores.float() * rearrange(k.scales, "B S K -> B K 1 S")
+    if span.causal:
+        scores += q.new_full((T, S), float("-inf"), dtype=torch.float32).triu_(1).repeat(N // K, 1)
+    elif span.mask is not None:
+        scores += span.mask.repeat(1, 1, N // K, 1)
+    weights = (scores.softmax(-1) * rearrange(v.scales, "B S K -> B K 1 S")).to(q.dtype)
+    mixed = torch.zeros_like(q, dtype=torch.float32)
+    for block in blocks:
+        mixed += weights[..., block] @ rearrange(v.codes[:, block].to(q.dtype), "B S K H -> B K S H")
+    return rearrange(mixed.to(q.dtype), "B K (G T) H -> B T (K G) H", T=T)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:

@@ -11,7 +11,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.attention import Span
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.kv_cache import KVCache, LayerCache, Scaled
 
 HEAD_NORM_EPS = 1e-5  # of the released model; its config.json does not hold it
 
@@ -89,10 +89,10 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, index: int, attn: str):
+    def __init__(self, config: ModelConfig, attn: str):
         super().__init__()
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.index, self.head_dim, self.attend = index, H, attention.backend(attn)
+        self.head_dim, self.attend = H, attention.backend(attn)
         self.q_proj = nn.Linear(D, N * H, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, K * H, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, K * H, bias=config.attention_bias)
@@ -100,14 +100,14 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(N, config.model_parallel_size, H)
         self.k_norm = HeadNorm(K, config.model_parallel_size, H)
 
-    def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: KVCache | None) -> Tensor:
+    def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: LayerCache | None) -> Tensor:
         heads = (-1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(hidden).unflatten(-1, heads)), rope)  # (B, T, N, H)
         k = rotate(self.k_norm(self.k_proj(hidden).unflatten(-1, heads)), rope)  # (B, T, K, H)
         v = self.v_proj(hidden).unflatten(-1, heads)  # (B, T, K, H)
         if cache is not None:
-            k, v = cache.update(self.index, k, v, span.positions, span.filled)  # (B, S, K, H)
-            q = q.to(k.dtype)
+            k, v = cache.update(k, v, span.positions, span.filled)  # (B, S, K, H)
+            q = q if isinstance(k, Scaled) else q.to(k.dtype)
         return self.o_proj(self.attend(q, k, v, span, cache is not None).flatten(2))
 
 
@@ -128,15 +128,15 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention, then MLP, each on a residual branch; swin_norm moves the norm from a branch's start to its end."""
 
-    def __init__(self, config: ModelConfig, index: int, attn: str):
+    def __init__(self, config: ModelConfig, attn: str):
         super().__init__()
         self.swin_norm = config.swin_norm
-        self.self_attn = Attention(config, index, attn)
+        self.self_attn = Attention(config, attn)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: KVCache | None, dropout: float) -> Tensor:
+    def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: LayerCache | None, dropout: float) -> Tensor:
         """Shapes: hidden (B, T, D), and so is what it returns. `dropout` is the rate to apply, whatever the mode."""
         if self.swin_norm:
             hidden = hidden + _drop(self.input_layernorm(self.self_attn(hidden, rope, span, cache)), dropout)
@@ -148,9 +148,15 @@ class Layer(nn.Module):
 class Head(nn.Linear):
     """The output projection, to the whole vocabulary or to a slice of it."""
 
+    kept: slice | None = None
+
+    def keep(self, columns: slice) -> None:
+        """Lets go of all other columns: the text of a large vocabulary, for a model that is to write images only."""
+        self.weight, self.kept = nn.Parameter(self.weight[columns].detach().clone(), requires_grad=False), columns
+
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        weight = self.weight if columns is None else self.weight[columns]
-        return F.linear(hidden, weight)
+        assert self.kept in (None, columns), f"columns {columns} of a head that kept {self.kept}"
+        return F.linear(hidden, self.weight if self.kept == columns else self.weight[columns])
 
 
 class Transformer(nn.Module):
@@ -168,7 +174,7 @@ class Transformer(nn.Module):
         self.dropout = config.dropout
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i, attn) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, attn) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -195,11 +201,12 @@ class Transformer(nn.Module):
         rope = rope_angles(self.config, positions, T if cache is None else cache.length, hidden.dtype)
         rate = self.dropout if self.training else 0.0
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            held = None if cache is None else cache.layer(index)
             if recompute:
-                hidden = checkpoint(layer, hidden, rope, span, cache, rate, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, rope, span, held, rate, use_reentrant=False)
             else:
-                hidden = layer(hidden, rope, span, cache, rate)
+                hidden = layer(hidden, rope, span, held, rate)
         return self.norm(hidden)
 
     def project(self, hidden: Tensor, columns: slice | None = None) -> Tensor:

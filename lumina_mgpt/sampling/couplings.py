@@ -12,7 +12,10 @@ often it is looked at.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 128  # codes; the root of the released 16,384
 
 
 class Judged(NamedTuple):
@@ -71,13 +74,29 @@ def _redrawn(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> T
 def by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
     """A code a place by inversion of the weights' sums. Shapes: weights (..., C), uniform (...) in (0, 1) -> (...).
 
-    Where all weights are 0, the code means nothing.
+    First a block of codes by the sums of blocks, then a code in it: a sum of all in float64 costs more than a small
+    model's forward. Where all weights are 0, the code means nothing.
     """
-    mass = weights.to(_wide(weights)).cumsum(-1)
-    total = mass[..., -1]
+    C, wide = weights.shape[-1], _wide(weights)
+    blocks = (F.pad(weights, (0, -C % BLOCK)) if C % BLOCK else weights).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1, dtype=wide).cumsum(-1)  # (..., blocks)
+    block, rest = _first_above(sums, uniform.to(sums) * sums[..., -1])
+    inside = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK))[..., 0, :]
+    code, _ = _first_above(inside.to(wide).cumsum(-1), rest)
+    return (block * BLOCK + code).clamp_(max=C - 1)
+
+
+def _first_above(sums: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of rising sums above a target, and how far the target is beyond the one before it.
+
+    Shapes: sums (..., n), target (...) -> two of (...).
+    """
+    total = sums[..., -1]
     # Below the total whatever the rounding, so that the first sum above it is one that has just grown.
-    at = torch.minimum(uniform.to(mass) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, at[..., None], right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    at = torch.searchsorted(sums, target[..., None], right=True).clamp_(max=sums.shape[-1] - 1)
+    before = torch.where(at > 0, sums.gather(-1, (at - 1).clamp(min=0)), 0.0)[..., 0]
+    return at[..., 0], (target - before).clamp_(min=0)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

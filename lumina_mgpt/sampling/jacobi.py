@@ -25,6 +25,13 @@ def spare_slots(layout: ImageLayout, window: int) -> int:
     return window + window // layout.cols + 1
 
 
+def ring_bytes(layout: ImageLayout, speculation: Speculation) -> int:
+    """Bytes that one image's laws and noise take, in float32."""
+    window = min(speculation.window, layout.num_codes)
+    places = layout.cols + window + 1 + (window + 1 if speculation.coupling == "noise" else 0)
+    return 4 * places * layout.vocabulary.num_image_codes
+
+
 @torch.no_grad()
 def sample_jacobi(
     step: Step,

@@ -31,6 +31,10 @@ def truncate(logits: Tensor, top_k: int) -> Tensor:
     if top_k >= logits.shape[-1]:
         return logits
     border = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)  # (..., 1)
+    if logits.device.type == "cpu":  # elsewhere asking would wait for the device, and summing is cheap
+        fallen = logits < border
+        if int(fallen.sum()) == (logits.shape[-1] - top_k) * border.numel():
+            return logits.masked_fill(fallen, -torch.inf)
     above, level = logits > border, logits == border
     places = top_k - above.sum(-1, keepdim=True)  # left for the equal ones; at least 1
     kept = above | (level & (level.cumsum(-1) <= places))

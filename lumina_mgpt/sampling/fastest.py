@@ -1,0 +1,69 @@
+"""Which way of sampling is quickest here: a few forwards of each are timed, on the very model and machine.
+
+What a forward of a window costs differs widely: on a GPU, which waits for memory, hardly more than one of a single
+code; on a CPU with int4 weights many times that. How many codes it confirms depends far less on the machine.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.sampling.autoregressive import Step, sample
+from lumina_mgpt.sampling.jacobi import sample_jacobi
+from lumina_mgpt.unirep import ImageLayout
+
+# Codes a forward, by `scripts/bench.py` on the demo checkpoint at guidance 4 with all codes.
+CODES = {
+    None: 1.0,
+    Speculation("maximal", 8): 1.0,
+    Speculation("maximal", 16): 1.0,
+    Speculation("maximal", 32): 1.0,
+    Speculation("maximal", 64): 1.0,
+}
+_TIMED = 4  # forwards of each, after the one with the prompt and one more
+
+
+class _Enough(Exception):
+    """The trial is over."""
+
+
+def fastest(
+    step: Callable[[Speculation | None], Step],
+    prompt: Sequence[int],
+    layout: ImageLayout,
+    settings: SamplingConfig,
+    given: Tensor | None = None,
+) -> tuple[Speculation | None, dict[Speculation | None, float]]:
+    """The choice with the most codes a second (None: plain sampling), and the seconds a code expected of each.
+
+    `step` makes a fresh step with room for a speculation's window; the arguments are those of one image of `sample`.
+    """
+    expected = {choice: forward_seconds(step(choice), prompt, layout, settings, choice, given) / codes
+                for choice, codes in CODES.items()}  # fmt: skip
+    return min(expected, key=expected.get), expected
+
+
+def forward_seconds(
+    step: Step, prompt: Sequence[int], layout: ImageLayout, settings: SamplingConfig, choice: Speculation | None,
+    given: Tensor | None = None,
+) -> float:  # fmt: skip
+    """Seconds from one forward to the next, with all that sampling does between them; the least of several."""
+    began: list[float] = []
+
+    def timed(ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+        began.append(time.perf_counter())
+        if len(began) > 2 + _TIMED:
+            raise _Enough
+        return step(ids, positions, read)
+
+    try:
+        if choice is None:
+            sample(timed, [prompt], layout, settings, [(0, 0)], given=given)
+        else:
+            sample_jacobi(timed, [prompt], layout, settings, [(0, 0)], choice, given=given)
+    except _Enough:
+        pass
+    began.append(time.perf_counter())  # a small image may have been done before
+    return min(after - before for before, after in zip(began[1:], began[2:], strict=False))
