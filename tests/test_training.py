@@ -91,8 +91,8 @@ def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
     model.dropout = 0.0
     padded = torch.cat([index, torch.zeros(5, dtype=torch.long)])
     targets = torch.cat([successors.flatten()[index], torch.full((5,), -100)])
-    cross, z = (value / len(index) for value in LossModel(model)(ids, padded, targets))
-    (cross + wanted["z_weight"] * z).backward()
+    total, cross, z = (value / len(index) for value in LossModel(model, wanted["z_weight"])(ids, padded, targets))
+    total.backward()
     assert cross.item() == pytest.approx(wanted["c_loss"], abs=1e-4)
     assert z.item() == pytest.approx(wanted["z_loss"], rel=1e-5)
     norms = {disk_name(name): parameter.grad.norm() for name, parameter in model.named_parameters()}

@@ -67,7 +67,7 @@ class Trainer:
         size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
         size.check(int(self.dataset.lengths.max()))
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
-        self.module = LossModel(model.to(processes.device), settings.tail_weight)
+        self.module = LossModel(model.to(processes.device), settings.z_loss_weight, settings.tail_weight)
         self.model = model.train()
         if settings.compile:
             self.module.compile_parts()
@@ -204,9 +204,9 @@ class Trainer:
         device, settings = self.processes.device, self.settings
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         with autocast:
-            cross, z = self.module(*(part.to(device) for part in (batch.ids, batch.index, batch.targets)))
+            total, cross, z = self.module(*(part.to(device) for part in (batch.ids, batch.index, batch.targets)))
         # FSDP averages gradients over the processes; the sum is wanted.
-        ((cross + settings.z_loss_weight * z) * (self.processes.world / labelled)).backward()
+        (total * (self.processes.world / labelled)).backward()
         return cross.item(), z.item()
 
     @contextlib.contextmanager
