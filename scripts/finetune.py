@@ -20,6 +20,7 @@ HELP = {
     "max_tokens": "instead of --batch_size: ids of a micro-batch, padding included",
     "accum_iter": "micro-batches a step, on each process",
     "pad_multiple": "sequences are padded to multiples of this",
+    "pack": "sequences one after another in rows of --max_tokens, without seeing each other",
     "max_seq_len": "longer sequences are an error at the start",
     "epochs": "length of the run in epochs",
     "max_steps": "or in steps",

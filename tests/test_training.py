@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.data.batches import Planned, collate
 from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
@@ -100,6 +101,38 @@ def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
         assert norms[name].item() == pytest.approx(norm, rel=1e-4), name
     total = torch.stack(list(norms.values())).norm().item()
     assert total == pytest.approx(wanted["total_grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "dynamic", "factor": 2.0}])
+def test_packed_sequences_do_not_see_each_other(settings, tiny_checkpoint, scaling):
+    """The same sequences in rows of their own and packed: loss and every gradient are equal."""
+    model = load_model(tiny_checkpoint, torch.float64, "cpu").train()
+    model.config = dataclasses.replace(model.config, rope_scaling=scaling, max_position_embeddings=64)
+    model.dropout = 0.0
+    dataset = Trainer(changed(settings, max_tokens=400, batch_size=0, pack=True), ONE).dataset
+    sums = []
+    for packed in (False, True):
+        samples = dataset.epoch(0)[:6:2] if scaling else dataset.epoch(0)[:6]  # dynamic: of one length
+        width = int(dataset.length(samples).max())
+        shape = (1, int(dataset.length(samples).sum()) + 7) if packed else (len(samples), width)
+        batch = collate(dataset, Planned(samples, *shape, packed), 0, multiple=1)
+        model.zero_grad()
+        total, _, _ = LossModel(model, 0.1)(batch.ids, batch.index, batch.targets, batch.documents)
+        total.backward()
+        sums.append((batch.labelled, total.detach(), [parameter.grad for parameter in model.parameters()]))
+    assert sums[0][0] == sums[1][0] and not torch.equal(sums[0][2][0], torch.zeros_like(sums[0][2][0]))
+    torch.testing.assert_close(sums[0][1:], sums[1][1:], rtol=1e-6, atol=1e-6)
+
+
+def test_a_packed_run_learns_and_resumes(settings):
+    packed = changed(settings, batch_size=0, max_tokens=200, pack=True, max_steps=6, lr=1e-2, dropout=0.0)
+    Trainer(packed, ONE).run()
+    rows = metrics_of(settings.output_dir)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    with pytest.raises(InputError, match="--pack"):
+        Trainer(changed(packed, pack=False, resume="auto"), ONE)
+    with pytest.raises(InputError, match="--pack does not go with --compile"):
+        changed(packed, compile=True)
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------

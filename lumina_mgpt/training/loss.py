@@ -114,14 +114,16 @@ class LossModel(nn.Module):
             layer.compile(dynamic=False)
         self.whole_losses = torch.compile(self._whole_losses, dynamic=True)  # labels are never quite as many
 
-    def forward(self, ids: Tensor, index: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, ids: Tensor, index: Tensor, targets: Tensor,
+                documents: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The sum to be minimized, and its parts without gradients: cross-entropy and z-loss.
 
         Only the positions in `index` reach the head. Few logits are made at once, many in chunks.
 
-        Shapes: ids (B, T); index (L,) into the flattened ids; targets (L,), -100 where nothing is counted.
+        Shapes: ids (B, T); index (L,) into the flattened ids; targets (L,), -100 where nothing is counted. `documents`
+        are those of `Transformer.forward`.
         """
-        hidden = self.model(ids)  # (B, T, D)
+        hidden = self.model(ids, documents=documents)  # (B, T, D)
         rows = hidden.flatten(0, 1)[index]
         head = self.model.lm_head.weight
         if len(rows) * len(head) <= WHOLE_LOGITS:

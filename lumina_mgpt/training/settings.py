@@ -29,6 +29,7 @@ class Settings:
     max_tokens: int = 0
     accum_iter: int = 1
     pad_multiple: int = 32
+    pack: bool = False
     max_seq_len: int = 4096
     epochs: float = 0
     max_steps: int = 0
@@ -74,6 +75,9 @@ class Settings:
         self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
         for name in ("warmup", "dropout", "ema", "code_noise"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        for name in ("compile", "code_noise"):  # each row is of a shape of its own; other rows lend the noise
+            if self.pack and getattr(self, name):
+                raise InputError(f"--pack does not go with --{name}; leave one of them out")
         self._require("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}")
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}")
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ class Trainer:
         vocabulary = Vocabulary.from_folder(folder, model.config)
         self.dataset = TokenDataset(sources, vocabulary, settings.seed)
         self.dataset.check(settings.max_seq_len)
-        size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
+        size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple, settings.pack)
         size.check(int(self.dataset.lengths.max()))
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
         self.module = LossModel(model.to(processes.device), settings.z_loss_weight, settings.tail_weight)
@@ -105,7 +105,7 @@ class Trainer:
 
     def _identity(self) -> dict:
         """What must be the same for a position to mean the same data, and the weights the same model."""
-        names = ("seed", "batch_size", "max_tokens", "pad_multiple", "optimizer")
+        names = ("seed", "batch_size", "max_tokens", "pad_multiple", "pack", "optimizer")
         model = asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
         return {name: getattr(self.settings, name) for name in names} | {
             "data_config": self.dataset.fingerprint(), "ema": self.ema is not None, "model_config": model,
@@ -121,6 +121,7 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         mine, its = self._identity(), state["identity"]
+        its = {field.name: field.default for field in fields(Settings)} | its  # options younger than the checkpoint
         differs = [f"--{key} (was {its.get(key)})" for key in mine if its.get(key) != mine[key]]
         if differs:
             raise InputError(f"--resume {path} is of a run with another {', '.join(differs)}; use the same, or a new "
@@ -204,7 +205,8 @@ class Trainer:
         device, settings = self.processes.device, self.settings
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         with autocast:
-            total, cross, z = self.module(*(part.to(device) for part in (batch.ids, batch.index, batch.targets)))
+            parts = (part.to(device) for part in (batch.ids, batch.index, batch.targets))
+            total, cross, z = self.module(*parts, batch.documents)
         # FSDP averages gradients over the processes; the sum is wanted.
         (total * (self.processes.world / labelled)).backward()
         return cross.item(), z.item()
