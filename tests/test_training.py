@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import signal
@@ -15,60 +14,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from training_runs import ONE, ROOT, changed, command, environment, metrics_of, weights_of
 
-from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import Planned, collate
 from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import checkpoint
-from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.loss import TAIL_MASS, LossModel, token_losses
 from lumina_mgpt.training.optimizer import Ema, schedule
-from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.training.trainer import Trainer
-from lumina_mgpt.unirep import IGNORED, encode_conversation
-from lumina_mgpt.vocabulary import Vocabulary
-
-ROOT = Path(__file__).parent.parent
-ONE = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokens(tiny_checkpoint, tmp_path_factory) -> Path:
-    """A data YAML over 24 short sequences of two sizes."""
-    folder = tmp_path_factory.mktemp("tokens")
-    vocabulary = Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
-    random = torch.Generator().manual_seed(0)
-    sequences = []
-    for n in range(24):
-        codes = torch.randint(0, 64, (4, 4 * (1 + n % 2)), generator=random)
-        ids, labels = encode_conversation([("human", [f"a cat {n}"]), ("assistant", [codes])], vocabulary)
-        sequences.append(Sequence(n, torch.tensor(ids), torch.tensor(labels)))
-    rows = write_shard(folder / "a.safetensors", sequences, []).rows("a.safetensors")
-    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "data.yaml").write_text(f"META:\n  - path: {folder / 'records.jsonl'}\n    type: default\n")
-    return folder / "data.yaml"
-
-
-@pytest.fixture
-def settings(tokens, tiny_checkpoint, tmp_path) -> Settings:
-    return Settings(str(tokens), str(tmp_path / "run"), init_from=str(tiny_checkpoint), batch_size=4, max_steps=8,
-                    lr=1e-3, warmup=0.2, precision="fp32", dropout=0.1, save_iteration_interval=0)  # fmt: skip
-
-
-def weights_of(output_dir) -> dict:
-    return load_file(checkpoint.export(output_dir, dtype="fp32") / "model.safetensors")
-
-
-def metrics_of(output_dir) -> list[dict]:
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def changed(settings: Settings, **values) -> Settings:
-    return dataclasses.replace(settings, **values)
-
+from lumina_mgpt.unirep import IGNORED
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
@@ -240,22 +197,6 @@ def test_run_that_is_there_is_not_overwritten(settings):
         Trainer(settings, ONE)
     with pytest.raises(InputError, match="--seed"):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
-
-
-def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def command(settings: Settings, *options, processes: int = 1) -> list[str]:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    values = []
-    for field in dataclasses.fields(Settings):
-        value = getattr(settings, field.name)
-        if value != field.default:
-            values += [f"--{field.name}"] + ([] if value is True else [str(value)])
-    return [*start, "scripts/finetune.py", *values, *options]
 
 
 def test_ctrl_c_writes_a_checkpoint(settings):

@@ -162,6 +162,7 @@ class Feed:
     def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:
         self.dataset, self.size, self.accum, self.rank, self.world = dataset, size, accum, rank, world
         self.epoch, self.done = 0, 0
+        self.samples: list[int] = []  # of the last step, on all processes
         self._plan: tuple[int, list[Planned]] | None = None
 
     @property
@@ -179,6 +180,7 @@ class Feed:
         """This process's micro-batches of the next step, at least one; the position moves on."""
         plan, multiple = self.plan, self.size.multiple
         step = plan[self.done : self.done + self.accum * self.world]
+        self.samples = [int(sample) for planned in step for sample in planned.samples]
         mine = step[self.rank :: self.world]
         batches = [collate(self.dataset, planned, self.epoch, multiple) for planned in mine]
         for _ in range(len(range(0, len(step), self.world)) - len(mine)):  # all processes do equally many forwards

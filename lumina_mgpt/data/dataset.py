@@ -1,6 +1,7 @@
 """Token records of one or several files as one data set, a function of (seed, epoch) in everything random."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 DROPPED_SHARE = 0.1  # of the sequences lose their context, as released; guidance needs them
 _RATIO_LIMIT = 1000
@@ -62,7 +65,8 @@ def read_sources(data_config: str | Path) -> list[Source]:
 class TokenDataset:
     """All records of some sources.
 
-    A sample is numbered (source, record, repeat) -> one integer; its length is known without reading it.
+    A sample is numbered (source, record, repeat) -> one integer; its length is known without reading it. Records of
+    more than `longest` ids are left out, and the log says how many (0: all are kept, for `check` to complain of).
 
     Attributes:
         lengths: (N,) ids of each record. kinds: (N,) number of the source's type.
@@ -71,8 +75,8 @@ class TokenDataset:
         InputError: a record file is missing, damaged or empty.
     """
 
-    def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0) -> None:
-        self.vocabulary, self.seed, self.sources = vocabulary, seed, sources
+    def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0, longest: int = 0) -> None:
+        self.vocabulary, self.seed, self.sources, self.longest = vocabulary, seed, sources, longest
         self.files: list[str] = []
         types = sorted({source.type for source in sources})
         columns: list[np.ndarray] = []
@@ -99,7 +103,15 @@ class TokenDataset:
                 known[file] = len(self.files)
                 self.files.append(str(base / file))
             table.append((known[file], record, length, kind))
-        return np.array(table, dtype=np.int64)
+        whole = np.array(table, dtype=np.int64)
+        kept = whole[whole[:, 2] <= (self.longest or whole[:, 2].max())]
+        if len(kept) < len(whole):
+            log.warning("%s: %d of %d sequences have more than %d ids and are left out", source.path,
+                        len(whole) - len(kept), len(whole), self.longest)  # fmt: skip
+        if not len(kept):
+            raise InputError(f"--overlong drop leaves nothing of {source.path}: its shortest sequence has "
+                             f"{whole[:, 2].min()} ids, --max_seq_len is {self.longest}; raise it")  # fmt: skip
+        return kept
 
     def check(self, max_seq_len: int) -> None:
         """What can be known to be wrong before anything is trained.
@@ -111,7 +123,8 @@ class TokenDataset:
         if over:
             raise InputError(
                 f"--max_seq_len must be at least {self.lengths.max()}, got {max_seq_len}: {over} of "
-                f"{len(self.lengths)} sequences are longer; raise it, or pre-tokenize to a smaller --target_size"
+                f"{len(self.lengths)} sequences are longer; raise it, pre-tokenize to a smaller --target_size, or "
+                "leave them out with --overlong drop"
             )
         for source, (start, _) in zip(self.sources, self.spans, strict=True):
             ids = self.sequence(start).ids.tolist()
@@ -161,6 +174,11 @@ class TokenDataset:
             return sequence.ids, sequence.labels
         ids, labels = drop_context(sequence.ids.tolist(), sequence.labels.tolist(), self.vocabulary)
         return torch.tensor(ids), torch.tensor(labels)
+
+    def name(self, sample: int) -> dict:
+        """Where a sample lies: the shard, and its record there."""
+        number = int(sample) % len(self.lengths)
+        return {"file": self.files[self.file_numbers[number]], "id": int(self.records[number])}
 
     def sequence(self, sample: int) -> Sequence:
         """A sample as it lies on the disk."""
