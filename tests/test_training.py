@@ -215,11 +215,10 @@ def test_ctrl_c_writes_a_checkpoint(settings):
 # -- many processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-4), ("muon", 1e-3)])
-def test_two_processes_equal_one(settings, tmp_path, optimizer, tolerance):
-    """The same micro-batches on two processes (gloo, FSDP) as one after the other; the last step of an epoch is of one
-    alone. Muon orthogonalizes in bfloat16, so the order of its sums shows."""
-    one = changed(settings, optimizer=optimizer, dropout=0.0, batch_size=5, accum_iter=2, max_steps=7, ema=0.9)
+def test_torchrun_with_two_processes_equals_one(settings, tmp_path):
+    """The same micro-batches on two processes (gloo, FSDP) as one after the other, by the command line."""
+    tolerance = 1e-4
+    one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=3, ema=0.9)
     Trainer(one, ONE).run()
     two = changed(one, accum_iter=1, output_dir=str(tmp_path / "two"))
     line = command(two, "--export_dtype", "fp32", processes=2)
@@ -231,7 +230,6 @@ def test_two_processes_equal_one(settings, tmp_path, optimizer, tolerance):
     exported = load_file(Path(two.output_dir) / "export" / "model.safetensors")
     for name, value in weights_of(one.output_dir).items():
         torch.testing.assert_close(exported[name], value, atol=tolerance, rtol=1e-3)
-    Trainer(changed(one, output_dir=two.output_dir, max_steps=8, resume="auto"), ONE).run()  # from two to one
 
 
 # -- what users do wrong -----------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def metrics_of(output_dir) -> list[dict]:
 
 
 def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def command(settings: Settings, *options, processes: int = 1) -> list[str]:
