@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,14 +16,16 @@ _MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb, ma
 _MAX_RATIO = 4
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike, content: BinaryIO | None = None) -> Image.Image:
     """Opens any picture as upright RGB: EXIF rotation applied, alpha over white, 16 bits scaled to 8.
+
+    `content` is read in place of the file, where the path is but a name.
 
     Raises:
         InputError: no such file, not a picture, damaged, or more than 178,956,970 pixels.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(content or path) as image:
             if image.width * image.height > _MAX_PIXELS:
                 size = f"{image.width}x{image.height}"
                 raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")

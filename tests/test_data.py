@@ -183,7 +183,7 @@ def test_what_is_wrong_is_named(vocabulary, tmp_path, dataset):
     source = make_source(tmp_path, vocabulary, 6)
     with pytest.raises(InputError, match="2 of 6"):
         TokenDataset([source], vocabulary).check(int(np.sort(TokenDataset([source], vocabulary).lengths)[3]))
-    for text in ("META: []", "META: [{path: a, weight: 2}]", "DATA: [{path: a}]", "META: [{path: a, ratio: -1}]", "{"):
+    for text in ("META: []", "META: [{path: a, wait: 2}]", "DATA: [{path: a}]", "META: [{path: a, ratio: -1}]", "{"):
         (tmp_path / "data.yaml").write_text(text)
         with pytest.raises(InputError, match="data.yaml|ratio"):
             read_sources(tmp_path / "data.yaml")

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,21 +26,41 @@ _RATIO_LIMIT = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of a data file's `META`. `ratio` of its records are seen an epoch (above 1: some more than once)."""
+    """One entry of a data file's `META`.
+
+    `ratio` of its records are seen an epoch (above 1: some more than once). Or each source has a `weight`, its part of
+    what is seen: then an epoch has as many samples as there are records, and `weighted` makes ratios of weights.
+    """
 
     path: str
     type: str = "default"
     ratio: float = 1.0
+    weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.type, str):
             raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
         if not isinstance(self.ratio, int | float) or not 0 < self.ratio <= _RATIO_LIMIT:
             raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < float("inf"):
+            raise InputError(f"weight of {self.path} must be a number of at least 0, got {self.weight!r}")
+
+
+def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
+    """The sources with ratios that give each its weight's part of an epoch; as they are, where none has a weight.
+
+    Raises:
+        InputError: a weight would need some record over a thousand times an epoch.
+    """
+    total = sum(source.weight for source in sources)
+    if not total:
+        return sources
+    shares = (source.weight / total * sum(counts) / count for source, count in zip(sources, counts, strict=True))
+    return [replace(source, ratio=share) for source, share in zip(sources, shares, strict=True)]
 
 
 def read_sources(data_config: str | Path) -> list[Source]:
-    """The `META: [{path, type, ratio}]` of a YAML file; relative paths start at the working directory.
+    """The `META: [{path, type, ratio or weight}]` of a YAML file; relative paths start at the working directory.
 
     Raises:
         InputError: the file cannot be read, or has other keys.
@@ -56,9 +76,12 @@ def read_sources(data_config: str | Path) -> list[Source]:
     sources = []
     for entry in entries:
         fits = isinstance(entry, dict) and isinstance(entry.get("path"), str)
-        if not fits or not {"path", "type", "ratio"} >= set(entry):
-            raise InputError(f"--data_config {data_config}: an entry has path, type and ratio only, got {entry!r}")
+        if not fits or not {"path", "type", "ratio", "weight"} >= set(entry) or {"ratio", "weight"} <= set(entry):
+            rule = "an entry has path, type, and ratio or weight"
+            raise InputError(f"--data_config {data_config}: {rule}, got {entry!r}")
         sources.append(Source(**entry))
+    if len({source.weight > 0 for source in sources}) > 1:
+        raise InputError(f"--data_config {data_config}: give all entries a weight above 0, or none")
     return sources
 
 
@@ -76,7 +99,7 @@ class TokenDataset:
     """
 
     def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0, longest: int = 0) -> None:
-        self.vocabulary, self.seed, self.sources, self.longest = vocabulary, seed, sources, longest
+        self.vocabulary, self.seed, self.longest = vocabulary, seed, longest
         self.files: list[str] = []
         types = sorted({source.type for source in sources})
         columns: list[np.ndarray] = []
@@ -86,6 +109,7 @@ class TokenDataset:
             start = sum(map(len, columns))
             self.spans.append((start, start + len(table)))
             columns.append(table)
+        self.sources = weighted(sources, [stop - start for start, stop in self.spans])
         self.file_numbers, self.records, self.lengths, self.kinds = np.concatenate(columns).T
 
     def _read(self, source: Source, kind: int) -> np.ndarray:
