@@ -71,7 +71,8 @@ class Trainer:
         self.dataset.check(settings.max_seq_len)
         size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple, settings.pack)
         size.check(int(self.dataset.lengths.max()))
-        if self.dataset.lengths.max() > model.config.max_position_embeddings:  # the export is to draw what it has seen
+        longer = self.dataset.lengths.max() > model.config.max_position_embeddings
+        if longer and not model.config.rope_scaling:  # the export is to draw what it has seen
             model.config = replace(model.config, max_position_embeddings=settings.max_seq_len)
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
         choose_trained(model, settings)
