@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ _MAX_RATIO = 4
 _LONGEST_PANEL = 16  # times as long as wide: more is no picture, and scaling it to cover a panel could fill the memory
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike, content: BinaryIO | None = None) -> Image.Image:
     """Opens any picture as upright RGB: EXIF rotation applied, alpha over white, 16 bits scaled to 8.
+
+    `content` is read in place of the file, where the path is but a name.
 
     Raises:
         InputError: no such file, not a picture, damaged, or more than 178,956,970 pixels.
@@ -27,7 +30,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error, below
-            with Image.open(path) as image:
+            with Image.open(content or path) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     size = f"{image.width}x{image.height}"
                     raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.training.settings import OPTIMIZERS, PRECISIONS, Settings
+from lumina_mgpt.training.settings import CHOICES, Settings
 
 PROJECT = Path(__file__).resolve().parent.parent
 HELP = {
@@ -20,7 +20,13 @@ HELP = {
     "max_tokens": "instead of --batch_size: ids of a micro-batch, padding included",
     "accum_iter": "micro-batches a step, on each process",
     "pad_multiple": "sequences are padded to multiples of this",
-    "max_seq_len": "longer sequences are an error at the start",
+    "pack": "sequences one after another in rows of --max_tokens, without seeing each other",
+    "lora_rank": "train adapters of this rank on the layers' matrices, 0 for all weights (pip install peft)",
+    "lora_alpha": "adapters are scaled by this over their rank (default: twice the rank)",
+    "freeze_embeddings": "embedding and head stay as they are",
+    "cpu_offload": "keep weights and optimizer state in the CPU's memory (CUDA only)",
+    "max_seq_len": "longer sequences are an error at the start, or see --overlong",
+    "overlong": "sequences over --max_seq_len: an error at the start, or left out and counted",
     "epochs": "length of the run in epochs",
     "max_steps": "or in steps",
     "max_minutes": "or in minutes; time before a --resume counts",
@@ -34,6 +40,13 @@ HELP = {
     "tail_weight": "pull of unlikely ids to one level; steadies guidance after a short training",
     "code_noise": "share of the image codes read that are replaced; for few pictures, seen often",
     "ema": "export a moving average of the weights with this decay, 0 for none",
+    "on_nonfinite": "a step whose loss or gradient is not finite, or a spike: stop, or leave it out; noted either way",
+    "spike": "a gradient norm over this many times the median of the last 100 is one, 0 for none; try 10",
+    "tensorboard": "also write the metrics for TensorBoard (pip install tensorboard)",
+    "peak_tflops": "of one device at this precision, for the share used (default: that of known GPUs)",
+    "sample_every": "steps between pictures of fixed prompts in OUTPUT_DIR/samples, 0 for none",
+    "sample_prompts": "their prompts, one a line (default: prompts.txt of the checkpoint, or five built-in ones)",
+    "movqgan_path": "MoVQGAN weights for them (default: looked for beside the checkpoint)",
     "precision": "of the matrix products; weights stay float32",
     "compile": "torch.compile layers and loss",
     "checkpointing": "recompute activations in the backward pass",
@@ -56,9 +69,8 @@ def parse() -> tuple[argparse.Namespace, dict]:
         else:
             options |= {"type": kind, "default": None if field.default is dataclasses.MISSING else field.default}
             options["required"] = field.name == "output_dir"
-        options["choices"] = {"optimizer": OPTIMIZERS, "precision": PRECISIONS}.get(field.name)
-        if options["choices"] is None:
-            del options["choices"]
+        if field.name in CHOICES:
+            options["choices"] = CHOICES[field.name]
         parser.add_argument(f"--{field.name}", **options)
     parser.add_argument("--model_size", help="released spelling of --model_config configs/model/SIZE.yaml (2B, 7B)")
     parser.add_argument("--warmup_epochs", type=float, help="released spelling of --warmup, in epochs")
@@ -90,7 +102,7 @@ def train(settings: Settings) -> tuple[int, bool]:
     from lumina_mgpt.training.distributed import Processes
     from lumina_mgpt.training.trainer import Trainer
 
-    processes = Processes.start(settings.device)
+    processes = Processes.start(settings.device, settings.cpu_offload)
     try:
         return Trainer(settings, processes).run(), processes.first
     finally:

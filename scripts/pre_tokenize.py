@@ -12,7 +12,7 @@ from lumina_mgpt.errors import InputError
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--in_filename", required=True, help=".json or .jsonl; image paths as seen from here")
+    parser.add_argument("--in_filename", required=True, help=".json, .jsonl (paths as seen from here), or .tar")
     parser.add_argument("--out_dir", required=True, help="shards, record files and bad items go here")
     parser.add_argument("--model_path", required=True, help="folder with config.json and the tokenizer")
     parser.add_argument("--movqgan_path", help="MoVQGAN weights (default: looked for in --model_path)")
@@ -21,6 +21,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target_size", type=int, default=768, help="area target x target at the nearest aspect ratio")
     parser.add_argument("--keep_size", action="store_true", help="leave pictures whose sides are multiples of 32 uncut")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures encoded at once")
+    parser.add_argument("--workers", type=int, default=2, help="threads that read and crop pictures")
     parser.add_argument("--block", type=int, default=512, help="records a shard")
     parser.add_argument("--seed", type=int, default=0, help="decides which instructions leave the size out")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto: a GPU where there is one)")
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     config = ModelConfig.from_json(folder / "config.json")
     movqgan = find_movqgan(folder, args.movqgan_path)
     vocabulary = Vocabulary.from_folder(folder, config)
-    names = ("in_filename", "out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block")
+    names = ("in_filename", "out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block",
+             "workers")  # fmt: skip
     models = fingerprint(folder / "tokenizer.json", movqgan)
     settings = Settings(**{name: getattr(args, name) for name in names}, models=f"{models}-{config.image_code_offset}")
     job = PreTokenizer(settings, vocabulary, ImageTokenizer.from_checkpoint(movqgan, device))

@@ -109,3 +109,34 @@ def _write_tiny_tokenizer(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None} | special
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def tokens(tiny_checkpoint, tmp_path_factory) -> Path:
+    """A data YAML over 24 short sequences of two sizes."""
+    from lumina_mgpt.config import ModelConfig
+    from lumina_mgpt.data.shards import Sequence, write_shard
+    from lumina_mgpt.unirep import encode_conversation
+    from lumina_mgpt.vocabulary import Vocabulary
+
+    folder = tmp_path_factory.mktemp("tokens")
+    vocabulary = Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
+    random = torch.Generator().manual_seed(0)
+    sequences = []
+    for n in range(24):
+        codes = torch.randint(0, 64, (4, 4 * (1 + n % 2)), generator=random)
+        ids, labels = encode_conversation([("human", [f"a cat {n}"]), ("assistant", [codes])], vocabulary)
+        sequences.append(Sequence(n, torch.tensor(ids), torch.tensor(labels)))
+    rows = write_shard(folder / "a.safetensors", sequences, []).rows("a.safetensors")
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data.yaml").write_text(f"META:\n  - path: {folder / 'records.jsonl'}\n    type: default\n")
+    return folder / "data.yaml"
+
+
+@pytest.fixture
+def settings(tokens, tiny_checkpoint, tmp_path):
+    """A training of eight steps from the tiny checkpoint, with dropout, in float32."""
+    from lumina_mgpt.training.settings import Settings
+
+    return Settings(str(tokens), str(tmp_path / "run"), init_from=str(tiny_checkpoint), batch_size=4, max_steps=8,
+                    lr=1e-3, warmup=0.2, precision="fp32", dropout=0.1, save_iteration_interval=0)  # fmt: skip

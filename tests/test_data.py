@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.batches import BatchSize, Feed, collate, corrupt, plan_epoch
+from lumina_mgpt.data.batches import BatchSize, Feed, collate, corrupt, pack, plan_epoch
 from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_index, read_sequence, write_shard
@@ -80,6 +80,35 @@ def test_plan_holds_every_sample_once_in_batches_of_one_length(dataset, size):
         spread.append(len({size.width(int(length)) for length in lengths}))
     assert np.mean(spread) < 1.3  # lengths are mixed only where one length gives way to the next
     assert sum(planned.rows * planned.width for planned in plan) < 1.5 * dataset.lengths.sum()
+
+
+def test_packed_rows_are_full_and_hold_every_sample_once(dataset):
+    size = BatchSize(tokens=400, multiple=8, packed=True)
+    plan = plan_epoch(dataset, 0, size)
+    assert Counter(int(s) for planned in plan for s in planned.samples) == Counter(range(200))
+    assert all(planned.rows == 1 and planned.width <= 400 for planned in plan)
+    assert dataset.lengths.sum() / (400 * len(plan)) > 0.9
+    mixed = [len(set(dataset.length(planned.samples))) for planned in plan]
+    assert np.mean(mixed) > 2  # not clustered: a row takes sequences of any length
+
+
+def test_packed_kinds_do_not_mix():
+    lengths, kinds = np.array([3, 3, 3, 3]), np.array([0, 0, 0, 1])
+    assert pack(lengths, kinds, 6) == [[0, 1], [2], [3]]
+
+
+def test_packed_batch_predicts_each_label_from_its_own_sequence(dataset):
+    """Also where the first id of a sequence has a label (its context was dropped): the one before does not say it."""
+    size = BatchSize(tokens=800, multiple=8, packed=True)
+    planned = next(p for p in plan_epoch(dataset, 0, size)
+                   if sum(len(dataset.read(int(s), 0)[0]) < dataset.length(s) for s in p.samples[1:]))  # fmt: skip
+    batch = collate(dataset, planned, 0, multiple=8)
+    read = [dataset.read(int(sample), 0) for sample in planned.samples]
+    padding = planned.width - sum(len(ids) for ids, _ in read)
+    assert batch.documents == (*(len(ids) for ids, _ in read), *([padding] if padding else []))
+    assert torch.equal(batch.ids[0, : batch.tokens], torch.cat([ids for ids, _ in read]))
+    wanted = torch.cat([labels[1:][labels[1:] >= 0] for _, labels in read])
+    assert torch.equal(batch.targets[: batch.labelled], wanted) and batch.labelled == len(wanted)
 
 
 def test_plan_is_a_function_of_seed_and_epoch(dataset):
@@ -154,7 +183,7 @@ def test_what_is_wrong_is_named(vocabulary, tmp_path, dataset):
     source = make_source(tmp_path, vocabulary, 6)
     with pytest.raises(InputError, match="2 of 6"):
         TokenDataset([source], vocabulary).check(int(np.sort(TokenDataset([source], vocabulary).lengths)[3]))
-    for text in ("META: []", "META: [{path: a, weight: 2}]", "DATA: [{path: a}]", "META: [{path: a, ratio: -1}]", "{"):
+    for text in ("META: []", "META: [{path: a, wait: 2}]", "DATA: [{path: a}]", "META: [{path: a, ratio: -1}]", "{"):
         (tmp_path / "data.yaml").write_text(text)
         with pytest.raises(InputError, match="data.yaml|ratio"):
             read_sources(tmp_path / "data.yaml")

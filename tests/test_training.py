@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import signal
@@ -15,59 +14,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from training_runs import ONE, ROOT, changed, command, environment, metrics_of, weights_of
 
-from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.data.batches import Planned, collate
 from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import checkpoint
-from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.loss import TAIL_MASS, LossModel, token_losses
 from lumina_mgpt.training.optimizer import Ema, schedule
-from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.training.trainer import Trainer
-from lumina_mgpt.unirep import IGNORED, encode_conversation
-from lumina_mgpt.vocabulary import Vocabulary
-
-ROOT = Path(__file__).parent.parent
-ONE = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def tokens(tiny_checkpoint, tmp_path_factory) -> Path:
-    """A data YAML over 24 short sequences of two sizes."""
-    folder = tmp_path_factory.mktemp("tokens")
-    vocabulary = Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
-    random = torch.Generator().manual_seed(0)
-    sequences = []
-    for n in range(24):
-        codes = torch.randint(0, 64, (4, 4 * (1 + n % 2)), generator=random)
-        ids, labels = encode_conversation([("human", [f"a cat {n}"]), ("assistant", [codes])], vocabulary)
-        sequences.append(Sequence(n, torch.tensor(ids), torch.tensor(labels)))
-    rows = write_shard(folder / "a.safetensors", sequences, []).rows("a.safetensors")
-    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "data.yaml").write_text(f"META:\n  - path: {folder / 'records.jsonl'}\n    type: default\n")
-    return folder / "data.yaml"
-
-
-@pytest.fixture
-def settings(tokens, tiny_checkpoint, tmp_path) -> Settings:
-    return Settings(str(tokens), str(tmp_path / "run"), init_from=str(tiny_checkpoint), batch_size=4, max_steps=8,
-                    lr=1e-3, warmup=0.2, precision="fp32", dropout=0.1, save_iteration_interval=0)  # fmt: skip
-
-
-def weights_of(output_dir) -> dict:
-    return load_file(checkpoint.export(output_dir, dtype="fp32") / "model.safetensors")
-
-
-def metrics_of(output_dir) -> list[dict]:
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def changed(settings: Settings, **values) -> Settings:
-    return dataclasses.replace(settings, **values)
-
+from lumina_mgpt.unirep import IGNORED
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
@@ -91,8 +49,8 @@ def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
     model.dropout = 0.0
     padded = torch.cat([index, torch.zeros(5, dtype=torch.long)])
     targets = torch.cat([successors.flatten()[index], torch.full((5,), -100)])
-    cross, z = (value / len(index) for value in LossModel(model)(ids, padded, targets))
-    (cross + wanted["z_weight"] * z).backward()
+    total, cross, z = (value / len(index) for value in LossModel(model, wanted["z_weight"])(ids, padded, targets))
+    total.backward()
     assert cross.item() == pytest.approx(wanted["c_loss"], abs=1e-4)
     assert z.item() == pytest.approx(wanted["z_loss"], rel=1e-5)
     norms = {disk_name(name): parameter.grad.norm() for name, parameter in model.named_parameters()}
@@ -100,6 +58,38 @@ def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
         assert norms[name].item() == pytest.approx(norm, rel=1e-4), name
     total = torch.stack(list(norms.values())).norm().item()
     assert total == pytest.approx(wanted["total_grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [None, {"type": "dynamic", "factor": 2.0}])
+def test_packed_sequences_do_not_see_each_other(settings, tiny_checkpoint, scaling):
+    """The same sequences in rows of their own and packed: loss and every gradient are equal."""
+    model = load_model(tiny_checkpoint, torch.float64, "cpu").train()
+    model.config = dataclasses.replace(model.config, rope_scaling=scaling, max_position_embeddings=64)
+    model.dropout = 0.0
+    dataset = Trainer(changed(settings, max_tokens=400, batch_size=0, pack=True), ONE).dataset
+    sums = []
+    for packed in (False, True):
+        samples = dataset.epoch(0)[:6:2] if scaling else dataset.epoch(0)[:6]  # dynamic: of one length
+        width = int(dataset.length(samples).max())
+        shape = (1, int(dataset.length(samples).sum()) + 7) if packed else (len(samples), width)
+        batch = collate(dataset, Planned(samples, *shape, packed), 0, multiple=1)
+        model.zero_grad()
+        total, _, _ = LossModel(model, 0.1)(batch.ids, batch.index, batch.targets, batch.documents)
+        total.backward()
+        sums.append((batch.labelled, total.detach(), [parameter.grad for parameter in model.parameters()]))
+    assert sums[0][0] == sums[1][0] and not torch.equal(sums[0][2][0], torch.zeros_like(sums[0][2][0]))
+    torch.testing.assert_close(sums[0][1:], sums[1][1:], rtol=1e-6, atol=1e-6)
+
+
+def test_a_packed_run_learns_and_resumes(settings):
+    packed = changed(settings, batch_size=0, max_tokens=200, pack=True, max_steps=6, lr=1e-2, dropout=0.0)
+    Trainer(packed, ONE).run()
+    rows = metrics_of(settings.output_dir)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    with pytest.raises(InputError, match="--pack"):
+        Trainer(changed(packed, pack=False, resume="auto"), ONE)
+    with pytest.raises(InputError, match="--pack does not go with --compile"):
+        changed(packed, compile=True)
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
@@ -209,22 +199,6 @@ def test_run_that_is_there_is_not_overwritten(settings):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
 
 
-def environment() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def command(settings: Settings, *options, processes: int = 1) -> list[str]:
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    values = []
-    for field in dataclasses.fields(Settings):
-        value = getattr(settings, field.name)
-        if value != field.default:
-            values += [f"--{field.name}"] + ([] if value is True else [str(value)])
-    return [*start, "scripts/finetune.py", *values, *options]
-
-
 def test_ctrl_c_writes_a_checkpoint(settings):
     long = changed(settings, max_steps=100_000)
     process = subprocess.Popen(command(long), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -241,11 +215,10 @@ def test_ctrl_c_writes_a_checkpoint(settings):
 # -- many processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-4), ("muon", 1e-3)])
-def test_two_processes_equal_one(settings, tmp_path, optimizer, tolerance):
-    """The same micro-batches on two processes (gloo, FSDP) as one after the other; the last step of an epoch is of one
-    alone. Muon orthogonalizes in bfloat16, so the order of its sums shows."""
-    one = changed(settings, optimizer=optimizer, dropout=0.0, batch_size=5, accum_iter=2, max_steps=7, ema=0.9)
+def test_torchrun_with_two_processes_equals_one(settings, tmp_path):
+    """The same micro-batches on two processes (gloo, FSDP) as one after the other, by the command line."""
+    tolerance = 1e-4
+    one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=3, ema=0.9)
     Trainer(one, ONE).run()
     two = changed(one, accum_iter=1, output_dir=str(tmp_path / "two"))
     line = command(two, "--export_dtype", "fp32", processes=2)
@@ -257,7 +230,6 @@ def test_two_processes_equal_one(settings, tmp_path, optimizer, tolerance):
     exported = load_file(Path(two.output_dir) / "export" / "model.safetensors")
     for name, value in weights_of(one.output_dir).items():
         torch.testing.assert_close(exported[name], value, atol=tolerance, rtol=1e-3)
-    Trainer(changed(one, output_dir=two.output_dir, max_steps=8, resume="auto"), ONE).run()  # from two to one
 
 
 # -- what users do wrong -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ The plan of an epoch is one list of micro-batches, a function of (seed, epoch) a
 processes walks the same list, each taking every world-th entry.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,18 +15,26 @@ from lumina_mgpt.data.seeding import generator
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import IGNORED
 
+_OPEN_ROWS = 16  # more fill rows a little better, and make the plan slower
+
 
 @dataclass(frozen=True)
 class BatchSize:
-    """A fixed number of `rows`, or as many rows as fit into `tokens`; widths are multiples of `multiple`."""
+    """A fixed number of `rows`, or as many rows as fit into `tokens`; widths are multiples of `multiple`.
+
+    `packed`: one row of at most `tokens`, in which whole sequences lie one after another.
+    """
 
     rows: int = 0
     tokens: int = 0
     multiple: int = 32
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if (self.rows > 0) == (self.tokens > 0) or min(self.rows, self.tokens) < 0:
             raise InputError(f"give one of --batch_size and --max_tokens, above 0; got {self.rows} and {self.tokens}")
+        if self.packed and not self.tokens:
+            raise InputError(f"--pack needs --max_tokens, the ids of a packed row, got --batch_size {self.rows}")
         if self.multiple < 1:
             raise InputError(f"--pad_multiple must be at least 1, got {self.multiple}")
 
@@ -45,30 +53,38 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class Planned:
-    """One micro-batch of the plan: its samples, and the shape it is padded to."""
+    """One micro-batch of the plan: its samples, and the shape it is padded to; `packed`: all samples in one row."""
 
     samples: np.ndarray
     rows: int
     width: int
+    packed: bool = False
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Shapes: ids (B, T) long; index (L,) positions in the flattened ids whose successor has a label; targets (L,)
-    that successor, -100 where `index` is padding. `labelled` counts the real ones, `tokens` the ids without padding."""
+    that successor, -100 where `index` is padding. `labelled` counts the real ones, `tokens` the ids without padding.
+    `documents` are the lengths of the sequences in a packed row, its padding being the last; empty where not packed."""
 
     ids: Tensor
     index: Tensor
     targets: Tensor
     labelled: int
     tokens: int
+    documents: tuple[int, ...] = ()
 
 
 def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Planned]:
-    """Batches of samples of about one length and of one type, in random order."""
+    """Batches of samples of one type, in random order; of about one length, unless packed."""
     samples = dataset.epoch(epoch)
     random = generator(dataset.seed, "plan", epoch)
     lengths, kinds = dataset.length(samples), dataset.kind(samples)
+    if size.packed:
+        order = np.lexsort((random.random(len(samples)), kinds))
+        rows = pack(lengths[order], kinds[order], size.tokens)
+        batches = [Planned(samples[order[row]], 1, size.width(int(lengths[order[row]].sum())), True) for row in rows]
+        return [batches[n] for n in random.permutation(len(batches))]
     widths = -(-lengths // size.multiple) * size.multiple
     # Within one width the order is random, so that an epoch's batches differ from the last one's.
     order = np.lexsort((random.random(len(samples)), -widths, kinds))
@@ -83,33 +99,57 @@ def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Plann
     return [batches[n] for n in random.permutation(len(batches))]
 
 
+def pack(lengths: np.ndarray, kinds: np.ndarray, tokens: int) -> list[list[int]]:
+    """Numbers of the sequences in each row of at most `tokens` ids; kinds come one after another, and do not mix.
+
+    Best fit: each goes to the fullest of a few open rows that still takes it. Shapes: lengths, kinds (N,).
+    """
+    rows: list[list[int]] = []
+    room: dict[int, int] = {}  # ids that an open row, by its number, still takes
+    for n, length in enumerate(lengths.tolist()):
+        if n and kinds[n] != kinds[n - 1]:
+            room.clear()
+        fitting = [row for row, left in room.items() if left >= length]
+        if not fitting:
+            if len(room) == _OPEN_ROWS:
+                del room[min(room, key=room.__getitem__)]
+            fitting = [len(rows)]
+            room[len(rows)] = tokens
+            rows.append([])
+        best = min(fitting, key=room.__getitem__)
+        rows[best].append(n)
+        room[best] -= length
+    return rows
+
+
 def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, pad_id: int = 0) -> MicroBatch:
-    """Reads a planned micro-batch; short rows and missing rows are padded on the right, where nothing attends to them.
+    """Reads a planned micro-batch; rows are padded on the right, where nothing attends to it, and so are missing rows.
 
     `index` is padded to a multiple of 8 * `multiple` (at most B * T), so that few shapes occur.
     """
     B, T = planned.rows, planned.width
-    ids = torch.full((B, T), pad_id)
-    labels = torch.full((B, T), IGNORED)
-    tokens = 0
+    ids, successors = torch.full((B * T,), pad_id), torch.full((B * T,), IGNORED)
+    lengths: list[int] = []
     for row, sample in enumerate(planned.samples):
-        row_ids, row_labels = dataset.read(int(sample), epoch)
-        ids[row, : len(row_ids)], labels[row, : len(row_ids)] = row_ids, row_labels
-        tokens += len(row_ids)
-    successors = torch.full((B, T), IGNORED)
-    successors[:, :-1] = labels[:, 1:]
-    index = (successors.flatten() != IGNORED).nonzero().flatten()
+        own_ids, own_labels = dataset.read(int(sample), epoch)
+        start = sum(lengths) if planned.packed else row * T
+        stop = start + len(own_ids)
+        ids[start:stop], successors[start : stop - 1] = own_ids, own_labels[1:]
+        lengths.append(len(own_ids))
+    tokens = sum(lengths)
+    documents = tuple(n for n in (*lengths, T - tokens) if n) if planned.packed else ()
+    index = (successors != IGNORED).nonzero().flatten()
     labelled = len(index)
     L = min(B * T, max(1, -(-labelled // (8 * multiple))) * 8 * multiple)
     targets = torch.full((L,), IGNORED)
-    targets[:labelled] = successors.flatten()[index]
+    targets[:labelled] = successors[index]
     index = torch.cat([index, index.new_zeros(L - labelled)])
-    return MicroBatch(ids, index, targets, labelled, tokens)
+    return MicroBatch(ids.view(B, T), index, targets, labelled, tokens, documents)
 
 
 def empty_like(batch: MicroBatch) -> MicroBatch:
     """A batch of the same shape without any label: what a process computes when an epoch leaves it nothing."""
-    return MicroBatch(batch.ids, batch.index, torch.full_like(batch.targets, IGNORED), 0, 0)
+    return replace(batch, targets=torch.full_like(batch.targets, IGNORED), labelled=0, tokens=0)
 
 
 class Feed:
@@ -122,6 +162,7 @@ class Feed:
     def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:
         self.dataset, self.size, self.accum, self.rank, self.world = dataset, size, accum, rank, world
         self.epoch, self.done = 0, 0
+        self.samples: list[int] = []  # of the last step, on all processes
         self._plan: tuple[int, list[Planned]] | None = None
 
     @property
@@ -139,6 +180,7 @@ class Feed:
         """This process's micro-batches of the next step, at least one; the position moves on."""
         plan, multiple = self.plan, self.size.multiple
         step = plan[self.done : self.done + self.accum * self.world]
+        self.samples = [int(sample) for planned in step for sample in planned.samples]
         mine = step[self.rank :: self.world]
         batches = [collate(self.dataset, planned, self.epoch, multiple) for planned in mine]
         for _ in range(len(range(0, len(step), self.world)) - len(mine)):  # all processes do equally many forwards

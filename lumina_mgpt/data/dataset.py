@@ -1,7 +1,8 @@
 """Token records of one or several files as one data set, a function of (seed, epoch) in everything random."""
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +18,49 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
+
 DROPPED_SHARE = 0.1  # of the sequences lose their context, as released; guidance needs them
 _RATIO_LIMIT = 1000
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of a data file's `META`. `ratio` of its records are seen an epoch (above 1: some more than once)."""
+    """One entry of a data file's `META`.
+
+    `ratio` of its records are seen an epoch (above 1: some more than once). Or each source has a `weight`, its part of
+    what is seen: then an epoch has as many samples as there are records, and `weighted` makes ratios of weights.
+    """
 
     path: str
     type: str = "default"
     ratio: float = 1.0
+    weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.type, str):
             raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
         if not isinstance(self.ratio, int | float) or not 0 < self.ratio <= _RATIO_LIMIT:
             raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < float("inf"):
+            raise InputError(f"weight of {self.path} must be a number of at least 0, got {self.weight!r}")
+
+
+def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
+    """The sources with ratios that give each its weight's part of an epoch; as they are, where none has a weight.
+
+    Raises:
+        InputError: a weight would need some record over a thousand times an epoch.
+    """
+    total = sum(source.weight for source in sources)
+    if not total:
+        return sources
+    shares = (source.weight / total * sum(counts) / count for source, count in zip(sources, counts, strict=True))
+    return [replace(source, ratio=share) for source, share in zip(sources, shares, strict=True)]
 
 
 def read_sources(data_config: str | Path) -> list[Source]:
-    """The `META: [{path, type, ratio}]` of a YAML file; relative paths start at the working directory.
+    """The `META: [{path, type, ratio or weight}]` of a YAML file; relative paths start at the working directory.
 
     Raises:
         InputError: the file cannot be read, or has other keys.
@@ -53,16 +76,20 @@ def read_sources(data_config: str | Path) -> list[Source]:
     sources = []
     for entry in entries:
         fits = isinstance(entry, dict) and isinstance(entry.get("path"), str)
-        if not fits or not {"path", "type", "ratio"} >= set(entry):
-            raise InputError(f"--data_config {data_config}: an entry has path, type and ratio only, got {entry!r}")
+        if not fits or not {"path", "type", "ratio", "weight"} >= set(entry) or {"ratio", "weight"} <= set(entry):
+            rule = "an entry has path, type, and ratio or weight"
+            raise InputError(f"--data_config {data_config}: {rule}, got {entry!r}")
         sources.append(Source(**entry))
+    if len({source.weight > 0 for source in sources}) > 1:
+        raise InputError(f"--data_config {data_config}: give all entries a weight above 0, or none")
     return sources
 
 
 class TokenDataset:
     """All records of some sources.
 
-    A sample is numbered (source, record, repeat) -> one integer; its length is known without reading it.
+    A sample is numbered (source, record, repeat) -> one integer; its length is known without reading it. Records of
+    more than `longest` ids are left out, and the log says how many (0: all are kept, for `check` to complain of).
 
     Attributes:
         lengths: (N,) ids of each record. kinds: (N,) number of the source's type.
@@ -71,8 +98,8 @@ class TokenDataset:
         InputError: a record file is missing, damaged or empty.
     """
 
-    def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0) -> None:
-        self.vocabulary, self.seed, self.sources = vocabulary, seed, sources
+    def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0, longest: int = 0) -> None:
+        self.vocabulary, self.seed, self.longest = vocabulary, seed, longest
         self.files: list[str] = []
         types = sorted({source.type for source in sources})
         columns: list[np.ndarray] = []
@@ -82,6 +109,7 @@ class TokenDataset:
             start = sum(map(len, columns))
             self.spans.append((start, start + len(table)))
             columns.append(table)
+        self.sources = weighted(sources, [stop - start for start, stop in self.spans])
         self.file_numbers, self.records, self.lengths, self.kinds = np.concatenate(columns).T
 
     def _read(self, source: Source, kind: int) -> np.ndarray:
@@ -99,7 +127,15 @@ class TokenDataset:
                 known[file] = len(self.files)
                 self.files.append(str(base / file))
             table.append((known[file], record, length, kind))
-        return np.array(table, dtype=np.int64)
+        whole = np.array(table, dtype=np.int64)
+        kept = whole[whole[:, 2] <= (self.longest or whole[:, 2].max())]
+        if len(kept) < len(whole):
+            log.warning("%s: %d of %d sequences have more than %d ids and are left out", source.path,
+                        len(whole) - len(kept), len(whole), self.longest)  # fmt: skip
+        if not len(kept):
+            raise InputError(f"--overlong drop leaves nothing of {source.path}: its shortest sequence has "
+                             f"{whole[:, 2].min()} ids, --max_seq_len is {self.longest}; raise it")  # fmt: skip
+        return kept
 
     def check(self, max_seq_len: int) -> None:
         """What can be known to be wrong before anything is trained.
@@ -111,7 +147,8 @@ class TokenDataset:
         if over:
             raise InputError(
                 f"--max_seq_len must be at least {self.lengths.max()}, got {max_seq_len}: {over} of "
-                f"{len(self.lengths)} sequences are longer; raise it, or pre-tokenize to a smaller --target_size"
+                f"{len(self.lengths)} sequences are longer; raise it, pre-tokenize to a smaller --target_size, or "
+                "leave them out with --overlong drop"
             )
         for source, (start, _) in zip(self.sources, self.spans, strict=True):
             ids = self.sequence(start).ids.tolist()
@@ -161,6 +198,11 @@ class TokenDataset:
             return sequence.ids, sequence.labels
         ids, labels = drop_context(sequence.ids.tolist(), sequence.labels.tolist(), self.vocabulary)
         return torch.tensor(ids), torch.tensor(labels)
+
+    def name(self, sample: int) -> dict:
+        """Where a sample lies: the shard, and its record there."""
+        number = int(sample) % len(self.lengths)
+        return {"file": self.files[self.file_numbers[number]], "id": int(self.records[number])}
 
     def sequence(self, sample: int) -> Sequence:
         """A sample as it lies on the disk."""

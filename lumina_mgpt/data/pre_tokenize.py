@@ -8,14 +8,16 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from lumina_mgpt.data.archive import Archive
 from lumina_mgpt.data.files import append_lines, json_line, read_rows, write_atomic
 from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
@@ -41,13 +43,15 @@ class Settings:
     seed: int = 0
     batch_size: int = 16
     block: int = 512
+    workers: int = 2
     models: str = ""
 
     def __post_init__(self) -> None:
         if self.splits < 1 or not 0 <= self.rank < self.splits:
             raise InputError(f"--rank must be in 0 ... --splits - 1, got rank {self.rank} of {self.splits} splits")
-        if self.batch_size < 1 or self.block < 1:
-            raise InputError(f"--batch_size and --block must be at least 1, got {self.batch_size} and {self.block}")
+        for name in ("batch_size", "block", "workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
         candidate_sizes(self.target_size)
 
     @property
@@ -74,7 +78,8 @@ class PreTokenizer:
 
     def __init__(self, settings: Settings, vocabulary: Vocabulary, images: ImageTokenizer) -> None:
         self.settings, self.vocabulary, self.images = settings, vocabulary, images
-        self.rows = read_rows(settings.in_filename, "--in_filename")
+        self.archive = Archive(settings.in_filename) if settings.in_filename.endswith(".tar") else None
+        self.rows = self.archive.rows if self.archive else read_rows(settings.in_filename, "--in_filename")
         self.first = len(self.rows) * settings.rank // settings.splits
         self.last = len(self.rows) * (settings.rank + 1) // settings.splits
         if self.first == self.last:
@@ -119,7 +124,7 @@ class PreTokenizer:
         """Brings the record file in line with the shards; returns the blocks that are to be done."""
         (self.out / "shards").mkdir(parents=True, exist_ok=True)
         job = asdict(self.settings) | {"records": len(self.rows), "input": fingerprint(Path(self.settings.in_filename))}
-        for unimportant in ("in_filename", "out_dir", "batch_size"):
+        for unimportant in ("in_filename", "out_dir", "batch_size", "workers"):
             del job[unimportant]
         path = self.out / f"{self.settings.name}-job.json"
         if path.exists() and (found := json.loads(path.read_text())) != job:
@@ -144,13 +149,9 @@ class PreTokenizer:
     def _encode_images(self, paths: Iterable[Path]) -> None:
         """Fills `codes` for new paths, in batches of one size."""
         waiting: dict[tuple[int, int], list[tuple[Path, Image.Image]]] = {}
-        for path in dict.fromkeys(paths):
-            if path in self.codes:
-                continue
-            try:
-                image = self._crop(open_image(path))
-            except InputError as error:
-                self.codes[path] = str(error)
+        for path, image in self._read([path for path in dict.fromkeys(paths) if path not in self.codes]):
+            if isinstance(image, str):
+                self.codes[path] = image
                 continue
             batch = waiting.setdefault(image.size, [])
             batch.append((path, image))
@@ -158,6 +159,23 @@ class PreTokenizer:
                 self._encode_batch(waiting.pop(image.size))
         for batch in waiting.values():
             self._encode_batch(batch)
+
+    def _read(self, paths: list[Path]) -> Iterator[tuple[Path, Image.Image | str]]:
+        """Cropped pictures, or why there are none, in order; workers are a batch or two ahead of who asks."""
+        waiting: deque[tuple[Path, Future]] = deque()
+        with ThreadPoolExecutor(self.settings.workers) as pool:
+            for path in paths:
+                waiting.append((path, pool.submit(self._read_one, path)))
+                if len(waiting) > 2 * self.settings.batch_size:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            yield from ((path, future.result()) for path, future in waiting)
+
+    def _read_one(self, path: Path) -> Image.Image | str:
+        try:
+            return self._crop(open_image(path, self.archive and self.archive.open(path)))
+        except InputError as error:
+            return str(error)
 
     def _crop(self, image: Image.Image) -> Image.Image:
         if self.settings.keep_size and not (image.width % GRID_UNIT or image.height % GRID_UNIT):

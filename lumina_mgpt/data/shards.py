@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from lumina_mgpt.data.files import write_atomic
+from lumina_mgpt.data.released import read_released
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import IGNORED
 
@@ -107,11 +108,13 @@ def _open(path: str) -> _OpenShard:
 
 
 def read_sequence(path: str | Path, record: int) -> Sequence:
-    """One sequence of a shard; only its own bytes are read.
+    """One sequence of a shard, only its own bytes; or of a `.pkl` file as the released code writes them.
 
     Raises:
         InputError: the shard is missing or damaged, or does not hold the record.
     """
+    if str(path).endswith(".pkl"):
+        return Sequence(record, *read_released(path))
     shard = _open(str(path))
     if record not in shard.spans:
         raise InputError(f"{path} does not hold record {record}; run concat_record.py again on its folder")

@@ -1,7 +1,7 @@
 """Attention backends: one function of (q, k, v, span) each, chosen by name when the model is built."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,14 @@ class Span:
     positions: (B, T), or one int, the position of the first query where all rows are alike.
     filled: how many key slots are read. mask: None, or (B or 1, 1, T, S) to be added to the scores.
     causal: queries and keys are the same T positions, so the kernel's own causal mask does.
+    documents: lengths of the sequences that share a row, one after another; none sees another.
     """
 
     positions: Tensor | int
     filled: int
     mask: Tensor | None
     causal: bool
+    documents: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, length: int, positions: Tensor | int, cache: KVCache | None, filled: int | None, dtype: torch.dtype,
@@ -56,6 +58,9 @@ def sdpa(q: Tensor, k: Held, v: Held, span: Span, cached: bool) -> Tensor:
 
     Shapes: q (B, T, N, H); k, v (B, S, K, H); returns (B, T, N, H).
     """
+    if span.documents:  # one by one: no mask to hold, and no score that a mask would throw away
+        alone, parts = replace(span, documents=()), (part.split(span.documents, 1) for part in (q, k, v))
+        return torch.cat([sdpa(*document, alone, cached) for document in zip(*parts, strict=True)], 1)
     if isinstance(k, Scaled):
         if q.shape[1] <= INT8_QUERIES:
             return _int8(q, k, v, span)

@@ -181,13 +181,15 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, ids: Tensor, *, positions: Tensor | int | None = None, cache: KVCache | None = None,
-                filled: int | None = None) -> Tensor:  # fmt: skip
+                filled: int | None = None, documents: tuple[int, ...] = ()) -> Tensor:  # fmt: skip
         """Hidden states after the final norm; `project` makes logits of them.
 
         Without a cache every id sees those before it in its row. With one, keys and values are written to the slots
         of their positions, and an id sees the slots up to its own position. `positions` are those of each id, or one
         int where all rows start at the same place (default 0; cheapest: with one id a row, or from 0 on, no mask is
         needed). `filled`: how many slots are read, more than any position that matters (default: all of them).
+        `documents`, without a cache: each row holds sequences of these lengths, T in all, which do not see each other
+        and whose positions start at 0.
 
         Shapes: ids (B, T), positions (B, T); returns (B, T, D).
         """
@@ -195,10 +197,16 @@ class Transformer(nn.Module):
         positions = 0 if positions is None else positions
         assert isinstance(positions, int) or positions.shape == ids.shape
         hidden = self.embed_tokens(ids)  # (B, T, D)
-        span = Span.of(T, positions, cache, filled, hidden.dtype, ids.device)
+        length = T if cache is None else cache.length
+        if documents:
+            assert cache is None and positions == 0 and sum(documents) == T
+            span, length = Span(0, T, None, True, documents), max(documents)
+            positions = torch.cat([torch.arange(n, device=ids.device) for n in documents])
+        else:
+            span = Span.of(T, positions, cache, filled, hidden.dtype, ids.device)
         if isinstance(positions, int):
             positions = torch.arange(positions, positions + T, device=ids.device)
-        rope = rope_angles(self.config, positions, T if cache is None else cache.length, hidden.dtype)
+        rope = rope_angles(self.config, positions, length, hidden.dtype)
         rate = self.dropout if self.training else 0.0
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):

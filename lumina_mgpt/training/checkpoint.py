@@ -11,20 +11,22 @@ import shutil
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.files import write_atomic
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import save_model
+from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, resolve, save_model
 from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.training.adapters import choose_trained, plain_copy
 from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.optimizer import Ema
+from lumina_mgpt.training.settings import Settings
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 _STATE = "trainer.json"
 
 
@@ -85,11 +87,13 @@ def load(checkpoint: Path, model: Transformer, optimizers: list[Optimizer], ema:
     """
     tensors = _tensors(model, optimizers, ema)
     _read(checkpoint, tensors, no_dist=processes.world == 1)
-    set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    set_state_dict(model, optimizers, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"],
+                   options=StateDictOptions(strict=False))  # fmt: skip
 
 
 def _tensors(model: Transformer, optimizers: list[Optimizer], ema: Ema | None) -> dict:
-    weights, optimizer_state = get_state_dict(model, optimizers)
+    """All that training changes: weights that are not trained stay where they came from."""
+    weights, optimizer_state = get_state_dict(model, optimizers, options=StateDictOptions(ignore_frozen_params=True))
     return {"model": weights, "optimizer": optimizer_state} | ({"ema": ema.weights} if ema else {})
 
 
@@ -113,32 +117,68 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def keep_tokenizer(source: str | Path, output_dir: Path) -> None:
-    """Copies the tokenizer beside the run, so that it can be exported from at any time."""
-    (output_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            write_atomic(output_dir / "tokenizer" / name, (Path(source) / name).read_bytes())
+def keep_companions(source: str | Path, output_dir: Path) -> None:
+    """Copies tokenizer and lists of names beside the run, so that it can be exported from at any time."""
+    for file in _companions(Path(source)):
+        if "movqgan" not in file.name:  # large, and needed by the export alone
+            (output_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
+            write_atomic(output_dir / "tokenizer" / file.name, file.read_bytes())
 
 
-def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str = "bf16") -> Path:
-    """Writes the newest checkpoint in the released layout, tokenizer beside it; the moving average where there is one.
+def _companions(folder: Path) -> list[Path]:
+    return sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
 
-    Needs one process and the memory of the weights alone; a run that goes on is not disturbed.
+
+def trained_model(checkpoint: Path) -> tuple[Transformer, Settings]:
+    """The model of a checkpoint as it is trained, adapters and all, on the CPU; the moving average where there is one.
 
     Raises:
-        InputError: there is no checkpoint, or it is damaged.
+        InputError: the checkpoint is damaged, or the weights that it left alone are gone.
+    """
+    state = read_state(checkpoint)
+    settings, config = Settings(**state["settings"]), ModelConfig(**state["model"])
+    if settings.freezes:
+        model = load_model(resolve(str(settings.init_from)), torch.float32, "cpu")
+        model.config = config
+    else:
+        model = Transformer(config)
+    choose_trained(model, settings)
+    weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _read(checkpoint, {"ema" if state["ema"] else "model": weights}, no_dist=True)
+    return model, settings
+
+
+def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str = "bf16",
+           step: int | None = None) -> Path:  # fmt: skip
+    """Writes a checkpoint (the newest, or that of `step`) in the released layout, as generate.py loads it.
+
+    Adapters are merged. Tokenizer and, where the run began with a folder that has it, the MoVQGAN come along. Needs one
+    process and the memory of the weights, merged ones twice; a run that goes on is not disturbed.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is damaged, or the disk does not take it.
     """
     output_dir = Path(output_dir)
     folder = Path(folder) if folder else output_dir / "export"
-    checkpoint = newest(output_dir)
-    if checkpoint is None:
-        raise InputError(f"--output_dir {output_dir} holds no checkpoint to export; train first")
-    state = read_state(checkpoint)
-    model = Transformer(ModelConfig(**state["model"]))
-    weights = {name: parameter.data for name, parameter in model.named_parameters()}
-    _read(checkpoint, {"ema" if state["ema"] else "model": weights}, no_dist=True)
-    save_model(model, folder, DTYPES[dtype])
-    for file in (output_dir / "tokenizer").iterdir():
-        shutil.copyfile(file, folder / file.name)
+    checkpoint = find(output_dir, step)
+    model, settings = trained_model(checkpoint)
+    save_model(plain_copy(model, DTYPES[dtype], "cpu") if settings.lora_rank else model, folder, DTYPES[dtype])
+    copies = _companions(output_dir / "tokenizer")
+    if settings.init_from and Path(settings.init_from).is_dir():
+        copies += [file for file in _companions(Path(settings.init_from)) if "movqgan" in file.name]
+    for file in copies:
+        write_atomic(folder / file.name, file.read_bytes())
     return folder
+
+
+def find(output_dir: Path, step: int | None = None) -> Path:
+    """Raises: InputError: there is no checkpoint, or none of that step."""
+    if step is None:
+        if (found := newest(output_dir)) is None:
+            raise InputError(f"--output_dir {output_dir} holds no checkpoint to export; train first")
+        return found
+    place = output_dir / "checkpoints" / f"step-{step:08d}"
+    if not place.is_dir():
+        there = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(place.parent.glob("step-*")))
+        raise InputError(f"--step {step} is not there; --output_dir {output_dir} holds {there or 'none'}")
+    return place

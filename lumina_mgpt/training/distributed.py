@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
@@ -24,24 +24,31 @@ class Processes:
     device: torch.device
 
     @classmethod
-    def start(cls, device: str = "auto") -> "Processes":
-        """Joins the group that torchrun describes; a plain start is a world of one, without any group."""
+    def start(cls, device: str = "auto", cpu_offload: bool = False) -> "Processes":
+        """Joins the group that torchrun describes; a plain start is a world of one, without any group.
+
+        Offloading is FSDP's, so with it a world of one has a group too.
+        """
         world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        if world == 1:
-            return cls(0, 1, resolve_device(device))
         found = resolve_device(device)
+        if cpu_offload and found.type != "cuda":
+            raise InputError(f"--cpu_offload needs a CUDA GPU, got --device {found}; leave it out")
+        if world == 1:
+            if cpu_offload:
+                dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+            return cls(0, 1, found)
         if found.type == "cuda":
             index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if index >= count:
                 raise InputError(f"torchrun --nproc-per-node must be at most {count}, the GPUs here")
             found = torch.device("cuda", index)
             torch.cuda.set_device(found)
-        backend = "nccl" if found.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
         return cls(rank, world, found)
 
     def stop(self) -> None:
-        if self.world > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     @property
@@ -61,14 +68,20 @@ class Processes:
             dist.barrier()
 
 
-def shard(module: LossModel, processes: Processes) -> None:
-    """Spreads parameters, gradients and optimizer state over the processes, a layer at a time (FSDP2)."""
-    if processes.world == 1:
+def place(module: LossModel, processes: Processes, cpu_offload: bool = False) -> None:
+    """Moves a model from the CPU to where it is trained.
+
+    With many processes its parameters, gradients and optimizer state are spread over them, a layer at a time (FSDP2):
+    no device ever holds more than its share and one layer, or embedding and head.
+    """
+    if not dist.is_initialized():
+        module.to(processes.device)
         return
     mesh = init_device_mesh(processes.device.type, (processes.world,))
+    offload = {"offload_policy": CPUOffloadPolicy()} if cpu_offload else {}
     for layer in module.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **offload)
+    fully_shard(module, mesh=mesh, **offload)
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:

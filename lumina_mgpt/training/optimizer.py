@@ -20,6 +20,8 @@ def build_optimizers(model: Transformer, settings: Settings) -> list[Optimizer]:
     """
     hidden, other, plain = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if "norm" in name or name.endswith("bias"):
             plain.append(parameter)
         elif settings.optimizer == "muon" and name.startswith("layers."):
@@ -27,6 +29,7 @@ def build_optimizers(model: Transformer, settings: Settings) -> list[Optimizer]:
         else:
             other.append(parameter)
     groups = [{"params": other, "weight_decay": settings.wd}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=settings.muon_lr, weight_decay=settings.wd, momentum=0.95))
@@ -51,17 +54,19 @@ def set_lr(optimizers: Iterable[Optimizer], factor: float) -> None:
 
 
 class Ema:
-    """Moving average of a model's weights; young averages follow faster, so that short runs forget the start."""
+    """Moving average of the trained weights; young averages follow faster, so that short runs forget the start."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        self.weights = {name: parameter.detach().clone() for name, parameter in trained}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = [(local(self.weights[name]), local(p.detach())) for name, p in model.named_parameters()]
+        now = dict(model.named_parameters())
+        pairs = [(local(mean), local(now[name].detach())) for name, mean in self.weights.items()]
         torch._foreach_lerp_([mean for mean, _ in pairs], [new for _, new in pairs], 1 - decay)
 
 

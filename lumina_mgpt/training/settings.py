@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from lumina_mgpt.errors import InputError
 
-PRECISIONS = ("bf16", "fp32")
-OPTIMIZERS = ("adamw", "muon")
+CHOICES = {
+    "precision": ("bf16", "fp32"), "optimizer": ("adamw", "muon"), "overlong": ("error", "drop"),
+    "on_nonfinite": ("stop", "skip"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,12 @@ class Settings:
     max_tokens: int = 0
     accum_iter: int = 1
     pad_multiple: int = 32
+    pack: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    freeze_embeddings: bool = False
     max_seq_len: int = 4096
+    overlong: str = "error"
     epochs: float = 0
     max_steps: int = 0
     max_minutes: float = 0
@@ -45,13 +52,21 @@ class Settings:
     tail_weight: float = 0.0
     code_noise: float = 0.0
     ema: float = 0.0
+    on_nonfinite: str = "stop"
+    spike: float = 0.0
     precision: str = "bf16"
     compile: bool = False
+    cpu_offload: bool = False
     checkpointing: bool = False
     save_iteration_interval: int = 1000
     save_minutes: float = 0
     keep_checkpoints: int = 2
     resume: str = ""
+    tensorboard: bool = False
+    peak_tflops: float = 0.0
+    sample_every: int = 0
+    sample_prompts: str | None = None
+    movqgan_path: str | None = None
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -68,14 +83,35 @@ class Settings:
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("lr", "muon_lr"):
             self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "must be above 0")
-        limits = ("min_lr", "wd", "clip_grad", "z_loss_weight", "tail_weight")
-        for name in (*limits, "save_iteration_interval", "save_minutes", "threads"):
+        limits = ("min_lr", "wd", "clip_grad", "z_loss_weight", "tail_weight", "spike", "peak_tflops", "lora_alpha")
+        counts = ("lora_rank", "sample_every", "save_iteration_interval", "save_minutes", "threads")
+        for name in (*limits, *counts):
             self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "must be at least 0")
         self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
         for name in ("warmup", "dropout", "ema", "code_noise"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
-        self._require("precision", self.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}")
-        self._require("optimizer", self.optimizer in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}")
+        for name in ("compile", "code_noise"):  # each row is of a shape of its own; other rows lend the noise
+            if self.pack and getattr(self, name):
+                raise InputError(f"--pack does not go with --{name}; leave one of them out")
+        self._check_frozen()
+        self._require("spike", self.spike == 0 or self.spike > 1, "must be above 1, or 0 for none")
+        for name, values in CHOICES.items():
+            self._require(name, getattr(self, name) in values, f"must be one of {', '.join(values)}")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some weights stay those of `init_from`, and are not kept in checkpoints."""
+        return bool(self.lora_rank or self.freeze_embeddings)
+
+    def _check_frozen(self) -> None:
+        if self.freezes and not self.init_from:
+            raise InputError("--lora_rank and --freeze_embeddings need --init_from, whose weights stay as they are")
+        if self.lora_rank and self.freeze_embeddings:
+            raise InputError("--lora_rank trains nothing but adapters already; leave --freeze_embeddings out")
+        if self.lora_alpha and not self.lora_rank:
+            raise InputError(f"--lora_alpha {self.lora_alpha} means nothing without --lora_rank; add that")
+        if self.lora_rank and self.optimizer == "muon":
+            raise InputError("--optimizer muon is for whole matrices, not for --lora_rank; use adamw")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

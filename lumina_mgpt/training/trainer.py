@@ -1,10 +1,9 @@
 """The training loop, the same for one process and for many."""
 
 import contextlib
-import math
 import signal
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,16 +16,19 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import checkpoint
-from lumina_mgpt.training.distributed import Processes, clip_gradients, shard
+from lumina_mgpt.training.adapters import choose_trained
+from lumina_mgpt.training.distributed import Processes, clip_gradients, place
+from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.loss import LossModel
-from lumina_mgpt.training.metrics import Metrics
+from lumina_mgpt.training.metrics import Metrics, batch_flops, peak_flops
 from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
+from lumina_mgpt.training.samples import Sampler
 from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.vocabulary import Vocabulary
 
 
 def build_model(settings: Settings) -> tuple[Transformer, Path]:
-    """The model to train, in float32 on the CPU, and the folder of its tokenizer."""
+    """The model to train, on the CPU, in float32 (what adapters leave alone, in bf16), and its tokenizer's folder."""
     if settings.init_from:
         folder = resolve(settings.init_from)
         if ModelConfig.from_json(folder / "config.json").int4_group:
@@ -34,7 +36,9 @@ def build_model(settings: Settings) -> tuple[Transformer, Path]:
                 f"--init_from {settings.init_from} holds int4 weights, which cannot be trained; "
                 "give the checkpoint that they were made of"
             )
-        model = load_model(folder, torch.float32, torch.device("cpu"), "sdpa")
+        # What is not trained need not be held wider than it is multiplied.
+        dtype = torch.bfloat16 if settings.lora_rank and settings.precision == "bf16" else torch.float32
+        model = load_model(folder, dtype, torch.device("cpu"), "sdpa")
     else:
         path = str(settings.model_config)
         config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
@@ -62,25 +66,33 @@ class Trainer:
         start, sources = self._checkpoint_to_resume(), read_sources(settings.data_config)
         model, folder = build_model(settings)
         vocabulary = Vocabulary.from_folder(folder, model.config)
-        self.dataset = TokenDataset(sources, vocabulary, settings.seed)
+        longest = settings.max_seq_len if settings.overlong == "drop" else 0
+        self.dataset = TokenDataset(sources, vocabulary, settings.seed, longest)
         self.dataset.check(settings.max_seq_len)
-        size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple)
+        size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple, settings.pack)
         size.check(int(self.dataset.lengths.max()))
+        longer = self.dataset.lengths.max() > model.config.max_position_embeddings
+        if longer and not model.config.rope_scaling:  # the export is to draw what it has seen
+            model.config = replace(model.config, max_position_embeddings=settings.max_seq_len)
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
-        self.module = LossModel(model.to(processes.device), settings.tail_weight)
+        choose_trained(model, settings)
+        self.module = LossModel(model, settings.z_loss_weight, settings.tail_weight)
         self.model = model.train()
         if settings.compile:
             self.module.compile_parts()
-        shard(self.module, processes)
+        place(self.module, processes, settings.cpu_offload)
         self.optimizers = build_optimizers(model, settings)
         self.ema = Ema(model, settings.ema) if settings.ema else None
+        self.guard = Guard(settings.on_nonfinite, settings.spike, self.output_dir, processes.first)
+        self.peak_flops = processes.world * peak_flops(processes.device, settings.peak_tflops)
+        self.sampler = Sampler(settings, folder, model, vocabulary, processes) if settings.sample_every else None
         self.at, self.elapsed, self.tokens = 0, 0.0, 0
         self.stop, self.leave = 0, False  # the signal that came here; whether one came anywhere
         if start is not None:
             self._resume(start)
         if processes.first:  # only now: a refused resume must leave the run's own in place
-            checkpoint.keep_tokenizer(folder, self.output_dir)
-        self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first)
+            checkpoint.keep_companions(folder, self.output_dir)
+        self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, settings.tensorboard)
 
     # -- position ------------------------------------------------------------------------------------------------------
 
@@ -105,7 +117,8 @@ class Trainer:
 
     def _identity(self) -> dict:
         """What must be the same for a position to mean the same data, and the weights the same model."""
-        names = ("seed", "batch_size", "max_tokens", "pad_multiple", "optimizer")
+        names = ("seed", "batch_size", "max_tokens", "pad_multiple", "pack", "optimizer", "lora_rank",
+                 "lora_alpha", "freeze_embeddings")  # fmt: skip
         model = asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
         return {name: getattr(self.settings, name) for name in names} | {
             "data_config": self.dataset.fingerprint(), "ema": self.ema is not None, "model_config": model,
@@ -115,12 +128,14 @@ class Trainer:
         return {
             "step": self.at, "epoch": self.feed.epoch, "done": self.feed.done, "elapsed": self.elapsed,
             "tokens": self.tokens, "ema": self.ema.updates if self.ema else 0, "world": self.processes.world,
-            "identity": self._identity(), "model": asdict(self.model.config), "settings": asdict(self.settings),
+            "guard": self.guard.state(), "identity": self._identity(), "model": asdict(self.model.config),
+            "settings": asdict(self.settings),
         }  # fmt: skip
 
     def _resume(self, path: Path) -> None:
         state = checkpoint.read_state(path)
         mine, its = self._identity(), state["identity"]
+        its = {field.name: field.default for field in fields(Settings)} | its  # options younger than the checkpoint
         differs = [f"--{key} (was {its.get(key)})" for key in mine if its.get(key) != mine[key]]
         if differs:
             raise InputError(f"--resume {path} is of a run with another {', '.join(differs)}; use the same, or a new "
@@ -128,6 +143,7 @@ class Trainer:
         checkpoint.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
+        self.guard.load(state.get("guard", {}))
         if self.ema:
             self.ema.updates = state["ema"]
 
@@ -141,7 +157,7 @@ class Trainer:
         """Trains to the end, or until a signal; a checkpoint is written either way. Returns the signal, or 0.
 
         Raises:
-            InputError: the loss is no longer finite, or data or disk fail; the last checkpoint is whole.
+            InputError: a step is bad by rule (see Guard), or data or disk fail; the last checkpoint is whole.
         """
         with self._signals():
             try:
@@ -153,8 +169,12 @@ class Trainer:
     def _loop(self) -> None:
         settings, began = self.settings, time.monotonic() - self.elapsed
         saved_at, saved_elapsed = self.at, self.elapsed
+        if self.sampler and not self.at:
+            self.metrics.pictures(0, self.sampler.draw(0))
         while self.progress < 1 and not self.leave:
             self._step(began)
+            if self.sampler and not self.at % settings.sample_every:
+                self.metrics.pictures(self.at, self.sampler.draw(self.at))
             due = settings.save_iteration_interval and self.at - saved_at >= settings.save_iteration_interval
             due = due or settings.save_minutes and self.elapsed - saved_elapsed >= 60 * settings.save_minutes
             if due and self.progress < 1 and not self.leave:
@@ -175,38 +195,46 @@ class Trainer:
         if settings.code_noise:
             batches = [replace(b, ids=corrupt(b.ids, self.dataset.vocabulary.code_slice, settings.code_noise))
                        for b in batches]  # fmt: skip
-        labelled, tokens = processes.sum(*(sum(getattr(b, name) for b in batches) for name in ("labelled", "tokens")))
+        counts = [(b.labelled, b.tokens, batch_flops(self.model.config, b)) for b in batches]
+        labelled, tokens, flops = processes.sum(*map(sum, zip(*counts, strict=True)))
         losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
         norm = clip_gradients(self.module, settings.clip_grad)
         elapsed = time.monotonic() - began if processes.first else 0.0
         cross, z, stop, elapsed = processes.sum(*(sum(loss) for loss in zip(*losses, strict=True)), self.stop, elapsed)
-        if not math.isfinite(cross + z + norm):
-            raise InputError(f"the loss is {cross / max(1.0, labelled)} and the gradient norm {norm} at step "
-                             f"{self.at + 1}; the checkpoints before it are kept: go on from one with a lower --lr "
-                             f"than {settings.lr}")  # fmt: skip
+        loss, z = cross / max(1.0, labelled), z / max(1.0, labelled)
+        fault = self.guard.fault(loss + settings.z_loss_weight * z, norm)
+        if fault:
+            self.guard.refuse(self.at + 1, fault, [self.dataset.name(sample) for sample in self.feed.samples])
+        else:
+            self._update()
         for optimizer in self.optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(self.model)
         self.at, self.tokens, self.elapsed = self.at + 1, self.tokens + int(tokens), elapsed
         # Processes leave the loop together, at the step where the sum has told all of them.
         self.leave = stop > 0
+        seconds = time.monotonic() - started
         self.metrics.step({
-            "step": self.at, "epoch": round(self.feed.epochs, 4), "progress": self.progress,
-            "loss": cross / max(1.0, labelled), "z_loss": z / max(1.0, labelled), "grad_norm": norm,
-            "lr": settings.lr * factor, "tokens": self.tokens, "elapsed": round(elapsed, 3),
-            "tokens_per_second": tokens / (time.monotonic() - started),
-        })  # fmt: skip
+            "step": self.at, "epoch": round(self.feed.epochs, 4), "progress": self.progress, "loss": loss, "z_loss": z,
+            "grad_norm": norm, "lr": settings.lr * factor, "tokens": self.tokens, "elapsed": round(elapsed, 3),
+            "tokens_per_second": tokens / seconds,
+        } | ({"peak_share": flops / seconds / self.peak_flops} if self.peak_flops else {})
+          | ({"skipped": fault} if fault else {}))  # fmt: skip
+
+    def _update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.ema:
+            self.ema.update(self.model)
 
     def _backward(self, batch: MicroBatch, labelled: float) -> tuple[float, float]:
         """Adds this micro-batch's share of the gradient of the mean over all labels of the step, wherever they lie."""
         device, settings = self.processes.device, self.settings
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
         with autocast:
-            cross, z = self.module(*(part.to(device) for part in (batch.ids, batch.index, batch.targets)))
+            parts = (part.to(device) for part in (batch.ids, batch.index, batch.targets))
+            total, cross, z = self.module(*parts, batch.documents)
         # FSDP averages gradients over the processes; the sum is wanted.
-        ((cross + settings.z_loss_weight * z) * (self.processes.world / labelled)).backward()
+        (total * (self.processes.world / labelled)).backward()
         return cross.item(), z.item()
 
     @contextlib.contextmanager

@@ -1,0 +1,46 @@
+"""Adds adapters, as export.py --adapter writes them, to the weights that they were trained on.
+
+    python scripts/merge_lora.py --model_path Lumina-mGPT-2.0 --adapter outputs/adapter --save_path outputs/merged
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from lumina_mgpt import cli
+from lumina_mgpt.errors import InputError
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="merge_lora.py", description="Adds adapters to the weights they were trained on.")
+    parser.add_argument("--model_path", required=True, help="checkpoint folder, or hub id, that training began with")
+    parser.add_argument("--adapter", required=True, type=Path, help="folder of adapter_model.safetensors")
+    parser.add_argument("--save_path", required=True, type=Path, help="folder for the new checkpoint, not there yet")
+    return parser
+
+
+def merge(args: argparse.Namespace) -> None:
+    from lumina_mgpt.config import ModelConfig
+    from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, resolve, save_model
+    from lumina_mgpt.model.convert import check_target
+    from lumina_mgpt.training.adapters import merge_adapter
+
+    check_target(args.save_path)
+    source = resolve(cli.checkpoint_path(args.model_path))
+    if ModelConfig.from_json(source / "config.json").int4_group:
+        raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
+    model = load_model(source, None, "cpu")
+    merge_adapter(model, args.adapter)
+    save_model(model, args.save_path)
+    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
+        shutil.copyfile(file, args.save_path / file.name)
+    print(f"merged into {args.save_path}; use it as --model_path")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(merge, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

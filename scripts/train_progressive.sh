@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Finetunes in stages of growing pictures, each from the export of the one before:
+#
+#   DATA=data scripts/train_progressive.sh INIT_FROM OUTPUT_DIR [options of finetune.py, for every stage]
+#
+# DATA holds SIZE/records.jsonl for each of SIZES (default: "512 768 1024"), made with pre_tokenize.py --target_size SIZE.
+# Each stage goes on where it was when the script is started again after a stop.
+set -euo pipefail
+[ $# -ge 2 ] || { echo "error: give INIT_FROM and OUTPUT_DIR; see the head of $0" >&2; exit 2; }
+here="$(dirname "${BASH_SOURCE[0]}")"
+init="$1" output="$2"
+shift 2
+
+for size in ${SIZES:-512 768 1024}; do
+    echo "== ${size} x ${size}, from $init"
+    if [ ! -f "$output/$size/export/config.json" ]; then
+        SIZE="$size" bash "$here/train.sh" --init_from "$init" --data_config "$here/../configs/data/fp_sft.yaml" \
+            --output_dir "$output/$size" --resume auto "$@"
+    fi
+    init="$output/$size/export"
+done

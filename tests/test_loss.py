@@ -1,0 +1,85 @@
+"""The loss in chunks: equal to the plain one, lean, and at home under autocast, FSDP and compilation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumina_mgpt.training import loss
+from lumina_mgpt.training.loss import ChunkedLoss, token_losses
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 4 rows at most, in slabs of 16 ids, so that small tensors meet every border."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 128)
+    monkeypatch.setattr(loss, "MIN_ROWS", 4)
+    monkeypatch.setattr(loss, "WHOLE_LOGITS", 0)
+
+
+def example(L: int = 11, D: int = 8, V: int = 50) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, D, generator=generator).requires_grad_() for n in (L, V))
+    targets = torch.randint(0, V, (L,), generator=generator)
+    targets[[2, L - 1]] = -100
+    return rows, weight, targets
+
+
+@pytest.mark.parametrize("z_weight, tail_weight", [(0.0, 0.0), (0.3, 0.0), (1e-5, 0.5)])
+def test_chunks_equal_the_plain_loss(small_chunks, z_weight, tail_weight):
+    """Against torch's own cross_entropy and logsumexp on all logits at once, with a gradient that arrives scaled."""
+    rows, weight, targets = example()
+    total, cross, z = ChunkedLoss.apply(rows, weight, targets, z_weight, tail_weight)
+    got = torch.autograd.grad(2.5 * total, (rows, weight))
+    logits, counted = rows @ weight.T, targets >= 0
+    plain_z = logits.logsumexp(-1)[counted].square().sum()
+    plain = F.cross_entropy(logits, targets, reduction="sum")
+    if tail_weight:
+        plain = token_losses(logits, targets, tail_weight)[0]
+    wanted = torch.autograd.grad(2.5 * (plain + z_weight * plain_z), (rows, weight))
+    for one, other in zip((total, cross, z, *got), (plain + z_weight * plain_z, plain, plain_z, *wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not cross.requires_grad and not z.requires_grad
+
+
+def test_chunks_under_autocast_give_gradients_as_wide_as_the_weights(small_chunks):
+    rows, weight, targets = example()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _, _ = ChunkedLoss.apply(rows, weight, targets, 1e-5, 0.0)
+        plain, z = token_losses(F.linear(rows, weight), targets)
+    got, wanted = (torch.autograd.grad(value, (rows, weight)) for value in (total, plain + 1e-5 * z))
+    torch.testing.assert_close(total, plain + 1e-5 * z, rtol=1e-5, atol=1e-4)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_a_frozen_head_gets_no_gradient(small_chunks):
+    rows, weight, targets = example()
+    total, _, _ = ChunkedLoss.apply(rows, weight.detach(), targets, 0.0, 0.0)
+    total.backward()
+    assert rows.grad is not None
+    total, _, _ = ChunkedLoss.apply(rows.detach(), weight, targets, 0.0, 0.0)
+    total.backward()
+    assert weight.grad is not None
+
+
+def test_logits_are_never_there_all_at_once(small_chunks, monkeypatch):
+    """Each product with the head is of one chunk, forward makes each row's logits once, and backward none."""
+    seen = []
+    real = loss.token_losses
+    monkeypatch.setattr(loss, "token_losses", lambda logits, *rest: seen.append(logits.shape) or real(logits, *rest))
+    rows, weight, targets = example()
+    total, _, _ = ChunkedLoss.apply(rows, weight, targets, 0.0, 0.0)
+    assert seen == [(4, 50), (4, 50), (3, 50)]
+    total.backward()
+    assert len(seen) == 3
+
+
+def test_the_heads_gradient_is_taken_over_and_not_copied(small_chunks):
+    """A second copy would be 2.8 GB for the 7B."""
+    rows, weight, targets = example()
+    total, _, _ = ChunkedLoss.apply(rows, weight, targets, 0.0, 0.0)
+    place = total.grad_fn.gradients[1].data_ptr()
+    total.backward()
+    assert weight.grad.data_ptr() == place and total.grad_fn.gradients is None

@@ -1,0 +1,56 @@
+"""What the tests of training share: starting runs, in this process or in others, and reading what they left."""
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training.distributed import Processes
+from lumina_mgpt.training.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+ONE = Processes(0, 1, torch.device("cpu"))
+
+
+def changed(settings: Settings, **values) -> Settings:
+    return dataclasses.replace(settings, **values)
+
+
+def weights_of(output_dir) -> dict:
+    return load_file(checkpoint.export(output_dir, dtype="fp32") / "model.safetensors")
+
+
+def metrics_of(output_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def environment() -> dict:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def command(settings: Settings, *options, processes: int = 1) -> list[str]:
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    values = []
+    for field in dataclasses.fields(Settings):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            values += [f"--{field.name}"] + ([] if value is True else [str(value)])
+    return [*start, "scripts/finetune.py", *values, *options]
+
+
+def script(name: str):
+    """An entry script as a module, to call its `main` without another interpreter."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
