@@ -58,6 +58,9 @@ def edit(args: argparse.Namespace) -> None:
     layout = checkpoint.layout(args.width, args.height, _TASK)
     checkpoint.prompt_ids(args.instruction, layout, _TASK, option="--instruction")
     pipeline = cli.load_pipeline(args, checkpoint, device)
+    if args.fast:
+        (start,) = checkpoint.prompt_ids(args.instruction[:1], layout, _TASK)
+        speculation = pipeline.fastest(start, layout, settings)
     make(pipeline, crop_panel(picture, given_size(layout)), layout, settings, speculation, output, args)
 
 

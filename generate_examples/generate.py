@@ -86,6 +86,10 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
         print(f"hint: {hint}", file=sys.stderr)
 
     pipeline = cli.load_pipeline(args, checkpoint, device)
+    if args.fast:
+        (start,) = checkpoint.prompt_ids(request.prompts[:1], layout, request.task, request.shown)
+        batch = args.batch_size or pipeline.batch_size(len(start), layout, settings)
+        speculation = pipeline.fastest(start, layout, settings, min(batch, len(request.prompts) * args.n))
     make(pipeline, request, panel, layout, settings, speculation, output, args, share)
 
 

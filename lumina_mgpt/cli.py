@@ -146,6 +146,10 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
         "--speculative_jacobi", action="store_true",
         help="several codes a forward; exact: the same image, or with --coupling maximal one of the same distribution",
     )  # fmt: skip
+    group.add_argument(
+        "--fast", action="store_true",
+        help="times a few forwards and takes the coupling and window that are quickest here; exact, too",
+    )  # fmt: skip
     group.add_argument("--coupling", choices=COUPLINGS, help=f"how drafts are judged (default: {Speculation.coupling})")
     group.add_argument("--window", type=whole, help=f"drafts judged by one forward (default: {Speculation.window})")
 
@@ -153,6 +157,8 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
 def speculation_settings(args: argparse.Namespace) -> Speculation | None:
     """The speculation options of a command line, checked; None where there is to be none."""
     given = {name: getattr(args, name) for name in ("coupling", "window") if getattr(args, name) is not None}
+    if args.fast and (args.speculative_jacobi or given):
+        raise InputError("--fast chooses --speculative_jacobi, --coupling and --window itself; leave those out, or it")
     if args.speculative_jacobi:
         return Speculation(**given)
     for name, value in given.items():

@@ -90,6 +90,18 @@ def test_speculation_gives_the_same_picture_and_says_so_inside(generate, tmp_pat
         assert fast.text | {"coupling": "noise", "window": "7"} == fast.text and "window" not in plain.text
 
 
+def test_fast_takes_what_is_quickest_here(generate, tmp_path, monkeypatch):
+    """By seconds a forward over codes a forward: once windows cost nothing more, once they cost all."""
+    cases = ("wide", "64", lambda choice: 1.0), ("plain", None, lambda choice: 99.0 if choice else 1.0)
+    for name, window, costs in cases:
+        monkeypatch.setattr("lumina_mgpt.sampling.fastest._forward_seconds", lambda *args, c=costs: c(args[4]))
+        assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / name)) == 0
+        with Image.open(tmp_path / name / "0_0.png") as image:
+            assert image.text.get("window") == window
+    monkeypatch.undo()
+    assert generate("--prompt", "a cat", "--fast", "-n", "2", "--save_path", str(tmp_path / "real")) == 0
+
+
 def test_an_int8_cache_says_so_inside(generate, tmp_path, capsys):
     assert generate("--prompt", "a cat", "--cache_dtype", "int8") == 0
     with Image.open(tmp_path / "out" / "0_0.png") as image:
@@ -109,6 +121,10 @@ def test_two_processes_make_the_pictures_of_one(generate, tiny_checkpoint, tmp_p
     for name in names(out):
         assert (out / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert run.stdout.count("width 32") == 1  # one process speaks for all
+
+
+def test_fast_chooses_alone(generate, capsys, no_weights):
+    refused(capsys, generate("--prompt", "a cat", "--fast", "--window", "8"), "--fast", "--window")
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "1")])

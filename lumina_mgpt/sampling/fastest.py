@@ -17,10 +17,10 @@ from lumina_mgpt.unirep import ImageLayout
 # Codes a forward, by `scripts/bench.py` on the demo checkpoint at guidance 4 with all codes.
 CODES = {
     None: 1.0,
-    Speculation("maximal", 8): 1.0,
-    Speculation("maximal", 16): 1.0,
-    Speculation("maximal", 32): 1.0,
-    Speculation("maximal", 64): 1.0,
+    Speculation("maximal", 8): 3.06,
+    Speculation("maximal", 16): 4.28,
+    Speculation("maximal", 32): 5.86,
+    Speculation("maximal", 64): 6.62,
 }
 _TIMED = 4  # forwards of each, after the one with the prompt and one more
 
@@ -31,24 +31,22 @@ class _Enough(Exception):
 
 def fastest(
     step: Callable[[Speculation | None], Step],
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     layout: ImageLayout,
     settings: SamplingConfig,
-    given: Tensor | None = None,
+    given: Tensor,
 ) -> tuple[Speculation | None, dict[Speculation | None, float]]:
     """The choice with the most codes a second (None: plain sampling), and the seconds a code expected of each.
 
-    `step` makes a fresh step with room for a speculation's window; the arguments are those of one image of `sample`.
+    `step` makes a fresh step with room for a choice's window; the other arguments are those of `sample`.
     """
-    expected = {choice: forward_seconds(step(choice), prompt, layout, settings, choice, given) / codes
+    expected = {choice: _forward_seconds(step(choice), prompts, layout, settings, choice, given) / codes
                 for choice, codes in CODES.items()}  # fmt: skip
-    return min(expected, key=expected.get), expected
+    return min(expected, key=expected.__getitem__), expected
 
 
-def forward_seconds(
-    step: Step, prompt: Sequence[int], layout: ImageLayout, settings: SamplingConfig, choice: Speculation | None,
-    given: Tensor | None = None,
-) -> float:  # fmt: skip
+def _forward_seconds(step: Step, prompts: Sequence[Sequence[int]], layout: ImageLayout, settings: SamplingConfig,
+                     choice: Speculation | None, given: Tensor) -> float:  # fmt: skip
     """Seconds from one forward to the next, with all that sampling does between them; the least of several."""
     began: list[float] = []
 
@@ -58,12 +56,14 @@ def forward_seconds(
             raise _Enough
         return step(ids, positions, read)
 
+    keys = [(0, repeat) for repeat in range(len(prompts))]
     try:
         if choice is None:
-            sample(timed, [prompt], layout, settings, [(0, 0)], given=given)
+            sample(timed, prompts, layout, settings, keys, given=given)
         else:
-            sample_jacobi(timed, [prompt], layout, settings, [(0, 0)], choice, given=given)
+            sample_jacobi(timed, prompts, layout, settings, keys, choice, given=given)
     except _Enough:
         pass
-    began.append(time.perf_counter())  # a small image may have been done before
+    else:
+        began.append(time.perf_counter())  # a small image was done before
     return min(after - before for before, after in zip(began[1:], began[2:], strict=False))
