@@ -2,8 +2,8 @@
 
     python scripts/bench_train.py    # vocabulary 171,385, hidden 1024, 8 layers, 1,100 ids: some 12 GB, a few minutes
 
-Each side runs in a process of its own, in float32; the last line is JSON. `beyond` is peak memory less weights, gradients
-and optimizer state, which are 16 bytes a parameter on each side. Linux only; needs transformers (`.[test]`).
+Each side runs in a process of its own, in float32; the last line is JSON. `beyond` is peak memory less weights,
+gradients and optimizer state, which are 16 bytes a parameter on each side. Linux only; needs transformers (`.[test]`).
 """
 
 import argparse
