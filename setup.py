@@ -37,6 +37,7 @@ setup(
     install_requires=requirements(),
     extras_require={
         "demo": SCENES,
+        "lora": ["peft>=0.17"],
         "test": [
             *SCENES,
             "pytest>=8",
@@ -44,6 +45,8 @@ setup(
             "transformers>=5.0",  # an independent Chameleon to compare logits with
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
             "ruff>=0.12",
+            "peft>=0.17",  # low-rank adapters
+            "tensorboard>=2.18",
         ],
     },
 )

@@ -67,8 +67,8 @@ def test_a_frozen_head_gets_no_gradient(small_chunks):
 def test_logits_are_never_there_all_at_once(small_chunks, monkeypatch):
     """Each product with the head is of one chunk, forward makes each row's logits once, and backward none."""
     seen = []
-    real = loss.token_losses
-    monkeypatch.setattr(loss, "token_losses", lambda logits, *rest: seen.append(logits.shape) or real(logits, *rest))
+    real = loss._with_gradient
+    monkeypatch.setattr(loss, "_with_gradient", lambda logits, *rest: seen.append(logits.shape) or real(logits, *rest))
     rows, weight, targets = example()
     total, _, _ = ChunkedLoss.apply(rows, weight, targets, 0.0, 0.0)
     assert seen == [(4, 50), (4, 50), (3, 50)]

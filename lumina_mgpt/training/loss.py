@@ -10,7 +10,7 @@ from lumina_mgpt.model.transformer import Transformer
 
 TAIL_MASS = 1.5e-3  # probability that all unlikely ids together are drawn to
 WHOLE_LOGITS = 1 << 25  # up to so many (128 MiB in float32) the plain loss is as lean, and can be compiled
-CHUNK_LOGITS = 1 << 24  # of one chunk, where that is not too few rows
+CHUNK_LOGITS = 1 << 25  # of one chunk, where that is not too few rows
 MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the head takes longer than multiplying by it
 
 
@@ -43,7 +43,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     Logits of a few rows are made, their gradient is taken, and both are used up before the next rows come: backward
     only scales what forward has left, and no product with the head is made twice. Needs, beyond the gradient of the
-    head itself, five floats for each logit of a chunk.
+    head itself, two floats for each logit of a chunk (four with the tail term).
 
     Shapes: rows (L, D), weight (V, D), targets (L,); returns total = cross + z_weight * z, and cross and z without
     gradients.
@@ -64,10 +64,13 @@ class ChunkedLoss(torch.autograd.Function):
             for span in _spans(len(rows), max(least, CHUNK_LOGITS // len(head))):
                 chunk = narrow[span]
                 part_cross, part_z, d_logits = _with_gradient(chunk @ head.T, targets[span], z_weight, tail_weight)
+                d_logits = d_logits.to(dtype)
                 cross, z = cross + part_cross, z + part_z
                 if wants_rows:
                     d_rows[span] = d_logits @ head
-                if wants_weight:  # in slabs: a whole product beside the sum would be another head
+                if wants_weight and dtype == d_weight.dtype:
+                    d_weight.addmm_(d_logits.T, chunk)
+                elif wants_weight:  # in slabs: a whole product beside the sum would be another head
                     for slab in _spans(len(head), max(1, CHUNK_LOGITS // head.shape[1])):
                         d_weight[slab] += d_logits[:, slab].T @ chunk
         ctx.gradients = d_rows, d_weight
@@ -87,12 +90,24 @@ def _spans(length: int, step: int) -> list[slice]:
 
 
 def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight: float):
-    """Both sums of `token_losses`, and the gradient of cross + z_weight * z by the logits."""
-    with torch.enable_grad():
-        logits.requires_grad_()
-        cross, z = token_losses(logits, targets, tail_weight)
-        (gradient,) = torch.autograd.grad(cross + z_weight * z, logits)
-    return cross.detach(), z.detach(), gradient
+    """Both sums of `token_losses`, and the gradient of cross + z_weight * z by the logits, which takes their place."""
+    logits, counted, labels = logits.float(), (targets >= 0).float(), targets.clamp(min=0)[:, None]
+    total = logits.logsumexp(-1)  # (L,)
+    logs = logits.sub_(total[:, None])
+    cross, scale = -logs.gather(-1, labels)[:, 0], 1 + 2 * z_weight * total
+    pull = None
+    if tail_weight:
+        level = math.log(TAIL_MASS / logits.shape[-1])
+        pull = logs - level
+        pull.masked_fill_(pull >= -level / 2, 0.0)
+        cross = cross + tail_weight * pull.square().mean(-1)
+        pull.mul_(2 * tail_weight / logits.shape[-1])
+        scale = scale - pull.sum(-1)
+    gradient = logs.exp_().mul_((scale * counted)[:, None])
+    if pull is not None:
+        gradient.add_(pull.mul_(counted[:, None]))
+    gradient.scatter_add_(-1, labels, -counted[:, None])
+    return (cross * counted).sum(), (total.square() * counted).sum(), gradient
 
 
 class LossModel(nn.Module):
