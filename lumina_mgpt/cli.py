@@ -85,7 +85,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: a GPU if any")
     group.add_argument(
         "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-        help="of the transformer; auto: fp32 on a CPU (bf16 if fp32 needs over half of the memory), bf16 on CUDA",
+        help="of the transformer; auto: bf16 on CUDA, on a CPU fp32 (bf16 with --quant, or where memory is short)",
     )  # fmt: skip
     group.add_argument("--attn", default="sdpa", choices=("sdpa", "flash"), help="flash needs flash-attn and a GPU")
     group.add_argument("--quant", action="store_true", help="int4 weights, made while loading; quantize.py keeps them")

@@ -51,7 +51,8 @@ def resolve_dtype(
     """`auto` is bf16 on CUDA (fp16 where the GPU lacks it), fp16 on Apple's GPUs, and fp32 on a CPU.
 
     On a CPU fp32 is the quickest format that every processor has; only when the weights would then take more than half
-    of the machine's memory does `auto` mean bf16, and says so in the log.
+    of the machine's memory does `auto` mean bf16, and says so in the log. With int4 weights it is bf16 on a CPU too:
+    torch's kernel for fp32 inputs was 40 times slower (`scripts/bench_large.py floor`).
 
     Raises:
         InputError: the name is unknown, or no floating-point format.
@@ -68,7 +69,9 @@ def resolve_dtype(
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
         return torch.float16
-    needed, memory = weight_bytes(config, torch.float32, quant), _physical_memory()
+    if quant or config.int4_group:
+        return torch.bfloat16
+    needed, memory = 4 * weight_count(config), _physical_memory()
     if memory is not None and 2 * needed > memory:
         logger.info("weights in bf16: fp32 would take %.1f of %.1f GB of memory", needed / 1e9, memory / 1e9)
         return torch.bfloat16
@@ -77,24 +80,10 @@ def resolve_dtype(
 
 def weight_count(config: ModelConfig) -> int:
     """Number of weights in the matrices of the model (norms and biases, under 0.1 %, are left out)."""
-    return _embedding_weights(config) + _layer_weights(config)
-
-
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, quant: int | None = None) -> int:
-    """Bytes of those weights; int4 ones, inside the layers, have a scale and a zero of two bytes each a group."""
-    inside, group = _layer_weights(config), quant or config.int4_group
-    layers = inside // 2 + 4 * inside // group if group else inside * dtype.itemsize
-    return _embedding_weights(config) * dtype.itemsize + layers
-
-
-def _embedding_weights(config: ModelConfig) -> int:
-    return (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-
-
-def _layer_weights(config: ModelConfig) -> int:
     D, H = config.hidden_size, config.head_dim
     attention = 2 * D * D + 2 * D * config.num_key_value_heads * H
-    return config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * D
+    return embeddings + config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
 
 
 def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:

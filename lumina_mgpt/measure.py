@@ -22,12 +22,12 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) -> float:
-    """Bytes a second of summing a large tensor of `size` float32 numbers, the best of several."""
-    data = torch.ones(size, dtype=torch.float32, device=device)
-    best = 0.0
-    for _ in range(repeats):
+    """Bytes a second of going through `size` float32 numbers: of a sum, and of a product with a vector; the best."""
+    data = torch.ones(size // 4096, 4096, device=device)
+    vector, best = torch.ones(4096, device=device), 0.0
+    for work in (data.sum, lambda: (data @ vector)[0]) * repeats:
         began = time.perf_counter()
-        data.sum().item()
+        work().item()
         best = max(best, data.nbytes / (time.perf_counter() - began))
     return best
 
