@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -28,14 +27,12 @@ def open_image(path: str | os.PathLike, content: BinaryIO | None = None) -> Imag
         InputError: no such file, not a picture, damaged, or more than 178,956,970 pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is an error, below
-            with Image.open(content or path) as image:
-                if image.width * image.height > _MAX_PIXELS:
-                    size = f"{image.width}x{image.height}"
-                    raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(content or path) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                size = f"{image.width}x{image.height}"
+                raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise InputError(f"{path}: the picture has more than {_MAX_PIXELS} pixels; shrink it first") from None
     except UnidentifiedImageError:
