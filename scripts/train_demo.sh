@@ -45,7 +45,7 @@ train() { # output folder, minutes, options
 }
 train "$work/run" "${MINUTES:-90}" --model_config configs/model/demo.yaml --tokenizer_path "$work/tokenizer" \
     --tail_weight 0.05 --muon_lr 0.008 --lr 1.5e-3 --export_dir "$work/export-first"
-# A strong tail term for the last minutes: codes that guidance should not have drawn fall from 14 to 5 in a hundred.
+# A strong tail term for the last minutes: codes that guidance should not have drawn fall from 15 to 5 in a hundred.
 train "$work/last" "${LAST_MINUTES:-7}" --init_from "$work/export-first" --tail_weight 0.7 --muon_lr 0.003 --lr 8e-4 \
     --seed 7 --export_dir "$work/export"
 
