@@ -5,8 +5,8 @@
 #   pip install -e '.[demo]' && scripts/train_demo.sh [work folder, from the project's root; default work/demo]
 #
 # Two CPU cores take about five hours; MOVQGAN_MINUTES, DECODER_MINUTES, MINUTES, OMNI_MINUTES and LAST_MINUTES set the
-# time boxes of the trainings. Every step goes on from where it was when the script is run again after a stop. Needs npm (for the
-# pictures) and a C++ compiler (torch.compile).
+# time boxes of the trainings. Every step goes on from where it was when the script is run again after a stop. Needs npm
+# (for the pictures) and a C++ compiler (torch.compile).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
