@@ -5,8 +5,8 @@ returns the codes that now stand there and which drafts were confirmed. Up to an
 confirmed the codes are final: their contexts were. The codes after it are the next drafts.
 
 Shapes here: law, drafted (B, W, C) log-probabilities, -inf where 0: the law now, and the one a draft was drawn from.
-drafts (B, W). uniforms (2, B, W) float64 in (0, 1) on the CPU, new for every call. noise (B, W, C), the same for a place however
-often it is looked at.
+drafts (B, W). uniforms (2, B, W) float64 in (0, 1) on the CPU, new for every call. noise (B, W, C), the same for a
+place however often it is looked at.
 """
 
 import math
@@ -62,7 +62,10 @@ def independent(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) 
 
 
 def _kept(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """With probability min(1, law / drafted) at the draft; known on the CPU, so that only what falls need be redrawn."""
+    """With probability min(1, law / drafted) at the draft. Shapes: -> (B, W) on the CPU.
+
+    There it says which places fall, so that only those are redrawn.
+    """
     both = torch.stack([of.gather(-1, drafts[..., None])[..., 0] for of in (law, drafted)])
     now, then = both.cpu().double()
     return uniform.log() < now - then

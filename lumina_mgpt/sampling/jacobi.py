@@ -166,8 +166,7 @@ class _Images:
         above = places - self.layout.cols * (1 + ahead // self.layout.cols)
         above_law = self.laws[self.rows, self._ring(above.clamp(min=0), self.laws)]
         known = (above >= self.layout.given).to(left.device, non_blocking=True)
-        above_law = torch.where(known[..., None], above_law, left[:, None])
-        law = BIRTHS[self.speculation.birth](above_law, left[:, None].expand_as(above_law))
+        law = BIRTHS[self.speculation.birth](torch.where(known[..., None], above_law, left[:, None]))
         at = places.to(left.device, non_blocking=True)
         self.codes[self.rows, at] = self._first_codes(law, places)
         self.laws[self.rows, self._ring(places, self.laws)] = law
