@@ -9,6 +9,7 @@ from test_pipeline import PROMPTS, near_tie
 
 from lumina_mgpt import Pipeline
 from lumina_mgpt.config import BIRTHS, Speculation
+from lumina_mgpt.devices import default_window
 from lumina_mgpt.prompts import I2I_TASKS, TASKS
 
 DEMO = Path(__file__).parent.parent / "assets" / "demo"
@@ -75,3 +76,16 @@ def test_pairs_and_given_panels_are_the_plain_samplers_too():
     request = dict(task=I2I_TASKS["depth"], panel=[one.panel_codes for one in pairs], **size)
     plain, fast = demo.generate(prompts, **request), demo.generate(prompts, **request, speculation=speculation)
     assert [one.ids for one in fast] == [one.ids for one in plain] and demo.forwards < 0.75 * 32
+
+
+def test_a_window_is_chosen_where_none_is_given(exact, monkeypatch):
+    """By device and precision; one that was given is kept."""
+    asked = []
+    monkeypatch.setattr("lumina_mgpt.pipeline.default_window", lambda device, int4: asked.append((device, int4)) or 5)
+    (plain,) = exact.generate("a cat", 32, 32)
+    (fast,) = exact.generate("a cat", 32, 32, speculation=Speculation())
+    assert fast.ids == plain.ids and set(asked) == {(torch.device("cpu"), False)}
+    assert exact.with_window(Speculation("maximal")) == Speculation("maximal", 5)
+    assert exact.with_window(Speculation(window=7)).window == 7 and exact.with_window(None) is None
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert default_window(cpu, int4=True) < default_window(cpu, int4=False) < default_window(cuda, int4=True)
