@@ -43,8 +43,8 @@ def maximal(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> J
     Source: MC-SJD (arXiv 2510.24211).
     """
     kept = _kept(law, drafted, drafts, uniforms[0])
-    codes, missed = drafts.clone(), (~kept).nonzero(as_tuple=True)
-    codes[missed] = _redrawn(law[missed], drafted[missed], drafts[missed], uniforms[1][missed])
+    codes, missed, uniform = drafts.clone(), _places(~kept, law), _beside(uniforms[1], law)
+    codes[missed] = _redrawn(law[missed], drafted[missed], drafts[missed], uniform[missed])
     return Judged(codes, kept)
 
 
@@ -54,10 +54,11 @@ def independent(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) 
     Slower than the others, and here as the baseline of the benchmark. Source: arXiv 2410.01699.
     """
     before = _kept(law, drafted, drafts, uniforms[0]).cumprod(-1).bool()
-    codes, misses = drafts.clone(), (~before).int().cumsum(-1)  # 1 at the first miss, more behind it
-    first, behind = (misses == 1).nonzero(as_tuple=True), (misses > 1).nonzero(as_tuple=True)
-    codes[first] = _redrawn(law[first], drafted[first], drafts[first], uniforms[1][first])
-    codes[behind] = by_inversion(probs(law[behind]), uniforms[1][behind])
+    misses = (~before).int().cumsum(-1)  # 1 at the first miss, more behind it
+    first, behind, uniform = _places(misses == 1, law), _places(misses > 1, law), _beside(uniforms[1], law)
+    codes = drafts.clone()
+    codes[first] = _redrawn(law[first], drafted[first], drafts[first], uniform[first])
+    codes[behind] = by_inversion(probs(law[behind]), uniform[behind])
     return Judged(codes, before)
 
 
@@ -69,6 +70,11 @@ def _kept(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tens
     both = torch.stack([of.gather(-1, drafts[..., None])[..., 0] for of in (law, drafted)])
     now, then = both.cpu().double()
     return uniform.log() < now - then
+
+
+def _places(wanted: Tensor, law: Tensor) -> tuple[Tensor, ...]:
+    """Where a mask on the CPU is true, as indices on the law's device, which does not wait for them."""
+    return tuple(index.to(law.device, non_blocking=True) for index in wanted.nonzero(as_tuple=True))
 
 
 def _redrawn(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
     C, wide = weights.shape[-1], _wide(weights)
     blocks = (F.pad(weights, (0, -C % BLOCK)) if C % BLOCK else weights).unflatten(-1, (-1, BLOCK))
     sums = blocks.sum(-1).to(wide).cumsum(-1)  # (..., blocks)
-    block, rest = _first_above(sums, uniform.to(sums) * sums[..., -1])
+    block, rest = _first_above(sums, _beside(uniform, sums) * sums[..., -1])
     inside = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK))[..., 0, :]
     code, _ = _first_above(inside.to(wide).cumsum(-1), rest)
     return (block * BLOCK + code).clamp_(max=C - 1)
@@ -116,6 +122,11 @@ def _first_above(sums: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     at = torch.searchsorted(sums, target[..., None], right=True).clamp_(max=sums.shape[-1] - 1)
     before = torch.where(at > 0, sums.gather(-1, (at - 1).clamp(min=0)), 0.0)[..., 0]
     return at[..., 0], (target - before).clamp_(min=0)
+
+
+def _beside(uniform: Tensor, other: Tensor) -> Tensor:
+    """The same numbers on another tensor's device, as wide as there are."""
+    return uniform.to(other.device, _wide(other), non_blocking=True)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
