@@ -182,6 +182,18 @@ def test_correlation_and_iou():
     assert evaluation.mean_iou(near, truth) == pytest.approx((4 / 8 + 8 / 12) / 2)
 
 
+def test_measures_that_centred_shapes_do_not_share():
+    """An upright bar and a lying one of a third of the picture: what they have in common is not what is asked for."""
+    upright, lying = Image.new("RGB", (CELL, CELL)), Image.new("RGB", (CELL, CELL))
+    upright.paste(scenes.SLOT_COLORS[0], (30, 18, 66, 78))
+    lying.paste(scenes.SLOT_COLORS[0], (18, 30, 78, 66))
+    assert evaluation.correlation(upright, lying) > 0.4 > evaluation.shape_correlation(upright, lying)
+    assert evaluation.mean_iou(upright, lying) > 0.6 > 0.4 > evaluation.outline_f1(upright, lying)
+    ramp = Image.linear_gradient("L")
+    assert evaluation.shape_correlation(ramp, ramp) == evaluation.outline_f1(lying, lying) == pytest.approx(1)
+    assert evaluation.shape_correlation(*2 * [Image.new("RGB", (8, 8))]) == 0, "nothing is near in either"
+
+
 def test_summaries_tell_shares_from_numbers():
     assert str(evaluation.summary([True, False])).endswith(" %")
     mean = evaluation.summary([0.2, 0.4, 0.6])
