@@ -150,7 +150,7 @@ def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) 
     width, height = pixel_size(layout)
     sampling = asdict(settings) | {"top_k": min(settings.top_k, pipeline.checkpoint.config.num_image_codes)}
     if speculation is not None:
-        sampling |= {"coupling": speculation.coupling, "window": speculation.window}
+        sampling |= {"coupling": speculation.coupling, "window": pipeline.with_window(speculation).window}
     movqgan = args.movqgan_path or pipeline.checkpoint.movqgan_path.name
     weights = {"model_path": args.model_path, "movqgan_path": movqgan}
     running = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch."), "attn": args.attn}

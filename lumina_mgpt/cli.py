@@ -151,7 +151,7 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
         help="times a few forwards and takes the coupling and window that are quickest here; exact, too",
     )  # fmt: skip
     group.add_argument("--coupling", choices=COUPLINGS, help=f"how drafts are judged (default: {Speculation.coupling})")
-    group.add_argument("--window", type=whole, help=f"drafts judged by one forward (default: {Speculation.window})")
+    group.add_argument("--window", type=whole, help="drafts judged by one forward (default: by device and precision)")
 
 
 def speculation_settings(args: argparse.Namespace) -> Speculation | None:

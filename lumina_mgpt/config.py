@@ -182,25 +182,28 @@ class SamplingConfig:
 
 
 COUPLINGS = ("noise", "maximal", "independent")
-BIRTHS = ("uniform", "above", "left", "both")
+BIRTHS = ("uniform", "above")
 
 
 @dataclass(frozen=True)
 class Speculation:
     """How codes are drafted and judged: the coupling, the number of drafts `window`, and the law of a new draft.
 
+    A pipeline takes `devices.default_window` where `window` is None; samplers want a number.
+
     Raises:
         InputError: naming the command line option that is out of its range.
     """
 
     coupling: str = "noise"
-    window: int = 32
+    window: int | None = None
     birth: str = "above"
 
     def __post_init__(self) -> None:
         _require(self.coupling in COUPLINGS, "--coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
         _require(self.birth in BIRTHS, "--birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
-        _require(isinstance(self.window, int) and 1 <= self.window <= 4096, "--window", self.window,
+        whole = isinstance(self.window, int) and 1 <= self.window <= 4096
+        _require(self.window is None or whole, "--window", self.window,
                  "must be a whole number in 1 ... 4096; try 32")  # fmt: skip
 
 

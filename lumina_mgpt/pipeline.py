@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, check_counts
-from lumina_mgpt.devices import cache_bytes, resolve_device, resolve_dtype
+from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import crop_panel
 from lumina_mgpt.model import attention
@@ -306,6 +306,12 @@ class Pipeline:
             grids.append(codes.flatten())
         return (torch.stack(grids) if grids else torch.empty((1, 0), dtype=torch.long)).expand(count, -1)
 
+    def with_window(self, speculation: Speculation | None) -> Speculation | None:
+        """The same, with a window that suits this device and precision where none was chosen."""
+        if speculation is None or speculation.window is not None:
+            return speculation
+        return replace(speculation, window=default_window(self.device, bool(self.model.config.int4_group)))
+
     def batch_size(
         self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
     ) -> int:
@@ -313,7 +319,7 @@ class Pipeline:
         config, slots = self.checkpoint.config, start + layout.length
         image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
         if speculation:
-            image += ring_bytes(layout, speculation)
+            image += ring_bytes(layout, self.with_window(speculation))
         return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
 
     def _run(self, batches, encoded, layout, settings, on_row, speculation, given) -> Iterator[Result]:
@@ -347,6 +353,7 @@ class Pipeline:
         `given` are the codes of panels that are not to be sampled, (B, layout.given).
         Shapes: -> codes (B, rows, cols) int64 on the CPU. Afterwards `self.forwards` tells how many steps it took.
         """
+        speculation = self.with_window(speculation)
         step = self._step(starts, layout, settings, speculation)
         keys = [(settings.seed, repeat) for repeat in repeats]
         if speculation:

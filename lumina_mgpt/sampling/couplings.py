@@ -5,10 +5,11 @@ returns the codes that now stand there and which drafts were confirmed. Up to an
 confirmed the codes are final: their contexts were. The codes after it are the next drafts.
 
 Shapes here: law, drafted (B, W, C) log-probabilities, -inf where 0: the law now, and the one a draft was drawn from.
-drafts (B, W). uniforms (2, B, W) float64 in (0, 1), new for every call. noise (B, W, C), the same for a place however
-often it is looked at.
+drafts (B, W). uniforms (2, B, W) float64 in (0, 1) on the CPU, new for every call. noise (B, W, C), the same for a
+place however often it is looked at.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ BLOCK = 128  # codes; the root of the released 16,384
 
 
 class Judged(NamedTuple):
-    """Shapes: (B, W) each."""
+    """Shapes: (B, W) each. `confirmed` is on the CPU: for it a GPU is waited for, and for nothing else."""
 
     codes: Tensor
     confirmed: Tensor
@@ -32,7 +33,7 @@ def common_noise(law: Tensor, drafts: Tensor, noise: Tensor | None) -> Judged:
     Source: arXiv 2002.09928 (Jacobi decoding), with the Gumbel-max trick in place of argmax.
     """
     codes = (law if noise is None else law + noise).argmax(-1)
-    return Judged(codes, codes == drafts)
+    return Judged(codes, (codes == drafts).cpu())
 
 
 def maximal(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> Judged:
@@ -42,7 +43,9 @@ def maximal(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> J
     Source: MC-SJD (arXiv 2510.24211).
     """
     kept = _kept(law, drafted, drafts, uniforms[0])
-    return Judged(torch.where(kept, drafts, _redrawn(law, drafted, drafts, uniforms[1])), kept)
+    codes, missed, uniform = drafts.clone(), _places(~kept, law), _beside(uniforms[1], law)
+    codes[missed] = _redrawn(law[missed], drafted[missed], drafts[missed], uniform[missed])
+    return Judged(codes, kept)
 
 
 def independent(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> Judged:
@@ -50,25 +53,47 @@ def independent(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) 
 
     Slower than the others, and here as the baseline of the benchmark. Source: arXiv 2410.01699.
     """
-    kept = _kept(law, drafted, drafts, uniforms[0])
-    before = kept.cumprod(-1).bool()
-    reached = torch.ones_like(kept)
-    reached[:, 1:] = before[:, :-1]
-    anew = by_inversion(law.exp(), uniforms[1])
-    redrawn = torch.where(reached, _redrawn(law, drafted, drafts, uniforms[1]), anew)
-    return Judged(torch.where(before, drafts, redrawn), before)
+    before = _kept(law, drafted, drafts, uniforms[0]).cumprod(-1).bool()
+    misses = (~before).int().cumsum(-1)  # 1 at the first miss, more behind it
+    first, behind, uniform = _places(misses == 1, law), _places(misses > 1, law), _beside(uniforms[1], law)
+    codes = drafts.clone()
+    codes[first] = _redrawn(law[first], drafted[first], drafts[first], uniform[first])
+    codes[behind] = by_inversion(probs(law[behind]), uniform[behind])
+    return Judged(codes, before)
 
 
 def _kept(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """With probability min(1, law / drafted) at the draft."""
-    ratio = (law - drafted).gather(-1, drafts[..., None])[..., 0]
-    return uniform.log().to(ratio.device, _wide(ratio)) < ratio
+    """With probability min(1, law / drafted) at the draft. Shapes: -> (B, W) on the CPU.
+
+    There it says which places fall, so that only those are redrawn.
+    """
+    both = torch.stack([of.gather(-1, drafts[..., None])[..., 0] for of in (law, drafted)])
+    now, then = both.cpu().double()
+    return uniform.log() < now - then
+
+
+def _places(wanted: Tensor, law: Tensor) -> tuple[Tensor, ...]:
+    """Where a mask on the CPU is true, as indices on the law's device, which does not wait for them."""
+    return tuple(index.to(law.device, non_blocking=True) for index in wanted.nonzero(as_tuple=True))
 
 
 def _redrawn(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """A code from what `law` has more of than `drafted`; the draft itself where that is nothing."""
-    residual = (law.exp() - drafted.exp()).clamp_(min=0)
+    """A code from what `law` has more of than `drafted`; the draft itself where that is nothing.
+
+    Shapes: law, drafted (n, C); drafts, uniform (n,) -> (n,).
+    """
+    residual = probs(law).sub_(probs(drafted)).clamp_(min=0)
     return torch.where(residual.amax(-1) > 0, by_inversion(residual, uniform), drafts)
+
+
+def probs(law: Tensor) -> Tensor:
+    """The exponential; what is below 1e-31 (1e-292 in float64) counts as that.
+
+    So no difference of two is a subnormal number, over which a CPU takes 10 to 30 times as long; strong guidance makes
+    many. Nothing is ever drawn from so little: uniform numbers of 52 bits do not reach there.
+    """
+    numbers = torch.finfo(law.dtype)
+    return law.clamp(min=math.log(numbers.tiny / numbers.eps)).exp_()
 
 
 def by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -79,8 +104,8 @@ def by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
     """
     C, wide = weights.shape[-1], _wide(weights)
     blocks = (F.pad(weights, (0, -C % BLOCK)) if C % BLOCK else weights).unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(-1, dtype=wide).cumsum(-1)  # (..., blocks)
-    block, rest = _first_above(sums, uniform.to(sums) * sums[..., -1])
+    sums = blocks.sum(-1).to(wide).cumsum(-1)  # (..., blocks)
+    block, rest = _first_above(sums, _beside(uniform, sums) * sums[..., -1])
     inside = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK))[..., 0, :]
     code, _ = _first_above(inside.to(wide).cumsum(-1), rest)
     return (block * BLOCK + code).clamp_(max=C - 1)
@@ -97,6 +122,11 @@ def _first_above(sums: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     at = torch.searchsorted(sums, target[..., None], right=True).clamp_(max=sums.shape[-1] - 1)
     before = torch.where(at > 0, sums.gather(-1, (at - 1).clamp(min=0)), 0.0)[..., 0]
     return at[..., 0], (target - before).clamp_(min=0)
+
+
+def _beside(uniform: Tensor, other: Tensor) -> Tensor:
+    """The same numbers on another tensor's device, as wide as there are."""
+    return uniform.to(other.device, _wide(other), non_blocking=True)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

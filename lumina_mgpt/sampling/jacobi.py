@@ -137,10 +137,10 @@ class _Images:
         places = self.done[:, None] + torch.arange(W)
         at = places.clamp(max=self.N).to(law.device, non_blocking=True)
         codes, confirmed = self._couple(law, self.codes.gather(1, at), places)
-        final = torch.cat([confirmed, confirmed.new_zeros(len(confirmed), 1)], 1).int().argmin(1) + 1
+        final = (confirmed.int().cumprod(1).sum(1) + 1).clamp(max=W)
         self.codes[self.rows, at] = codes
         self.laws[self.rows, self._ring(places, self.laws)] = law
-        moved = torch.minimum(final.cpu(), (self.N - self.done).clamp(max=W))  # here a GPU is waited for
+        moved = torch.minimum(final, self.N - self.done)
         self._draft(self.done + W, moved, law[:, -1])
         self.done = self.done + moved
         self.visit += 1
@@ -166,8 +166,7 @@ class _Images:
         above = places - self.layout.cols * (1 + ahead // self.layout.cols)
         above_law = self.laws[self.rows, self._ring(above.clamp(min=0), self.laws)]
         known = (above >= self.layout.given).to(left.device, non_blocking=True)
-        above_law = torch.where(known[..., None], above_law, left[:, None])
-        law = BIRTHS[self.speculation.birth](above_law, left[:, None].expand_as(above_law))
+        law = BIRTHS[self.speculation.birth](torch.where(known[..., None], above_law, left[:, None]))
         at = places.to(left.device, non_blocking=True)
         self.codes[self.rows, at] = self._first_codes(law, places)
         self.laws[self.rows, self._ring(places, self.laws)] = law
@@ -175,7 +174,7 @@ class _Images:
     def _first_codes(self, law: Tensor, places: Tensor) -> Tensor:
         if self.speculation.coupling != "noise":
             uniforms = uniform_rows(self.keys, self.done.tolist(), self.visit, 3 * self.W)[:, 2 * self.W :]
-            return couplings.by_inversion(law.exp(), uniforms[:, : law.shape[1]])
+            return couplings.by_inversion(couplings.probs(law), uniforms[:, : law.shape[1]])
         if self.noise is None:
             return law.argmax(-1)
         B, n, C = law.shape

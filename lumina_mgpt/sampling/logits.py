@@ -5,9 +5,12 @@ what they are given (so that samplers can be compared for equality without near 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig
+
+COLDEST = 1e-30  # lower temperatures count as this one: it leaves the largest alone, too, and overflows no logits
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:
@@ -21,7 +24,7 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 
 
 def truncate(logits: Tensor, top_k: int) -> Tensor:
-    """Keeps the `top_k` largest logits and puts the others to -inf.
+    """Keeps the `top_k` largest logits, counted from the least of them, and puts the others to -inf.
 
     Exactly min(top_k, C) are kept. Of equal logits at the border those with the lower index are, on every device:
     what a library's own top-k does with ties is not specified.
@@ -31,14 +34,15 @@ def truncate(logits: Tensor, top_k: int) -> Tensor:
     if top_k >= logits.shape[-1]:
         return logits
     border = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)  # (..., 1)
+    ahead = logits - border
     if logits.device.type == "cpu":  # elsewhere asking would wait for the device, and summing is cheap
-        fallen = logits < border
-        if int(fallen.sum()) == (logits.shape[-1] - top_k) * border.numel():
-            return logits.masked_fill(fallen, -torch.inf)
-    above, level = logits > border, logits == border
-    places = top_k - above.sum(-1, keepdim=True)  # left for the equal ones; at least 1
-    kept = above | (level & (level.cumsum(-1) <= places))
-    return logits.masked_fill(~kept, -torch.inf)
+        if int((ahead >= 0).sum()) == top_k * border.numel():
+            # 0.2 ms on a core for 64 laws of 16,384 codes, where a mask takes 5; the rest lies below zero by more.
+            return F.threshold_(ahead, -torch.finfo(ahead.dtype).smallest_normal, -torch.inf)
+    level = ahead == 0
+    places = top_k - (ahead > 0).sum(-1, keepdim=True)  # left for the equal ones; at least 1
+    kept = (ahead > 0) | (level & (level.cumsum(-1) <= places))
+    return ahead.masked_fill_(~kept, -torch.inf)
 
 
 def log_probs(logits: Tensor, temperature: float, top_k: int) -> Tensor:
@@ -46,11 +50,7 @@ def log_probs(logits: Tensor, temperature: float, top_k: int) -> Tensor:
 
     Shapes: (..., C) -> (..., C) in float32 or float64; -inf where the law is 0. Ranges: temperature > 0, top_k >= 1.
     """
-    logits = _wide(logits)
-    # Counted from the largest, nothing overflows however low the temperature is.
-    logits = logits - logits.amax(-1, keepdim=True)
-    tiny = torch.finfo(logits.dtype).tiny
-    return truncate(logits / max(temperature, tiny), top_k).log_softmax(-1)
+    return (truncate(_wide(logits), top_k) / max(temperature, COLDEST)).log_softmax(-1)
 
 
 def code_log_probs(logits: Tensor, settings: SamplingConfig) -> Tensor:

@@ -1,0 +1,57 @@
+"""What `scripts/bench.py` counts, against images that the pipeline makes."""
+
+import importlib.util
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+from lumina_mgpt import Pipeline, cli
+from lumina_mgpt.config import Speculation
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "bench.py"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Runs the script, which gives its exit status."""
+    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "read_bandwidth", lambda device: 1e10)
+    options = ("--threads", str(torch.get_num_threads()))
+    return lambda *argv: cli.run(script.bench, script.build_parser(), [*options, *argv])
+
+
+def test_codes_a_step_are_those_of_the_images(bench, tiny_checkpoint, capsys):
+    options = ("--model_path", str(tiny_checkpoint), "--width", "32", "--height", "64", "-n", "2", "--seed", "3")
+    assert bench("--coupling", "plain", "maximal", "--window", "4", "9", *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert {"model", "device", "dtype", "quant", "peak_gb", "bandwidth_gb_s"} < set(told) and told["images"] == 10
+    plain, *rows = told["rows"]
+    assert (plain["coupling"], plain["codes_a_step"], [row["window"] for row in rows]) == ("plain", 1.0, [4, 9])
+    pipeline, prompts = Pipeline.from_pretrained(tiny_checkpoint), cli.example_prompts(tiny_checkpoint)
+    layout = pipeline.checkpoint.layout(32, 64)
+    for row in rows:
+        steps = []
+        for prompt in prompts:
+            results = pipeline.stream(prompt, 32, 64, 2, seed=3, batch_size=1,
+                                      speculation=Speculation("maximal", row["window"]))  # fmt: skip
+            steps += [pipeline.forwards - 1 for _ in results]
+        assert row["codes_a_step"] == pytest.approx((layout.num_codes - 1) / fmean(steps))
+        assert 0 < row["codes_error"] < row["codes_a_step"] / 2
+        assert row["ms_a_step"] * (fmean(steps) + 1) == pytest.approx(1000 * row["seconds_an_image"])
+    assert lines[-3].startswith("| 9 | ") and f"{rows[1]['codes_a_step']:.2f} ±" in lines[-3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--threads", "0"], "--threads must be in 1 ... 1024, got 0"), (["-n", "0"], "-n must be"),
+     (["--plot", "plot.pdf"], "--plot"), (["--window", "0"], "--window must be")],
+)  # fmt: skip
+def test_bad_options_are_refused_in_one_line(bench, tiny_checkpoint, capsys, options, message):
+    assert bench("--model_path", str(tiny_checkpoint), *options) == cli.REFUSED
+    assert message in capsys.readouterr().err
