@@ -37,6 +37,13 @@ def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
         raise InputError(f"{path} cannot be written ({error.strerror}); free some space, or write elsewhere") from None
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Removes lines of later steps, which a resumed run does again, and a last one that a kill has torn."""
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        write_atomic(path, "".join(json_line(row) for row in rows if row["step"] <= step))
+
+
 def json_line(row: dict) -> str:
     return json.dumps(row) + "\n"  # escaped: a path may hold what UTF-8 cannot
 

@@ -80,7 +80,7 @@ class Trainer:
         self.model = model.train()
         if settings.compile:
             self.module.compile_parts()
-        place(self.module, processes, settings.cpu_offload)
+        place(self.module, processes, settings.cpu_offload, settings.precision == "bf16")
         self.optimizers = build_optimizers(model, settings)
         self.ema = Ema(model, settings.ema) if settings.ema else None
         self.guard = Guard(settings.on_nonfinite, settings.spike, self.output_dir, processes.first)
