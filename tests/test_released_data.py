@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_data import make_source
 from test_pre_tokenize import picture, rows_of, tokenize, tools, write_records  # noqa: F401  (a fixture among them)
-from training_runs import ROOT, environment
+from training_runs import ROOT, environment, path_with_python
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, plan_epoch
@@ -233,13 +233,3 @@ def test_stages_follow_one_another(vocabulary, tiny_checkpoint, tmp_path):
     assert f"64 x 64, from {tmp_path}/out/32/export" in done.stdout
     again = subprocess.run(command, cwd=ROOT, env=python, capture_output=True, text=True)
     assert again.returncode == 0 and "exported" not in again.stdout
-
-
-def path_with_python(folder) -> str:
-    """A PATH whose `python` is this one."""
-    import sys
-
-    (folder / "bin").mkdir()
-    (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (folder / "bin" / "python").chmod(0o755)
-    return f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
