@@ -199,6 +199,23 @@ def test_run_that_is_there_is_not_overwritten(settings):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
 
 
+def test_two_runs_in_one_folder_are_one_too_many(settings):
+    """Each would remove the checkpoint that the other is writing."""
+    first, second = Trainer(settings, ONE), Trainer(settings, ONE)
+    step = first._step
+
+    def step_beside_another(began):
+        if first.at == 3:
+            with pytest.raises(InputError, match="--output_dir .* another run is at work there"):
+                second.run()
+        step(began)
+
+    first._step = step_beside_another
+    first.run()
+    assert metrics_of(settings.output_dir)[-1]["step"] == 8
+    Trainer(changed(settings, resume="auto", max_steps=9), ONE).run()
+
+
 def test_ctrl_c_writes_a_checkpoint(settings):
     long = changed(settings, max_steps=100_000)
     process = subprocess.Popen(command(long), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)

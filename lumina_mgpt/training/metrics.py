@@ -60,9 +60,13 @@ class Metrics:
                 raise InputError("--tensorboard needs the tensorboard package; pip install tensorboard, or leave it "
                                  "out: metrics.jsonl holds the same") from None  # fmt: skip
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        keep_until(self.path, step)
         form = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=1.0, initial=min(1.0, progress), bar_format=form, dynamic_ncols=True, smoothing=0.05)
+
+    def begin(self, step: int) -> None:
+        """Readies the file of an earlier run of which `step` steps count."""
+        if self.active:
+            keep_until(self.path, step)
 
     def step(self, row: dict) -> None:
         """Takes one step's numbers; what is not finite becomes null, which every reader of JSON knows."""

@@ -11,6 +11,7 @@ import torch
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset, read_sources
+from lumina_mgpt.data.files import alone_in
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model, resolve
@@ -157,9 +158,12 @@ class Trainer:
         """Trains to the end, or until a signal; a checkpoint is written either way. Returns the signal, or 0.
 
         Raises:
-            InputError: a step is bad by rule (see Guard), or data or disk fail; the last checkpoint is whole.
+            InputError: a step is bad by rule (see Guard), or data or disk fail; the last checkpoint is whole then. Or
+                another run is at work in the folder.
         """
-        with self._signals():
+        alone = alone_in(self.output_dir, "--output_dir") if self.processes.first else contextlib.nullcontext()
+        with alone, self._signals():
+            self.metrics.begin(self.at)
             try:
                 self._loop()
             finally:
