@@ -32,7 +32,7 @@ def bench(args: argparse.Namespace) -> None:
 
     from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.model.transformer import Transformer
-    from lumina_mgpt.training.checkpoint import _tensors
+    from lumina_mgpt.training.checkpoint import tensors_of
     from lumina_mgpt.training.loss import LossModel
 
     heads = max(1, args.hidden // 64)
@@ -60,7 +60,7 @@ def bench(args: argparse.Namespace) -> None:
             for name in ("save", "async_save"):
                 began = time.perf_counter()
                 options = {"checkpoint_id": Path(folder) / f"{name}-{repeat}", "no_dist": True}
-                writing = getattr(dcp, name)(_tensors(model, [optimizer], None), **options)
+                writing = getattr(dcp, name)(tensors_of(model, [optimizer], None), **options)
                 held, done = time.perf_counter() - began, 0
                 while done < 5 or name == "async_save" and not writing.done():
                     step()

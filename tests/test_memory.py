@@ -84,6 +84,11 @@ def test_sizes_of_the_7b():
     assert Plan(plan.config, 9406, 4, lora_rank=16).peak() < Plan(plan.config, 9406, 4).peak() < plan.peak()
 
 
+def test_the_text_holds_the_table(capsys):
+    assert script("memory_table").main([]) == 0
+    assert capsys.readouterr().out in (ROOT / "TRAIN.md").read_text()
+
+
 def test_the_table_says_what_fits(capsys):
     table = script("memory_table")
     assert table.main(["--gpus", "1", "8", "--gb", "24", "80"]) == 0

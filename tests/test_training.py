@@ -302,6 +302,28 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(settings):
     assert Trainer(changed(settings, max_steps=3, resume="auto"), ONE).at == 2
 
 
+def test_a_disk_that_fills_up_beside_the_steps_is_one_line_too(settings):
+    """It is noticed at one of the next steps, and not only when the next checkpoint is due."""
+    trainer = Trainer(changed(settings, save_iteration_interval=2, save_beside=True, max_steps=10_000), ONE)
+    step, (_, hard) = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(began):
+        if trainer.at == 4:
+            trainer.saver.finish()
+            trainer.settings = changed(trainer.settings, save_iteration_interval=3)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        step(began)
+
+    trainer._step, trainer.metrics.flush = filling, lambda: None
+    try:
+        with pytest.raises(InputError, match="checkpoint of step [67] cannot be written") as caught:
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "\n" not in str(caught.value)
+    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000004"
+
+
 def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens, tmp_path):
     """A retrained image tokenizer gives sequences as long as before, and of another meaning."""
     Trainer(changed(settings, max_steps=1), ONE).run()
