@@ -44,7 +44,7 @@ def test_other_commands_of_the_text_name_options_that_exist():
     text = (ROOT / "TRAIN.md").read_text()
     told = {script: set() for script in re.findall(r"scripts/(\w+)\.py", text)}
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for command in re.split(r"\n(?=\S)", block.replace("\\\n", " ").replace("train.sh", "finetune.py")):
+        for command in block.replace("\\\n", " ").replace("train.sh", "finetune.py").split("\n"):
             found = re.search(r"scripts/(\w+)\.py", command)
             if found:
                 options = command[found.end():]
