@@ -24,8 +24,9 @@ def int4_recipe(group: int) -> dict[str, object]:
 class ModelConfig:
     """Shape of the decoder-only transformer; field names are those of the released `config.json`.
 
-    The last four fields are this project's own, absent from released files (where the defaults are right): image code
-    `c` has the id `image_code_offset + c`, `base_size` is the side in pixels the weights were made for, and
+    The last five fields are this project's own, absent from released files (where the defaults are right): image code
+    `c` has the id `image_code_offset + c`, `base_size` is the side in pixels the weights were made for, `panels_apart`
+    says that the image tokenizer reads and writes each panel of a picture on its own (`parts`), and
     `quantization_config` is the recipe of int4 weights (`int4_recipe`; other programs know the key, and refuse it).
 
     Raises:
@@ -53,6 +54,7 @@ class ModelConfig:
     image_code_offset: int = 155000
     num_image_codes: int = 16384
     base_size: int = 768
+    panels_apart: bool = False
     quantization_config: dict | None = None
 
     def __post_init__(self) -> None:
@@ -75,6 +77,7 @@ class ModelConfig:
                  self.image_code_offset,
                  f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
         _require(self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
+        _require(isinstance(self.panels_apart, bool), "panels_apart", self.panels_apart, "must be true or false")
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
             factor = self.rope_scaling.get("factor", 1.0)
@@ -93,6 +96,15 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def parts(self, panels: int) -> int:
+        """How many parts, one above another, the image tokenizer makes of a picture of so many panels.
+
+        A MoVQGAN's norms and attention go over the whole picture, so the codes of a panel depend on the other one: in
+        half of them, for the demo. The released models were trained so, though a given panel comes alone when they are
+        used. With `panels_apart` its codes are those that training saw, and those of the same picture without a panel.
+        """
+        return panels if self.panels_apart else 1
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":

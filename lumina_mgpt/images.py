@@ -132,12 +132,12 @@ def best_size(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> t
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Images of one height in one row, without gaps."""
-    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
-    left = 0
-    for image in images:
-        strip.paste(image, (left, 0))
-        left += image.width
-    return strip
+    return Image.fromarray(np.concatenate([np.asarray(image.convert("RGB")) for image in images], axis=1))
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one width one above another, without gaps: the panels of one picture."""
+    return Image.fromarray(np.concatenate([np.asarray(image.convert("RGB")) for image in images], axis=0))
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:

@@ -285,7 +285,7 @@ class Pipeline:
         jobs = jobs[share[0] :: share[1]]
         size = batch_size or self.batch_size(max(map(len, encoded)), layout, settings, speculation)
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        return self._run(batches, encoded, layout, settings, on_row, speculation, given, task.panels)
+        return self._run(batches, encoded, layout, settings, on_row, speculation, given)
 
     def _given(self, panel: Panel | Sequence[Panel] | None, layout: ImageLayout, count: int) -> Tensor:
         """Codes of each prompt's panel in reading order (count, layout.given).
@@ -316,7 +316,8 @@ class Pipeline:
             image += ring_bytes(layout, speculation)
         return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
 
-    def _run(self, batches, encoded, layout, settings, on_row, speculation, given, panels) -> Iterator[Result]:
+    def _run(self, batches, encoded, layout, settings, on_row, speculation, given) -> Iterator[Result]:
+        parts = self.checkpoint.config.parts(layout.panels)
         for batch in batches:
             report = None if on_row is None else _reporter(on_row, batch, layout)
             prompts, repeats = [job.prompt_index for job in batch], [job.repeat for job in batch]
@@ -326,9 +327,9 @@ class Pipeline:
             )  # fmt: skip
             for job, grid in zip(batch, codes, strict=True):
                 # One by one: decoding needs by far the most memory a pixel, and a picture must not feel its neighbours.
-                image = self.image_tokenizer.decode(grid[None])[0]
+                image = self.image_tokenizer.decode(grid[None], parts)[0]
                 ids = encode_image(grid, self.checkpoint.vocabulary)
-                yield Result(job, settings.seed, image, grid, ids, panels)
+                yield Result(job, settings.seed, image, grid, ids, layout.panels)
 
     def sample(
         self,
@@ -378,10 +379,11 @@ class Pipeline:
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
         """Pictures of full size from the first rows of their codes (B, rows so far, cols); the rest is grey."""
-        pictures = []
+        pictures, whole = [], layout.rows // self.checkpoint.config.parts(layout.panels)
         for grid in codes:
             picture = Image.new("RGB", pixel_size(layout), (128, 128, 128))
-            picture.paste(self.image_tokenizer.decode(grid[None])[0], (0, 0))
+            for part, rows in enumerate(grid.split(whole)):
+                picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, part * whole * CODE_CELL))
             pictures.append(picture)
         return pictures
 

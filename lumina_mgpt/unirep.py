@@ -46,12 +46,14 @@ class ImageLayout:
     Args:
         grid_rows, grid_cols: size in grid units, 1 ... vocabulary.max_grid.
         given: number of given codes, 0 ... rows · cols.
+        panels: equal parts of the image, one above another; nothing in the sequence tells of them.
     """
 
     vocabulary: Vocabulary
     grid_rows: int
     grid_cols: int
     given: int = 0
+    panels: int = 1
 
     def __post_init__(self) -> None:
         self.vocabulary.grid_id(self.grid_rows), self.vocabulary.grid_id(self.grid_cols)  # InputError if there is none
@@ -70,7 +72,7 @@ class ImageLayout:
         _check_side("--width", width, GRID_UNIT, largest)
         _check_side("--height", height, GRID_UNIT * panels, largest)
         given = (height // CODE_CELL) * (width // CODE_CELL) * given_panels // panels
-        return cls(vocabulary, height // GRID_UNIT, width // GRID_UNIT, given)
+        return cls(vocabulary, height // GRID_UNIT, width // GRID_UNIT, given, panels)
 
     @property
     def rows(self) -> int:

@@ -18,6 +18,7 @@ from lumina_mgpt.data.files import json_line, write_atomic
 from lumina_mgpt.demo import emoji, omni, scenes
 from lumina_mgpt.demo.tokenizer import write_tokenizer
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import stacked
 from lumina_mgpt.maps import canny
 
 PAIRS = 12000
@@ -46,10 +47,7 @@ def write_tokenizer_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: 
         for name, image in maps.items():
             _save(image, out_dir / "maps" / f"{scene.key}_{name}.png")
         panel = maps[rng.choice(sorted(maps))]
-        both = Image.new("RGB", (picture.width, 2 * picture.height))
-        for image, top in zip(rng.sample([picture, panel], 2), (0, picture.height), strict=True):
-            both.paste(image, (0, top))
-        _save(both, out_dir / "panels" / f"{scene.key}.png")
+        _save(stacked(rng.sample([picture, panel], 2)), out_dir / "panels" / f"{scene.key}.png")
     for n in tqdm(range(LOOSE), desc="loose", unit="picture"):
         _save(scenes.loose(rng, pictures), out_dir / "loose" / f"{n}.png")
 
@@ -67,14 +65,15 @@ def write_records(path: Path, folder: Path, todo: list[scenes.Scene], rng: rando
 
 
 def write_omni(out_dir: Path, pictures: dict, names: list[str], seed: int) -> int:
-    """Dual-panel pictures in `out_dir/pictures/omni` and their records in `out_dir/omni.jsonl`; returns how many."""
+    """Panels in `out_dir/pictures/omni` and the records of pairs of them in `out_dir/omni.jsonl`; returns how many."""
     lines = []
     for kind in tqdm(omni.KINDS, desc="image tasks", unit="task"):
         for example in omni.training_examples(kind, names, random.Random(f"{seed} {kind}")):
-            path = out_dir / "pictures" / "omni" / f"{example.key}.png"
-            if not path.exists():
-                _save(omni.draw(example, pictures), path)
-            lines.append(json_line(omni.record(example, str(path))))
+            paths = [out_dir / "pictures" / "omni" / f"{key}.png" for key in example.keys]
+            if not all(path.exists() for path in paths):
+                for panel, path in zip(omni.panels(example, pictures), paths, strict=True):
+                    _save(panel, path)
+            lines.append(json_line(omni.record(example, (str(paths[0]), str(paths[1])))))
     write_atomic(out_dir / "omni.jsonl", "".join(lines))
     return len(lines)
 

@@ -111,7 +111,7 @@ def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], picture
         return figures
     print("\n| task | figure | prompts | value | panel shuffled | prompt shuffled | truth through image tokenizer |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    tokenizer = pipeline.image_tokenizer
+    tokenizer, parts = pipeline.image_tokenizer, pipeline.checkpoint.config.parts(panels=2)
     for kind in kinds:
         examples = omni.evaluation_examples(kind, names, args.prompts, random.Random(f"{args.seed} {kind}"))
         few = examples[: args.shuffled]
@@ -119,7 +119,8 @@ def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], picture
         columns = {"value": judge_examples(examples, images, pictures)}
         for which, asked in shuffled(few).items():
             columns[which] = judge_examples(few, generate_examples(pipeline, asked, pictures, args), pictures)
-        again = [tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)]))[0] for example in examples]
+        again = [tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)], parts), parts)[0]
+                 for example in examples]  # fmt: skip
         columns["tokenizer"] = judge_examples(examples, again, pictures)
         for n, figure in enumerate(evaluation.SCORES[kind]):
             row = {name: column[n] for name, column in columns.items()}

@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     names = ("in_filename", "out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block",
              "workers")  # fmt: skip
     models = fingerprint(folder / "tokenizer.json", movqgan)
-    settings = Settings(**{name: getattr(args, name) for name in names}, models=f"{models}-{config.image_code_offset}")
+    settings = Settings(**{name: getattr(args, name) for name in names}, panels_apart=config.panels_apart,
+                        models=f"{models}-{config.image_code_offset}")  # fmt: skip
     job = PreTokenizer(settings, vocabulary, ImageTokenizer.from_checkpoint(movqgan, device))
     if job.images.num_codes != config.num_image_codes:
         raise InputError(f"{movqgan} has {job.images.num_codes} codes, {folder} expects {config.num_image_codes}")

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Makes the demo checkpoint from nothing: pictures, image tokenizer, tokens, transformer, export, evaluation.
+# Makes the demo checkpoint from nothing: pictures, image tokenizer, tokens, transformer (first text to image, then all
+# image tasks), export, evaluation.
 #
 #   pip install -e '.[demo]' && scripts/train_demo.sh [work folder, from the project's root; default work/demo]
 #
-# Two CPU cores take about three hours; MOVQGAN_MINUTES, DECODER_MINUTES, MINUTES and LAST_MINUTES set the time boxes of
-# the trainings. Every step goes on from where it was when the script is run again after a stop. Needs npm (for the
-# pictures) and a C++ compiler (torch.compile).
+# Two CPU cores take about five hours; MOVQGAN_MINUTES, DECODER_MINUTES, MINUTES, OMNI_MINUTES and LAST_MINUTES set the
+# time boxes of the trainings. Every step goes on from where it was when the script is run again after a stop. Needs npm
+# (for the pictures) and a C++ compiler (torch.compile).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,8 +17,11 @@ mkdir -p "$work"
 exec 9> "$work/lock" # held by every child too: a training whose script was killed is still at work
 flock -n 9 || { echo "error: another run is at work in $work; stop it first" >&2; exit 2; }
 
-echo "== 1/6 pictures, captions and text tokenizer"
-[ -f "$work/data.done" ] || python scripts/demo_data.py --out_dir "$work"
+echo "== 1/6 pictures, captions and text tokenizer; panels of the image tasks"
+if [ ! -f "$work/data.done" ]; then
+    python scripts/demo_data.py --out_dir "$work"
+    python scripts/demo_data.py --out_dir "$work" --omni
+fi
 touch "$work/data.done"
 
 echo "== 2/6 image tokenizer"
@@ -29,25 +33,29 @@ python scripts/train_movqgan.py --decoder_of "$work/movqgan/movqgan.safetensors"
     --minutes "${DECODER_MINUTES:-13}" --images "${images[@]}"
 
 echo "== 3/6 pictures to tokens"
-python scripts/pre_tokenize.py --in_filename "$work/records.jsonl" --out_dir "$work/tokens" --keep_size \
-    --model_path "$work/tokenizer" --movqgan_path "$work/movqgan/movqgan.safetensors" --target_size 96
-python scripts/concat_record.py --sub_record_dir "$work/tokens" --save_path "$work/tokens/records.jsonl"
+for name in records omni; do
+    python scripts/pre_tokenize.py --in_filename "$work/$name.jsonl" --out_dir "$work/tokens/$name" --keep_size \
+        --model_path "$work/tokenizer" --movqgan_path "$work/movqgan/movqgan.safetensors" --target_size 96
+    python scripts/concat_record.py --sub_record_dir "$work/tokens/$name" --save_path "$work/tokens/$name.jsonl"
+done
 
 echo "== 4/6 transformer"
 # Each picture has one code grid and is seen often. Without noise on the codes that are read, the model soon recognises
 # the picture by the codes so far, hardly listens to the prompt, and the first code drawn wrong leads it astray (of 32
 # prompts none came out right, with a loss of 0.4 nats). The tail term is for guidance: see training/loss.py.
-printf 'META:\n  - {path: "%s", type: text_to_image, ratio: 1.0}\n' "$work/tokens/records.jsonl" > "$work/data.yaml"
-train() { # output folder, minutes, options
-    bash scripts/train.sh --data_config "$work/data.yaml" --output_dir "$1" --resume auto --max_minutes "$2" \
+export WORK="$work" # for the data files
+train() { # data, output folder, minutes, options
+    bash scripts/train.sh --data_config "configs/data/$1.yaml" --output_dir "$2" --resume auto --max_minutes "$3" \
         --save_minutes 5 --save_iteration_interval 0 --compile --code_noise 0.2 --optimizer muon --wd 0.02 --dropout 0 \
-        --clip_grad 1 --max_tokens 6144 --export_dtype fp16 "${@:3}"
+        --clip_grad 1 --max_tokens 6144 --export_dtype fp16 "${@:4}"
 }
-train "$work/run" "${MINUTES:-90}" --model_config configs/model/demo.yaml --tokenizer_path "$work/tokenizer" \
-    --tail_weight 0.05 --muon_lr 0.008 --lr 1.5e-3 --export_dir "$work/export-first"
+train demo "$work/run" "${MINUTES:-90}" --model_config configs/model/demo.yaml \
+    --tokenizer_path "$work/tokenizer" --tail_weight 0.05 --muon_lr 0.008 --lr 1.5e-3 --export_dir "$work/export-text"
+train demo_omni "$work/omni" "${OMNI_MINUTES:-88}" --init_from "$work/export-text" --warmup 0.02 \
+    --tail_weight 0.05 --muon_lr 0.008 --lr 1.5e-3 --export_dir "$work/export-omni"
 # A strong tail term for the last minutes: codes that guidance should not have drawn fall from 15 to 5 in a hundred.
-train "$work/last" "${LAST_MINUTES:-7}" --init_from "$work/export-first" --tail_weight 0.7 --muon_lr 0.003 --lr 8e-4 \
-    --seed 7 --export_dir "$work/export"
+train demo_omni "$work/last" "${LAST_MINUTES:-8}" --init_from "$work/export-omni" --tail_weight 0.7 \
+    --muon_lr 0.003 --lr 8e-4 --seed 7 --export_dir "$work/export"
 
 echo "== 5/6 export to $out"
 mkdir -p "$out"

@@ -101,25 +101,31 @@ def test_panels_show_their_scenes(pictures):
     assert control.crop((0, 0, CELL, CELL)).tobytes() == predicted.crop((0, CELL, CELL, 2 * CELL)).tobytes()
 
 
-def test_keys_are_shared_by_examples_with_the_same_panels_alone():
+def test_panels_share_a_key_where_they_are_one_picture():
     owl, hedgehog = Scene(("owl",), "red"), Scene(("hedgehog",), "red")
     pair, predicted = (omni.Example(kind, owl, owl, "") for kind in ("pair_depth", "predict_depth"))
     edits = [omni.Example("edit", *panels, "") for panels in ((owl, hedgehog), (hedgehog, owl), (owl, owl))]
-    assert pair.key == predicted.key and pair.key == replace(predicted, prompt="an owl").key
-    assert len({pair.key, *(edit.key for edit in edits), omni.Example("depth", owl, owl, "").key}) == 5
+    assert pair.keys == predicted.keys == omni.Example("depth", owl, owl, "").keys[::-1]
+    assert edits[0].keys == edits[1].keys[::-1] and edits[2].keys == 2 * edits[0].keys[:1] == 2 * pair.keys[:1]
+    assert len({key for example in (pair, *edits) for key in example.keys}) == 3
+    assert pair.keys[1] == omni.Example("depth", replace(owl, color="blue"), owl, "").keys[0]  # the same picture
 
 
-def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pictures, tmp_path):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pictures, tmp_path, apart):
     """Ids before the image are those that generation starts from, the given panel included; both panels carry loss."""
     examples = [omni.training_examples(kind, NAMES, random.Random(3))[7] for kind in omni.KINDS]
     lines = []
     for n, example in enumerate(examples):
-        omni.draw(example, pictures).save(tmp_path / f"{n}.png")
-        lines.append(json.dumps(omni.record(example, str(tmp_path / f"{n}.png"))) + "\n")
+        paths = [str(tmp_path / f"{n}-{panel}.png") for panel in ("upper", "lower")]
+        for path, panel in zip(paths, omni.panels(example, pictures), strict=True):
+            panel.save(path)
+        lines.append(json.dumps(omni.record(example, paths)) + "\n")
     (tmp_path / "omni.jsonl").write_text("".join(lines))
     checkpoint = Checkpoint.open(tiny_checkpoint)
     tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path)
-    settings = Settings(str(tmp_path / "omni.jsonl"), str(tmp_path / "tokens"), target_size=96, keep_size=True)
+    settings = Settings(str(tmp_path / "omni.jsonl"), str(tmp_path / "tokens"), target_size=96, keep_size=True,
+                        panels_apart=apart)  # fmt: skip
     job = PreTokenizer(settings, checkpoint.vocabulary, tokenizer)
     job.run()
     assert (job.good, job.bad) == (len(examples), 0)
@@ -127,7 +133,7 @@ def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pic
         sequence = read_sequence(job.shard(0), n)
         layout = checkpoint.layout(*omni.SIZE, example.task)
         (start,) = checkpoint.prompt_ids([example.prompt], layout, example.task, example.shown)
-        codes = tokenizer.encode([omni.draw(example, pictures)])[0]
+        codes = tokenizer.encode([omni.draw(example, pictures)], 2 if apart else 1)[0]
         image = encode_image(codes, checkpoint.vocabulary) + [checkpoint.vocabulary.turn_end_id]
         assert sequence.ids.tolist() == start + image
         assert sequence.labels.tolist() == [IGNORED] * len(start) + image
@@ -174,6 +180,18 @@ def test_correlation_and_iou():
     near.paste((200, 70, 80), (0, 0, 4, 1))
     assert evaluation.mean_iou(truth, truth) == 1
     assert evaluation.mean_iou(near, truth) == pytest.approx((4 / 8 + 8 / 12) / 2)
+
+
+def test_measures_that_centred_shapes_do_not_share():
+    """An upright bar and a lying one of a third of the picture: what they have in common is not what is asked for."""
+    upright, lying = Image.new("RGB", (CELL, CELL)), Image.new("RGB", (CELL, CELL))
+    upright.paste(scenes.SLOT_COLORS[0], (30, 18, 66, 78))
+    lying.paste(scenes.SLOT_COLORS[0], (18, 30, 78, 66))
+    assert evaluation.correlation(upright, lying) > 0.4 > evaluation.shape_correlation(upright, lying)
+    assert evaluation.mean_iou(upright, lying) > 0.6 > 0.4 > evaluation.outline_f1(upright, lying)
+    ramp = Image.linear_gradient("L")
+    assert evaluation.shape_correlation(ramp, ramp) == evaluation.outline_f1(lying, lying) == pytest.approx(1)
+    assert evaluation.shape_correlation(*2 * [Image.new("RGB", (8, 8))]) == 0, "nothing is near in either"
 
 
 def test_summaries_tell_shares_from_numbers():

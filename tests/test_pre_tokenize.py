@@ -18,7 +18,7 @@ from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings, concat_records
 from lumina_mgpt.data.records import conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image
+from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import decode_image, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
@@ -66,7 +66,7 @@ def test_oracle_items(oracle_dir, oracle_movqgan, tmp_path):
     for item in json.loads((oracle_dir / "pre_tokenize.json").read_text()):
         record = parse_record({"image_path": str(oracle_dir / item["image"]), "prompt": item["prompt"]})
         if item["image"] not in codes:
-            image = open_image(record.images[0])
+            image = open_image(record.images[0][0])
             crop = center_crop(image, best_size(image.size, candidate_sizes(item["target_size"])))
             codes[item["image"]] = images.encode([crop])[0], crop.size
         grid, crop_size = codes[item["image"]]
@@ -155,6 +155,22 @@ def test_picture_of_several_records_is_encoded_once(tools, tmp_path):
     counting = Counting()
     tokenize((tools[0], counting), write_records(tmp_path, records), tmp_path / "out", block=5)
     assert counting.seen == 3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_panels_of_one_picture_may_lie_in_files_of_their_own(tools, tmp_path, apart):
+    names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(2)]
+    both, other = stacked([open_image(name) for name in names]), picture(tmp_path / "other.png", (96, 64))
+    turns = [{"from": "human", "value": "<|image|> beside?"}, {"from": "gpt", "value": "<|image|>"}]
+    records = [{"conversations": turns, "image": images} for images in ([names, names[0]], [names, [other, names[0]]])]
+    out = tmp_path / "out"
+    job = tokenize(tools, write_records(tmp_path, records), out, keep_size=True, panels_apart=apart)
+    assert (job.good, job.bad) == (1, 1) and "panels of one picture must have one size" in str(rows_of(
+        out, "0-of-1-bad.jsonl"))  # fmt: skip
+    row = rows_of(out)[0]
+    grids = tools[1].encode([both], 2 if apart else 1)[0], tools[1].encode([open_image(names[0])])[0]
+    expected, _ = encode_conversation([("human", [grids[0], " beside?"]), ("assistant", [grids[1]])], tools[0])
+    assert read_sequence(out / row["file"], row["id"]).ids.tolist() == list(expected)
 
 
 def test_bad_items_are_logged_and_never_replaced(tools, tmp_path):

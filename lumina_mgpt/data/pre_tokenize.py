@@ -23,17 +23,22 @@ from lumina_mgpt.data.folder import read_folder
 from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image
+from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import GRID_UNIT, UniRepError, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
+Stack = tuple[Path, ...]  # panels of one picture, from above
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Which part of which file to tokenize, and how. `models` fingerprints the tokenizer and MoVQGAN files."""
+    """Which part of which file to tokenize, and how.
+
+    `panels_apart` as in ModelConfig; `models` fingerprints the tokenizer and MoVQGAN files.
+    """
 
     in_filename: str
     out_dir: str
@@ -45,6 +50,7 @@ class Settings:
     batch_size: int = 16
     block: int = 512
     workers: int = 2
+    panels_apart: bool = False
     models: str = ""
 
     def __post_init__(self) -> None:
@@ -86,7 +92,7 @@ class PreTokenizer:
         if self.first == self.last:
             raise InputError(f"--in_filename {settings.in_filename} has {len(self.rows)} records, none for this rank")
         self.sizes = candidate_sizes(settings.target_size)
-        self.codes: dict[Path, tuple[torch.Tensor, tuple[int, int]] | str] = {}  # or why there are none
+        self.codes: dict[Stack, tuple[torch.Tensor, tuple[int, int]] | str] = {}  # or why there are none
         self.out = Path(settings.out_dir)
         self.good = self.bad = 0
 
@@ -110,17 +116,18 @@ class PreTokenizer:
         """Does what is not done yet; `progress` is told the number of records after each block."""
         todo = self._resume(progress)
         records = {n: self._parse(n) for number in todo for n in self.blocks[number]}
-        uses = Counter(path for record in records.values() if isinstance(record, Record) for path in set(record.images))
+        readable = [record for record in records.values() if isinstance(record, Record)]
+        uses = Counter(part for record in readable for part in self._read_of(record))
         for number in todo:
             block = {n: records.pop(n) for n in self.blocks[number]}
             whole = [record for record in block.values() if isinstance(record, Record)]
-            self._encode_images(path for record in whole for path in record.images)
+            self._encode_images(part for record in whole for part in self._read_of(record))
             index = self._write(number, block)
             self._list([(self.shard(number), index)])
             for record in whole:
-                uses.subtract(set(record.images))
-            for path in [path for path in self.codes if not uses[path]]:
-                del self.codes[path]
+                uses.subtract(self._read_of(record))
+            for part in [part for part in self.codes if not uses[part]]:
+                del self.codes[part]
             progress(len(block))
 
     def _parse(self, number: int) -> Record | str:
@@ -155,34 +162,43 @@ class PreTokenizer:
         append_lines(self.out / f"{name}-bad.jsonl", bad)
         self.good, self.bad = self.good + len(rows), self.bad + len(bad)
 
-    def _encode_images(self, paths: Iterable[Path]) -> None:
-        """Fills `codes` for new paths, in batches of one size."""
-        waiting: dict[tuple[int, int], list[tuple[Path, Image.Image]]] = {}
-        for path, image in self._read([path for path in dict.fromkeys(paths) if path not in self.codes]):
+    def _parts(self, image: Stack) -> list[Stack]:
+        """What of a picture the image tokenizer reads at once: all panels, or each on its own."""
+        return [(panel,) for panel in image] if self.settings.panels_apart else [image]
+
+    def _read_of(self, record: Record) -> set[Stack]:
+        return {part for image in record.images for part in self._parts(image)}
+
+    def _encode_images(self, parts: Iterable[Stack]) -> None:
+        """Fills `codes` for what is new, in batches of one size."""
+        waiting: dict[tuple[int, int], list[tuple[Stack, Image.Image]]] = {}
+        for part, image in self._read([part for part in dict.fromkeys(parts) if part not in self.codes]):
             if isinstance(image, str):
-                self.codes[path] = image
+                self.codes[part] = image
                 continue
             batch = waiting.setdefault(image.size, [])
-            batch.append((path, image))
+            batch.append((part, image))
             if len(batch) == self.settings.batch_size:
                 self._encode_batch(waiting.pop(image.size))
         for batch in waiting.values():
             self._encode_batch(batch)
 
-    def _read(self, paths: list[Path]) -> Iterator[tuple[Path, Image.Image | str]]:
+    def _read(self, parts: list[Stack]) -> Iterator[tuple[Stack, Image.Image | str]]:
         """Cropped pictures, or why there are none, in order; workers are a batch or two ahead of who asks."""
-        waiting: deque[tuple[Path, Future]] = deque()
+        waiting: deque[tuple[Stack, Future]] = deque()
         with ThreadPoolExecutor(self.settings.workers) as pool:
-            for path in paths:
-                waiting.append((path, pool.submit(self._read_one, path)))
+            for part in parts:
+                waiting.append((part, pool.submit(self._read_one, part)))
                 if len(waiting) > 2 * self.settings.batch_size:
                     first, future = waiting.popleft()
                     yield first, future.result()
-            yield from ((path, future.result()) for path, future in waiting)
+            yield from ((part, future.result()) for part, future in waiting)
 
-    def _read_one(self, path: Path) -> Image.Image | str:
+    def _read_one(self, part: Stack) -> Image.Image | str:
         try:
-            return self._crop(open_image(path, self.archive and self.archive.open(path)))
+            panels = [self._crop(open_image(path, self.archive and self.archive.open(path))) for path in part]
+            _check_panels([panel.size for panel in panels])
+            return stacked(panels)
         except InputError as error:
             return str(error)
 
@@ -192,10 +208,10 @@ class PreTokenizer:
         return center_crop(image, best_size(image.size, self.sizes))
 
     @torch.inference_mode()
-    def _encode_batch(self, batch: list[tuple[Path, Image.Image]]) -> None:
+    def _encode_batch(self, batch: list[tuple[Stack, Image.Image]]) -> None:
         codes = self.images.encode([image for _, image in batch])  # (B, rows, cols)
-        for (path, image), grid in zip(batch, codes, strict=True):
-            self.codes[path] = grid, image.size
+        for (part, image), grid in zip(batch, codes, strict=True):
+            self.codes[part] = grid, image.size
 
     def _write(self, number: int, block: dict[int, Record | str]) -> ShardIndex:
         sequences, bad = [], []
@@ -210,14 +226,24 @@ class PreTokenizer:
     def _tokenize(self, number: int, record: Record | str) -> Sequence:
         if isinstance(record, str):
             raise InputError(record)
-        found = [self.codes[path] for path in record.images]
-        for item in found:
-            if isinstance(item, str):
-                raise InputError(item)
-        codes, sizes = [item[0] for item in found], [item[1] for item in found]
+        codes, sizes = [], []
+        for image in record.images:
+            found = [self.codes[part] for part in self._parts(image)]
+            for item in found:
+                if isinstance(item, str):
+                    raise InputError(item)
+            _check_panels([size for _, size in found])
+            codes.append(torch.cat([grid for grid, _ in found]))
+            sizes.append((found[0][1][0], sum(height for _, (_, height) in found)))
         turns = conversation(record, codes, sizes, is_plain(self.settings.seed, number))
         ids, labels = encode_conversation(turns, self.vocabulary)
         return Sequence(number, torch.as_tensor(ids, dtype=torch.long), torch.as_tensor(labels, dtype=torch.long))
+
+
+def _check_panels(sizes: list[tuple[int, int]]) -> None:
+    if len(set(sizes)) > 1:
+        shown = ", ".join(f"{width}x{height}" for width, height in sizes)
+        raise InputError(f"panels of one picture must have one size after the crop, got {shown}")
 
 
 def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[int, int]:

@@ -17,11 +17,12 @@ ROLES = {"human": "human", "gpt": "assistant", "assistant": "assistant"}
 class Record:
     """One training example before tokenization.
 
-    `turns` are (role, parts); a part is a text or the index of an image in `images`. A `caption` (the short form)
-    becomes its two turns only when the size of its picture is known.
+    `images` are pictures, each of them the paths of its panels from above (mostly one). `turns` are (role, parts); a
+    part is a text or the index of an image. A `caption` (the short form) becomes its two turns only when the size of
+    its picture is known.
     """
 
-    images: tuple[Path, ...]
+    images: tuple[tuple[Path, ...], ...]
     turns: tuple[tuple[str, tuple[str | int, ...]], ...] = ()
     caption: str | None = None
 
@@ -40,7 +41,7 @@ def parse_record(raw: object) -> Record:
         path, caption = raw["image_path"], raw["prompt"]
         if not isinstance(path, str) or not isinstance(caption, str) or not caption.strip():
             raise InputError("image_path and prompt must be non-empty texts")
-        return Record((Path(path),), caption=caption)
+        return Record(((Path(path),),), caption=caption)
     raise InputError(f"a record has `conversations` and `image`, or `image_path` and `prompt`; got {sorted(raw)}")
 
 
@@ -48,8 +49,11 @@ def _parse_conversation(raw: dict) -> Record:
     images = raw.get("image", [])
     images = [images] if isinstance(images, str) else images
     turns = raw["conversations"]
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise InputError("image must be a path or a list of paths")
+    if not isinstance(images, list):
+        raise InputError("image must be a path or a list, in which a list of paths is one picture's panels from above")
+    stacks = [[image] if isinstance(image, str) else image for image in images]
+    if not all(isinstance(stack, list) and stack and all(isinstance(path, str) for path in stack) for stack in stacks):
+        raise InputError(f"an entry of image must be a path, or a list of the paths of its panels, got {images}")
     if not isinstance(turns, list) or len(turns) < 2:
         raise InputError("conversations must be a list of at least two turns")
     texts = []
@@ -65,7 +69,8 @@ def _parse_conversation(raw: dict) -> Record:
         raise InputError(f"{marks} {IMAGE_MARK} marks for {len(images)} images; write one mark an image, or none")
     counter = iter(range(len(images)))
     pieces = (tuple(_parts(text, counter)) for text in texts)
-    return Record(tuple(map(Path, images)), tuple(zip(_roles(len(texts)), pieces, strict=True)))
+    paths = tuple(tuple(map(Path, stack)) for stack in stacks)
+    return Record(paths, tuple(zip(_roles(len(texts)), pieces, strict=True)))
 
 
 def _roles(count: int) -> list[str]:

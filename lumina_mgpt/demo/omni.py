@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 from lumina_mgpt.demo import scenes
 from lumina_mgpt.demo.emoji import CELL, with_article
 from lumina_mgpt.demo.scenes import COLORS, Scene
+from lumina_mgpt.images import stacked
 from lumina_mgpt.maps import canny
 from lumina_mgpt.prompts import I2I_TASKS, TASKS, Task
 
@@ -72,10 +73,16 @@ class Example:
         return self.upper.held_out or self.lower.held_out
 
     @property
-    def key(self) -> str:
-        """A path without suffix, the same for examples whose panels are."""
-        kind, both = KINDS[self.kind], dict.fromkeys((self.upper.key, self.lower.key))
-        return f"{kind.upper}-{kind.lower}/{'--'.join(both)}"
+    def keys(self) -> tuple[str, str]:
+        """Paths without suffix of the two panels, the same for panels that are."""
+        kind = KINDS[self.kind]
+        return _key(self.upper, kind.upper), _key(self.lower, kind.lower)
+
+
+def _key(scene: Scene, shows: str) -> str:
+    if shows in ("depth", "segmentation"):  # whatever the background is
+        scene = replace(scene, color="any")
+    return f"{shows}/{scene.key}"
 
 
 def draw_panel(scene: Scene, shows: str, pictures: dict[str, np.ndarray]) -> Image.Image:
@@ -94,17 +101,14 @@ def panels(example: Example, pictures: dict[str, np.ndarray]) -> tuple[Image.Ima
 
 def draw(example: Example, pictures: dict[str, np.ndarray]) -> Image.Image:
     """Both panels as one picture of SIZE."""
-    both = Image.new("RGB", SIZE)
-    for panel, top in zip(panels(example, pictures), (0, CELL), strict=True):
-        both.paste(panel, (0, top))
-    return both
+    return stacked(panels(example, pictures))
 
 
-def record(example: Example, path: str) -> dict:
-    """The example as scripts/pre_tokenize.py reads it; `path` is the picture of both panels, which all carry loss."""
+def record(example: Example, paths: tuple[str, str]) -> dict:
+    """The example as scripts/pre_tokenize.py reads it; `paths` are its panels, which both carry loss."""
     text = example.task.instruction(example.prompt, *SIZE, example.shown)
     turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "<|image|>"}]
-    return {"conversations": turns, "image": path, "task": example.kind}
+    return {"conversations": turns, "image": [list(paths)], "task": example.kind}
 
 
 def training_examples(kind: str, names: list[str], rng: random.Random) -> list[Example]:

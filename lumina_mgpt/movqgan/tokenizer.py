@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
@@ -90,8 +91,10 @@ class ImageTokenizer:
         """Pixels along a side of one code (8)."""
         return self.model.config.cell
 
-    def encode(self, images: Sequence[Image.Image]) -> Tensor:
+    def encode(self, images: Sequence[Image.Image], parts: int = 1) -> Tensor:
         """Images of any mode and of one size when upright, sides multiples of 8 -> codes (B, rows, cols) on the CPU.
+
+        Each image is cut into `parts`, one above another, and each of them read on its own.
 
         Raises:
             InputError: the sizes differ, or a side is not a multiple of the cell.
@@ -101,11 +104,15 @@ class ImageTokenizer:
         if len(sizes) != 1:
             raise InputError(f"images of one batch must have one size, got {sorted(sizes)}")
         width, height = sizes.pop()
-        if width % self.cell or height % self.cell:
-            raise InputError(f"width and height must be multiples of {self.cell}, got {width}x{height}; crop the image")
-        weight = self.model.encoder.conv_in.weight
-        return self.model.encode(to_pixels(images).to(weight)).cpu()
+        if width % self.cell or height % (parts * self.cell):
+            rule = f"multiples of {self.cell}" + (f" and {parts * self.cell}" if parts > 1 else "")
+            raise InputError(f"width and height must be {rule}, got {width}x{height}; crop the image")
+        pixels = rearrange(to_pixels(images), "B C (P H) W -> (B P) C H W", P=parts)
+        codes = self.model.encode(pixels.to(self.model.encoder.conv_in.weight)).cpu()
+        return rearrange(codes, "(B P) rows cols -> B (P rows) cols", P=parts)
 
-    def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Codes (B, rows, cols) -> RGB images of (8 cols) x (8 rows) pixels."""
-        return to_images(self.model.decode(codes.to(self.model.quantize.embedding.weight.device)))
+    def decode(self, codes: Tensor, parts: int = 1) -> list[Image.Image]:
+        """Codes (B, rows, cols) -> RGB images of (8 cols) x (8 rows) pixels; `parts` as in `encode`."""
+        codes = rearrange(codes, "B (P rows) cols -> (B P) rows cols", P=parts)
+        pixels = self.model.decode(codes.to(self.model.quantize.embedding.weight.device))
+        return to_images(rearrange(pixels, "(B P) C H W -> B C (P H) W", P=parts))
