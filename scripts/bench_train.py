@@ -35,8 +35,10 @@ def measure(args: argparse.Namespace) -> dict:
 
     from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.model.transformer import Transformer
+    from lumina_mgpt.training.distributed import return_freed_memory
     from lumina_mgpt.training.loss import LossModel
 
+    return_freed_memory()  # as the trainer does; the plain loop gains by it too
     torch.set_num_threads(args.threads)
     heads = max(1, args.hidden // 128)
     config = ModelConfig(

@@ -53,6 +53,7 @@ HELP = {
     "save_iteration_interval": "steps between checkpoints, 0 for none",
     "save_minutes": "minutes between checkpoints, 0 for none",
     "keep_checkpoints": "newest checkpoints kept",
+    "save_beside": "write checkpoints while the training goes on; takes a copy of what is written in the CPU's memory",
     "resume": "auto: go on from the newest checkpoint in --output_dir if there is one; or the path of one",
     "device": "auto, cpu or cuda",
     "threads": "CPU threads of this process, 0 for torch's default",

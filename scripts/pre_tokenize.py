@@ -12,7 +12,7 @@ from lumina_mgpt.errors import InputError
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--in_filename", required=True, help=".json, .jsonl (paths as seen from here), or .tar")
+    parser.add_argument("--in_filename", required=True, help="folder, .json, .jsonl (paths as seen from here), .tar")
     parser.add_argument("--out_dir", required=True, help="shards, record files and bad items go here")
     parser.add_argument("--model_path", required=True, help="folder with config.json and the tokenizer")
     parser.add_argument("--movqgan_path", help="MoVQGAN weights (default: looked for in --model_path)")

@@ -20,7 +20,7 @@ from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
-from lumina_mgpt.unirep import encode_conversation
+from lumina_mgpt.unirep import decode_image, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +102,27 @@ def test_unmentioned_image_comes_before_the_first_text(tools, tmp_path):
     first, second = (read_sequence(tmp_path / "out" / row["file"], row["id"]) for row in rows_of(tmp_path / "out"))
     assert torch.equal(first.ids, second.ids) and torch.equal(first.labels, second.labels)
     assert first.ids[1] == tools[0].image_start_id and (first.labels != -100).sum() < 10  # only the answer's text
+
+
+def test_several_turns_with_several_pictures(tools, tmp_path):
+    """Pictures come where their marks are, in order; both answers carry loss, a text and a picture, nothing else."""
+    vocabulary, images = tools
+    names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(3)]
+    said = ["first <|image|> then <|image|>", "two", "draw a third", "<|image|>"]
+    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
+    tokenize(tools, write_records(tmp_path, [{"conversations": turns, "image": names}]), tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out")
+    sequence = read_sequence(tmp_path / "out" / row["file"], 0)
+    ids, labelled = sequence.ids.tolist(), sequence.labels != -100
+    starts = [n for n, id_ in enumerate(ids) if id_ == vocabulary.image_start_id]
+    ends = [n + 1 for n, id_ in enumerate(ids) if id_ == vocabulary.image_end_id]
+    grids = [decode_image(sequence.ids[start:end], vocabulary) for start, end in zip(starts, ends, strict=True)]
+    wanted = images.encode([open_image(name) for name in names])
+    assert all(torch.equal(grid, codes) for grid, codes in zip(grids, wanted, strict=True))
+    turn_ends = [n + 1 for n, id_ in enumerate(ids) if id_ == vocabulary.turn_end_id]
+    answers = [range(*turn_ends[:2]), range(*turn_ends[2:])]
+    assert len(turn_ends) == 4 and labelled.nonzero().flatten().tolist() == [n for turn in answers for n in turn]
+    assert vocabulary.decode_text(ids[turn_ends[0] : turn_ends[1] - 1]) == "two" and answers[1][0] == starts[2]
 
 
 def test_instruction_names_the_size_after_the_crop(tools, tmp_path):

@@ -1,4 +1,4 @@
-"""What others have: pickled records of the released code, webdataset tars, mixtures by weight."""
+"""What others have: pickled records of the released code, webdataset tars, folders, mixtures by weight."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_data import make_source
 from test_pre_tokenize import picture, rows_of, tokenize, tools, write_records  # noqa: F401  (a fixture among them)
-from training_runs import ROOT, environment
+from training_runs import ROOT, environment, path_with_python
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, plan_epoch
@@ -22,6 +22,7 @@ from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
 from lumina_mgpt.data.released import read_released
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.unirep import encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -154,6 +155,40 @@ def test_workers_change_nothing(tools, tmp_path, workers):  # noqa: F811
     assert len(set(codes)) == 9
 
 
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_gives_what_its_captions_say(tools, tmp_path):  # noqa: F811
+    """A caption beside a picture, one that generate.py left in it, one below; a picture without any is named."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for n, name in enumerate(("b.png", "c.png", "d.jpeg", "more/a.PNG")):
+        (folder / name).write_bytes(png(n, "JPEG" if name.endswith("jpeg") else "PNG"))
+    (folder / "b.txt").write_text(" a cat\n")
+    (folder / "more" / "a.txt").write_text("a dog")
+    OutputFolder(folder, overwrite=True).save("c.png", Image.open(folder / "c.png"), {"prompt": "a cow"})
+    (folder / "b.txt.bak").write_text("no picture")
+    job = tokenize(tools, folder, tmp_path / "folder")
+    assert (job.good, job.bad) == (3, 1)
+    (reason,) = rows_of(tmp_path / "folder", "0-of-1-bad.jsonl")
+    assert reason["id"] == 2 and "prompt" in reason["reason"]
+    records = [{"image_path": str(folder / name), "prompt": prompt}
+               for name, prompt in (("b.png", "a cat"), ("c.png", "a cow"), ("none", ""), ("more/a.PNG", "a dog"))]
+    tokenize(tools, write_records(tmp_path, records), tmp_path / "file")
+    for one, other in zip(rows_of(tmp_path / "folder"), rows_of(tmp_path / "file"), strict=True):
+        ids = [read_sequence(tmp_path / place / row["file"], row["id"]).ids
+               for place, row in (("folder", one), ("file", other))]  # fmt: skip
+        assert torch.equal(*ids)
+    (folder / "b.txt").write_text("a car")
+    with pytest.raises(InputError, match="other settings .input"):
+        tokenize(tools, folder, tmp_path / "folder")
+
+
+def test_a_folder_without_pictures_is_named(tools, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match="--in_filename .* without pictures"):
+        tokenize(tools, tmp_path, tmp_path / "out")
+
+
 # -- mixtures ----------------------------------------------------------------------------------------------------------
 
 
@@ -198,13 +233,3 @@ def test_stages_follow_one_another(vocabulary, tiny_checkpoint, tmp_path):
     assert f"64 x 64, from {tmp_path}/out/32/export" in done.stdout
     again = subprocess.run(command, cwd=ROOT, env=python, capture_output=True, text=True)
     assert again.returncode == 0 and "exported" not in again.stdout
-
-
-def path_with_python(folder) -> str:
-    """A PATH whose `python` is this one."""
-    import sys
-
-    (folder / "bin").mkdir()
-    (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (folder / "bin" / "python").chmod(0o755)
-    return f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"

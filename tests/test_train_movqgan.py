@@ -1,5 +1,6 @@
 """Training of the image tokenizer, and the demo's text tokenizer, on tiny sizes."""
 
+import json
 import random
 import subprocess
 import sys
@@ -65,6 +66,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
     for (name, one), two in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
     assert whole.quantizing and resumed.quantizing
+
+
+def test_the_log_of_a_resumed_run_has_each_step_once(folder, tmp_path):
+    """Steps after the last save were listed twice once."""
+    train(folder, tmp_path, 21)
+    with open(tmp_path / "log.jsonl", "a") as file:  # as a run leaves it that was killed at step 60
+        file.write('{"step": 40, "loss": 1.0}\n{"step": 6')
+    train(folder, tmp_path, 41)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40] and "psnr" in rows[1]
 
 
 def test_a_decoder_trained_on_leaves_codes_as_they_are(folder, tmp_path):

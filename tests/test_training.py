@@ -199,6 +199,23 @@ def test_run_that_is_there_is_not_overwritten(settings):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
 
 
+def test_two_runs_in_one_folder_are_one_too_many(settings):
+    """Each would remove the checkpoint that the other is writing."""
+    first, second = Trainer(settings, ONE), Trainer(settings, ONE)
+    step = first._step
+
+    def step_beside_another(began):
+        if first.at == 3:
+            with pytest.raises(InputError, match="--output_dir .* another run is at work there"):
+                second.run()
+        step(began)
+
+    first._step = step_beside_another
+    first.run()
+    assert metrics_of(settings.output_dir)[-1]["step"] == 8
+    Trainer(changed(settings, resume="auto", max_steps=9), ONE).run()
+
+
 def test_ctrl_c_writes_a_checkpoint(settings):
     long = changed(settings, max_steps=100_000)
     process = subprocess.Popen(command(long), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -283,6 +300,28 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(settings):
     assert "\n" not in str(caught.value)
     assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
     assert Trainer(changed(settings, max_steps=3, resume="auto"), ONE).at == 2
+
+
+def test_a_disk_that_fills_up_beside_the_steps_is_one_line_too(settings):
+    """It is noticed at one of the next steps, and not only when the next checkpoint is due."""
+    trainer = Trainer(changed(settings, save_iteration_interval=2, save_beside=True, max_steps=10_000), ONE)
+    step, (_, hard) = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(began):
+        if trainer.at == 4:
+            trainer.saver.finish()
+            trainer.settings = changed(trainer.settings, save_iteration_interval=3)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        step(began)
+
+    trainer._step, trainer.metrics.flush = filling, lambda: None
+    try:
+        with pytest.raises(InputError, match="checkpoint of step [67] cannot be written") as caught:
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "\n" not in str(caught.value)
+    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000004"
 
 
 def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens, tmp_path):

@@ -58,6 +58,23 @@ def test_ten_kills_leave_no_trace(settings, tmp_path, run_forked):
     assert_same_run(base.output_dir, killed.output_dir, 0.0)
 
 
+def test_checkpoints_written_beside_the_steps(settings, tmp_path, run_forked):
+    """Killed and resumed, as bit for bit as others: what is written is a copy, and nothing half-written has a name.
+
+    Begun on two processes, whose messages about checkpoints and about steps cross.
+    """
+    base = changed(settings, max_steps=20, ema=0.9, accum_iter=2, batch_size=3, dropout=0.0)
+    beside = changed(base, output_dir=str(tmp_path / "beside"), save_iteration_interval=2, resume="auto",
+                     save_beside=True)  # fmt: skip
+    run_forked(base)
+    run_forked(changed(beside, output_dir=str(tmp_path / "killed")), kills=3)
+    assert_same_run(base.output_dir, str(tmp_path / "killed"), 0.0)
+    run_forked(changed(beside, accum_iter=1), world=2, until=9)
+    run_forked(beside)
+    assert_same_run(base.output_dir, beside.output_dir, 1e-4)
+    assert len(list((tmp_path / "beside" / "checkpoints").iterdir())) == 2
+
+
 def test_two_processes_equal_one_over_fifty_steps(settings, tmp_path, run_forked):
     """Also across epochs' ends, where a step is a smaller one, and with the loss in chunks on the two."""
     one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=50)

@@ -35,6 +35,14 @@ def environment() -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
+def path_with_python(folder) -> str:
+    """A PATH whose `python` is this one."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "bin" / "python").chmod(0o755)
+    return f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
 def command(settings: Settings, *options, processes: int = 1) -> list[str]:
     start = [sys.executable]
     if processes > 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lumina_mgpt.errors import InputError
 
-_PICTURES = {"png", "jpg", "jpeg", "webp"}
+PICTURES = {"png", "jpg", "jpeg", "webp"}
 _CAPTIONS = ("prompt", "caption", "text")
 
 
@@ -41,7 +41,7 @@ class Archive:
         """What a sample says, as far as it can be read; what is missing is for `parse_record` to name."""
         pictures = []
         for kind, member in members.items():
-            if kind.rpartition(".")[2] in _PICTURES:
+            if kind.rpartition(".")[2] in PICTURES:
                 pictures.append(str(self.path / member.name))
                 self.places[pictures[-1]] = member.offset_data, member.size
         texts = {}

@@ -2,10 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lumina_mgpt.errors import InputError
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -23,6 +29,28 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         raise InputError(f"{path} cannot be written ({error.strerror}); free some space, or write elsewhere") from None
 
 
+@contextmanager
+def alone_in(folder: Path, option: str) -> Iterator[None]:
+    """Keeps a second process out of a folder; the system lets go of it whatever ends the first. Not on Windows.
+
+    Raises:
+        InputError: another one is at work there.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            remedy = "stop it, or give another folder"
+            raise InputError(f"{option} {folder}: another run is at work there; {remedy}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
     """Appends JSON lines and waits until they are on the disk."""
     text = "".join(json_line(row) for row in rows)
@@ -35,6 +63,13 @@ def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); free some space, or write elsewhere") from None
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Removes lines of later steps, which a resumed run does again, and a last one that a kill has torn."""
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        write_atomic(path, "".join(json_line(row) for row in rows if row["step"] <= step))
 
 
 def json_line(row: dict) -> str:

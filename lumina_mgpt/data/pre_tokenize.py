@@ -19,6 +19,7 @@ from PIL import Image
 
 from lumina_mgpt.data.archive import Archive
 from lumina_mgpt.data.files import append_lines, json_line, read_rows, write_atomic
+from lumina_mgpt.data.folder import read_folder
 from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
@@ -85,7 +86,7 @@ class PreTokenizer:
     def __init__(self, settings: Settings, vocabulary: Vocabulary, images: ImageTokenizer) -> None:
         self.settings, self.vocabulary, self.images = settings, vocabulary, images
         self.archive = Archive(settings.in_filename) if settings.in_filename.endswith(".tar") else None
-        self.rows = self.archive.rows if self.archive else read_rows(settings.in_filename, "--in_filename")
+        self.rows, self.input = self._read_input(Path(settings.in_filename))
         self.first = len(self.rows) * settings.rank // settings.splits
         self.last = len(self.rows) * (settings.rank + 1) // settings.splits
         if self.first == self.last:
@@ -94,6 +95,14 @@ class PreTokenizer:
         self.codes: dict[Stack, tuple[torch.Tensor, tuple[int, int]] | str] = {}  # or why there are none
         self.out = Path(settings.out_dir)
         self.good = self.bad = 0
+
+    def _read_input(self, path: Path) -> tuple[list, str]:
+        """The rows of a file or folder, and a digest of them."""
+        if path.is_dir():
+            rows = read_folder(path)
+            return rows, hashlib.sha256("".join(map(json_line, rows)).encode()).hexdigest()[:16]
+        rows = self.archive.rows if self.archive else read_rows(path, "--in_filename")
+        return rows, fingerprint(path)
 
     @property
     def blocks(self) -> list[range]:
@@ -130,7 +139,7 @@ class PreTokenizer:
     def _resume(self, progress: Callable[[int], None]) -> list[int]:
         """Brings the record file in line with the shards; returns the blocks that are to be done."""
         (self.out / "shards").mkdir(parents=True, exist_ok=True)
-        job = asdict(self.settings) | {"records": len(self.rows), "input": fingerprint(Path(self.settings.in_filename))}
+        job = asdict(self.settings) | {"records": len(self.rows), "input": self.input}
         for unimportant in ("in_filename", "out_dir", "batch_size", "workers"):
             del job[unimportant]
         path = self.out / f"{self.settings.name}-job.json"

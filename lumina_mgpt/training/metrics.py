@@ -1,6 +1,5 @@
 """What a run tells about itself: a progress bar, one JSON line a step, TensorBoard, the share of peak FLOPs."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import MicroBatch
-from lumina_mgpt.data.files import append_lines, json_line, write_atomic
+from lumina_mgpt.data.files import append_lines, keep_until
 from lumina_mgpt.errors import InputError
 
 _FLUSH_SECONDS = 5
@@ -61,11 +60,13 @@ class Metrics:
                 raise InputError("--tensorboard needs the tensorboard package; pip install tensorboard, or leave it "
                                  "out: metrics.jsonl holds the same") from None  # fmt: skip
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if self.path.exists():  # lines of steps that a resumed run does again
-            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            write_atomic(self.path, "".join(json_line(row) for row in rows if row["step"] <= step))
         form = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=1.0, initial=min(1.0, progress), bar_format=form, dynamic_ncols=True, smoothing=0.05)
+
+    def begin(self, step: int) -> None:
+        """Readies the file of an earlier run of which `step` steps count."""
+        if self.active:
+            keep_until(self.path, step)
 
     def step(self, row: dict) -> None:
         """Takes one step's numbers; what is not finite becomes null, which every reader of JSON knows."""

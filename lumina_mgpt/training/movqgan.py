@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lumina_mgpt.data.files import keep_until
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
 from lumina_mgpt.movqgan.tokenizer import load_state_dict
@@ -286,6 +287,7 @@ class Trainer:
         budget = self.settings.minutes * 60
         bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc="movqgan")
         last_save, psnr = self.elapsed, None
+        keep_until(self.out_dir / "log.jsonl", self.step)
         with (self.out_dir / "log.jsonl").open("a") as metrics:
             while self.elapsed < budget:
                 began = time.monotonic()

@@ -61,6 +61,7 @@ class Settings:
     save_iteration_interval: int = 1000
     save_minutes: float = 0
     keep_checkpoints: int = 2
+    save_beside: bool = False
     resume: str = ""
     tensorboard: bool = False
     peak_tflops: float = 0.0

@@ -11,6 +11,7 @@ import torch
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset, read_sources
+from lumina_mgpt.data.files import alone_in
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model, resolve
@@ -80,11 +81,12 @@ class Trainer:
         self.model = model.train()
         if settings.compile:
             self.module.compile_parts()
-        place(self.module, processes, settings.cpu_offload)
+        place(self.module, processes, settings.cpu_offload, settings.precision == "bf16")
         self.optimizers = build_optimizers(model, settings)
         self.ema = Ema(model, settings.ema) if settings.ema else None
         self.guard = Guard(settings.on_nonfinite, settings.spike, self.output_dir, processes.first)
         self.peak_flops = processes.world * peak_flops(processes.device, settings.peak_tflops)
+        self.saver = checkpoint.Saver(self.output_dir, processes, settings.keep_checkpoints, settings.save_beside)
         self.sampler = Sampler(settings, folder, model, vocabulary, processes) if settings.sample_every else None
         self.at, self.elapsed, self.tokens = 0, 0.0, 0
         self.stop, self.leave = 0, False  # the signal that came here; whether one came anywhere
@@ -147,9 +149,8 @@ class Trainer:
         if self.ema:
             self.ema.updates = state["ema"]
 
-    def save(self) -> Path:
-        return checkpoint.save(self.output_dir, self.model, self.optimizers, self.ema, self._state(), self.processes,
-                               self.settings.keep_checkpoints)  # fmt: skip
+    def save(self) -> None:
+        self.saver.save(checkpoint.tensors_of(self.model, self.optimizers, self.ema), self._state())
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -157,11 +158,18 @@ class Trainer:
         """Trains to the end, or until a signal; a checkpoint is written either way. Returns the signal, or 0.
 
         Raises:
-            InputError: a step is bad by rule (see Guard), or data or disk fail; the last checkpoint is whole.
+            InputError: a step is bad by rule (see Guard), or data or disk fail; the last checkpoint is whole then. Or
+                another run is at work in the folder.
         """
-        with self._signals():
+        alone = alone_in(self.output_dir, "--output_dir") if self.processes.first else contextlib.nullcontext()
+        with alone, self._signals():
+            self.metrics.begin(self.at)
             try:
                 self._loop()
+            except InputError:
+                with contextlib.suppress(InputError):  # one error is enough
+                    self.saver.finish()
+                raise
             finally:
                 self.metrics.close()
         return self.stop or (signal.SIGTERM if self.leave else 0)
@@ -184,6 +192,7 @@ class Trainer:
         if self.at != saved_at:
             self.metrics.flush()
             self.save()
+        self.saver.finish()
 
     def _step(self, began: float) -> None:
         started, settings, processes = time.monotonic(), self.settings, self.processes
@@ -200,7 +209,10 @@ class Trainer:
         losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
         norm = clip_gradients(self.module, settings.clip_grad)
         elapsed = time.monotonic() - began if processes.first else 0.0
-        cross, z, stop, elapsed = processes.sum(*(sum(loss) for loss in zip(*losses, strict=True)), self.stop, elapsed)
+        sums = *(sum(loss) for loss in zip(*losses, strict=True)), self.stop, self.saver.poll(), elapsed
+        cross, z, stop, failed, elapsed = processes.sum(*sums)
+        if failed:  # on all processes alike
+            self.saver.finish()
         loss, z = cross / max(1.0, labelled), z / max(1.0, labelled)
         fault = self.guard.fault(loss + settings.z_loss_weight * z, norm)
         if fault:
