@@ -15,7 +15,7 @@ QUERY_BLOCK = 128
 MAX_WRITTEN_OUT = 1024
 HALVES = (torch.bfloat16, torch.float16)
 INT8_QUERIES = 256  # more of them at once, and the integers of a layer are made numbers for torch's kernel
-BLOCK = 128  # slots made float32 at once on a CPU: of 32 heads of 128, 2 MB
+BLOCK = 1 << 19  # numbers of a cache made float32 at once on a CPU, 2 MB: 128 slots of 32 heads of 128
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def _blockwise(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
     on_cpu = q.device.type == "cpu"
     queries = q.to(torch.promote_types(q.dtype, torch.float32)) if on_cpu else q
     queries = rearrange(queries * H**-0.5, "B T (K G) H -> B K (G T) H", K=K)
-    blocks = [slice(at, min(at + BLOCK, S)) for at in range(0, S, BLOCK)] if on_cpu else [slice(0, S)]
+    size = max(1, BLOCK // (K * H)) if on_cpu else S
+    blocks = [slice(at, min(at + size, S)) for at in range(0, S, size)]
     room = queries.new_empty((blocks[0].stop, K, H))
     scores = queries.new_empty((*queries.shape[1:3], S))  # (K, G T, S)
     mixed = torch.zeros_like(queries)
