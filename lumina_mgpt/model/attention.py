@@ -62,12 +62,14 @@ def sdpa(q: Tensor, k: Held, v: Held, span: Span, cached: bool) -> Tensor:
     if span.documents:  # one by one: no mask to hold, and no score that a mask would throw away
         alone, parts = replace(span, documents=()), (part.split(span.documents, 1) for part in (q, k, v))
         return torch.cat([sdpa(*document, alone, cached) for document in zip(*parts, strict=True)], 1)
-    if isinstance(k, Scaled):
-        if q.shape[1] <= INT8_QUERIES:
+    few = INT8_QUERIES if isinstance(k, Scaled) else 1
+    if q.shape[1] <= few and (isinstance(k, Scaled) or _reads_badly(q, cached)):
+        if not torch.compiler.is_compiling():
             return _blockwise(q, k, v, span)
+        if q.shape[1] == 1:
+            return _fused(q, k, v, span)
+    if isinstance(k, Scaled):
         k, v = k.numbers(q.dtype), v.numbers(q.dtype)
-    elif cached and q.shape[1] == 1 and q.device.type == "cpu" and q.dtype in HALVES and not q.requires_grad:
-        return _blockwise(q, k, v, span)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not grouped:
@@ -125,6 +127,30 @@ def _blockwise(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
         for block in blocks:
             mixed[row].baddbmm_(weights[..., block], _copied(values[row, block], room).transpose(0, 1))
     return rearrange(mixed.to(q.dtype), "B K (G T) H -> B T (K G) H", T=T)
+
+
+def _reads_badly(q: Tensor, cached: bool) -> bool:
+    return cached and q.device.type == "cpu" and q.dtype in HALVES and not q.requires_grad
+
+
+def _fused(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
+    """One query's attention as sums of products, which torch.compile makes two loops over the cache of.
+
+    Shapes: as `sdpa`, with T = 1.
+    """
+    keys, values = (part.codes if isinstance(part, Scaled) else part for part in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries = rearrange(q.to(wide) * q.shape[-1] ** -0.5, "B 1 (K G) H -> B 1 K G H", K=keys.shape[2])
+    scores = (queries * keys[:, :, :, None].to(wide)).sum(-1)  # (B, S, K, G)
+    if isinstance(k, Scaled):
+        scores = scores * k.scales[..., None]
+    if span.mask is not None:
+        scores = scores + rearrange(span.mask, "B 1 1 S -> B S 1 1")
+    weights = scores.softmax(1)
+    if isinstance(v, Scaled):
+        weights = weights * v.scales[..., None]
+    mixed = (weights[..., None] * values[:, :, :, None].to(wide)).sum(1)  # (B, K, G, H)
+    return rearrange(mixed.to(q.dtype), "B K G H -> B 1 (K G) H")
 
 
 def _copied(part: Tensor, room: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     rows = x.numel() // x.shape[-1]
     if _ONEDNN and rows > 1 and x.device.type == "cpu" and x.dtype == torch.float32 == weight.dtype:
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
             return _ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
