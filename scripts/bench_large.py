@@ -225,9 +225,11 @@ def whole(args: argparse.Namespace) -> dict:
     print(f"| of it the int8 cache | {cache / 1e9:.2f} GB |")
     print(f"| s a code, the first and the last {args.codes} | {ends['first']:.2f}, {ends['last']:.2f} |")
     print(f"| a whole image, projected | {hours:.1f} h |")
-    return {"dtype": args.dtype, "loading_s": taken, "peak_loading_gb": loading[0] / 1e9,
-            "peak_running_gb": running[0] / 1e9, "weights_gb": stored_bytes(model) / 1e9, "cache_gb": cache / 1e9, "first_s": ends["first"],
-            "last_s": ends["last"], "image_hours": hours}  # fmt: skip
+    return {
+        "dtype": args.dtype, "loading_s": taken, "peak_loading_gb": loading[0] / 1e9, "weights_gb":
+        stored_bytes(model) / 1e9, "peak_running_gb": running[0] / 1e9, "cache_gb": cache / 1e9,
+        "first_s": ends["first"], "last_s": ends["last"], "image_hours": hours,
+    }  # fmt: skip
 
 
 def advance(bar: tqdm, done: int, total: int) -> None:

@@ -112,6 +112,18 @@ def test_one_query_on_a_half_precision_cache(monkeypatch, position, dtype):
     torch.testing.assert_close(attention.sdpa(q, k, v, span, True), expected.to(dtype), rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+@pytest.mark.parametrize("position", [torch.tensor([[5], [2]]), 4], ids=["ragged", "alike"])
+def test_one_query_for_the_compiler(position, dtype):
+    """What a compiled step computes, against what the others do, with its cache's scales and masks."""
+    cache = KVCache(CONFIG, 2, 9, dtype, "cpu")
+    cache.layer(1).update(heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4), 0, 7)
+    span, q = span_for(position, 1, cache, filled=6), heads(2, 1, 4, 8)
+    held = cache.layer(1).update(heads(2, 1, 2, 8, seed=1), heads(2, 1, 2, 8, seed=2), span.positions, span.filled)
+    expected = attention.sdpa(q, *held, span, True)
+    torch.testing.assert_close(attention._fused(q, *held, span), expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_rows_of_a_cache_are_spread(dtype):
     cache = KVCache(CONFIG, 3, 5, dtype, "cpu")
