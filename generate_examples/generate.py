@@ -154,6 +154,8 @@ def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) 
     movqgan = args.movqgan_path or pipeline.checkpoint.movqgan_path.name
     weights = {"model_path": args.model_path, "movqgan_path": movqgan}
     running = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch."), "attn": args.attn}
+    if args.compile:
+        running["compile"] = True
     if args.movqgan_dtype != "fp32":
         running["movqgan_dtype"] = args.movqgan_dtype
     if pipeline.cache_dtype != pipeline.dtype:

@@ -16,6 +16,7 @@ from lumina_mgpt.images import crop_panel
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
 from lumina_mgpt.prompts import TASKS, Task
@@ -176,7 +177,7 @@ class Pipeline:
 
     def __init__(
         self, checkpoint: Checkpoint, model: Transformer, image_tokenizer: ImageTokenizer,
-        cache_dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None, compile: bool = False,
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.model = model
@@ -184,6 +185,7 @@ class Pipeline:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = cache_dtype or self.dtype
+        self.compiled = compile_forward(model) if compile else None
         self.forwards = 0  # of the last `sample`: what it cost
 
     @classmethod
@@ -197,6 +199,7 @@ class Pipeline:
         quant: int | None = None,
         cache_dtype: torch.dtype | None = None,
         movqgan_dtype: torch.dtype = torch.float32,
+        compile: bool = False,
     ) -> "Pipeline":
         """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
 
@@ -204,7 +207,8 @@ class Pipeline:
         a checkpoint of int4 weights needs no telling. `pipeline.model.config.int4_group` says what there is.
         `cache_dtype` torch.int8 holds keys and values in half the room of bf16 (default: the model's own).
         `movqgan_dtype`: decoding is a small part of the work, and in float32 (default) a picture depends on its codes
-        alone; bf16 and fp16 halve the memory that it takes.
+        alone; bf16 and fp16 halve the memory that it takes. `compile` compiles the steps, for each shape at its first
+        use, which takes a minute or more; on CUDA they become graphs.
 
         Raises:
             InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others,
@@ -212,6 +216,8 @@ class Pipeline:
         """
         device = resolve_device(device)
         attention.backend(attn)  # asked for here only to have its error before any weights are read
+        if compile:
+            require_compiler(device)
         if not isinstance(path, Checkpoint):
             checkpoint = Checkpoint.open(path, movqgan_path)
         else:
@@ -232,7 +238,7 @@ class Pipeline:
         model = load_model(checkpoint.folder, dtype, device, attn, quant)
         if not checkpoint.config.tie_word_embeddings:
             model.lm_head.keep(checkpoint.vocabulary.code_slice)
-        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype)
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
 
     def generate(
         self, prompts: str | Sequence[str], width: int | None = None, height: int | None = None, **settings
@@ -366,12 +372,13 @@ class Pipeline:
     def _step(
         self, starts: Sequence[Sequence[int]], layout: ImageLayout, settings: SamplingConfig,
         speculation: Speculation | None,
-    ) -> "CachedStep":  # fmt: skip
+    ) -> CachedStep:  # fmt: skip
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation else 0
+        spare += COMPILED_SPARE if self.compiled else 0
         cache = KVCache(self.checkpoint.config, rows, length, self.cache_dtype, self.device, spare)
-        return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice)
+        return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def fastest(
         self, start: Sequence[int], layout: ImageLayout, settings: SamplingConfig, images: int = 1
@@ -397,36 +404,3 @@ class Pipeline:
 
 def _reporter(on_row: OnRow, batch: Sequence[Job], layout: ImageLayout) -> Callable[[int, Tensor], None]:
     return lambda row, codes: on_row(RowsDone(tuple(batch), codes, layout))
-
-
-class CachedStep:
-    """The model as samplers see it: ids in, logits of image codes out, with keys and values kept in between.
-
-    Slot equals position in each row, so a row that is fed again from some position simply overwrites what was there.
-    """
-
-    def __init__(self, model: Transformer, cache: KVCache, columns: slice) -> None:
-        self.model, self.cache, self.columns = model, cache, columns
-        self.device = next(model.parameters()).device
-        self.calls = 0
-
-    def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
-        self.calls += 1
-        if self.calls > 1:
-            filled = int(positions.max()) + 1  # positions are counted on the CPU: no synchronisation with a GPU
-            return self._forward(ids, positions.to(self.device, non_blocking=True), read, filled)
-        T = ids.shape[1]
-        assert torch.equal(positions, torch.arange(T).expand_as(positions))  # so that no mask is needed
-        # The images of one prompt read it once, and all the rows without a prompt are one.
-        rows, source = torch.cat([ids, read], 1).unique(dim=0, return_inverse=True)
-        source = source.to(self.device, non_blocking=True)
-        logits = self._forward(rows[:, :T], 0, rows[:, T:], T)
-        self.cache.spread(source, T)
-        return logits[source]
-
-    def _forward(self, ids: Tensor, positions: Tensor | int, read: Tensor, filled: int) -> Tensor:
-        ids, read = (tensor.to(self.device, non_blocking=True) for tensor in (ids, read))
-        hidden = self.model(ids, positions=positions, cache=self.cache, filled=filled)  # (R, T, D)
-        wanted = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))  # (R, Q, D)
-        return self.model.project(wanted, self.columns)

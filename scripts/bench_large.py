@@ -2,7 +2,7 @@
 
     python scripts/bench_large.py floor             # layers of the 7B: a step against reading its weights once
     python scripts/bench_large.py peer              # this sampler against transformers' Chameleon, on the same weights
-    python scripts/bench_large.py whole --work DIR  # all of the 7B, int4 while loading: memory, first and last rows
+    python scripts/bench_large.py whole --work DIR  # all of the 7B, int4 while loading: memory, first and last codes
 
 Each prints a table and ends with one line of JSON.
 """
@@ -28,8 +28,8 @@ from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.checkpoint import disk_name, load_model
 from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.pipeline import CachedStep
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
@@ -41,7 +41,7 @@ TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # the released vocabular
 PROMPT = "Generate an image of 768x768 according to the following prompt:\nA lighthouse at dusk, oil painting."
 FORMS = (
     ("fp32", torch.float32, None), ("bf16", torch.bfloat16, None),
-    ("int4, bf16 inputs", torch.bfloat16, 128), ("int4, fp32 inputs", torch.float32, 128),
+    ("int4, bf16 inputs", torch.bfloat16, 128),
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("what", choices=("floor", "peer", "whole"))
     parser.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--work", type=Path, help="whole: gets the random checkpoint (16 GB, kept for the next time)")
-    parser.add_argument("--rows", type=cli.whole, default=1, help="whole: image rows to run at either end")
+    parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes to run at either end of the image")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="whole: of what is not int4")
     return cli.run(bench, parser, None)
 
@@ -60,6 +60,8 @@ def bench(args: argparse.Namespace) -> None:
         raise InputError(f"--threads must be in 1 ... 1024, got {args.threads}; try {torch.get_num_threads()}")
     if args.what == "whole" and args.work is None:
         raise InputError("--work is missing; give a folder with 16 GB of room for the random checkpoint")
+    if not 1 <= args.codes <= 4096:
+        raise InputError(f"--codes must be in 1 ... 4096, got {args.codes}; try 96")
     torch.set_num_threads(args.threads)
     with torch.no_grad():
         figures = {"floor": floor, "peer": peer, "whole": whole}[args.what](args)
@@ -195,34 +197,39 @@ def chameleon(model: Transformer, layout: ImageLayout, prompt: list[int]) -> tup
 
 
 def whole(args: argparse.Namespace) -> dict:
-    """Loads the 7B as int4, then runs the first rows and, with a cache that is full, the last rows of 768 x 768."""
+    """Loads the 7B as int4, then runs the first codes and, with a cache that is full, the last ones of 768 x 768."""
     config = ModelConfig.from_yaml(SEVEN_B)
     folder, dtype = args.work / "random-7B", DTYPES[args.dtype]
     write_random(config, folder)
-    bar = tqdm(desc="int4 while loading", unit="weight", unit_scale=True)
+    bar, began = tqdm(desc="int4 while loading", unit="weight", unit_scale=True), time.perf_counter()
     with peak_anonymous() as loading:
         model = load_model(folder, dtype, "cpu", quant=128, on_read=lambda done, total: advance(bar, done, total))
         vocabulary = Vocabulary.from_folder(TOKENIZER, config)
         model.lm_head.keep(vocabulary.code_slice)
+    taken = time.perf_counter() - began
     bar.close()
-    prompt, rows, ends = generation_prompt(PROMPT, vocabulary), 768 // 8, {}
+    layout = ImageLayout.from_pixels(vocabulary, 768, 768)
+    prompt, ends = generation_prompt(PROMPT, vocabulary), {}
     with peak_anonymous() as running:
-        for end, given in (("first", 0), ("last", rows - args.rows)):
-            layout = ImageLayout(vocabulary, 24, 24, given=given * rows)
-            ends[end] = run_rows(model, vocabulary, layout, prompt, args.rows)
+        for end in ("first", "last"):
+            given = 0 if end == "first" else layout.num_codes - args.codes - 1
+            ends[end] = run_codes(model, replace(layout, given=given), prompt, args.codes)
     step = (ends["first"] + ends["last"]) / 2
-    hours = step * layout.num_codes / 3600
+    hours = step * layout.num_codes / 3600  # a step grows with the cache, evenly
     cache = 2 * cache_bytes(config, len(prompt) + layout.length, torch.int8)
     print("| what | measured |\n| --- | --- |")
+    print(f"| loading, with quantization | {taken:.0f} s |")
     print(f"| peak anonymous memory, loading | {loading[0] / 1e9:.2f} GB |")
     print(f"| peak anonymous memory, an image of 768 x 768 | {running[0] / 1e9:.2f} GB |")
     print(f"| of it int4 weights, embeddings, head | {stored_bytes(model) / 1e9:.2f} GB |")
     print(f"| of it the int8 cache | {cache / 1e9:.2f} GB |")
-    print(f"| s a code, first and last rows | {ends['first']:.2f}, {ends['last']:.2f} |")
+    print(f"| s a code, the first and the last {args.codes} | {ends['first']:.2f}, {ends['last']:.2f} |")
     print(f"| a whole image, projected | {hours:.1f} h |")
-    return {"dtype": args.dtype, "peak_loading_gb": loading[0] / 1e9, "peak_running_gb": running[0] / 1e9,
-            "weights_gb": stored_bytes(model) / 1e9, "cache_gb": cache / 1e9, "first_s": ends["first"],
-            "last_s": ends["last"], "image_hours": hours}  # fmt: skip
+    return {
+        "dtype": args.dtype, "loading_s": taken, "peak_loading_gb": loading[0] / 1e9, "weights_gb":
+        stored_bytes(model) / 1e9, "peak_running_gb": running[0] / 1e9, "cache_gb": cache / 1e9,
+        "first_s": ends["first"], "last_s": ends["last"], "image_hours": hours,
+    }  # fmt: skip
 
 
 def advance(bar: tqdm, done: int, total: int) -> None:
@@ -234,38 +241,35 @@ class _Enough(Exception):
     pass
 
 
-def run_rows(model: Transformer, vocabulary: Vocabulary, layout: ImageLayout, prompt: list[int], rows: int) -> float:
-    """Seconds a code over so many rows. The given codes are not read: the cache holds random numbers in their place."""
-    length = len(prompt) + layout.length
+def run_codes(model: Transformer, layout: ImageLayout, prompt: list[int], codes: int) -> float:
+    """Seconds a code over so many steps. Given codes are not read: the cache holds random numbers in their place."""
+    vocabulary, length = layout.vocabulary, len(prompt) + layout.length
     cache = KVCache(model.config, 2, length, torch.int8, "cpu")
-    inner, bar = CachedStep(model, cache, vocabulary.code_slice), tqdm(total=rows * layout.cols, unit="code")
+    inner, bar, began = CachedStep(model, cache, vocabulary.code_slice), tqdm(total=codes, unit="code"), []
     if layout.given:
         cache.store.random_(-127, 128)
         cache.scales.fill_(0.02)
         inner.calls = 1
-    began = 0.0
 
     def step(ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        nonlocal began
-        bar.update()
-        if ids.shape[1] > 2 and layout.given:
-            logits = torch.randn(2, 1, vocabulary.num_image_codes)
-        else:
-            logits = inner(ids, positions, read)
-        began = began or time.perf_counter()  # what comes before the first code is not counted
+        if began:
+            bar.update()
+        elif layout.given:
+            began.append(time.perf_counter())
+            return torch.randn(2, 1, vocabulary.num_image_codes)
+        if len(began) > codes:
+            raise _Enough
+        logits = inner(ids, positions, read)
+        began.append(time.perf_counter())  # the first ends the prompt, which is not counted
         return logits
 
-    def on_row(row: int, codes: Tensor) -> None:
-        if row + 1 == layout.given // layout.cols + rows:
-            raise _Enough
-
-    given = torch.zeros(1, layout.given, dtype=torch.long)
     try:
-        sample(step, [prompt], layout, SamplingConfig(), [(0, 0)], on_row, given=given)
+        given = torch.zeros(1, layout.given, dtype=torch.long)
+        sample(step, [prompt], layout, SamplingConfig(), [(0, 0)], given=given)
     except _Enough:
         pass
     bar.close()
-    return (time.perf_counter() - began) / (rows * layout.cols - 1)
+    return (time.perf_counter() - began[0]) / codes
 
 
 def write_random(config: ModelConfig, folder: Path) -> None:

@@ -75,10 +75,10 @@ def test_the_cache_writes_where_it_is_told_and_nowhere_else():
 
 
 @pytest.mark.parametrize("positions", [torch.tensor([[4, 5, 6], [0, 1, 2]]), 3, 0], ids=["ragged", "alike", "first"])
-@pytest.mark.parametrize(("block", "queries"), [(4, 256), (512, 256), (512, 2)])
+@pytest.mark.parametrize(("block", "queries"), [(4 * 2 * 8, 256), (1 << 19, 256), (1 << 19, 2)])
 def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, positions, block, queries):
     """Against the formula on integers times scales; and those are within half a step of what was put in."""
-    monkeypatch.setattr(attention, "INT8_BLOCK", block)
+    monkeypatch.setattr(attention, "BLOCK", block)
     monkeypatch.setattr(attention, "INT8_QUERIES", queries)
     cache = KVCache(CONFIG, 2, 9, torch.int8, "cpu")
     before = heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4) * torch.logspace(-3, 3, 7)[:, None, None]
@@ -95,6 +95,33 @@ def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, posit
         for got, given in zip((k, v), new, strict=True):
             step = given[row].abs().amax(-1, keepdim=True) / 127
             assert ((got[row, asked[row]] - given[row]).abs() <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("position", [torch.tensor([[5], [2]]), 4], ids=["ragged", "alike"])
+def test_one_query_on_a_half_precision_cache(monkeypatch, position, dtype):
+    """Against the formula in float64, in blocks of two slots; by the numbers, no product is rounded to 8 bits."""
+    monkeypatch.setattr(attention, "BLOCK", 2 * 2 * 8)
+    cache = KVCache(CONFIG, 2, 9, dtype, "cpu")
+    cache.layer(1).update(heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4), 0, 7)
+    span = span_for(position, 1, cache, filled=6)
+    q = heads(2, 1, 4, 8).to(dtype)
+    k, v = cache.layer(1).update(heads(2, 1, 2, 8, seed=1), heads(2, 1, 2, 8, seed=2), span.positions, span.filled)
+    asked = torch.tensor([[position], [position]]) if isinstance(position, int) else position
+    expected = formula(q.double(), k.double(), v.double(), asked)
+    torch.testing.assert_close(attention.sdpa(q, k, v, span, True), expected.to(dtype), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
+@pytest.mark.parametrize("position", [torch.tensor([[5], [2]]), 4], ids=["ragged", "alike"])
+def test_one_query_for_the_compiler(position, dtype):
+    """What a compiled step computes, against what the others do, with its cache's scales and masks."""
+    cache = KVCache(CONFIG, 2, 9, dtype, "cpu")
+    cache.layer(1).update(heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4), 0, 7)
+    span, q = span_for(position, 1, cache, filled=6), heads(2, 1, 4, 8)
+    held = cache.layer(1).update(heads(2, 1, 2, 8, seed=1), heads(2, 1, 2, 8, seed=2), span.positions, span.filled)
+    expected = attention.sdpa(q, *held, span, True)
+    torch.testing.assert_close(attention._fused(q, *held, span), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

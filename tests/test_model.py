@@ -13,6 +13,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.linear import Linear
 from lumina_mgpt.model.transformer import HeadNorm, Transformer
 
 IMAGE_START = 151665
@@ -343,3 +344,15 @@ def test_configurations(size, billions):
         model = Transformer(config)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     assert count == pytest.approx(billions, rel=0.01 if billions > 1 else 0.2)  # the demo's vocabulary may change
+
+
+@pytest.mark.parametrize("rows", [(2,), (3, 1), (2, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_without_gradients_is_the_one_with_them(rows, bias):
+    """Two libraries (see linear): equal but for the order of sums, in every case where the quicker one is taken."""
+    layer = Linear(48, 80, bias)
+    x = torch.randn(*rows, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        quick = layer(x)
+    assert layer(x).requires_grad and not quick.requires_grad
+    torch.testing.assert_close(quick, x @ layer.weight.T + (layer.bias if bias else 0), rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lumina_mgpt import Pipeline
 from lumina_mgpt.config import Speculation
-from lumina_mgpt.pipeline import CachedStep
+from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.prompts import I2I_TASKS, TASKS
 
 

@@ -14,7 +14,7 @@ from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.devices import resolve_device, resolve_dtype, weight_count
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.pipeline import CachedStep
+from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.sampling.autoregressive import opening
 from lumina_mgpt.sampling.logits import code_log_probs
 from lumina_mgpt.sampling.noise import gumbel

@@ -12,6 +12,7 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.attention import Span
 from lumina_mgpt.model.kv_cache import KVCache, LayerCache, Scaled
+from lumina_mgpt.model.linear import Linear, linear
 
 HEAD_NORM_EPS = 1e-5  # of the released model; its config.json does not hold it
 
@@ -93,10 +94,10 @@ class Attention(nn.Module):
         super().__init__()
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim, self.attend = H, attention.backend(attn)
-        self.q_proj = nn.Linear(D, N * H, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, K * H, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, K * H, bias=config.attention_bias)
-        self.o_proj = nn.Linear(N * H, D, bias=config.attention_bias)
+        self.q_proj = Linear(D, N * H, bias=config.attention_bias)
+        self.k_proj = Linear(D, K * H, bias=config.attention_bias)
+        self.v_proj = Linear(D, K * H, bias=config.attention_bias)
+        self.o_proj = Linear(N * H, D, bias=config.attention_bias)
         self.q_norm = HeadNorm(N, config.model_parallel_size, H)
         self.k_norm = HeadNorm(K, config.model_parallel_size, H)
 
@@ -117,9 +118,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(D, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, D, bias=config.mlp_bias)
+        self.gate_proj = Linear(D, inner, bias=config.mlp_bias)
+        self.up_proj = Linear(D, inner, bias=config.mlp_bias)
+        self.down_proj = Linear(inner, D, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -145,7 +146,7 @@ class Layer(nn.Module):
         return hidden + _drop(self.mlp(_narrow(self.post_attention_layernorm(hidden))), dropout)
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The output projection, to the whole vocabulary or to a slice of it."""
 
     kept: slice | None = None
@@ -156,7 +157,7 @@ class Head(nn.Linear):
 
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         assert self.kept in (None, columns), f"columns {columns} of a head that kept {self.kept}"
-        return F.linear(hidden, self.weight if self.kept == columns else self.weight[columns])
+        return linear(hidden, self.weight if self.kept == columns else self.weight[columns])
 
 
 class Transformer(nn.Module):

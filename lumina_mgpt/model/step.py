@@ -1,0 +1,97 @@
+"""The model as samplers see it: ids in, logits of image codes out, with keys and values kept in between."""
+
+import logging
+import shutil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+# Compiled steps come in few shapes, each of which is compiled once: one id, two (a code and a row's end), or a multiple
+# of _IDS; and a cache that is filled to so many of _PARTS equal parts.
+_IDS, _PARTS = 8, 4
+COMPILED_SPARE = _IDS - 1  # cache slots that the pads of a compiled step may write junk into
+
+
+class CachedStep:
+    """One sampler's model: slot equals position in each row, so a row that is fed again overwrites what was there.
+
+    With `compiled` (from `compile_forward`) every step but the first, which reads the prompts, has a shape out of a
+    few; pads write junk into slots above a row's end, which it overwrites before it can see them.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, columns: slice, compiled=None) -> None:
+        self.model, self.cache, self.columns, self.compiled = model, cache, columns, compiled
+        self.device = next(model.parameters()).device
+        self.calls = 0
+
+    def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+        """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
+        self.calls += 1
+        if self.calls > 1:
+            return self._later(ids, positions, read)
+        T = ids.shape[1]
+        assert torch.equal(positions, torch.arange(T).expand_as(positions))  # so that no mask is needed
+        # The images of one prompt read it once, and all the rows without a prompt are one.
+        rows, source = torch.cat([ids, read], 1).unique(dim=0, return_inverse=True)
+        source = source.to(self.device, non_blocking=True)
+        hidden = self.model(rows[:, :T].to(self.device, non_blocking=True), positions=0, cache=self.cache, filled=T)
+        self.cache.spread(source, T)
+        return self._logits(hidden, rows[:, T:])[source]
+
+    def _later(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+        forward, filled = self.model, int(positions.max()) + 1  # on the CPU: no synchronisation with a GPU
+        if self.compiled:
+            forward = self.compiled
+            ids, positions, filled = _static(ids, positions, self.cache.slots)
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's hidden states may be overwritten
+        ids, positions = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions))
+        return self._logits(forward(ids, positions=positions, cache=self.cache, filled=filled), read)
+
+    def _logits(self, hidden: Tensor, read: Tensor) -> Tensor:
+        read = read.to(self.device, non_blocking=True)
+        wanted = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))  # (R, Q, D)
+        return self.model.project(wanted, self.columns)
+
+
+def _static(ids: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor, int]:
+    """The same call with pads at its end, in one of few shapes, and how many slots it reads. Shapes: (R, T) both."""
+    T = ids.shape[1]
+    pads = 0 if T <= 2 else -T % _IDS
+    positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(pads)], 1)
+    part = -(-slots // _PARTS)
+    return F.pad(ids, (0, pads)), positions, min(slots, part * -(-(int(positions.max()) + 1) // part))
+
+
+def compile_forward(model: Transformer):
+    """The model's forward, compiled for each shape at its first use; on CUDA as graphs that are replayed."""
+    device = next(model.parameters()).device
+    logger.info("--compile: the first steps of each kind wait a minute or more for the compiler")
+    torch._dynamo.config.recompile_limit = 64  # shapes; beyond them it would silently compile no more
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(model.forward, mode=mode, dynamic=False, fullgraph=True)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises InputError where torch.compile has no compiler for this device."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            raise InputError("--compile needs the triton package on CUDA; pip install triton, or leave it out")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        found = shutil.which(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        found = None
+    if not found:
+        raise InputError("--compile needs a C++ compiler on a CPU, and there is none; install g++, or leave it out")
