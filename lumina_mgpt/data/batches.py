@@ -196,9 +196,7 @@ def corrupt(ids: Tensor, codes: slice, rate: float) -> Tensor:
 
     Where pictures are few and always the same, a model reads off the codes so far which one it is, and a single code
     drawn wrong leads it astray. Half of the new codes are of another row at the same place, half any code; each row has
-    a rate of its own between 0 and twice the mean. The first half of half the rows stays as it is: of two panels the
-    upper one, which can then be believed more than the codes of the lower one so far. Draws from torch's global
-    generator.
+    a rate of its own between 0 and twice the mean. Draws from torch's global generator.
 
     Shapes: ids (B, T), and so is what it returns. `codes` are the ids of image codes.
     Source: the aim is that of scheduled sampling (arXiv 1506.03099), without a second forward.
@@ -208,6 +206,5 @@ def corrupt(ids: Tensor, codes: slice, rate: float) -> Tensor:
     anything = torch.randint(codes.start, codes.stop, (B, T))
     new = torch.where(torch.rand(B, T) < 0.5, anything, other)
     hit = torch.rand(B, T) < 2 * rate * torch.rand(B, 1)
-    hit[:, : T // 2] &= torch.rand(B, 1) < 0.5
     both = [(part >= codes.start) & (part < codes.stop) for part in (ids, new)]
     return torch.where(hit & both[0] & both[1], new, ids)
