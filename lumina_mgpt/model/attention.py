@@ -105,7 +105,7 @@ def _blockwise(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
     Scales of an int8 cache go to scores and weights, so that only integers are read from memory. On a CPU each block
     becomes float32 in one small room that stays in the processor's cache, and products have three dimensions: with
     four, torch copies both factors first. One query of 32 heads on 1,025 slots in bf16, CPU ms of one thread on a busy
-    machine: 2.6; torch's kernel 6.8, given the query twice (for one alone it is slower still). int8 by bf16 products: 19.
+    machine: 2.6; torch's kernel 6.8, given the query twice (for one alone it is slower). int8 by bf16 products: 19.
 
     Shapes: as `sdpa`.
     """
