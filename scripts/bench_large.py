@@ -41,7 +41,7 @@ TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # the released vocabular
 PROMPT = "Generate an image of 768x768 according to the following prompt:\nA lighthouse at dusk, oil painting."
 FORMS = (
     ("fp32", torch.float32, None), ("bf16", torch.bfloat16, None),
-    ("int4, bf16 inputs", torch.bfloat16, 128),
+    ("int4, bf16 inputs", torch.bfloat16, 128), ("int4, fp32 inputs", torch.float32, 128),
 )  # fmt: skip
 
 

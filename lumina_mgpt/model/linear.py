@@ -11,9 +11,9 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, by oneDNN for several rows in float32 on a CPU when no gradient is wanted.
 
-    With few rows, MKL reads a matrix once for each. ms of one core for 4096 x 4096 with 2, 3, 4, 8 and 16 rows:
-    7.1, 11.0, 8.8, 9.5, 12.7 by MKL and 5.0, 5.2, 5.7, 6.2, 9.1 by oneDNN; 3.3 with one row, by MKL. Both add in
-    float32, in another order.
+    With few rows, MKL reads a matrix once for each. CPU ms of one thread, on a busy machine, for 4096 x 4096 with 2, 3,
+    4, 8 and 16 rows: 7.1, 11.0, 8.8, 9.5, 12.7 by MKL and 5.0, 5.2, 5.7, 6.2, 9.1 by oneDNN; 3.3 with one row, by MKL.
+    Both add in float32, in another order.
 
     Shapes: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
     """
