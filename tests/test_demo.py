@@ -156,3 +156,17 @@ def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
     assert len(written) > 0
     for path in written:
         Image.open(path).verify()
+
+
+@pytest.mark.parametrize("sampling", ["", "--speculative_jacobi", "--speculative_jacobi --quant --cache_dtype int8"])
+def test_editing_goes_with_every_way_of_sampling(sampling, tmp_path):
+    command = ["--image_path", "assets/subject.png", "--save_path", str(tmp_path), *sampling.split()]
+    turns = ["--instruction", "make the background red", "--instruction", "make the background navy"]
+    done = subprocess.run([sys.executable, "generate_examples/edit.py", *command, *turns], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    strip = Image.open(tmp_path / "edit_strip.png")
+    assert strip.size == (3 * CELL, CELL)
+    for turn in (1, 2):
+        result = Image.open(tmp_path / f"edit_{turn}_result.png")
+        assert strip.crop((CELL * turn, 0, CELL * turn + CELL, CELL)).tobytes() == result.tobytes()

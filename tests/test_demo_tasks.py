@@ -149,7 +149,9 @@ def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, m
     monkeypatch.setattr("sys.argv", ["demo_data.py", "--out_dir", str(tmp_path), "--omni"])
     assert script.main() == 0 and "45 records" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "omni.jsonl").read_text().splitlines()]
-    assert {row["task"] for row in rows} == set(few) and all(Image.open(row["image"]).size == omni.SIZE for row in rows)
+    assert {row["task"] for row in rows} == set(few)
+    panels = [panel for row in rows for panel in row["image"][0]]
+    assert len(panels) == 2 * len(rows) and {Image.open(panel).size for panel in panels} == {(CELL, CELL)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["omni.jsonl", "pictures"]
 
 

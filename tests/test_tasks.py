@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import names, refused
+from test_cli import ENVIRONMENT, PATIENCE, names, refused
 
 from lumina_mgpt import Checkpoint, Pipeline, maps
 from lumina_mgpt.errors import InputError
@@ -418,3 +419,19 @@ def test_the_file_given_is_never_replaced(request, command, tmp_path, photo, cap
     code = request.getfixturevalue(command)(*(names_of.get(part, part) for part in before), "--overwrite")
     refused(capsys, code, "--save_path", "link.png", "another folder")
     assert (out / name).read_bytes() == photo.read_bytes()
+
+
+# -- the shipped checkpoint --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("script", "folder"), [("sample.sh", "t2i"), ("sample_i2i.sh", "i2i")])
+def test_sample_scripts_run_as_they_stand(script, folder, tmp_path):
+    """From another folder, whose name wants quoting; the model path is the first argument."""
+    place = tmp_path / "a folder"
+    place.mkdir()
+    command = ["bash", str(ROOT / "scripts" / script), str(ROOT / "assets" / "demo"), "--seed", "1"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=ENVIRONMENT, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    found = names(place / "outputs" / folder)
+    expected = {"t2i": ["0_0.png", "4_0.png"], "i2i": ["depth.png", "depth_result.png", "subject_ref_center_crop.png"]}
+    assert set(expected[folder]) <= set(found)
