@@ -162,8 +162,8 @@ def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
 def test_editing_goes_with_every_way_of_sampling(sampling, tmp_path):
     command = ["--image_path", "assets/subject.png", "--save_path", str(tmp_path), *sampling.split()]
     turns = ["--instruction", "make the background red", "--instruction", "make the background navy"]
-    done = subprocess.run([sys.executable, "generate_examples/edit.py", *command, *turns], cwd=ROOT, capture_output=True,
-                          text=True)  # fmt: skip
+    command = [sys.executable, "generate_examples/edit.py", *command, *turns]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     strip = Image.open(tmp_path / "edit_strip.png")
     assert strip.size == (3 * CELL, CELL)
