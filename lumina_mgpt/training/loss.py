@@ -10,7 +10,8 @@ from lumina_mgpt.model.transformer import Transformer
 
 TAIL_MASS = 1.5e-3  # probability that all unlikely ids together are drawn to
 WHOLE_LOGITS = 1 << 25  # up to so many (128 MiB in float32) the plain loss is as lean, and can be compiled
-CHUNK_LOGITS = 1 << 25  # of one chunk, where that is not too few rows
+CHUNK_LOGITS = 1 << 26  # of one chunk, where that is not too few rows; each chunk reads the head and its gradient anew
+SUM_ROWS = 32  # of logits whose exponentials are there at once, for their sum
 MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the head takes longer than multiplying by it
 
 
@@ -43,7 +44,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     Logits of a few rows are made, their gradient is taken, and both are used up before the next rows come: backward
     only scales what forward has left, and no product with the head is made twice. Needs, beyond the gradient of the
-    head itself, two floats for each logit of a chunk (four with the tail term).
+    head itself, a float for each logit of a chunk (three with the tail term).
 
     Shapes: rows (L, D), weight (V, D), targets (L,); returns total = cross + z_weight * z, and cross and z without
     gradients.
@@ -58,7 +59,8 @@ class ChunkedLoss(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             narrow, head = rows.to(dtype), weight.to(dtype)
             d_rows = torch.empty_like(rows) if wants_rows else None
-            d_weight = torch.zeros_like(weight) if wants_weight else None
+            direct = weight.dtype == dtype  # else the gradient is wider than what is multiplied
+            d_weight = (torch.empty_like if direct else torch.zeros_like)(weight) if wants_weight else None
             cross = z = rows.new_zeros((), dtype=torch.float32)
             least = MIN_ROWS if kind == "cpu" else MIN_ROWS_ON_GPU
             for span in _spans(len(rows), max(least, CHUNK_LOGITS // len(head))):
@@ -68,11 +70,12 @@ class ChunkedLoss(torch.autograd.Function):
                 cross, z = cross + part_cross, z + part_z
                 if wants_rows:
                     d_rows[span] = d_logits @ head
-                if wants_weight and dtype == d_weight.dtype:
-                    d_weight.addmm_(d_logits.T, chunk)
+                if wants_weight and direct:
+                    d_weight.addmm_(d_logits.T, chunk, beta=int(span.start > 0))
                 elif wants_weight:  # in slabs: a whole product beside the sum would be another head
                     for slab in _spans(len(head), max(1, CHUNK_LOGITS // head.shape[1])):
                         d_weight[slab] += d_logits[:, slab].T @ chunk
+                del d_logits  # before the next ones are made
         ctx.gradients = d_rows, d_weight
         ctx.mark_non_differentiable(cross, z)
         return cross + z_weight * z, cross, z
@@ -92,7 +95,7 @@ def _spans(length: int, step: int) -> list[slice]:
 def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight: float):
     """Both sums of `token_losses`, and the gradient of cross + z_weight * z by the logits, which takes their place."""
     logits, counted, labels = logits.float(), (targets >= 0).float(), targets.clamp(min=0)[:, None]
-    total = logits.logsumexp(-1)  # (L,)
+    total = torch.cat([part.logsumexp(-1) for part in logits.split(SUM_ROWS)])  # (L,)
     logs = logits.sub_(total[:, None])
     cross, scale = -logs.gather(-1, labels)[:, 0], 1 + 2 * z_weight * total
     pull = None

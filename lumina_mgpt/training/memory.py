@@ -11,7 +11,7 @@ from lumina_mgpt.training.loss import CHUNK_LOGITS, MIN_ROWS, MIN_ROWS_ON_GPU
 # Bytes that one layer saves for its backward, for each id and channel of the model's width, or of the inner one:
 # 12 and 4 tensors in float32; in bfloat16 half of it, but for the norms (and the inputs of adapters), which stay wide.
 SAVED_WIDE, SAVED_NARROW = (48, 16), (34, 9)
-_LOGIT = 12  # bytes of a logit in a chunk: itself, its exponential or its narrow copy, its gradient
+_LOGIT_WIDE, _LOGIT_NARROW = 4, 8  # bytes of one logit of a chunk: float32 in place; bfloat16, float32, narrow again
 _RUNTIME = 1.2e9  # CUDA's context and kernels, NCCL's buffers: a usual size, not measured here
 
 
@@ -84,7 +84,7 @@ class Plan:
         whole = 0 if self.lora_rank else product * self.matrix  # the head's gradient before it is shared out
         kept, one = self.saved()
         rows = max(MIN_ROWS_ON_GPU if self.gpu else MIN_ROWS, CHUNK_LOGITS // c.vocab_size)
-        logits = min(rows, self.ids) * c.vocab_size * _LOGIT
+        logits = min(rows, self.ids) * c.vocab_size * (_LOGIT_WIDE if self.wide else _LOGIT_NARROW)
         if not self.sharded:
             copies = 0 if self.wide or self.lora_rank else 2 * c.num_hidden_layers * self.layer  # autocast's
             gradient = 0 if self.lora_rank else 4 * self.matrix
