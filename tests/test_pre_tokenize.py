@@ -173,6 +173,11 @@ def test_panels_of_one_picture_may_lie_in_files_of_their_own(tools, tmp_path, ap
     assert read_sequence(out / row["file"], row["id"]).ids.tolist() == list(expected)
 
 
+def test_an_input_that_is_not_there(tools, tmp_path):
+    with pytest.raises(InputError, match="must be a picture folder, or end in .json, .jsonl or .tar, got .*nowhere"):
+        tokenize(tools, tmp_path / "nowhere", tmp_path / "out")
+
+
 def test_bad_items_are_logged_and_never_replaced(tools, tmp_path):
     name = picture(tmp_path / "a.png")
     (tmp_path / "no.png").write_text("no picture")

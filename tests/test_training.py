@@ -197,6 +197,8 @@ def test_run_that_is_there_is_not_overwritten(settings):
         Trainer(settings, ONE)
     with pytest.raises(InputError, match="--seed"):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
+    with pytest.raises(InputError, match="--resume must be auto or the folder of a checkpoint, got nowhere"):
+        Trainer(changed(settings, resume="nowhere"), ONE)
 
 
 def test_two_runs_in_one_folder_are_one_too_many(settings):

@@ -101,6 +101,9 @@ class PreTokenizer:
         if path.is_dir():
             rows = read_folder(path)
             return rows, hashlib.sha256("".join(map(json_line, rows)).encode()).hexdigest()[:16]
+        if not self.archive and path.suffix not in (".json", ".jsonl"):
+            raise InputError(f"--in_filename must be a picture folder, or end in .json, .jsonl or .tar, got {path}; "
+                             "check the path")  # fmt: skip
         rows = self.archive.rows if self.archive else read_rows(path, "--in_filename")
         return rows, fingerprint(path)
 

@@ -111,6 +111,9 @@ class Trainer:
         found = checkpoint.newest(self.output_dir)
         if self.settings.resume not in ("", "auto"):
             found = Path(self.settings.resume)
+            if not found.is_dir():
+                raise InputError(f"--resume must be auto or the folder of a checkpoint, got {found}; it lies in "
+                                 "OUTPUT_DIR/checkpoints")  # fmt: skip
             checkpoint.read_state(found)
         elif found is not None and not self.settings.resume:
             raise InputError(f"--output_dir {self.output_dir} holds a run already ({found.name}); --resume auto goes "
