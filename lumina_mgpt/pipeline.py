@@ -237,7 +237,7 @@ class Pipeline:
             )
         model = load_model(checkpoint.folder, dtype, device, attn, quant)
         if not checkpoint.config.tie_word_embeddings:
-            model.lm_head.keep(checkpoint.vocabulary.code_slice)
+            model.lm_head.keep(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
 
     def generate(

@@ -135,6 +135,7 @@ def peer(args: argparse.Namespace) -> dict:
     for weights, group in (("fp32", None), ("int4, bf16 inputs", 128)):
         if group:
             model = random_model(config, torch.bfloat16, group)
+        model.lm_head.keep(vocabulary.code_slice, int8=bool(group))
         for speculation in (None, Speculation("noise", 8), Speculation("maximal", 8), Speculation("maximal", 32)):
             taken = ours(model, vocabulary, layout, prompt, speculation)
             name = f"{speculation.coupling}, window {speculation.window}" if speculation else "plain"
@@ -205,7 +206,7 @@ def whole(args: argparse.Namespace) -> dict:
     with peak_anonymous() as loading:
         model = load_model(folder, dtype, "cpu", quant=128, on_read=lambda done, total: advance(bar, done, total))
         vocabulary = Vocabulary.from_folder(TOKENIZER, config)
-        model.lm_head.keep(vocabulary.code_slice)
+        model.lm_head.keep(vocabulary.code_slice, int8=True)
     taken = time.perf_counter() - began
     bar.close()
     layout = ImageLayout.from_pixels(vocabulary, 768, 768)

@@ -1,4 +1,4 @@
-"""What int4 weights and an int8 cache cost: error of the logits against fp32, and memory, as a table and JSON.
+"""What int4 weights, an int8 head and an int8 cache cost: error of the logits against fp32, and memory; table and JSON.
 
     python scripts/measure_error.py --model_path assets/demo
 
@@ -24,9 +24,10 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
-FORMS = (
-    ("fp32", None, torch.float32), ("fp32", None, torch.int8),
-    *((f"int4 in groups of {group}", group, torch.float32) for group in INT4_GROUPS),
+FORMS = (  # name, group of int4, dtype of the cache, whether the head is int8
+    ("fp32", None, torch.float32, False), ("fp32", None, torch.int8, False),
+    ("fp32, int8 head", None, torch.float32, True),
+    *((f"int4 in groups of {group}", group, torch.float32, False) for group in INT4_GROUPS),
 )  # fmt: skip
 
 
@@ -50,10 +51,10 @@ def measure(args: argparse.Namespace) -> None:
     read = layout.code_slots - 1
     columns, exact, figures = checkpoint.vocabulary.code_slice, None, []
     print("| weights | cache | MB of layers | MB of cache | error | KL |\n| --- | --- | --- | --- | --- | --- |")
-    for name, group, cache_dtype in FORMS:
+    for name, group, cache_dtype, int8_head in FORMS:
         model = load_model(checkpoint.folder, None, "cpu", quant=group)  # int4 stays in its portable form
         dequantize(model)
-        model.float()
+        model.float().lm_head.keep(columns, int8_head)
         got = logits(model, rows, columns, cache_dtype)[:, read].double()
         exact = got if exact is None else exact
         error = ((got - exact).square().sum() / (exact - exact.mean(-1, keepdim=True)).square().sum()).sqrt().item()

@@ -18,7 +18,7 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.checkpoint import load_model, save_model
 from lumina_mgpt.model.quantization import Int4, Int4Linear, dequantize, quantize
-from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.model.transformer import Head, Transformer
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.training.trainer import build_model
@@ -160,6 +160,33 @@ def test_a_build_without_the_kernel_is_refused(tiny_int4, tiny_checkpoint, monke
         with pytest.raises(InputError, match="_no_such_operator, which torch .* lacks; install"):
             load_model(folder, torch.float32, "cpu", quant=quant)
     load_model(tiny_checkpoint, torch.float32, "cpu")
+
+
+# The head
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
+def test_a_head_in_int8(dtype, limit):
+    """The kernel says what the rounded numbers say, whose steps are 1/127 of the largest weight of each output."""
+    head = Head(96, 80, bias=False).requires_grad_(False)
+    weight = torch.cat([normal(79, 96), torch.zeros(1, 96)]).to(dtype)
+    head.weight.data, columns = weight, slice(8, 80)
+    x = normal(2, 3, 96, seed=1).to(dtype)
+    plain = head(x, columns).float()
+    head.keep(columns, int8=True)
+    assert head.weight.dtype == torch.int8 and head.weight.shape == (72, 96)
+    stored = head.weight.float() * head.scale.float()[:, None]
+    steps = weight[columns].float().abs().amax(1, keepdim=True) / 127
+    assert ((stored - weight[columns].float()).abs() <= (0.5 + 127 * limit) * steps).all()
+    exact = x.float() @ stored.T
+    assert (head(x, columns).float() - exact).norm() < limit * exact.norm()
+    assert 1e-3 < (exact - plain).norm() / plain.norm() < 1e-2
+    assert not head(x, columns)[..., -1].any(), "weights that are all zero stay so"
+
+
+def test_a_pipeline_of_int4_weights_has_an_int8_head(tiny_checkpoint):
+    heads = [Pipeline.from_pretrained(tiny_checkpoint, "cpu", quant=quant).model.lm_head for quant in (None, GROUP)]
+    assert [head.weight.dtype == torch.int8 for head in heads] == [False, True]
 
 
 # Loading

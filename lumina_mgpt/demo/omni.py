@@ -16,30 +16,34 @@ from lumina_mgpt.maps import canny
 from lumina_mgpt.prompts import I2I_TASKS, TASKS, Task
 
 SIZE = (CELL, 2 * CELL)  # (width, height) of two panels of the base size
-_OTHERWISE = 0.3  # share of the training prompts that say more, or less, than those of the evaluation
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of example: its task, what its panels show, and how many of them training has."""
+    """One sort of example: its task, what its panels show, and how many of them training has.
+
+    `otherwise`: share of the training prompts that say less than those of the evaluation, so that the panel has to be
+    looked at, or, where those leave it all to the panel, more.
+    """
 
     task: Task
     upper: str
     lower: str
     records: int
+    otherwise: float = 0.3
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "pair_depth": Kind(TASKS["depth"], "picture", "depth", 3000),
-        "pair_canny": Kind(TASKS["canny"], "picture", "canny", 3000),
-        "depth": Kind(I2I_TASKS["depth"], "depth", "picture", 6000),
-        "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 6000),
-        "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 9000),
-        "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 12000),
-        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 3000),
-        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 3000),
-        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 3000),
+        "pair_depth": Kind(TASKS["depth"], "picture", "depth", 1500),
+        "pair_canny": Kind(TASKS["canny"], "picture", "canny", 1500),
+        "depth": Kind(I2I_TASKS["depth"], "depth", "picture", 7000, 0.6),
+        "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 7000, 0.6),
+        "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 13500, 0.15),
+        "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 10000),
+        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 2400),
+        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 2400),
+        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 2400),
     }
 )
 _BACKGROUNDS = ("on a {c} background", "the same on a {c} background", "{c} background", "it, {c} background")
@@ -117,7 +121,7 @@ def training_examples(kind: str, names: list[str], rng: random.Random) -> list[E
     rng.shuffle(pool)
     found: list[Example] = []
     while len(found) < KINDS[kind].records:
-        example = _example(kind, pool[len(found) % len(pool)], names, _OTHERWISE, rng)
+        example = _example(kind, pool[len(found) % len(pool)], names, KINDS[kind].otherwise, rng)
         if not example.held_out:  # its other scene may be
             found.append(example)
     return found

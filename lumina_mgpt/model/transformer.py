@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model import attention
+from lumina_mgpt.model import attention, quantization
 from lumina_mgpt.model.attention import Span
 from lumina_mgpt.model.kv_cache import KVCache, LayerCache, Scaled
 from lumina_mgpt.model.linear import Linear, linear
@@ -150,13 +150,23 @@ class Head(Linear):
     """The output projection, to the whole vocabulary or to a slice of it."""
 
     kept: slice | None = None
+    scale: Tensor | None = None
 
-    def keep(self, columns: slice) -> None:
-        """Lets go of all other columns: the text of a large vocabulary, for a model that is to write images only."""
-        self.weight, self.kept = nn.Parameter(self.weight[columns].detach().clone(), requires_grad=False), columns
+    def keep(self, columns: slice, int8: bool = False) -> None:
+        """Lets go of all other columns: the text of a large vocabulary, for a model that is to write images only.
+
+        `int8` rounds what is left, with a scale a column, where a kernel multiplies by it: beside int4 layers a bf16
+        head is a large part of a step.
+        """
+        weight, self.kept = self.weight[columns].detach().clone(), columns
+        if int8 and weight.device.type == "cpu" and weight.dtype in quantization.CPU_DTYPES:
+            weight, self.scale = quantization.to_int8(weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         assert self.kept in (None, columns), f"columns {columns} of a head that kept {self.kept}"
+        if self.scale is not None:
+            return quantization.int8_linear(hidden, self.weight, self.scale)
         return linear(hidden, self.weight if self.kept == columns else self.weight[columns])
 
 
