@@ -131,8 +131,8 @@ def test_rows_of_a_cache_are_spread(dtype):
     before = [held.clone() for held in (cache.store, cache.scales) if held is not None]
     cache.spread(torch.tensor([1, 0, 1]), 3)
     for old, new in zip(before, (cache.store, cache.scales), strict=False):
-        assert torch.equal(new[:, :, :, :3], old[:, :, [1, 0, 1], :3]) and new.count_nonzero()
-        assert torch.equal(new[:, :, :, 3:], old[:, :, :, 3:])
+        assert torch.equal(new[:, :, :, :, :3], old[:, :, [1, 0, 1], :, :3]) and new.count_nonzero()
+        assert torch.equal(new[:, :, :, :, 3:], old[:, :, :, :, 3:])
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])

@@ -32,7 +32,7 @@ class KVCache:
 
     `spare` slots behind them are for the pads of short rows: nothing ever sees what is in there. With the dtype int8
     each key and value is rounded as it comes in, with a scale of its own in `scales`; attention multiplies by the
-    integers (see `attention.sdpa`).
+    integers (see `attention.sdpa`). A head's slots lie one after another, as attention reads them.
 
     Slots are zero at first: a slot that no query may see still enters the products with weight 0, and 0 · NaN is NaN.
     Nothing is ever cleared. A query sees slots up to its own position only, so what a longer earlier sequence, a
@@ -44,7 +44,7 @@ class KVCache:
         spare: int = 0,
     ):  # fmt: skip
         self.length, self.slots = length, length + spare
-        shape = (config.num_hidden_layers, 2, rows, self.slots, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, self.slots, config.head_dim)
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         quantized = dtype == torch.int8
         self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device) if quantized else None
@@ -57,11 +57,11 @@ class KVCache:
         """Row r becomes a copy of row source[r] as far as `filled` slots. Shapes: source (rows,)."""
         for held in (self.store, self.scales):
             for layer in () if held is None else held:  # a copy of one layer at a time
-                layer[:, :, :filled] = layer[:, source, :filled]
+                layer[:, :, :, :filled] = layer[:, source, :, :filled]
 
 
 class LayerCache(NamedTuple):
-    """One layer's part. Shapes: store (2, rows, slots, K, H), scales (2, rows, slots, K) or None, row (rows, 1)."""
+    """One layer's part. Shapes: store (2, rows, K, slots, H), scales (2, rows, K, slots) or None, row (rows, 1)."""
 
     store: Tensor
     scales: Tensor | None
@@ -78,12 +78,12 @@ class LayerCache(NamedTuple):
         rows, at = (slice(B), slice(positions, positions + T)) if alike else (self.row[:B], positions)
         held = []
         for part, new in enumerate((keys, values)):
-            store = self.store[part]
+            store = self.store[part].transpose(1, 2)  # (rows, slots, K, H)
             if self.scales is None:
                 store[rows, at] = new.to(store.dtype)
                 held.append(store[:B, :filled])
             else:
-                scales = self.scales[part]
+                scales = self.scales[part].transpose(1, 2)
                 store[rows, at], scales[rows, at] = Scaled.of(new)
                 held.append(Scaled(store[:B, :filled], scales[:B, :filled]))
         return held[0], held[1]
