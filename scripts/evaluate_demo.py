@@ -31,6 +31,7 @@ from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 _BATCH = 30
 _ON_SHEET = 24
+_EXAMPLES_ON_SHEET = 12
 TEXT_ROWS = ("one emoji", "two emoji")
 ROWS = (*TEXT_ROWS, *omni.KINDS)
 
@@ -127,8 +128,9 @@ def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], picture
             cells = " | ".join(str(row.get(name, "–")) for name in ("value", "panel", "prompt", "tokenizer"))
             print(f"| {kind} | {figure} | {len(examples)} | {cells} |", flush=True)
             figures[f"{kind}: {figure}"] = {name: [cell.value, cell.error] for name, cell in row.items()}
-        captions = [example.prompt for example in examples[:_ON_SHEET]]
-        evaluation.contact_sheet(images[:_ON_SHEET], captions, 12).save(args.out_dir / f"{kind}.png")
+        captions = [example.prompt for example in examples[:_EXAMPLES_ON_SHEET]]
+        sheet = evaluation.contact_sheet(images[:_EXAMPLES_ON_SHEET], captions, _EXAMPLES_ON_SHEET)
+        sheet.save(args.out_dir / f"{kind}.png", optimize=True)
     return figures
 
 
