@@ -4,6 +4,7 @@ Nothing here imports torch before it must, so that `--help` and most errors come
 """
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -114,12 +115,37 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
     from lumina_mgpt.model.step import compiling_pays
     from lumina_mgpt.pipeline import Pipeline
 
-    fast = getattr(args, "fast", False)
-    return Pipeline.from_pretrained(
-        checkpoint, device, args.dtype, attn=args.attn, quant=quant_group(args, checkpoint.config.int4_group),
-        cache_dtype=torch.int8 if args.cache_dtype == "int8" else None, movqgan_dtype=DTYPES[args.movqgan_dtype],
-        compile=args.compile or (fast and compiling_pays(device)),
-    )  # fmt: skip
+    fast, quant = getattr(args, "fast", False), quant_group(args, checkpoint.config.int4_group)
+    with ReadingBar("int4 while loading" if args.quant else "loading", delay=3) as bar:
+        return Pipeline.from_pretrained(
+            checkpoint, device, args.dtype, attn=args.attn, quant=quant, on_read=bar,
+            cache_dtype=torch.int8 if args.cache_dtype == "int8" else None, movqgan_dtype=DTYPES[args.movqgan_dtype],
+            compile=args.compile or (fast and compiling_pays(device)),
+        )  # fmt: skip
+
+
+class ReadingBar(contextlib.AbstractContextManager):
+    """A progress bar for `load_model`'s `on_read`: from the first weight on, and not before `delay` seconds are gone.
+
+    Not earlier, so that an error of the checks that come first is one line.
+    """
+
+    def __init__(self, words: str, delay: float = 0) -> None:
+        self.words, self.delay, self.bar = words, delay, None
+
+    def __call__(self, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(
+                total=total, unit=" weights", unit_scale=True, desc=self.words, delay=self.delay, dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 10, disable=process_share()[0] > 0,
+            )  # fmt: skip
+        self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | None:

@@ -200,6 +200,7 @@ class Pipeline:
         cache_dtype: torch.dtype | None = None,
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        on_read: Callable[[int, int], None] | None = None,
     ) -> "Pipeline":
         """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
 
@@ -208,7 +209,8 @@ class Pipeline:
         `cache_dtype` torch.int8 holds keys and values in half the room of bf16 (default: the model's own).
         `movqgan_dtype`: decoding is a small part of the work, and in float32 (default) a picture depends on its codes
         alone; bf16 and fp16 halve the memory that it takes. `compile` compiles the steps, for each shape at its first
-        use, which takes a minute or more; on CUDA they become graphs.
+        use, which takes a minute or more; on CUDA they become graphs. `on_read` is told how many of the transformer's
+        weights are read, and of how many.
 
         Raises:
             InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others,
@@ -235,7 +237,7 @@ class Pipeline:
                 f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "
                 f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
             )
-        model = load_model(checkpoint.folder, dtype, device, attn, quant)
+        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read)
         if not checkpoint.config.tie_word_embeddings:
             model.lm_head.keep(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)

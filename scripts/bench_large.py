@@ -202,13 +202,12 @@ def whole(args: argparse.Namespace) -> dict:
     config = ModelConfig.from_yaml(SEVEN_B)
     folder, dtype = args.work / "random-7B", DTYPES[args.dtype]
     write_random(config, folder)
-    bar, began = tqdm(desc="int4 while loading", unit="weight", unit_scale=True), time.perf_counter()
-    with peak_anonymous() as loading:
-        model = load_model(folder, dtype, "cpu", quant=128, on_read=lambda done, total: advance(bar, done, total))
+    began = time.perf_counter()
+    with peak_anonymous() as loading, cli.ReadingBar("int4 while loading") as bar:
+        model = load_model(folder, dtype, "cpu", quant=128, on_read=bar)
         vocabulary = Vocabulary.from_folder(TOKENIZER, config)
         model.lm_head.keep(vocabulary.code_slice, int8=True)
     taken = time.perf_counter() - began
-    bar.close()
     layout = ImageLayout.from_pixels(vocabulary, 768, 768)
     prompt, ends = generation_prompt(PROMPT, vocabulary), {}
     with peak_anonymous() as running:
@@ -231,11 +230,6 @@ def whole(args: argparse.Namespace) -> dict:
         stored_bytes(model) / 1e9, "peak_running_gb": running[0] / 1e9, "cache_gb": cache / 1e9,
         "first_s": ends["first"], "last_s": ends["last"], "image_hours": hours,
     }  # fmt: skip
-
-
-def advance(bar: tqdm, done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
 
 
 class _Enough(Exception):

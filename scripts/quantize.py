@@ -6,11 +6,8 @@ The new folder holds all that generate.py needs; it is written whole or not at a
 """
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from lumina_mgpt import cli
 from lumina_mgpt.config import DEFAULT_INT4_GROUP, INT4_GROUPS
@@ -37,20 +34,9 @@ def quantize(args: argparse.Namespace) -> None:
         source = resolve(cli.checkpoint_path(args.model_path))
     except InputError as error:
         raise InputError(f"--model_path {error}") from None
-    with contextlib.ExitStack() as stack:
-        bar = None
-
-        def on_read(done: int, total: int) -> None:
-            nonlocal bar
-            if bar is None:  # not before the checks: an error then is one line
-                bar = stack.enter_context(tqdm(
-                    total=total, unit=" weights", unit_scale=True, desc=f"int4, groups of {args.group}",
-                    dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10,
-                ))  # fmt: skip
-            bar.update(done - bar.n)
-
+    with cli.ReadingBar(f"int4, groups of {args.group}") as bar:
         try:
-            quantize_checkpoint(source, args.save_path, args.group, on_read)
+            quantize_checkpoint(source, args.save_path, args.group, bar)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("nothing was written") from None
     before, after = (size(folder) / 1e6 for folder in (source, args.save_path))

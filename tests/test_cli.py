@@ -493,3 +493,15 @@ def test_the_commands_of_the_readme_are_understood(script):
     options = {option for action in script.build_parser()._actions for option in action.option_strings}
     for option in options - {"-h", "--help"}:
         assert f"`{option}" in readme, f"{option} is missing in the README"
+
+
+def test_a_slow_load_has_a_bar_and_a_quick_one_none(capsys):
+    for delay, shown in ((0, True), (60, False)):
+        with cli.ReadingBar("reading", delay) as bar:
+            for done in (0, 400, 1000):
+                bar(done, 1000)
+        err = capsys.readouterr().err
+        assert ("reading: 100%" in err) == shown and ("1.00k/1.00k" in err) == shown, err
+    with cli.ReadingBar("nothing read"):
+        pass
+    assert capsys.readouterr().err == ""
