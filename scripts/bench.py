@@ -76,7 +76,8 @@ def step_bytes(pipeline: Pipeline, layout, jobs: list, settings: SamplingConfig,
     rows = min(batch_size, len(jobs)) * (1 if settings.cfg == 1 else 2)
     cache = rows * cache_bytes(config, max(len(start) for start, _ in jobs) + layout.length // 2, pipeline.cache_dtype)
     layers = sum(t.nbytes for part in ("parameters", "buffers") for t in getattr(pipeline.model.layers, part)())
-    return layers + config.num_image_codes * config.hidden_size * pipeline.dtype.itemsize + cache
+    head = pipeline.model.lm_head.weight
+    return layers + config.num_image_codes * config.hidden_size * head.itemsize + cache
 
 
 def print_tables(rows: list[Row]) -> None:

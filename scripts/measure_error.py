@@ -20,14 +20,15 @@ from lumina_mgpt.config import INT4_GROUPS, SamplingConfig
 from lumina_mgpt.devices import cache_bytes
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.checkpoint import load_model
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.kv_cache import KVCache, Scaled
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
-FORMS = (  # name, group of int4, dtype of the cache, whether the head is int8
-    ("fp32", None, torch.float32, False), ("fp32", None, torch.int8, False),
-    ("fp32, int8 head", None, torch.float32, True),
-    *((f"int4 in groups of {group}", group, torch.float32, False) for group in INT4_GROUPS),
+EARLY = "int8, keys before rotation"
+FORMS = (  # weights, group of int4, cache, whether the head is int8
+    ("fp32", None, "fp32", False), ("fp32", None, "int8", False), ("fp32", None, EARLY, False),
+    ("fp32, int8 head", None, "fp32", True),
+    *((f"int4 in groups of {group}", group, "fp32", False) for group in INT4_GROUPS),
 )  # fmt: skip
 
 
@@ -51,10 +52,13 @@ def measure(args: argparse.Namespace) -> None:
     read = layout.code_slots - 1
     columns, exact, figures = checkpoint.vocabulary.code_slice, None, []
     print("| weights | cache | MB of layers | MB of cache | error | KL |\n| --- | --- | --- | --- | --- | --- |")
-    for name, group, cache_dtype, int8_head in FORMS:
+    for name, group, kind, int8_head in FORMS:
         model = load_model(checkpoint.folder, None, "cpu", quant=group)  # int4 stays in its portable form
         dequantize(model)
         model.float().lm_head.keep(columns, int8_head)
+        if kind == EARLY:
+            round_early(model)
+        cache_dtype = torch.int8 if kind == "int8" else torch.float32
         got = logits(model, rows, columns, cache_dtype)[:, read].double()
         exact = got if exact is None else exact
         error = ((got - exact).square().sum() / (exact - exact.mean(-1, keepdim=True)).square().sum()).sqrt().item()
@@ -62,8 +66,8 @@ def measure(args: argparse.Namespace) -> None:
         divergence = (truth.exp() * (truth - law)).sum(-1).mean().item()
         bits = 4 + 32 / group if group else 32
         layers = sum(p.numel() for p in pipeline.model.layers.parameters()) * bits / 8e6
-        cache = cache_bytes(checkpoint.config, rows.shape[1], cache_dtype) / 1e6
-        kind = "int8" if cache_dtype == torch.int8 else "fp32"
+        stored = torch.float32 if kind == "fp32" else torch.int8
+        cache = cache_bytes(checkpoint.config, rows.shape[1], stored) / 1e6
         print(f"| {name} | {kind} | {layers:.1f} | {cache:.1f} | {100 * error:.2f} % | {divergence:.5f} |", flush=True)
         figures.append({"weights": name, "cache": kind, "layers_mb": layers, "cache_mb": cache, "error": error,
                         "kl": divergence})  # fmt: skip
@@ -79,6 +83,17 @@ def dequantize(model: Transformer) -> None:
             linear.weight, linear.bias = torch.nn.Parameter(weight), module.bias
             owner, _, leaf = name.rpartition(".")
             setattr(model.layers.get_submodule(owner), leaf, linear)
+
+
+def round_early(model: Transformer) -> None:
+    """Rounds keys and values as an int8 cache does, but keys before their rotation; the cache itself stays fp32."""
+
+    def rounded(module: torch.nn.Module, inputs: tuple, out: Tensor) -> Tensor:
+        return Scaled.of(out.unflatten(-1, (-1, model.config.head_dim))).numbers(out.dtype).view(out.shape)
+
+    for layer in model.layers:
+        for module in (layer.self_attn.k_norm, layer.self_attn.v_proj):
+            module.register_forward_hook(rounded)
 
 
 def main() -> int:
