@@ -33,7 +33,9 @@ _BATCH = 30
 _ON_SHEET = 24
 _EXAMPLES_ON_SHEET = 12
 TEXT_ROWS = ("one emoji", "two emoji")
-ROWS = (*TEXT_ROWS, *omni.KINDS)
+UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # the prompt says the background only
+TASK_ROWS = (*omni.KINDS, *UNNAMED)
+ROWS = (*TEXT_ROWS, *TASK_ROWS)
 
 
 def generate(pipeline: Pipeline, todo: list[scenes.Scene], rng: random.Random, args) -> list[tuple]:
@@ -105,16 +107,18 @@ def shuffled(examples: list[Example]) -> dict[str, list[Example]]:
     return others
 
 
-def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], pictures: dict, args) -> dict[str, object]:
-    """Prints a row a score of each kind, writes a contact sheet a kind, and returns the figures."""
+def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures: dict, args) -> dict[str, object]:
+    """Prints a line a score of each row, writes a contact sheet each, and returns the figures."""
     figures: dict[str, object] = {}
-    if not kinds:
+    if not rows:
         return figures
     print("\n| task | figure | prompts | value | panel shuffled | prompt shuffled | truth through image tokenizer |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     tokenizer, parts = pipeline.image_tokenizer, pipeline.checkpoint.config.parts(panels=2)
-    for kind in kinds:
-        examples = omni.evaluation_examples(kind, names, args.prompts, random.Random(f"{args.seed} {kind}"))
+    for row in rows:
+        kind, otherwise = (UNNAMED[row], 1.0) if row in UNNAMED else (row, 0.0)
+        rng = random.Random(f"{args.seed} {kind}")
+        examples = omni.evaluation_examples(kind, names, args.prompts, rng, otherwise)
         few = examples[: args.shuffled]
         images = generate_examples(pipeline, examples, pictures, args)
         columns = {"value": judge_examples(examples, images, pictures)}
@@ -124,13 +128,13 @@ def report_tasks(pipeline: Pipeline, kinds: list[str], names: list[str], picture
                  for example in examples]  # fmt: skip
         columns["tokenizer"] = judge_examples(examples, again, pictures)
         for n, figure in enumerate(evaluation.SCORES[kind]):
-            row = {name: column[n] for name, column in columns.items()}
-            cells = " | ".join(str(row.get(name, "–")) for name in ("value", "panel", "prompt", "tokenizer"))
-            print(f"| {kind} | {figure} | {len(examples)} | {cells} |", flush=True)
-            figures[f"{kind}: {figure}"] = {name: [cell.value, cell.error] for name, cell in row.items()}
+            found = {name: column[n] for name, column in columns.items()}
+            cells = " | ".join(str(found.get(name, "–")) for name in ("value", "panel", "prompt", "tokenizer"))
+            print(f"| {row} | {figure} | {len(examples)} | {cells} |", flush=True)
+            figures[f"{row}: {figure}"] = {name: [cell.value, cell.error] for name, cell in found.items()}
         captions = [example.prompt for example in examples[:_EXAMPLES_ON_SHEET]]
         sheet = evaluation.contact_sheet(images[:_EXAMPLES_ON_SHEET], captions, _EXAMPLES_ON_SHEET)
-        sheet.save(args.out_dir / f"{kind}.png", optimize=True)
+        sheet.save(args.out_dir / f"{row.replace(' ', '_')}.png", optimize=True)
     return figures
 
 
@@ -160,7 +164,7 @@ def main() -> int:
         figures: dict[str, object] = {"model_path": str(args.model_path), "cfg": args.cfg, "seed": args.seed}
         rows = {name: todo for name, todo in zip(TEXT_ROWS, (singles, pairs), strict=True) if name in args.rows}
         figures |= report(pipeline, rows, pictures, rng, args)
-        figures |= report_tasks(pipeline, [kind for kind in omni.KINDS if kind in args.rows], names, pictures, args)
+        figures |= report_tasks(pipeline, [row for row in TASK_ROWS if row in args.rows], names, pictures, args)
         (args.out_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
         print(f"contact sheets and figures.json in {args.out_dir}")
     except (InputError, OSError) as error:

@@ -158,8 +158,44 @@ def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
         Image.open(path).verify()
 
 
+def _generate(folder: Path, *options: str) -> None:
+    command = [sys.executable, "generate_examples/generate.py", "--task", "i2i", "--save_path", str(folder), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_control_panel_and_a_prompt_are_both_followed(tmp_path):
+    """The silhouette is that of the panel, the background that of the prompt."""
+    words = ("--image_path", "assets/depth.png", "--image_prompt", "a hedgehog on a sky blue background")
+    _generate(tmp_path, "--i2i_task", "depth", *words)
+    result = Image.open(tmp_path / "depth_result.png")
+    assert evaluation.nearest_color(result) == "sky blue"
+    inside = np.asarray(Image.open(tmp_path / "depth_ref_center_crop.png").convert("L")) > 60
+    pixels = np.asarray(result, np.float32)
+    far = np.abs(pixels - np.median(pixels[~inside], axis=0)).sum(-1) > 60
+    assert far[inside].mean() > 0.8 and far[~inside].mean() < 0.2
+
+
+def test_a_subject_comes_again_on_another_background(tmp_path):
+    """In the middle, where the emoji is, the result is far nearer to the panel than another emoji of its colours is."""
+    words = ("--image_path", "assets/subject.png", "--image_prompt", "the same on a navy background")
+    _generate(tmp_path, "--i2i_task", "subject", *words)
+    result, given = (Image.open(tmp_path / f"subject_{name}.png") for name in ("result", "ref_center_crop"))
+    assert evaluation.nearest_color(result) == "navy"
+    middles = [np.asarray(image, np.float32)[24:72, 24:72] for image in (result, given)]
+    assert np.abs(middles[0] - middles[1]).mean() < 0.7 * np.abs(middles[0] - middles[1][:, ::-1, ::-1]).mean()
+
+
+def test_a_segmentation_has_the_colours_of_the_training(tmp_path):
+    _generate(tmp_path, "--i2i_task", "predict_segmentation", "--image_path", "assets/subject.png")
+    pixels = np.asarray(Image.open(tmp_path / "predict_segmentation_result.png"), np.float32)
+    known = np.array([(0, 0, 0), scenes.SLOT_COLORS[0]], np.float32)
+    distances = np.abs(pixels[..., None, :] - known).sum(-1)
+    assert (distances.min(-1) < 120).mean() > 0.9 and 0.1 < (distances.argmin(-1) == 1).mean() < 0.9
+
+
 @pytest.mark.parametrize("sampling", ["", "--speculative_jacobi", "--speculative_jacobi --quant --cache_dtype int8"])
-def test_editing_goes_with_every_way_of_sampling(sampling, tmp_path):
+def test_an_edit_does_what_it_says_with_every_way_of_sampling(sampling, tmp_path):
     command = ["--image_path", "assets/subject.png", "--save_path", str(tmp_path), *sampling.split()]
     turns = ["--instruction", "make the background red", "--instruction", "make the background navy"]
     command = [sys.executable, "generate_examples/edit.py", *command, *turns]
@@ -167,6 +203,7 @@ def test_editing_goes_with_every_way_of_sampling(sampling, tmp_path):
     assert done.returncode == 0, done.stderr
     strip = Image.open(tmp_path / "edit_strip.png")
     assert strip.size == (3 * CELL, CELL)
-    for turn in (1, 2):
+    for turn, color in ((1, "red"), (2, "navy")):
         result = Image.open(tmp_path / f"edit_{turn}_result.png")
+        assert evaluation.nearest_color(result) == color
         assert strip.crop((CELL * turn, 0, CELL * turn + CELL, CELL)).tobytes() == result.tobytes()

@@ -127,10 +127,12 @@ def training_examples(kind: str, names: list[str], rng: random.Random) -> list[E
     return found
 
 
-def evaluation_examples(kind: str, names: list[str], count: int, rng: random.Random) -> list[Example]:
-    """At most `count` examples of scenes that are held out; what the panel shows is for the panel alone to say."""
+def evaluation_examples(
+    kind: str, names: list[str], count: int, rng: random.Random, otherwise: float = 0.0
+) -> list[Example]:
+    """At most `count` examples of scenes that are held out; `otherwise` as in Kind."""
     pool = [scene for scene in scenes.all_singles(names) if scene.held_out]
-    return [_example(kind, scene, names, 0.0, rng) for scene in rng.sample(pool, min(count, len(pool)))]
+    return [_example(kind, scene, names, otherwise, rng) for scene in rng.sample(pool, min(count, len(pool)))]
 
 
 def _example(kind: str, scene: Scene, names: list[str], otherwise: float, rng: random.Random) -> Example:
