@@ -39,6 +39,7 @@ HELP = {
     "clip_grad": "limit of the gradient's norm, 0 for none",
     "tail_weight": "pull of unlikely ids to one level; steadies guidance after a short training",
     "code_noise": "share of the image codes read that are replaced; for few pictures, seen often",
+    "spare_panel": "share of the rows whose first half of codes, a given panel, gets no --code_noise",
     "ema": "export a moving average of the weights with this decay, 0 for none",
     "on_nonfinite": "a step whose loss or gradient is not finite, or a spike: stop, or leave it out; noted either way",
     "spike": "a gradient norm over this many times the median of the last 100 is one, 0 for none; try 10",

@@ -16,7 +16,6 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import IGNORED
 
 _OPEN_ROWS = 16  # more fill rows a little better, and make the plan slower
-_SPARED = 0.75  # share of the rows whose first half of the codes gets no noise
 
 
 @dataclass(frozen=True)
@@ -192,13 +191,14 @@ class Feed:
         return batches
 
 
-def corrupt(ids: Tensor, codes: slice, rate: float) -> Tensor:
+def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tensor:
     """Replaces image codes in what the model reads, never in what it is to say; about `rate` of them.
 
     Where pictures are few and always the same, a model reads off the codes so far which one it is, and a single code
     drawn wrong leads it astray. Half of the new codes are of another row at the same place, half any code; each row has
-    a rate of its own between 0 and twice the mean. Most rows keep their first half, a given panel where there are two:
-    so the panel is what can be relied on, not what was drawn below it. Draws from torch's global generator.
+    a rate of its own between 0 and twice the mean. A share `spared` of the rows keeps its first half, a given panel
+    where there are two: so the panel is what can be relied on, not what was drawn below it. Draws from torch's global
+    generator.
 
     Shapes: ids (B, T), and so is what it returns. `codes` are the ids of image codes.
     Source: the aim is that of scheduled sampling (arXiv 1506.03099), without a second forward.
@@ -210,5 +210,5 @@ def corrupt(ids: Tensor, codes: slice, rate: float) -> Tensor:
     hit = torch.rand(B, T) < 2 * rate * torch.rand(B, 1)
     is_code, fits = [(part >= codes.start) & (part < codes.stop) for part in (ids, new)]
     first_half = 2 * is_code.cumsum(1) <= is_code.sum(1, keepdim=True)
-    kept = first_half & (torch.rand(B, 1) < _SPARED)
+    kept = first_half & (torch.rand(B, 1) < spared)
     return torch.where(hit & is_code & fits & ~kept, new, ids)

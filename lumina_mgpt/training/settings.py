@@ -51,6 +51,7 @@ class Settings:
     z_loss_weight: float = 1e-5
     tail_weight: float = 0.0
     code_noise: float = 0.0
+    spare_panel: float = 0.0
     ema: float = 0.0
     on_nonfinite: str = "stop"
     spike: float = 0.0
@@ -91,6 +92,9 @@ class Settings:
         self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
         for name in ("warmup", "dropout", "ema", "code_noise"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        self._require("spare_panel", 0 <= self.spare_panel <= 1, "must be in [0, 1]")
+        if self.spare_panel and not self.code_noise:
+            raise InputError(f"--spare_panel {self.spare_panel} means nothing without --code_noise; add that")
         for name in ("compile", "code_noise"):  # each row is of a shape of its own; other rows lend the noise
             if self.pack and getattr(self, name):
                 raise InputError(f"--pack does not go with --{name}; leave one of them out")

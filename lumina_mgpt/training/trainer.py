@@ -205,8 +205,8 @@ class Trainer:
         torch.manual_seed(seed_of(settings.seed, "step", self.at, processes.rank))
         batches = self.feed.next_step()
         if settings.code_noise:
-            batches = [replace(b, ids=corrupt(b.ids, self.dataset.vocabulary.code_slice, settings.code_noise))
-                       for b in batches]  # fmt: skip
+            codes, rates = self.dataset.vocabulary.code_slice, (settings.code_noise, settings.spare_panel)
+            batches = [replace(b, ids=corrupt(b.ids, codes, *rates)) for b in batches]
         counts = [(b.labelled, b.tokens, batch_flops(self.model.config, b)) for b in batches]
         labelled, tokens, flops = processes.sum(*map(sum, zip(*counts, strict=True)))
         losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
