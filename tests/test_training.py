@@ -93,8 +93,11 @@ def test_a_packed_run_learns_and_resumes(settings):
 
 
 def test_noise_that_spares_panels_needs_noise(settings):
-    for wrong, rule in (({"spare_panel": 0.5}, "--spare_panel 0.5 means nothing without --code_noise"),
-                        ({"spare_panel": 1.5, "code_noise": 0.5}, r"--spare_panel must be in \[0, 1\], got 1.5")):  # fmt: skip
+    cases = (
+        ({"spare_panel": 0.5}, "--spare_panel 0.5 means nothing without --code_noise"),
+        ({"spare_panel": 1.5, "code_noise": 0.5}, r"--spare_panel must be in \[0, 1\], got 1.5"),
+    )
+    for wrong, rule in cases:
         with pytest.raises(InputError, match=rule):
             changed(settings, **wrong)
     noisy = changed(settings, code_noise=0.5, spare_panel=0.75, max_steps=2)
