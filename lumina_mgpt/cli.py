@@ -112,15 +112,14 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
     import torch
 
     from lumina_mgpt.devices import DTYPES
-    from lumina_mgpt.model.step import compiling_pays
     from lumina_mgpt.pipeline import Pipeline
 
-    fast, quant = getattr(args, "fast", False), quant_group(args, checkpoint.config.int4_group)
-    with ReadingBar("int4 while loading" if args.quant else "loading", delay=3) as bar:
+    stored = checkpoint.config.int4_group
+    with ReadingBar("int4 while loading" if args.quant and not stored else "loading", delay=3) as bar:
         return Pipeline.from_pretrained(
-            checkpoint, device, args.dtype, attn=args.attn, quant=quant, on_read=bar,
+            checkpoint, device, args.dtype, attn=args.attn, quant=quant_group(args, stored), on_read=bar,
             cache_dtype=torch.int8 if args.cache_dtype == "int8" else None, movqgan_dtype=DTYPES[args.movqgan_dtype],
-            compile=args.compile or (fast and compiling_pays(device)),
+            compile=args.compile,
         )  # fmt: skip
 
 
@@ -181,7 +180,7 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--fast", action="store_true",
-        help="times a few forwards and takes the window that is quickest here (on CUDA compiled); exact, too",
+        help="times a few forwards and takes the coupling and window that are quickest here; exact, too",
     )  # fmt: skip
     group.add_argument("--coupling", choices=COUPLINGS, help=f"how drafts are judged (default: {Speculation.coupling})")
     group.add_argument("--window", type=whole, help="drafts judged by one forward (default: by device and precision)")

@@ -132,7 +132,7 @@ def peer(args: argparse.Namespace) -> dict:
     print(f"{args.threads} threads\n\n| sampler | weights | s an image | times faster |\n| --- | --- | --- | --- |")
     print(f"| transformers' Chameleon | fp32 | {theirs:.2f} | 1.00 |", flush=True)
     rows = [{"sampler": "transformers", "weights": "fp32", "seconds": theirs, "speedup": 1.0}]
-    for weights, group in (("fp32", None), ("int4, bf16 inputs", 128)):
+    for weights, group in (("fp32", None), ("int4, int8 head, bf16 inputs", 128)):
         if group:
             model = random_model(config, torch.bfloat16, group)
         model.lm_head.keep(vocabulary.code_slice, int8=bool(group))
@@ -221,7 +221,7 @@ def whole(args: argparse.Namespace) -> dict:
     print(f"| loading, with quantization | {taken:.0f} s |")
     print(f"| peak anonymous memory, loading | {loading[0] / 1e9:.2f} GB |")
     print(f"| peak anonymous memory, an image of 768 x 768 | {running[0] / 1e9:.2f} GB |")
-    print(f"| of it int4 weights, embeddings, head | {stored_bytes(model) / 1e9:.2f} GB |")
+    print(f"| of it int4 weights, embeddings, int8 head | {stored_bytes(model) / 1e9:.2f} GB |")
     print(f"| of it the int8 cache | {cache / 1e9:.2f} GB |")
     print(f"| s a code, the first and the last {args.codes} | {ends['first']:.2f}, {ends['last']:.2f} |")
     print(f"| a whole image, projected | {hours:.1f} h |")

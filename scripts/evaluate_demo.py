@@ -8,6 +8,7 @@ The (name, colour) and the pairs that are held out come from lumina_mgpt/demo/sc
 
 Then a row for each figure of the image tasks (lumina_mgpt/demo/omni.py), beside what it comes to when each image is
 made with the panel, or with the prompt, of another example, and when the truth goes through the image tokenizer.
+`depth unnamed` and `canny unnamed`: the prompt says the background only, and what there is is for the panel to say.
 """
 
 import argparse

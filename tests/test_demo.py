@@ -177,7 +177,7 @@ def test_a_control_panel_and_a_prompt_are_both_followed(tmp_path):
 
 
 def test_a_subject_comes_again_on_another_background(tmp_path):
-    """In the middle, where the emoji is, the result is far nearer to the panel than another emoji of its colours is."""
+    """In the middle, where the emoji is, the result is far nearer to the panel than to the panel upside down."""
     words = ("--image_path", "assets/subject.png", "--image_prompt", "the same on a navy background")
     _generate(tmp_path, "--i2i_task", "subject", *words)
     result, given = (Image.open(tmp_path / f"subject_{name}.png") for name in ("result", "ref_center_crop"))

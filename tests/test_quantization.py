@@ -165,11 +165,12 @@ def test_a_build_without_the_kernel_is_refused(tiny_int4, tiny_checkpoint, monke
 # The head
 
 
+@pytest.mark.parametrize("size", [1, 0.02])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
-def test_a_head_in_int8(dtype, limit):
+def test_a_head_in_int8(dtype, limit, size):
     """The kernel says what the rounded numbers say, whose steps are 1/127 of the largest weight of each output."""
     head = Head(96, 80, bias=False).requires_grad_(False)
-    weight = torch.cat([normal(79, 96), torch.zeros(1, 96)]).to(dtype)
+    weight = torch.cat([normal(79, 96), torch.zeros(1, 96)]).mul(size).to(dtype)
     head.weight.data, columns = weight, slice(8, 80)
     x = normal(2, 3, 96, seed=1).to(dtype)
     plain = head(x, columns).float()

@@ -8,7 +8,7 @@ import torch
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, compiling_pays, require_compiler
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -48,9 +48,3 @@ def test_without_a_compiler_there_is_one_line(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler .* install g\+\+, or leave it out"):
         require_compiler(torch.device("cpu"))
-
-
-@pytest.mark.parametrize("triton", [True, False])
-def test_fast_compiles_on_cuda_alone_and_where_it_can(monkeypatch, triton):
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: triton)
-    assert compiling_pays(torch.device("cuda")) == triton and not compiling_pays(torch.device("cpu"))

@@ -209,6 +209,8 @@ def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tens
     new = torch.where(torch.rand(B, T) < 0.5, anything, other)
     hit = torch.rand(B, T) < 2 * rate * torch.rand(B, 1)
     is_code, fits = [(part >= codes.start) & (part < codes.stop) for part in (ids, new)]
-    first_half = 2 * is_code.cumsum(1) <= is_code.sum(1, keepdim=True)
-    kept = first_half & (torch.rand(B, 1) < spared)
-    return torch.where(hit & is_code & fits & ~kept, new, ids)
+    hit &= is_code & fits
+    if spared:  # else nothing more is drawn, and a run's random numbers stay what they were
+        first_half = 2 * is_code.cumsum(1) <= is_code.sum(1, keepdim=True)
+        hit &= ~(first_half & (torch.rand(B, 1) < spared))
+    return torch.where(hit, new, ids)

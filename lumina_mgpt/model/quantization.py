@@ -2,7 +2,7 @@
 
 A weight is `(q - 8) · scale + zero`, with q in 0 ... 15, and one bf16 scale and zero for each `group` neighbouring
 inputs of an output: 4.25 bits a weight in groups of 128. Embeddings, norms and biases stay as they are; so does the
-head on disk and on CUDA, while on a CPU its columns of image codes become int8 when they are loaded.
+head on disk, while on a CPU its columns of image codes become int8 when they are loaded (not those of a tied one).
 
 Three forms of one matrix: the portable one, which is on disk too and which anything can dequantize; and one for each of
 torch's own kernels, on a CPU and on CUDA. (The one for CUDA follows torch's documentation; it was not run here.)
@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 # torch's operators under torch.ops.aten: one makes a kernel's form of a matrix, the other multiplies by it.
 _CPU_OPS = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
 _CUDA_OPS = ("_convert_weight_to_int4pack", "_weight_int4pack_mm")
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INT8_OP = "_weight_int8pack_mm"  # on a CPU
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the inputs, by either kernel
 # Shares of the range below and above its middle that a search begins with: nine tenths clip the outermost weights.
 _STARTS = ((1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9))
 _FITS = 2
@@ -128,12 +129,18 @@ def _fit(weights: Tensor, numbers: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     return scale, weights.mean(-1, keepdim=True) - scale * mean
 
 
+def has_int8_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `int8_linear` works here."""
+    return device.type == "cpu" and dtype in _CPU_DTYPES and hasattr(torch.ops.aten, _INT8_OP)
+
+
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds to int8, the largest weight of each output being 127; scales as torch's kernel wants them.
 
     Shapes: weight (N, K) -> (N, K) int8 and (N,) of the weight's own dtype.
     """
-    scale = (weight.abs().amax(1).float() / 127).clamp_(min=torch.finfo(weight.dtype).tiny).to(weight.dtype)
+    least = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps  # fp16 needs the subnormal ones
+    scale = (weight.abs().amax(1).float() / 127).clamp_(min=max(least, _TINY)).to(weight.dtype)
     numbers = torch.empty_like(weight, dtype=torch.int8)
     rows = max(1, _CHUNK // weight.shape[1])
     for start in range(0, len(weight), rows):  # a float32 copy of the whole would be the peak of loading
@@ -148,7 +155,7 @@ def int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     Shapes: x (..., K), numbers (N, K), scale (N,) -> (..., N).
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return torch.ops.aten._weight_int8pack_mm(rows, numbers, scale).unflatten(0, x.shape[:-1])
+    return getattr(torch.ops.aten, _INT8_OP)(rows, numbers, scale).unflatten(0, x.shape[:-1])
 
 
 class Int4Linear(nn.Module):
@@ -214,7 +221,7 @@ class Int4Linear(nn.Module):
 
 def _kernel(device: torch.device, dtype: torch.dtype, outputs: int, inputs: int) -> str | None:
     """Which of torch's kernels multiplies such inputs by such a matrix. Sources: its shape checks, in torch 2.13."""
-    if device.type == "cpu" and dtype in CPU_DTYPES and outputs % 16 == 0:
+    if device.type == "cpu" and dtype in _CPU_DTYPES and outputs % 16 == 0:
         return "cpu"
     if device.type == "cuda" and dtype == torch.bfloat16 and outputs % 8 == 0 and inputs % 32 == 0:
         return "cuda" if torch.cuda.get_device_capability(device) >= (8, 0) else None

@@ -78,17 +78,6 @@ def compile_forward(model: Transformer):
     return torch.compile(model.forward, mode=mode, dynamic=False, fullgraph=True)
 
 
-def compiling_pays(device: torch.device) -> bool:
-    """Where --fast compiles: on CUDA, if that can be done. On a CPU compiled steps are no quicker (see README)."""
-    if device.type != "cuda":
-        return False
-    try:
-        require_compiler(device)
-    except InputError:
-        return False
-    return True
-
-
 def require_compiler(device: torch.device) -> None:
     """Raises InputError where torch.compile has no compiler for this device."""
     if device.type == "cuda":

@@ -150,7 +150,10 @@ class Head(Linear):
     """The output projection, to the whole vocabulary or to a slice of it."""
 
     kept: slice | None = None
-    scale: Tensor | None = None
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scale", None, persistent=False)  # of int8 columns
 
     def keep(self, columns: slice, int8: bool = False) -> None:
         """Lets go of all other columns: the text of a large vocabulary, for a model that is to write images only.
@@ -159,14 +162,14 @@ class Head(Linear):
         head is a large part of a step.
         """
         weight, self.kept = self.weight[columns].detach().clone(), columns
-        if int8 and weight.device.type == "cpu" and weight.dtype in quantization.CPU_DTYPES:
+        if int8 and quantization.has_int8_kernel(weight.device, weight.dtype):
             weight, self.scale = quantization.to_int8(weight)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         assert self.kept in (None, columns), f"columns {columns} of a head that kept {self.kept}"
         if self.scale is not None:
-            return quantization.int8_linear(hidden, self.weight, self.scale)
+            return quantization.int8_linear(hidden, self.weight, self.scale.to(hidden.dtype))
         return linear(hidden, self.weight if self.kept == columns else self.weight[columns])
 
 
