@@ -161,9 +161,11 @@ class Head(Linear):
         `int8` rounds what is left, with a scale a column, where a kernel multiplies by it: beside int4 layers a bf16
         head is a large part of a step.
         """
-        weight, self.kept = self.weight[columns].detach().clone(), columns
+        weight, self.kept = self.weight[columns].detach(), columns
         if int8 and quantization.has_int8_kernel(weight.device, weight.dtype):
             weight, self.scale = quantization.to_int8(weight)
+        else:
+            weight = weight.clone()  # a view would hold on to the whole
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
