@@ -80,7 +80,7 @@ def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict)
     return np.array(values)
 
 
-def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, args) -> list:
+def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, row: str, args) -> list:
     """The dual-panel picture of each example, made from its upper panel, if it is given, and its prompt."""
     task = asked[0].task
     given = [omni.panels(example, pictures)[0] for example in asked] if task.given_panels else None
@@ -88,7 +88,7 @@ def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, 
         [example.prompt for example in asked], *omni.SIZE, task=task, panel=given, cfg=args.cfg, seed=args.seed,
         batch_size=_BATCH,
     )  # fmt: skip
-    return [result.image for result in tqdm(results, total=len(asked), desc=asked[0].kind, unit="picture")]
+    return [result.image for result in tqdm(results, total=len(asked), desc=row, unit="picture")]
 
 
 def judge_examples(truth: list[Example], images: list, pictures: dict) -> list[Share | Mean]:
@@ -121,10 +121,11 @@ def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures
         rng = random.Random(f"{args.seed} {kind}")
         examples = omni.evaluation_examples(kind, names, args.prompts, rng, otherwise)
         few = examples[: args.shuffled]
-        images = generate_examples(pipeline, examples, pictures, args)
+        images = generate_examples(pipeline, examples, pictures, row, args)
         columns = {"value": judge_examples(examples, images, pictures)}
         for which, asked in shuffled(few).items():
-            columns[which] = judge_examples(few, generate_examples(pipeline, asked, pictures, args), pictures)
+            made = generate_examples(pipeline, asked, pictures, f"{row}, {which} shuffled", args)
+            columns[which] = judge_examples(few, made, pictures)
         again = [tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)], parts), parts)[0]
                  for example in examples]  # fmt: skip
         columns["tokenizer"] = judge_examples(examples, again, pictures)

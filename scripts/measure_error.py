@@ -18,6 +18,7 @@ from torch import Tensor
 from lumina_mgpt import cli
 from lumina_mgpt.config import INT4_GROUPS, SamplingConfig
 from lumina_mgpt.devices import cache_bytes
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
@@ -43,15 +44,18 @@ def logits(model: Transformer, rows: Tensor, columns: slice, cache_dtype: torch.
 
 
 def measure(args: argparse.Namespace) -> None:
+    if args.prompts < 1:
+        raise InputError(f"--prompts must be at least 1, got {args.prompts}; try 5")
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path))
     pipeline = Pipeline.from_pretrained(checkpoint, "cpu", "fp32")
-    prompts, layout = cli.example_prompts(checkpoint.folder), checkpoint.layout()
+    prompts, layout = cli.example_prompts(checkpoint.folder)[: args.prompts], checkpoint.layout()
     starts = checkpoint.prompt_ids(prompts, layout)
     codes = pipeline.sample(starts, layout, SamplingConfig(top_k=layout.vocabulary.num_image_codes), [0] * len(starts))
     rows = layout.fill(codes.flatten(1))[:, : layout.slot_of(layout.num_codes - 1) + 1]  # without a prompt: all alike
     read = layout.code_slots - 1
     columns, exact, figures = checkpoint.vocabulary.code_slice, None, []
-    print("| weights | cache | MB of layers | MB of cache | error | KL |\n| --- | --- | --- | --- | --- | --- |")
+    print("| weights | cache | MB of layers | MB of head | MB of cache | error | KL |\n"
+          "| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
     for name, group, kind, int8_head in FORMS:
         model = load_model(checkpoint.folder, None, "cpu", quant=group)  # int4 stays in its portable form
         dequantize(model)
@@ -66,11 +70,13 @@ def measure(args: argparse.Namespace) -> None:
         divergence = (truth.exp() * (truth - law)).sum(-1).mean().item()
         bits = 4 + 32 / group if group else 32
         layers = sum(p.numel() for p in pipeline.model.layers.parameters()) * bits / 8e6
+        head = sum(t.nbytes for t in (model.lm_head.weight, model.lm_head.scale) if t is not None) / 1e6
         stored = torch.float32 if kind == "fp32" else torch.int8
         cache = cache_bytes(checkpoint.config, rows.shape[1], stored) / 1e6
-        print(f"| {name} | {kind} | {layers:.1f} | {cache:.1f} | {100 * error:.2f} % | {divergence:.5f} |", flush=True)
-        figures.append({"weights": name, "cache": kind, "layers_mb": layers, "cache_mb": cache, "error": error,
-                        "kl": divergence})  # fmt: skip
+        sizes = f"{layers:.1f} | {head:.1f} | {cache:.1f}"
+        print(f"| {name} | {kind} | {sizes} | {100 * error:.2f} % | {divergence:.5f} |", flush=True)
+        figures.append({"weights": name, "cache": kind, "layers_mb": layers, "head_mb": head, "cache_mb": cache,
+                        "error": error, "kl": divergence})  # fmt: skip
     print(json.dumps({"bench": "error", "images": len(prompts), "rows": figures}))
 
 
@@ -99,6 +105,7 @@ def round_early(model: Transformer) -> None:
 def main() -> int:
     parser = cli.Parser(prog="measure_error.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", default=cli.DEMO, type=Path, help="checkpoint folder")
+    parser.add_argument("--prompts", default=5, type=int, help="of the checkpoint's own prompts the first so many")
     with torch.no_grad():
         return cli.run(measure, parser, None)
 

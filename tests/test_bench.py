@@ -1,4 +1,4 @@
-"""What `scripts/bench.py` counts, against images that the pipeline makes."""
+"""What `scripts/bench.py` counts, against images that the pipeline makes; how `scripts/measure_error.py` ranks."""
 
 import importlib.util
 import json
@@ -11,15 +11,20 @@ import torch
 from lumina_mgpt import Pipeline, cli
 from lumina_mgpt.config import Speculation
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "bench.py"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """Runs the script, which gives its exit status."""
-    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load("bench")
     monkeypatch.setattr(script, "read_bandwidth", lambda device: 1e10)
     options = ("--threads", str(torch.get_num_threads()))
     return lambda *argv: cli.run(script.bench, script.build_parser(), [*options, *argv])
@@ -55,3 +60,23 @@ def test_codes_a_step_are_those_of_the_images(bench, tiny_checkpoint, capsys):
 def test_bad_options_are_refused_in_one_line(bench, tiny_checkpoint, capsys, options, message):
     assert bench("--model_path", str(tiny_checkpoint), *options) == cli.REFUSED
     assert message in capsys.readouterr().err
+
+
+def test_errors_of_rounding_are_in_order(monkeypatch, capsys):
+    script = load("measure_error")
+    monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "1"])
+    assert script.main() == 0
+    rows = {(row["weights"], row["cache"]): row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    exact, cached, head = rows["fp32", "fp32"], rows["fp32", "int8"], rows["fp32, int8 head", "fp32"]
+    ints = [rows[f"int4 in groups of {group}", "fp32"] for group in (32, 64, 128)]
+    assert exact["error"] == exact["kl"] == 0
+    assert 0 < cached["error"] < ints[0]["error"] < ints[1]["error"] < ints[2]["error"] < 0.5
+    assert 0 < head["error"] < ints[0]["error"] and head["head_mb"] < exact["head_mb"] / 3.9
+    assert cached["cache_mb"] < exact["cache_mb"] / 3 and ints[2]["layers_mb"] < ints[0]["layers_mb"]
+
+
+def test_a_count_of_prompts_that_is_none_is_refused(monkeypatch, capsys):
+    script = load("measure_error")
+    monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "0"])
+    assert script.main() == cli.REFUSED
+    assert "--prompts must be at least 1, got 0" in capsys.readouterr().err
