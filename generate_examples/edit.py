@@ -11,19 +11,16 @@ picture given, edit_ref_center_crop.png, on.
 import argparse
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import generate  # the script beside this one
 from tqdm import tqdm
 
-from lumina_mgpt import cli
+from lumina_mgpt import cli, tasks
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
-from lumina_mgpt.prompts import I2I_TASKS
-from lumina_mgpt.tasks import result_file
+from lumina_mgpt.tasks import Request, result_file
 
-_TASK = I2I_TASKS["edit"]
-_GIVEN, _STRIP = "edit_ref_center_crop.png", "edit_strip.png"
+_STRIP = "edit_strip.png"
 
 
 def build_parser() -> cli.Parser:
@@ -45,41 +42,43 @@ def edit(args: argparse.Namespace) -> None:
     cli.quant_group(args)
     if not all(text.strip() for text in args.instruction):
         raise InputError("--instruction must not be empty, got ''; say what to change")
+    request = tasks.panel_request("edit", args.instruction, 1, ("--image_path", args.image_path), None)
     output = OutputFolder(args.save_path, args.overwrite)
+    output.claim(file_names(request), request.keep)
 
     from lumina_mgpt.devices import resolve_device  # torch takes seconds to import: only now
-    from lumina_mgpt.images import crop_panel, open_panel
-    from lumina_mgpt.pipeline import Checkpoint, given_size
+    from lumina_mgpt.pipeline import Checkpoint
 
-    picture = open_panel("--image_path", args.image_path)
-    output.claim(file_names(len(args.instruction)), [Path(args.image_path)])
     device = resolve_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
-    layout = checkpoint.layout(args.width, args.height, _TASK)
-    checkpoint.prompt_ids(args.instruction, layout, _TASK, option="--instruction")
+    layout = checkpoint.layout(args.width, args.height, request.task)
+    start, *_ = checkpoint.prompt_ids(request.prompts, layout, request.task, option="--instruction")
     pipeline = cli.load_pipeline(args, checkpoint, device)
     if args.fast:
-        (start,) = checkpoint.prompt_ids(args.instruction[:1], layout, _TASK)
         speculation = pipeline.fastest(start, layout, settings)
-    make(pipeline, crop_panel(picture, given_size(layout)), layout, settings, speculation, output, args)
+    make(pipeline, request, layout, settings, speculation, output, args)
 
 
-def make(pipeline, picture, layout, settings, speculation, output: OutputFolder, args: argparse.Namespace) -> None:
+def make(
+    pipeline, request: Request, layout, settings, speculation, output: OutputFolder, args: argparse.Namespace
+) -> None:
     """Edits turn by turn and saves each as soon as it is done; turn t has the seed t - 1 above --seed."""
     from lumina_mgpt.images import side_by_side
 
-    described = {"image_path": args.image_path} | generate.describe(pipeline, layout, settings, speculation, args)
-    output.save(_GIVEN, picture)
-    panel, strip = picture, [picture]
-    turns = len(args.instruction)
+    described = request.described() | generate.describe(pipeline, layout, settings, speculation, args)
+    panel = picture = request.panel(layout)
+    strip, turns = [picture], len(request.prompts)
+    total = turns * (layout.num_codes - layout.given)
     try:
-        with tqdm(total=turns * (layout.num_codes - layout.given), unit=" codes", dynamic_ncols=True) as bar:
-            for turn, instruction in enumerate(args.instruction, start=1):
+        with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=cli.bar_interval()) as bar:
+            for turn, instruction in enumerate(request.prompts, start=1):
                 own = replace(settings, seed=settings.seed + turn - 1)
                 (result,) = pipeline.generate(
-                    instruction, args.width, args.height, task=_TASK, panel=panel, speculation=speculation,
+                    instruction, args.width, args.height, task=request.task, panel=panel, speculation=speculation,
                     on_row=lambda _: bar.update(layout.cols), **asdict(own),
                 )  # fmt: skip
+                if turn == 1:
+                    output.save(request.panel_file, picture)
                 panel = result.panel_codes
                 strip.append(result.panel)
                 text = described | {"instruction": instruction, "turn": turn, "seed": own.seed}
@@ -91,10 +90,10 @@ def make(pipeline, picture, layout, settings, speculation, output: OutputFolder,
         raise KeyboardInterrupt(f"{len(strip) - 1} of {turns} turns are in {output.folder}") from None
 
 
-def file_names(turns: int) -> list[str]:
+def file_names(request: Request) -> list[str]:
     """All that a run will write."""
-    stems = [f"edit_{turn}" for turn in range(1, turns + 1)]
-    return [_GIVEN, _STRIP, *(f"{stem}.png" for stem in stems), *map(result_file, stems)]
+    stems = [f"edit_{turn}" for turn in range(1, len(request.prompts) + 1)]
+    return [request.panel_file, _STRIP, *(f"{stem}.png" for stem in stems), *map(result_file, stems)]
 
 
 def main(argv: list[str] | None = None) -> int:

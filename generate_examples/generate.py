@@ -37,6 +37,7 @@ def add_options(parser: cli.Parser) -> None:
     """Every option that does not say what to make."""
     group = parser.add_argument_group("how many, how large")
     group.add_argument("-n", type=cli.whole, default=1, help="images of each prompt")
+    cli.add_batch_size(group)
     add_size_options(group)
     cli.add_sampling_options(parser)
     cli.add_speculation_options(parser)
@@ -52,7 +53,7 @@ def add_size_options(group) -> None:
     for side in ("--width", "--height"):
         group.add_argument(
             side, type=cli.whole,
-            help="pixels of all panels, a multiple of 32 (default: panels of the checkpoint's base size)",
+            help="pixels of all panels, a multiple of 32, the height of 32 a panel (default: panels of the base size)",
         )  # fmt: skip
 
 
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     layout = checkpoint.layout(args.width, args.height, request.task)
     checkpoint.prompt_ids(request.prompts, layout, request.task, request.shown)
     panel = request.panel(layout)
-    names = cli.known_names(checkpoint.folder)
+    # Where there is a panel, the prompt need not name what it shows.
+    names = cli.known_names(checkpoint.folder) if panel is None else []
     for hint in filter(None, (cli.unknown_hint(prompt, names) for prompt in filter(None, request.prompts))):
         print(f"hint: {hint}", file=sys.stderr)
 
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     if args.fast:
         (start,) = checkpoint.prompt_ids(request.prompts[:1], layout, request.task, request.shown)
         batch = args.batch_size or pipeline.batch_size(len(start), layout, settings)
-        speculation = pipeline.fastest(start, layout, settings, min(batch, len(request.prompts) * args.n))
+        speculation = pipeline.fastest(start, layout, settings, min(batch, len(request.prompts) * request.n))
     make(pipeline, request, panel, layout, settings, speculation, output, args, share)
 
 
@@ -101,13 +103,13 @@ def make(
     described = request.described() | describe(pipeline, layout, settings, speculation, args)
     if share[0] == 0:
         print(", ".join(f"{key} {value}" for key, value in described.items()))
-    total, saved, previews = len(range(share[0], len(request.prompts) * args.n, share[1])), 0, set()
+    total, saved, previews = len(range(share[0], len(request.prompts) * request.n, share[1])), 0, set()
     codes = total * (layout.num_codes - layout.given)
     bar = tqdm(
         total=codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} codes, {rate_noinv_fmt}, {elapsed} gone, {remaining} left",
         disable=share[0] > 0,  # the first process's share stands for all
-        mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then only
+        mininterval=cli.bar_interval(),
     )  # fmt: skip
 
     def on_row(done) -> None:
@@ -119,7 +121,7 @@ def make(
 
     try:
         results = pipeline.stream(
-            request.prompts, args.width, args.height, args.n, batch_size=args.batch_size, on_row=on_row,
+            request.prompts, args.width, args.height, request.n, batch_size=args.batch_size, on_row=on_row,
             speculation=speculation, task=request.task, panel=panel, shown=request.shown, share=share,
             **asdict(settings),
         )  # fmt: skip
@@ -174,7 +176,7 @@ def preview_file(stem: str) -> str:
 def file_names(request: Request, args: argparse.Namespace, share: tuple[int, int]) -> list[str]:
     """All that this process will write."""
     kinds = ["{}.png".format] + [result_file] * (request.task.panels > 1) + [preview_file] * args.preview
-    stems = [request.stem(index, repeat) for index in range(len(request.prompts)) for repeat in range(args.n)]
+    stems = [request.stem(index, repeat) for index in range(len(request.prompts)) for repeat in range(request.n)]
     panel = [] if request.picture is None or share[0] else [request.panel_file]
     return [kind(stem) for stem in stems[share[0] :: share[1]] for kind in kinds] + panel
 

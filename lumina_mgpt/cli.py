@@ -123,6 +123,11 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
         )  # fmt: skip
 
 
+def bar_interval() -> float:
+    """Seconds between two states of a progress bar: a log file wants a line now and then only."""
+    return 0.1 if sys.stderr.isatty() else 10
+
+
 class ReadingBar(contextlib.AbstractContextManager):
     """A progress bar for `load_model`'s `on_read`: from the first weight on, and not before `delay` seconds are gone.
 
@@ -138,7 +143,7 @@ class ReadingBar(contextlib.AbstractContextManager):
         if self.bar is None:
             self.bar = tqdm(
                 total=total, unit=" weights", unit_scale=True, desc=self.words, delay=self.delay, dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 10, disable=process_share()[0] > 0,
+                mininterval=bar_interval(), disable=process_share()[0] > 0,
             )  # fmt: skip
         self.bar.update(done - self.bar.n)
 
@@ -166,6 +171,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--temperature", type=number, default=SamplingConfig.temperature, help="> 0; less is smoother")
     group.add_argument("--seed", type=whole, default=SamplingConfig.seed, help="same seed and prompt, same image")
+
+
+def add_batch_size(group) -> None:
     group.add_argument(
         "--batch_size", type=whole, help="images made at once; changes speed and memory only (default: up to 8)"
     )
@@ -225,7 +233,7 @@ def checkpoint_path(text: str) -> str | Path:
 
 def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
     """The sampling options of a command line, checked."""
-    check_counts(getattr(args, "n", 1), args.batch_size)
+    check_counts(getattr(args, "n", 1), getattr(args, "batch_size", None))
     return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
 
 

@@ -2,6 +2,8 @@
 
 import math
 import os
+import struct
+import warnings
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from lumina_mgpt.errors import InputError
 
 _UNIT = 32  # candidate sizes are walked in patches of 32 pixels
-_MAX_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb, made an error here
+_MAX_PIXELS = 178_956_970  # Pillow's own limit; from half of it on it would warn
 _MAX_RATIO = 4
 _LONGEST_PANEL = 16  # times as long as wide: more is no picture, and scaling it to cover a panel could fill the memory
 
@@ -27,20 +29,25 @@ def open_image(path: str | os.PathLike, content: BinaryIO | None = None) -> Imag
         InputError: no such file, not a picture, damaged, or more than 178,956,970 pixels.
     """
     try:
-        with Image.open(content or path) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                size = f"{image.width}x{image.height}"
-                raise InputError(f"{path}: {size} pixels are too many (limit {_MAX_PIXELS}); shrink it first")
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # half a bomb, EXIF that makes no sense
+            with Image.open(content or path) as image:
+                image.load()
+                return to_rgb(upright(image))
     except Image.DecompressionBombError:
         raise InputError(f"{path}: the picture has more than {_MAX_PIXELS} pixels; shrink it first") from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not a picture that can be read; give a PNG, JPEG or WebP file") from None
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # Pillow's, for damaged files
         raise InputError(f"{path} cannot be read as a picture ({error}); check the path and the file") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned and mirrored as its EXIF orientation says; as it lies where its EXIF cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a damaged block ends in struct.error, SyntaxError, KeyError, ...: the picture itself is loaded
+        return image
 
 
 def open_panel(option: str, path: str | os.PathLike) -> Image.Image:
@@ -94,7 +101,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def crop_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A picture of any mode, turned and over white as when it is opened, cropped to `size` (width, height)."""
-    return center_crop(to_rgb(ImageOps.exif_transpose(image)), size)
+    return center_crop(to_rgb(upright(image)), size)
 
 
 def candidate_sizes(target: int) -> list[tuple[int, int]]:

@@ -312,6 +312,9 @@ class Pipeline:
                 raise InputError(f"the codes of a panel of {size[0]}x{size[1]} must have the shape "
                                  f"{(size[1] // CODE_CELL, layout.cols)}, got {tuple(codes.shape)}")  # fmt: skip
             grids.append(codes.flatten())
+            if codes.dtype != torch.long or not 0 <= codes.min() <= codes.max() < self.image_tokenizer.num_codes:
+                raise InputError(f"the codes of a panel must be int64 in 0 ... {self.image_tokenizer.num_codes - 1}, "
+                                 f"got {codes.dtype} in {codes.min()} ... {codes.max()}")  # fmt: skip
         return (torch.stack(grids) if grids else torch.empty((1, 0), dtype=torch.long)).expand(count, -1)
 
     def with_window(self, speculation: Speculation | None) -> Speculation | None:

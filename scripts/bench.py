@@ -150,6 +150,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
     group.add_argument("--plot", type=Path, help="PNG of codes a forward by window (needs matplotlib)")
     cli.add_sampling_options(parser)
+    cli.add_batch_size(parser)
     cli.add_checkpoint_options(parser)
     parser.set_defaults(batch_size=1)
     return parser

@@ -10,7 +10,9 @@ edit", which shows what it, too, keeps (Lumina-mGPT, arXiv 2408.02657).
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from lumina_mgpt import cli
@@ -19,6 +21,8 @@ from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.prompts import I2I_TASKS
 
 _TASK, _INSTRUCTION = I2I_TASKS["edit"], "no edit"
+_OF_MODEL = ("cfg", "top_k", "temperature", "seed", "speculative_jacobi", "fast", "dtype", "attn", "quant",
+             "cache_dtype", "compile")  # fmt: skip
 
 
 def build_parser() -> cli.Parser:
@@ -31,6 +35,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--keep_size", action="store_true", help="leave pictures whose sides are multiples of 32 uncut")
     parser.add_argument("--through_model", action="store_true", help="let the model copy each picture, too")
     cli.add_sampling_options(parser)
+    cli.add_speculation_options(parser)
     cli.add_output_options(parser)
     cli.add_checkpoint_options(parser)
     return parser
@@ -38,15 +43,16 @@ def build_parser() -> cli.Parser:
 
 def reconstruct(args: argparse.Namespace) -> None:
     """Checks, crops, then encodes and decodes one picture after another."""
-    settings = cli.sampling_settings(args)
+    settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
     cli.quant_group(args)
+    check_options(args)
     stems = [Path(path).stem for path in args.images]
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise InputError(f"pictures must have different names, got {twice[0]} several times; take one after the other")
     output = OutputFolder(args.save_path, args.overwrite)
 
-    from lumina_mgpt.devices import resolve_device  # torch takes seconds to import: only now
+    from lumina_mgpt.devices import DTYPES, resolve_device  # torch takes seconds to import: only now
     from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_panel
     from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
     from lumina_mgpt.pipeline import Checkpoint
@@ -63,9 +69,24 @@ def reconstruct(args: argparse.Namespace) -> None:
         if args.through_model:
             check_length(checkpoint, crops[-1].size, path)
     output.claim(file_names(stems, args.through_model), [Path(path) for path in args.images])
-    pipeline = cli.load_pipeline(args, checkpoint, device) if args.through_model else None
-    images = pipeline.image_tokenizer if pipeline else ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device)
-    show(dict(zip(stems, crops, strict=True)), images, pipeline, settings, output)
+    if args.through_model:
+        pipeline = cli.load_pipeline(args, checkpoint, device)
+        if args.fast:
+            layout = checkpoint.layout(crops[0].width, _TASK.panels * crops[0].height, _TASK)
+            (start,) = checkpoint.prompt_ids([_INSTRUCTION], layout, _TASK)
+            speculation = pipeline.fastest(start, layout, settings)
+        images, copy = pipeline.image_tokenizer, partial(through_model, pipeline, settings, speculation)
+    else:
+        images, copy = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, DTYPES[args.movqgan_dtype]), None
+    show(dict(zip(stems, crops, strict=True)), images, copy, output)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises InputError for an option that would be passed over."""
+    for name in () if args.through_model else _OF_MODEL:
+        if getattr(args, name) != build_parser().get_default(name):
+            raise InputError(f"--{name} is for the model and means nothing without --through_model; add that, or leave "
+                             "it out")  # fmt: skip
 
 
 def check_length(checkpoint, size: tuple[int, int], path: str) -> None:
@@ -77,14 +98,25 @@ def check_length(checkpoint, size: tuple[int, int], path: str) -> None:
         raise InputError(f"--through_model, {path}: {error} (--target_size)") from None
 
 
-def show(crops: dict, images, pipeline, settings, output: OutputFolder) -> None:
-    """Writes the pictures, and a table as it goes; `pipeline` is None where the model is not asked."""
+def through_model(pipeline, settings, speculation, codes):
+    """The result of the model's copy of a picture given by its codes (rows, cols)."""
+    rows, cols = codes.shape
+    cell = pipeline.image_tokenizer.cell
+    (result,) = pipeline.generate(
+        _INSTRUCTION, cell * cols, _TASK.panels * cell * rows, task=_TASK, panel=codes, speculation=speculation,
+        **asdict(settings),
+    )  # fmt: skip
+    return result
+
+
+def show(crops: dict, images, copy: Callable | None, output: OutputFolder) -> None:
+    """Writes the pictures, and a table as it goes; `copy` makes the model's result of codes, if it is to be asked."""
     import numpy as np
     from PIL import Image
 
     from lumina_mgpt.images import psnr
 
-    more = ("no edit", "codes kept") if pipeline else ()
+    more = ("no edit", "codes kept") if copy else ()
     columns = ("image", "pixels", "codes", "different codes", "PSNR", *more)
     for line in (columns, ["---"] * len(columns)):
         print(f"| {' | '.join(line)} |")
@@ -96,13 +128,11 @@ def show(crops: dict, images, pipeline, settings, output: OutputFolder) -> None:
         cells.append(f"{psnr(again, crop):.2f} dB")
         output.save(f"{stem}_codes.png", Image.fromarray(codes[0].numpy().astype(np.uint16)))
         output.save(f"{stem}_reconstruction.png", again, {"psnr": cells[-1]})
-        if pipeline:
-            (result,) = pipeline.generate(
-                _INSTRUCTION, crop.width, _TASK.panels * crop.height, task=_TASK, panel=codes[0], **asdict(settings)
-            )
+        if copy:
+            result = copy(codes[0])
             kept = (result.panel_codes == codes[0]).float().mean()
             cells += [f"{psnr(result.panel, crop):.2f} dB", f"{100 * kept:.1f} %"]
-            output.save(f"{stem}_no_edit.png", result.panel, asdict(settings))
+            output.save(f"{stem}_no_edit.png", result.panel, {"instruction": _INSTRUCTION, "seed": result.seed})
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -122,6 +122,8 @@ def test_the_panel_matters(exact):
         (I2I_TASKS["depth"], [Image.new("L", (32, 32))] * 3, ["got 3"]),
         (TASKS["depth"], Image.new("L", (32, 32)), ["must give none", "got 1"]),
         (I2I_TASKS["depth"], torch.zeros(4, 8, dtype=torch.long), ["32x32", "(4, 4)", "(4, 8)"]),
+        (I2I_TASKS["depth"], torch.full((4, 4), 64), ["int64 in 0 ... 63", "got torch.int64 in 64 ... 64"]),
+        (I2I_TASKS["depth"], torch.zeros(4, 4), ["int64 in 0 ... 63", "got torch.float32"]),
     ],
 )
 def test_panels_that_do_not_fit(exact, task, panel, parts):
@@ -247,19 +249,20 @@ def test_each_turn_goes_on_from_the_codes_of_the_last(edit, tmp_path, photo, mon
         assert {"instruction": "remove the cat", "turn": "3", "seed": "2"}.items() <= image.text.items()
 
 
-def test_ctrl_c_keeps_finished_turns(edit, tmp_path, photo, capsys, monkeypatch):
+@pytest.mark.parametrize("stop, done", [("one", 0), ("two", 1)])
+def test_ctrl_c_keeps_finished_turns_and_nothing_else(edit, tmp_path, photo, capsys, monkeypatch, stop, done):
     generate = Pipeline.generate
 
-    def stop_at_the_second(self, instruction, *args, **options):
-        if instruction == "two":
+    def stopping(self, instruction, *args, **options):
+        if instruction == stop:
             raise KeyboardInterrupt
         return generate(self, instruction, *args, **options)
 
-    monkeypatch.setattr(Pipeline, "generate", stop_at_the_second)
+    monkeypatch.setattr(Pipeline, "generate", stopping)
     assert edit("--image_path", str(photo), "--instruction", "one", "--instruction", "two") == 130
-    assert "1 of 2 turns" in capsys.readouterr().err
+    assert f"{done} of 2 turns" in capsys.readouterr().err
     kept = ["edit_1.png", "edit_1_result.png", "edit_ref_center_crop.png", "edit_strip.png"]
-    assert names(tmp_path / "out") == kept
+    assert names(tmp_path / "out") == (kept if done else [])
 
 
 # -- reconstruction ----------------------------------------------------------------------------------------------------
@@ -280,8 +283,9 @@ def test_reconstruction_and_its_codes(reconstruct, tiny_checkpoint, tmp_path, ph
     assert f"| photo | 64x64 | 8 rows of 8 | {len(codes.unique())} | {expected} |" in capsys.readouterr().out
 
 
-def test_reconstruction_through_the_model(reconstruct, tmp_path, photo, capsys):
-    assert reconstruct(str(photo), "--target_size", "32", "--through_model") == 0
+@pytest.mark.parametrize("sampling", ["", "--speculative_jacobi", "--fast"])
+def test_reconstruction_through_the_model(reconstruct, tmp_path, photo, capsys, sampling):
+    assert reconstruct(str(photo), "--target_size", "32", "--through_model", *sampling.split()) == 0
     assert names(tmp_path / "out") == ["photo_codes.png", "photo_no_edit.png", "photo_reconstruction.png"]
     header, _, row = capsys.readouterr().out.splitlines()
     assert header.endswith("| no edit | codes kept |") and row.count("dB") == 2 and row.endswith("% |")
@@ -379,6 +383,8 @@ EDIT = ["--image_path", "PHOTO", "--instruction", "make it red"]
         ("reconstruct", ["PHOTO", "PHOTO"], ["different names", "photo"]),
         ("reconstruct", ["PHOTO", "--target_size", "40"], ["--target_size must be a multiple of 32, got 40"]),
         ("reconstruct", ["PHOTO", "--target_size", "512", "--through_model"], ["--through_model", "--target_size"]),
+        ("reconstruct", ["PHOTO", "--cfg", "2"], ["--cfg", "without --through_model"]),
+        ("reconstruct", ["PHOTO", "--quant"], ["--quant", "without --through_model"]),
     ],
 )
 def test_bad_options(request, command, options, parts, tmp_path, photo, capsys, no_weights):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.images import to_images, to_pixels
+from lumina_mgpt.images import to_images, to_pixels, upright
 from lumina_mgpt.movqgan.model import MoVQGAN
 
 RELEASED_NAME = "movqgan_270M.ckpt"
@@ -99,7 +99,7 @@ class ImageTokenizer:
         Raises:
             InputError: the sizes differ, or a side is not a multiple of the cell.
         """
-        images = [ImageOps.exif_transpose(image) for image in images]
+        images = [upright(image) for image in images]
         sizes = {image.size for image in images}
         if len(sizes) != 1:
             raise InputError(f"images of one batch must have one size, got {sorted(sizes)}")
