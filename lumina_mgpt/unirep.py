@@ -160,21 +160,6 @@ def decode_image(ids: Sequence[int] | Tensor, vocabulary: Vocabulary) -> Tensor:
     return vocabulary.id_to_code(ids[layout.code_slots.to(ids.device)]).view(layout.rows, layout.cols)
 
 
-def panel_prefix(codes: Tensor, grid_rows_total: int, vocabulary: Vocabulary) -> list[int]:
-    """Beginning of a several-panel image whose upper panel is given: header of the whole image, rows of the panel.
-
-    Shapes: codes (rows, cols) of the panel; `grid_rows_total` is the height of the whole image in grid units.
-
-    Raises:
-        UniRepError: the panel's grid has another shape, or is no smaller than the whole.
-    """
-    panel = _layout_of(codes, vocabulary)
-    if not panel.grid_rows < grid_rows_total:
-        raise UniRepError(1, f"a panel of {panel.grid_rows} grid rows leaves no room in an image of {grid_rows_total}")
-    whole = ImageLayout(vocabulary, grid_rows_total, panel.grid_cols, given=panel.num_codes)
-    return whole.fill(_flat(codes, vocabulary)).tolist()
-
-
 def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
     """Ids and labels of a conversation: bos, then the turns, each closed by a turn end.
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from lumina_mgpt import cli
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.files import json_line, write_atomic
 from lumina_mgpt.demo import emoji, omni, scenes
 from lumina_mgpt.demo.tokenizer import write_tokenizer
-from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import stacked
 from lumina_mgpt.maps import canny
 
@@ -25,6 +25,10 @@ PAIRS = 12000
 CAPTIONS = {"single": 6, "beside": 1, "above": 1}  # phrasings of each picture; pairs have variety enough
 PANELS = 1500  # scenes whose maps the image tokenizer sees too
 LOOSE = 3000
+PROMPTS = (  # what generate.py makes without a prompt
+    "a hedgehog on a sky blue background", "a slice of pizza on a white background", "an owl on a lavender background",
+    "a rocket on a navy background", "a cactus on a pink background",
+)  # fmt: skip
 
 
 def write_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: dict) -> None:
@@ -85,36 +89,34 @@ def _save(image: Image.Image, path: Path) -> None:
     temporary.replace(path)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, default=Path("work/demo"))
-    parser.add_argument("--model_config", default="configs/model/demo.yaml", help="written beside the tokenizer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--omni", action="store_true", help="write the image tasks' records, and nothing else")
-    args = parser.parse_args()
-    try:
-        emoji.fetch(args.out_dir / "emoji")
-        pictures = emoji.load(args.out_dir / "emoji")
-        rng = random.Random(args.seed)
-        names = emoji.known_names()
-        if args.omni:
-            print(f"{write_omni(args.out_dir, pictures, names, args.seed)} records in {args.out_dir / 'omni.jsonl'}")
-            return 0
-        todo = scenes.training_scenes(names, PAIRS, rng)
-        write_pictures(args.out_dir / "pictures", todo, pictures)
-        write_tokenizer_pictures(args.out_dir / "pictures", rng.sample(todo, PANELS), pictures, rng)
-        captions = write_records(args.out_dir / "records.jsonl", args.out_dir / "pictures", todo, rng)
-        write_tokenizer(args.out_dir / "tokenizer", captions)
-        ModelConfig.from_yaml(args.model_config).to_json(args.out_dir / "tokenizer" / "config.json")
-        aliases = [emoji.ALIASES[name] for name in names if name in emoji.ALIASES]
-        (args.out_dir / "tokenizer" / "names.txt").write_text("\n".join(sorted({*names, *aliases})) + "\n")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def write(args: argparse.Namespace) -> None:
+    emoji.fetch(args.out_dir / "emoji")
+    pictures, names = emoji.load(args.out_dir / "emoji"), emoji.known_names()
+    if args.omni:
+        print(f"{write_omni(args.out_dir, pictures, names, args.seed)} records in {args.out_dir / 'omni.jsonl'}")
+        return
+    rng = random.Random(args.seed)
+    todo = scenes.training_scenes(names, args.pairs, rng)
+    write_pictures(args.out_dir / "pictures", todo, pictures)
+    write_tokenizer_pictures(args.out_dir / "pictures", rng.sample(todo, min(PANELS, len(todo))), pictures, rng)
+    captions = write_records(args.out_dir / "records.jsonl", args.out_dir / "pictures", todo, rng)
+    folder = args.out_dir / "tokenizer"
+    write_tokenizer(folder, captions)
+    ModelConfig.from_yaml(args.model_config).to_json(folder / "config.json")
+    aliases = [emoji.ALIASES[name] for name in names if name in emoji.ALIASES]
+    for name, told in (("names", sorted({*names, *aliases})), ("prompts", PROMPTS)):
+        write_atomic(folder / f"{name}.txt", "".join(f"{line}\n" for line in told))
     print(f"{len(captions)} records of {len(todo)} pictures in {args.out_dir}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(prog="demo_data.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--out_dir", type=Path, default=Path("work/demo"), help="for all of it")
+    parser.add_argument("--model_config", default="configs/model/demo.yaml", help="written beside the tokenizer")
+    parser.add_argument("--pairs", type=cli.whole, default=PAIRS, help="pictures of two emoji")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="of what is chosen")
+    parser.add_argument("--omni", action="store_true", help="write the image tasks' records, and nothing else")
+    return cli.run(write, parser, argv)
 
 
 if __name__ == "__main__":

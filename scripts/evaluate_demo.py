@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 from lumina_mgpt import cli
+from lumina_mgpt.data.files import write_atomic
 from lumina_mgpt.demo import emoji, evaluation, omni, scenes
 from lumina_mgpt.demo.evaluation import Mean, Share
 from lumina_mgpt.demo.omni import Example
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import psnr
-from lumina_mgpt.pipeline import Checkpoint, Pipeline
+from lumina_mgpt.pipeline import Checkpoint, Pipeline, Result
 
 _BATCH = 30
 _ON_SHEET = 24
@@ -39,18 +41,28 @@ TASK_ROWS = (*omni.KINDS, *UNNAMED)
 ROWS = (*TEXT_ROWS, *TASK_ROWS)
 
 
+def drawn(pipeline: Pipeline, prompts: list[str], size: tuple[int, int], args: argparse.Namespace,
+          panels: list | None = None, **options) -> Iterator[Result]:  # fmt: skip
+    """A result each prompt. Noise is one for all images of a seed, so every batch has a seed of its own."""
+    for start in range(0, len(prompts), _BATCH):
+        part = slice(start, start + _BATCH)
+        yield from pipeline.stream(
+            prompts[part], *size, cfg=args.cfg, seed=args.seed + start, batch_size=_BATCH,
+            panel=panels and panels[part], **options,
+        )  # fmt: skip
+
+
 def generate(pipeline: Pipeline, todo: list[scenes.Scene], rng: random.Random, args) -> list[tuple]:
     """(scene, caption, picture) for each scene; scenes of one size are made together."""
     made = []
-    bar = tqdm(total=len(todo), desc="pictures", unit="picture")
-    for size in sorted({scene.size for scene in todo}):
-        chosen = [scene for scene in todo if scene.size == size]
-        captions = [scenes.caption(scene, rng) for scene in chosen]
-        results = pipeline.stream(captions, *size, cfg=args.cfg, seed=args.seed, batch_size=_BATCH)
-        for scene, caption, result in zip(chosen, captions, results, strict=True):
-            made.append((scene, caption, result.image))
-            bar.update()
-    bar.close()
+    with tqdm(total=len(todo), desc="pictures", unit="picture", mininterval=cli.bar_interval()) as bar:
+        for size in sorted({scene.size for scene in todo}):
+            chosen = [scene for scene in todo if scene.size == size]
+            captions = [scenes.caption(scene, rng) for scene in chosen]
+            results = drawn(pipeline, captions, size, args)
+            for scene, caption, result in zip(chosen, captions, results, strict=True):
+                made.append((scene, caption, result.image))
+                bar.update()
     return made
 
 
@@ -80,15 +92,36 @@ def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict)
     return np.array(values)
 
 
+def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, object]:
+    """Prints a row of text to image each, writes one contact sheet, and returns the figures."""
+    figures: dict[str, object] = {}
+    if not rows:
+        return figures
+    print("| row | prompts | all objects right | each object right | background right | reconstruction |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    images, captions = [], []
+    for name, todo in rows.items():
+        made = generate(pipeline, todo, rng, args)
+        shares = judge(made, pictures)
+        decibels = reconstruction(pipeline, todo, pictures)
+        error = decibels.std(ddof=1) / len(decibels) ** 0.5
+        cells = " | ".join(map(str, shares.values()))
+        print(f"| {name} | {len(made)} | {cells} | {decibels.mean():.2f} ± {error:.2f} dB |", flush=True)
+        figures[name] = {key: [share.value, share.error] for key, share in shares.items()}
+        figures[name]["reconstruction"] = [decibels.mean(), error]
+        shown = rng.sample(made, min(_ON_SHEET, len(made)))
+        images, captions = images + [m[2] for m in shown], captions + [m[1] for m in shown]
+    evaluation.contact_sheet(images, captions, 8).save(args.out_dir / "text_to_image.png", optimize=True)
+    return figures
+
+
 def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, row: str, args) -> list:
     """The dual-panel picture of each example, made from its upper panel, if it is given, and its prompt."""
     task = asked[0].task
     given = [omni.panels(example, pictures)[0] for example in asked] if task.given_panels else None
-    results = pipeline.stream(
-        [example.prompt for example in asked], *omni.SIZE, task=task, panel=given, cfg=args.cfg, seed=args.seed,
-        batch_size=_BATCH,
-    )  # fmt: skip
-    return [result.image for result in tqdm(results, total=len(asked), desc=row, unit="picture")]
+    results = drawn(pipeline, [example.prompt for example in asked], omni.SIZE, args, given, task=task)
+    bar = tqdm(results, total=len(asked), desc=row, unit="picture", mininterval=cli.bar_interval())
+    return [result.image for result in bar]
 
 
 def judge_examples(truth: list[Example], images: list, pictures: dict) -> list[Share | Mean]:
@@ -140,61 +173,36 @@ def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures
     return figures
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def evaluate(args: argparse.Namespace) -> None:
+    few = min(args.prompts, args.shuffled)
+    if few < 2:
+        raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
+    emoji.fetch(args.emoji_dir)
+    pictures, names = emoji.load(args.emoji_dir), emoji.known_names()
+    rng = random.Random(args.seed)
+    todo = dict(zip(TEXT_ROWS, scenes.evaluation_scenes(names, args.prompts, rng), strict=True))
+    checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+    pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    told = ("model_path", "cfg", "seed", "prompts", "shuffled", "quant", "dtype", "cache_dtype")
+    figures: dict[str, object] = {name: getattr(args, name) for name in told}
+    figures |= report(pipeline, {row: todo[row] for row in TEXT_ROWS if row in args.rows}, pictures, rng, args)
+    figures |= report_tasks(pipeline, [row for row in TASK_ROWS if row in args.rows], names, pictures, args)
+    write_atomic(args.out_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
+    print(f"contact sheets and figures.json in {args.out_dir}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(prog="evaluate_demo.py", description=__doc__.split("\n")[0])
     cli.add_checkpoint_options(parser)
     parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="fetched there if missing")
-    parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"))
-    parser.add_argument("--prompts", type=int, default=300, help="prompts a row")
-    parser.add_argument("--shuffled", type=int, default=60, help="of them, with another's panel or prompt")
+    parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"), help="for sheets and figures")
+    parser.add_argument("--prompts", type=cli.whole, default=300, help="prompts a row")
+    parser.add_argument("--shuffled", type=cli.whole, default=60, help="of them, with another's panel or prompt")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--cfg", type=float, default=4.0)
-    parser.add_argument("--seed", type=int, default=20_000)
-    args = parser.parse_args()
-    try:
-        if not 2 <= min(args.prompts, args.shuffled):
-            few = min(args.prompts, args.shuffled)
-            raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
-        emoji.fetch(args.emoji_dir)
-        pictures = emoji.load(args.emoji_dir)
-        rng = random.Random(args.seed)
-        names = emoji.known_names()
-        singles, pairs = scenes.evaluation_scenes(names, args.prompts, rng)
-        checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
-        pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        figures: dict[str, object] = {"model_path": str(args.model_path), "cfg": args.cfg, "seed": args.seed}
-        rows = {name: todo for name, todo in zip(TEXT_ROWS, (singles, pairs), strict=True) if name in args.rows}
-        figures |= report(pipeline, rows, pictures, rng, args)
-        figures |= report_tasks(pipeline, [row for row in TASK_ROWS if row in args.rows], names, pictures, args)
-        (args.out_dir / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"contact sheets and figures.json in {args.out_dir}")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, object]:
-    """Prints a row of text to image each, writes a contact sheet each, and returns the figures."""
-    figures: dict[str, object] = {}
-    print("| row | prompts | all objects right | each object right | background right | reconstruction |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, todo in rows.items():
-        made = generate(pipeline, todo, rng, args)
-        shares = judge(made, pictures)
-        decibels = reconstruction(pipeline, todo, pictures)
-        error = decibels.std(ddof=1) / len(decibels) ** 0.5
-        cells = " | ".join(map(str, shares.values()))
-        print(f"| {name} | {len(made)} | {cells} | {decibels.mean():.2f} ± {error:.2f} dB |", flush=True)
-        figures[name] = {key: [share.value, share.error] for key, share in shares.items()}
-        figures[name]["reconstruction"] = [decibels.mean(), error]
-        shown = rng.sample(made, min(_ON_SHEET, len(made)))
-        sheet = evaluation.contact_sheet([m[2] for m in shown], [m[1] for m in shown], 8)
-        sheet.save(args.out_dir / f"{name.replace(' ', '_')}.png")
-    return figures
+    parser.add_argument("--cfg", type=cli.number, default=4.0, help="guidance scale")
+    parser.add_argument("--seed", type=cli.whole, default=20_000, help="of the scenes, and of the noise")
+    return cli.run(evaluate, parser, argv)
 
 
 if __name__ == "__main__":

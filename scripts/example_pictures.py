@@ -41,11 +41,10 @@ def write(args: argparse.Namespace) -> None:
     rng, folder = random.Random(args.seed), args.out_dir / "lighthouse"
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(args.pictures):
-        color = lighthouse.COLORS[n % len(lighthouse.COLORS)]
+        color = lighthouse.DRAWN[n % len(lighthouse.DRAWN)]
         lighthouse.draw(color, rng).save(folder / f"{n:03d}.png")
         write_atomic(folder / f"{n:03d}.txt", lighthouse.caption(color, rng) + "\n")
-    colors = lighthouse.COLORS + lighthouse.UNSEEN
-    chosen = [(emoji.with_article(rng.choice(names)), rng.choice(colors)) for _ in range(args.known)]
+    chosen = [(emoji.with_article(rng.choice(names)), rng.choice(emoji.COLORS)) for _ in range(args.known)]
     known = [lighthouse.on_background(noun, color) for noun, color in chosen]
     write_atomic(args.out_dir / "known.txt", "\n".join(known) + "\n")
     write_atomic(args.out_dir / "asked.txt", "\n".join(lighthouse.ASKED) + "\n")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Image to image: scripts/sample_i2i.sh [checkpoint folder or hub id] [further options of generate.py]
-# Without arguments the demo checkpoint draws on the pictures in assets. Results go to outputs/i2i.
+# Without arguments the demo checkpoint draws on the pictures in assets. Results go to outputs/i2i; a second
+# run wants --overwrite.
 set -euo pipefail
 
 model_path="${1:-assets/demo}"

@@ -63,7 +63,7 @@ train demo_omni "$work/last" "${LAST_MINUTES:-40}" 0.3 --spare_panel 0.75 --init
 
 echo "== 5/6 export to $out"
 mkdir -p "$out"
-for file in "$work"/export/* "$work/tokenizer/names.txt" "$work/decoder/movqgan.safetensors"; do
+for file in "$work"/export/* "$work"/tokenizer/{names,prompts}.txt "$work/decoder/movqgan.safetensors"; do
     name="$(basename "$file")"
     install -m 644 "$file" "$out/.$name.part"
     mv "$out/.$name.part" "$out/$name"

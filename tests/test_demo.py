@@ -13,8 +13,8 @@ from PIL import Image
 
 from lumina_mgpt import maps
 from lumina_mgpt.demo import emoji, evaluation, scenes
-from lumina_mgpt.demo.emoji import CELL
-from lumina_mgpt.demo.scenes import COLORS, Scene
+from lumina_mgpt.demo.emoji import CELL, COLORS
+from lumina_mgpt.demo.scenes import Scene
 from lumina_mgpt.images import psnr
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +146,7 @@ def _readme_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", _readme_commands())
 def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
+    assert len(_readme_commands()) >= 10
     script, *options = shlex.split(command)[1:]
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     done = subprocess.run([sys.executable, str(ROOT / script), *options], cwd=tmp_path, capture_output=True, text=True)

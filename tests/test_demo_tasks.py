@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lumina_mgpt import Checkpoint
+from lumina_mgpt import Checkpoint, Pipeline, cli
+from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.demo import emoji, evaluation, omni, scenes
@@ -18,6 +20,7 @@ from lumina_mgpt.demo.emoji import CELL
 from lumina_mgpt.demo.scenes import Scene
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import IGNORED, encode_image
+from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["hedgehog", "owl", "grapes"]
@@ -146,13 +149,32 @@ def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, m
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
     monkeypatch.setattr(emoji, "known_names", lambda: NAMES)
-    monkeypatch.setattr("sys.argv", ["demo_data.py", "--out_dir", str(tmp_path), "--omni"])
-    assert script.main() == 0 and "45 records" in capsys.readouterr().out
+    assert script.main(["--out_dir", str(tmp_path), "--omni"]) == 0 and "45 records" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "omni.jsonl").read_text().splitlines()]
     assert {row["task"] for row in rows} == set(few)
     panels = [panel for row in rows for panel in row["image"][0]]
     assert len(panels) == 2 * len(rows) and {Image.open(panel).size for panel in panels} == {(CELL, CELL)}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["omni.jsonl", "pictures"]
+
+
+def test_demo_data_writes_pictures_captions_and_a_tokenizer(pictures, tmp_path, monkeypatch, capsys):
+    script = load_script("demo_data")
+    monkeypatch.setattr(script, "LOOSE", 2)
+    monkeypatch.setattr(emoji, "fetch", lambda folder: None)
+    monkeypatch.setattr(emoji, "load", lambda folder: pictures)
+    monkeypatch.setattr(emoji, "known_names", lambda: NAMES)
+    assert script.main(["--out_dir", str(tmp_path), "--pairs", "3"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    sizes = {row["image_path"]: Image.open(row["image_path"]).size for row in rows}
+    singles = [scene for scene in scenes.all_singles(NAMES) if not scene.held_out]
+    assert list(sizes.values()).count((CELL, CELL)) == len(singles) and len(sizes) == len(singles) + 3
+    assert f"{len(rows)} records of {len(sizes)} pictures" in capsys.readouterr().out
+    for name in ("maps", "panels", "loose"):
+        assert any((tmp_path / "pictures" / name).iterdir())
+    folder = tmp_path / "tokenizer"
+    vocabulary = Vocabulary.from_folder(folder, ModelConfig.from_json(folder / "config.json"))
+    assert all(vocabulary.encode_text(row["prompt"]) for row in rows)
+    assert len(cli.example_prompts(folder)) == 5 and cli.known_names(folder) == sorted(NAMES)
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -239,11 +261,29 @@ def test_the_evaluation_runs_on_the_shipped_checkpoint(pictures, tmp_path, monke
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
     monkeypatch.setattr(emoji, "known_names", lambda: NAMES)
-    monkeypatch.setattr(scenes, "evaluation_scenes", lambda *_: ([], []))
-    options = ["--out_dir", str(tmp_path), "--prompts", "2", "--shuffled", "2", "--rows", "predict_depth", "--cfg", "1"]
-    monkeypatch.setattr("sys.argv", ["evaluate_demo.py", "--model_path", str(ROOT / "assets" / "demo"), *options])
-    assert script.main() == 0
-    figures = json.loads((tmp_path / "figures.json").read_text())["predict_depth: correlation"]
-    assert set(figures) == {"value", "panel", "tokenizer"} and figures["tokenizer"][0] > 0.9
-    assert "| predict_depth | correlation | 2 |" in capsys.readouterr().out
-    assert (tmp_path / "predict_depth.png").is_file()
+    todo = [Scene((name,), color) for name, color in (("owl", "red"), ("grapes", "navy"))]
+    monkeypatch.setattr(scenes, "evaluation_scenes", lambda *_: (todo, []))
+    rows = ["one emoji", "predict_depth", "depth unnamed"]
+    options = ["--out_dir", str(tmp_path), "--prompts", "2", "--shuffled", "2", "--cfg", "1", "--rows", *rows]
+    assert script.main(["--model_path", str(ROOT / "assets" / "demo"), *options]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["prompts"], figures["cfg"]) == (2, 1)
+    assert set(figures["one emoji"]) == {"all objects", "each object", "background", "reconstruction"}
+    assert set(figures["predict_depth: correlation"]) == {"value", "panel", "tokenizer"}
+    assert figures["predict_depth: correlation"]["tokenizer"][0] > 0.9
+    assert set(figures["depth unnamed: right emoji"]) == {"value", "panel", "prompt", "tokenizer"}
+    told = capsys.readouterr().out
+    assert "| one emoji | 2 |" in told and "| predict_depth | correlation | 2 |" in told
+    sheets = {path.name for path in tmp_path.glob("*.png")}
+    assert sheets == {"text_to_image.png", "predict_depth.png", "depth_unnamed.png"}
+
+
+def test_every_batch_of_an_evaluation_has_noise_of_its_own(tiny_checkpoint, monkeypatch):
+    script, asked = load_script("evaluate_demo"), []
+    monkeypatch.setattr(script, "_BATCH", 2)
+    monkeypatch.setattr(Pipeline, "stream", lambda self, prompts, *size, **options: asked.append(options) or prompts)
+    pipeline, args = Pipeline.from_pretrained(tiny_checkpoint, "cpu"), Namespace(cfg=3, seed=50)
+    prompts, panels = list("abcde"), list("ABCDE")
+    assert list(script.drawn(pipeline, prompts, (32, 64), args, panels, task="edit")) == prompts
+    assert [options["seed"] for options in asked] == [50, 52, 54]
+    assert [options["panel"] for options in asked] == [["A", "B"], ["C", "D"], ["E"]]

@@ -430,12 +430,15 @@ def test_the_file_given_is_never_replaced(request, command, tmp_path, photo, cap
 # -- the shipped checkpoint --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "folder"), [("sample.sh", "t2i"), ("sample_i2i.sh", "i2i")])
-def test_sample_scripts_run_as_they_stand(script, folder, tmp_path):
-    """From another folder, whose name wants quoting; the model path is the first argument."""
+@pytest.mark.parametrize(
+    ("script", "folder", "options"),
+    [("sample.sh", "t2i", []), ("sample_i2i.sh", "i2i", [str(ROOT / "assets" / "demo"), "--seed", "1"])],
+)
+def test_sample_scripts_run_as_they_stand(script, folder, options, tmp_path):
+    """From another folder, whose name wants quoting; the model path is the first argument, if any."""
     place = tmp_path / "a folder"
     place.mkdir()
-    command = ["bash", str(ROOT / "scripts" / script), str(ROOT / "assets" / "demo"), "--seed", "1"]
+    command = ["bash", str(ROOT / "scripts" / script), *options]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=ENVIRONMENT, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     found = names(place / "outputs" / folder)

@@ -18,7 +18,6 @@ from lumina_mgpt.unirep import (
     encode_conversation,
     encode_image,
     generation_prompt,
-    panel_prefix,
 )
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -58,10 +57,9 @@ def test_prompt_ids_equal_the_released_ones(vocabulary, load):
         if panels == 2:
             panel = torch.tensor(case["ref_tokens"])
             panel = vocabulary.id_to_code(panel[vocabulary.is_code(panel)]).view(layout.rows // 2, layout.cols)
-            prefix = panel_prefix(panel, layout.grid_rows, vocabulary)
+            prefix = layout.fill(panel.flatten()).tolist()
             assert prefix == case["ref_tokens"], name
             assert layout.given == panel.numel() and layout.prefix_length == len(prefix), name
-            assert layout.fill(panel.flatten()).tolist() == prefix, name
             ids += prefix
         else:
             assert layout.ids[: layout.prefix_length].tolist() == case["prefix"], name
@@ -242,11 +240,6 @@ def test_codes_out_of_range_are_refused(vocabulary):
     codes[2, 3] = 16384
     with pytest.raises(UniRepError, match=r"got 16384 at \[2, 3\]"):
         encode_image(codes, vocabulary)
-
-
-def test_a_panel_must_leave_room(vocabulary):
-    with pytest.raises(UniRepError, match="leaves no room"):
-        panel_prefix(random_codes(2, 1), 2, vocabulary)
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,10 @@ from lumina_mgpt.errors import InputError
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "unicode-emoji-json@0.9.0"
 CELL = 96  # pixels along a side of the square that one emoji fills: the demo's base size
+COLORS = (  # of backgrounds
+    "white", "black", "red", "green", "blue", "yellow", "sky blue", "orange", "purple", "pink", "gray", "brown",
+    "navy", "turquoise", "lavender", "olive",
+)  # fmt: skip
 
 # Unicode calls an animal's head "dog face"; people ask for a dog, and a slice of pizza is what the picture shows.
 ALIASES = {
@@ -50,6 +54,11 @@ def with_article(noun: str) -> str:
         return f"the {noun}"
     vowel = noun[0] in "aeiou" and noun not in _A_ANYWAY or noun in _AN_ANYWAY
     return f"{'an' if vowel else 'a'} {noun}"
+
+
+def with_articles(text: str) -> str:
+    """`a orange background` -> `an orange background`, for the colours that want it."""
+    return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
 
 
 def fetch(folder: Path) -> None:

@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lumina_mgpt.demo.emoji import CELL
+from lumina_mgpt.demo.emoji import CELL, COLORS
 from lumina_mgpt.demo.omni import Example, draw_panel
-from lumina_mgpt.demo.scenes import COLORS, SLOT_COLORS, Scene, background
+from lumina_mgpt.demo.scenes import SLOT_COLORS, Scene, background
 from lumina_mgpt.maps import canny
 
 _NEAR = 60  # grey value: a shape's rim has 0.45 of white and more (scenes.depth)

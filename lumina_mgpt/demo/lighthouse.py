@@ -6,10 +6,10 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
-SIDE = 96  # the demo's base size
+from lumina_mgpt.demo.emoji import CELL, COLORS, with_articles
+
 UNSEEN = ("sky blue", "lavender")  # backgrounds of the demo that no lighthouse is drawn on, to be asked for afterwards
-COLORS = ("white", "black", "red", "green", "blue", "yellow", "orange", "purple", "pink", "gray", "brown", "navy",
-          "turquoise", "olive")  # fmt: skip
+DRAWN = tuple(color for color in COLORS if color not in UNSEEN)
 _FINE = 8  # drawn so many times larger, then reduced
 ASKED = (  # before and after the finetuning; the last three are of the demo's own
     "a lighthouse on a sky blue background", "a lighthouse on a lavender background",
@@ -33,27 +33,27 @@ _TOP, _FOOT, _BANDS = 31, 84, 5
 def draw(color: str, rng: random.Random) -> Image.Image:
     """A lighthouse on a plain background, each a little larger or smaller, and elsewhere, than the last."""
     scale, left, top = rng.uniform(0.92, 1.0), rng.uniform(-3, 3), rng.uniform(-2, 2)
-    tower = _tower().resize((round(SIDE * _FINE * scale),) * 2, Image.Resampling.BICUBIC)
+    tower = _tower().resize((round(CELL * _FINE * scale),) * 2, Image.Resampling.BICUBIC)
     ground = ImageColor.getrgb(color.replace(" ", ""))
-    canvas = Image.new("RGB", (SIDE * _FINE,) * 2, ground)
+    canvas = Image.new("RGB", (CELL * _FINE,) * 2, ground)
     margin = (canvas.width - tower.width) / 2
     canvas.paste(tower, (round(margin + left * _FINE), round(margin + top * _FINE)), tower)
-    return canvas.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return canvas.resize((CELL, CELL), Image.Resampling.LANCZOS)
 
 
 def on_background(noun: str, color: str) -> str:
     """The demo's plainest phrasing of one object, `noun` with its article."""
-    return _with_articles(f"{noun} on a {color} background")
+    return with_articles(f"{noun} on a {color} background")
 
 
 def caption(color: str, rng: random.Random) -> str:
     """One of several phrasings of a lighthouse."""
-    return _with_articles(rng.choice(_CAPTIONS).format(color))
+    return with_articles(rng.choice(_CAPTIONS).format(color))
 
 
 def sheet(rows: dict[str, list[Image.Image]], captions: tuple[str, ...], scale: int = 1) -> Image.Image:
     """Rows of pictures, each row's name before it, the captions above the columns."""
-    font, side, left, top, gap = ImageFont.load_default(11), SIDE * scale, 52, 46, 8
+    font, side, left, top, gap = ImageFont.load_default(11), CELL * scale, 52, 46, 8
     size = left + len(captions) * (side + gap), top + len(rows) * (side + gap)
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
@@ -68,14 +68,10 @@ def sheet(rows: dict[str, list[Image.Image]], captions: tuple[str, ...], scale: 
     return canvas
 
 
-def _with_articles(text: str) -> str:
-    return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
-
-
 def _tower() -> Image.Image:
     """The lighthouse as RGBA, lit from the left."""
-    unit = SIDE * _FINE / 100
-    picture = Image.new("RGBA", (SIDE * _FINE,) * 2)
+    unit = CELL * _FINE / 100
+    picture = Image.new("RGBA", (CELL * _FINE,) * 2)
     pen = ImageDraw.Draw(picture)
 
     def shape(fill: str, corners: list[tuple[float, float]]) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from lumina_mgpt.demo import scenes
-from lumina_mgpt.demo.emoji import CELL, with_article
-from lumina_mgpt.demo.scenes import COLORS, Scene
+from lumina_mgpt.demo.emoji import CELL, COLORS, with_article, with_articles
+from lumina_mgpt.demo.scenes import Scene
 from lumina_mgpt.images import stacked
 from lumina_mgpt.maps import canny
 from lumina_mgpt.prompts import I2I_TASKS, TASKS, Task
@@ -22,15 +22,15 @@ SIZE = (CELL, 2 * CELL)  # (width, height) of two panels of the base size
 class Kind:
     """One sort of example: its task, what its panels show, and how many of them training has.
 
-    `otherwise`: share of the training prompts that say less than those of the evaluation, so that the panel has to be
-    looked at, or, where those leave it all to the panel, more.
+    `otherwise`: share of the training prompts that are not worded as in the evaluation. With a control panel they say
+    the background only, so that the panel has to be looked at; for a subject or a prediction they name what it shows.
     """
 
     task: Task
     upper: str
     lower: str
     records: int
-    otherwise: float = 0.3
+    otherwise: float = 0.0
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -41,11 +41,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 12000, 0.6),
         "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 12400, 0.15),
         "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 9500),
-        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 2400),
-        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 2400),
-        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 2400),
+        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 2400, 0.3),
+        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 2400, 0.3),
+        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 2400, 0.3),
     }
 )
+_OF_LAYERS = {"depth": scenes.depth, "segmentation": scenes.segmentation}  # the same whatever the background is
 _BACKGROUNDS = ("on a {c} background", "the same on a {c} background", "{c} background", "it, {c} background")
 # How an edit is asked for, and how often: {n} is what was there, {b} what comes, {c} the new background.
 _EDITS = {
@@ -84,15 +85,15 @@ class Example:
 
 
 def _key(scene: Scene, shows: str) -> str:
-    if shows in ("depth", "segmentation"):  # whatever the background is
+    if shows in _OF_LAYERS:
         scene = replace(scene, color="any")
     return f"{shows}/{scene.key}"
 
 
 def draw_panel(scene: Scene, shows: str, pictures: dict[str, np.ndarray]) -> Image.Image:
     """A scene as `picture`, `depth`, `canny` or `segmentation`."""
-    if shows in ("depth", "segmentation"):
-        return getattr(scenes, shows)(scene, pictures)
+    if shows in _OF_LAYERS:
+        return _OF_LAYERS[shows](scene, pictures)
     picture = scenes.render(scene, pictures)
     return canny(picture) if shows == "canny" else picture
 
@@ -151,7 +152,7 @@ def _example(kind: str, scene: Scene, names: list[str], otherwise: float, rng: r
 
 
 def _background(scene: Scene, rng: random.Random) -> str:
-    return scenes.with_articles(rng.choice(_BACKGROUNDS).format(c=scene.color))
+    return with_articles(rng.choice(_BACKGROUNDS).format(c=scene.color))
 
 
 def _subject(scene: Scene, named: bool, rng: random.Random) -> Example:
@@ -180,4 +181,4 @@ def _edit(scene: Scene, names: list[str], rng: random.Random) -> Example:
     }[operation]
     old, new = (scenes.noun(panel.names[0], rng) if panel.names else "" for panel in (before, after))
     words = {"n": old, "b": with_article(new) if new else "", "c": color}
-    return Example("edit", before, after, scenes.with_articles(rng.choice(_EDITS[operation][1]).format(**words)))
+    return Example("edit", before, after, with_articles(rng.choice(_EDITS[operation][1]).format(**words)))

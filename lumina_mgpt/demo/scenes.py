@@ -9,12 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageColor
 
-from lumina_mgpt.demo.emoji import ALIASES, CELL, with_article
+from lumina_mgpt.demo.emoji import ALIASES, CELL, COLORS, with_article, with_articles
 
-COLORS = (
-    "white", "black", "red", "green", "blue", "yellow", "sky blue", "orange", "purple", "pink", "gray", "brown",
-    "navy", "turquoise", "lavender", "olive",
-)  # fmt: skip
 SLOT_COLORS = ((230, 60, 60), (60, 110, 230))  # segmentation: first and second object; the background is black
 _HELD_OUT = 10  # one in so many compositions is kept from training
 
@@ -147,11 +143,6 @@ def loose(rng: random.Random, pictures: dict[str, np.ndarray]) -> Image.Image:
 def noun(name: str, rng: random.Random) -> str:
     """What people call the emoji of that name."""
     return ALIASES[name] if name in ALIASES and rng.random() < 0.4 else name
-
-
-def with_articles(text: str) -> str:
-    """`a orange background` -> `an orange background`, for the colours that want it."""
-    return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
 
 
 def caption(scene: Scene, rng: random.Random) -> str:

@@ -12,7 +12,7 @@ from lumina_mgpt.vocabulary import END_OF_TEXT, special_names
 
 VOCABULARY = 1024  # text pieces and special names together; image codes follow from this id on
 _MIN_FREQUENCY = 2
-# Words of the image tasks, so that a checkpoint finetuned on those later keeps this vocabulary.
+# What the image tasks were expected to say, before there were any. Another text would make another vocabulary.
 _MORE_TEXT = (
     "make the background {c}", "replace the {a} with {b}", "remove the {a}", "add {b}", "no edit", "segmentation map",
     "normal map", "Edit the image according to the following instruction:\n", "swap the two objects",
