@@ -1,7 +1,9 @@
 """The demo's scenes, captions, maps and measures; and the shipped checkpoint itself."""
 
 import json
+import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -155,6 +157,18 @@ def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
     plain = "generate.py" in script and "--task" not in options
     written = [folder / "0_0.png"] if plain else list(folder.glob("*.png"))
     assert len(written) > 0
+    for path in written:
+        Image.open(path).verify()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def test_python_of_the_readme_runs_as_it_stands(block, tmp_path):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    written = list(tmp_path.glob("*.png"))
+    assert written
     for path in written:
         Image.open(path).verify()
 
