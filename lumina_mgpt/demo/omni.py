@@ -35,15 +35,15 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "pair_depth": Kind(TASKS["depth"], "picture", "depth", 1200),
-        "pair_canny": Kind(TASKS["canny"], "picture", "canny", 1200),
-        "depth": Kind(I2I_TASKS["depth"], "depth", "picture", 4800, 0.5),
-        "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 12000, 0.6),
-        "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 12400, 0.15),
-        "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 9500),
-        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 2400, 0.3),
-        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 2400, 0.3),
-        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 2400, 0.3),
+        "pair_depth": Kind(TASKS["depth"], "picture", "depth", 1500),
+        "pair_canny": Kind(TASKS["canny"], "picture", "canny", 1500),
+        "depth": Kind(I2I_TASKS["depth"], "depth", "picture", 5500, 0.65),
+        "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 12000, 0.7),
+        "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 8000, 0.15),
+        "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 8000),
+        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 5000, 0.3),
+        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 6000, 0.3),
+        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 3500, 0.3),
     }
 )
 _OF_LAYERS = {"depth": scenes.depth, "segmentation": scenes.segmentation}  # the same whatever the background is
