@@ -28,7 +28,7 @@ from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.checkpoint import disk_name, load_model
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import CachedStep
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
@@ -43,12 +43,14 @@ FORMS = (
     ("fp32", torch.float32, None), ("bf16", torch.bfloat16, None),
     ("int4, bf16 inputs", torch.bfloat16, 128), ("int4, fp32 inputs", torch.float32, 128),
 )  # fmt: skip
+_SPECULATIONS = (("noise", 8), ("maximal", 8), ("maximal", 32))
 
 
 def main() -> int:
     parser = cli.Parser(prog="bench_large.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("floor", "peer", "whole"))
     parser.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--compile", action="store_true", help="peer: compiled steps, too (some minutes of compiling)")
     parser.add_argument("--work", type=Path, help="whole: gets the random checkpoint (16 GB, kept for the next time)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes to run at either end of the image")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="whole: of what is not int4")
@@ -136,21 +138,28 @@ def peer(args: argparse.Namespace) -> dict:
         if group:
             model = random_model(config, torch.bfloat16, group)
         model.lm_head.keep(vocabulary.code_slice, int8=bool(group))
-        for speculation in (None, Speculation("noise", 8), Speculation("maximal", 8), Speculation("maximal", 32)):
-            taken = ours(model, vocabulary, layout, prompt, speculation)
+        choices = [(None, None), *((Speculation(*choice), None) for choice in _SPECULATIONS)]
+        if args.compile:
+            choices.append((None, compile_forward(model)))
+        for speculation, compiled in choices:
             name = f"{speculation.coupling}, window {speculation.window}" if speculation else "plain"
+            if compiled:
+                name += ", compiled"
+                ours(model, vocabulary, layout, prompt, speculation, compiled)  # each shape once, for the compiler
+            taken = ours(model, vocabulary, layout, prompt, speculation, compiled)
             print(f"| {name} | {weights} | {taken:.2f} | {theirs / taken:.2f} |", flush=True)
             rows.append({"sampler": name, "weights": weights, "seconds": taken, "speedup": theirs / taken})
     return {"their_forwards": their_forwards, "codes": layout.num_codes, "rows": rows}
 
 
 def ours(model: Transformer, vocabulary: Vocabulary, layout: ImageLayout, prompt: list[int],
-         speculation: Speculation | None) -> float:  # fmt: skip
+         speculation: Speculation | None, compiled=None) -> float:  # fmt: skip
     began = time.perf_counter()
     spare = spare_slots(layout, speculation.window) if speculation else 0
+    spare += COMPILED_SPARE if compiled else 0
     dtype = model.norm.weight.dtype
     cache = KVCache(model.config, 2, len(prompt) + layout.length, dtype, "cpu", spare)
-    step = CachedStep(model, cache, vocabulary.code_slice)
+    step = CachedStep(model, cache, vocabulary.code_slice, compiled)
     if speculation:
         sample_jacobi(step, [prompt], layout, SamplingConfig(top_k=16384), [(0, 0)], speculation)
     else:

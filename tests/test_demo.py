@@ -126,7 +126,7 @@ def test_it_draws_what_is_asked_for():
     from lumina_mgpt import Pipeline
 
     pipeline = Pipeline.from_pretrained(DEMO)
-    prompts = {"a hedgehog on a sky blue background": "sky blue", "a red apple on a black background": "black",
+    prompts = {"a hedgehog on a sky blue background": "sky blue", "an owl on a black background": "black",
                "a cactus on a pink background": "pink"}  # fmt: skip
     results = pipeline.generate(list(prompts), n=2, seed=3)
     images = [[r.image for r in results if r.job.prompt_index == n] for n in range(len(prompts))]

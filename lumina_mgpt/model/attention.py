@@ -100,7 +100,7 @@ def _causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _blockwise(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
-    """Attention written out, a row and a block of heads and slots at a time, where torch's kernels read a cache badly.
+    """Attention written out, some rows at a time, or some heads and slots of one: torch's kernels read a cache badly.
 
     Scales of an int8 cache go to scores and weights, so that only integers are read from memory. On a CPU each block
     becomes float32 in one small room that stays in the processor's cache. One query of 32 heads on 1,025 slots, ms on
@@ -110,23 +110,26 @@ def _blockwise(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
     """
     T, H = q.shape[1], q.shape[3]
     keys, values = ((part.codes if isinstance(part, Scaled) else part).transpose(1, 2) for part in (k, v))
-    K, S = keys.shape[1:3]
+    B, K, S = keys.shape[:3]
     on_cpu = q.device.type == "cpu"
     queries = q.to(torch.promote_types(q.dtype, torch.float32)) if on_cpu else q
     queries = rearrange(queries * H**-0.5, "B T (K G) H -> B K (G T) H", K=K)
-    heads = min(K, BLOCK_HEADS) if on_cpu else K
-    slots = min(S, max(1, BLOCK // (heads * H))) if on_cpu else S
+    many = on_cpu and K * S * H > BLOCK  # of a single row, for one block
+    heads = min(K, BLOCK_HEADS) if many else K
+    slots = min(S, max(1, BLOCK // (heads * H))) if many else S
+    rows = max(1, BLOCK // (K * S * H)) if on_cpu else 1
     blocks = [(slice(head, min(head + heads, K)), slice(at, min(at + slots, S)))
               for head in range(0, K, heads) for at in range(0, S, slots)]  # fmt: skip
-    room = queries.new_empty(heads * slots * H)
-    scores = queries.new_empty((*queries.shape[1:3], S))  # (K, G T, S)
+    room = queries.new_empty(min(rows, B) * heads * slots * H)
     mixed = torch.zeros_like(queries)
-    for row in range(len(q)):
+    for row in (slice(first, min(first + rows, B)) for first in range(0, B, rows)):
+        scores = queries.new_empty((*queries[row].shape[:3], S))  # (rows, K, G T, S)
         for head, slot in blocks:
-            scores[head, :, slot] = queries[row, head] @ _copied(keys[row, head, slot], room).transpose(1, 2)
+            torch.matmul(queries[row, head], _copied(keys[row, head, slot], room).transpose(2, 3),
+                         out=scores[:, head, :, slot])  # fmt: skip
         weights = _weights(scores, k, v, span, row, T).to(queries.dtype)
         for head, slot in blocks:
-            mixed[row, head].baddbmm_(weights[head, :, slot], _copied(values[row, head, slot], room))
+            mixed[row, head] += weights[:, head, :, slot] @ _copied(values[row, head, slot], room)
     return rearrange(mixed.to(q.dtype), "B K (G T) H -> B T (K G) H", T=T)
 
 
@@ -158,18 +161,19 @@ def _copied(part: Tensor, room: Tensor) -> Tensor:
     return room[: part.numel()].view(part.shape).copy_(part)
 
 
-def _weights(scores: Tensor, k: Held, v: Held, span: Span, row: int, T: int) -> Tensor:
-    """One row's softmax, with the scales of an int8 cache. Shapes: scores (K, G T, S), and so is what it returns."""
+def _weights(scores: Tensor, k: Held, v: Held, span: Span, row: slice, T: int) -> Tensor:
+    """Softmax of some rows, with the scales of an int8 cache. Shapes: scores (rows, K, G T, S), and so it returns."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if isinstance(k, Scaled):
-        scores = scores * k.scales[row].T[:, None]
-    groups, S = scores.shape[1] // T, scores.shape[2]
-    if span.causal:
-        scores = scores + scores.new_full((T, S), float("-inf")).triu_(1).repeat(groups, 1)
-    elif span.mask is not None:
-        scores = scores + span.mask[row % len(span.mask)].repeat(1, groups, 1)  # one mask may serve every row
+        scores = scores * k.scales[row].transpose(1, 2)[:, :, None]
+    if span.causal or span.mask is not None:
+        grouped = scores.unflatten(2, (-1, T))  # (rows, K, G, T, S)
+        if span.causal:
+            grouped += scores.new_full(grouped.shape[-2:], float("-inf")).triu_(1)
+        else:  # one mask may serve every row
+            grouped += (span.mask if len(span.mask) == 1 else span.mask[row])[:, :, None]
     weights = scores.softmax(-1)
-    return weights * v.scales[row].T[:, None] if isinstance(v, Scaled) else weights
+    return weights * v.scales[row].transpose(1, 2)[:, :, None] if isinstance(v, Scaled) else weights
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:
