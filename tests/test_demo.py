@@ -196,7 +196,8 @@ def test_a_control_panel_is_followed_where_the_words_say_nothing_of_it(tmp_path)
     near = np.where(penguin > 0, 0.45 + 0.55 * rounded, 0)  # as in scenes.depth
     Image.fromarray((near * 255).astype(np.uint8)).save(tmp_path / "penguin.png")
     panels = {"hedgehog": str(ROOT / "assets/depth.png"), "penguin": str(tmp_path / "penguin.png")}
-    shapes = {name: np.asarray(Image.open(path).convert("L").resize((CELL, CELL))) > 60 for name, path in panels.items()}
+    small = {name: Image.open(path).convert("L").resize((CELL, CELL)) for name, path in panels.items()}
+    shapes = {name: np.asarray(panel) > 60 for name, panel in small.items()}
     for name, path in panels.items():
         words = ("--image_path", path, "--image_prompt", "on a sky blue background", "-n", "4")
         _generate(tmp_path / name, "--i2i_task", "depth", *words)
