@@ -122,14 +122,16 @@ def _blockwise(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
               for head in range(0, K, heads) for at in range(0, S, slots)]  # fmt: skip
     room = queries.new_empty(min(rows, B) * heads * slots * H)
     mixed = torch.zeros_like(queries)
+    held = queries.new_empty((min(rows, B), *queries.shape[1:3], S))  # (rows, K, G T, S)
     for row in (slice(first, min(first + rows, B)) for first in range(0, B, rows)):
-        scores = queries.new_empty((*queries[row].shape[:3], S))  # (rows, K, G T, S)
-        for head, slot in blocks:
-            torch.matmul(queries[row, head], _copied(keys[row, head, slot], room).transpose(2, 3),
-                         out=scores[:, head, :, slot])  # fmt: skip
+        scores = held[: row.stop - row.start]
+        for head, slot in blocks:  # of all heads where there are several rows: so the first two dimensions are one
+            product = queries[row, head].flatten(0, 1) @ _copied(keys[row, head, slot], room).flatten(0, 1).mT
+            scores[:, head, :, slot] = product.unflatten(0, (len(scores), -1))
         weights = _weights(scores, k, v, span, row, T).to(queries.dtype)
         for head, slot in blocks:
-            mixed[row, head] += weights[:, head, :, slot] @ _copied(values[row, head, slot], room)
+            block = _copied(values[row, head, slot], room).flatten(0, 1)
+            mixed[row, head].view(-1, *mixed.shape[2:]).baddbmm_(weights[:, head, :, slot].flatten(0, 1), block)
     return rearrange(mixed.to(q.dtype), "B K (G T) H -> B T (K G) H", T=T)
 
 
