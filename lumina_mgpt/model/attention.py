@@ -121,7 +121,7 @@ def _blockwise(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
     blocks = [(slice(head, min(head + heads, K)), slice(at, min(at + slots, S)))
               for head in range(0, K, heads) for at in range(0, S, slots)]  # fmt: skip
     room = queries.new_empty(min(rows, B) * heads * slots * H)
-    mixed = torch.zeros_like(queries)
+    mixed = queries.new_zeros(queries.shape)  # contiguous, as queries need not be
     held = queries.new_empty((min(rows, B), *queries.shape[1:3], S))  # (rows, K, G T, S)
     for row in (slice(first, min(first + rows, B)) for first in range(0, B, rows)):
         scores = held[: row.stop - row.start]
