@@ -5,12 +5,13 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.attention import Span
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.kv_cache import KVCache, Scaled
 
 CONFIG = ModelConfig(
     vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
@@ -193,3 +194,19 @@ def test_backends_that_cannot_work_say_so(monkeypatch):
         attention.backend("flash")
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace())
     assert attention.backend("flash") is attention.flash
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 6, 6, 50), (3, 1, 6, 3, 50), (1, 9, 32, 32, 1100), (2, 5, 8, 4, 3000)])
+def test_an_int8_cache_in_blocks_of_rows_or_of_heads_and_slots(shape):
+    """Rows, queries, heads, heads of keys and slots: many rows in one block, and many blocks for one row."""
+    B, T, N, K, S = shape
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, n, heads, 128, generator=random) for n, heads in ((T, N), (S, K), (S, K)))
+    k, v = Scaled.of(k), Scaled.of(v)
+    positions = torch.arange(S - T, S)[None] - torch.arange(B)[:, None]
+    hidden = torch.arange(S) > positions[:, None, :, None]
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+    got = attention.sdpa(q, k, v, Span(positions, S, mask, False), True)
+    plain = (part.transpose(1, 2) for part in (q, k.numbers(torch.float32), v.numbers(torch.float32)))
+    expected = F.scaled_dot_product_attention(*plain, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    assert (got - expected).abs().max() < 1e-5
