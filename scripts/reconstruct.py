@@ -99,14 +99,14 @@ def check_length(checkpoint, size: tuple[int, int], path: str) -> None:
 
 
 def through_model(pipeline, settings, speculation, codes):
-    """The result of the model's copy of a picture given by its codes (rows, cols)."""
+    """The result of the model's copy of a picture given by its codes (rows, cols), and what decides how it comes out."""
     rows, cols = codes.shape
     cell = pipeline.image_tokenizer.cell
     (result,) = pipeline.generate(
         _INSTRUCTION, cell * cols, _TASK.panels * cell * rows, task=_TASK, panel=codes, speculation=speculation,
         **asdict(settings),
     )  # fmt: skip
-    return result
+    return result, {"instruction": _INSTRUCTION} | asdict(settings)
 
 
 def show(crops: dict, images, copy: Callable | None, output: OutputFolder) -> None:
@@ -129,10 +129,10 @@ def show(crops: dict, images, copy: Callable | None, output: OutputFolder) -> No
         output.save(f"{stem}_codes.png", Image.fromarray(codes[0].numpy().astype(np.uint16)))
         output.save(f"{stem}_reconstruction.png", again, {"psnr": cells[-1]})
         if copy:
-            result = copy(codes[0])
+            result, described = copy(codes[0])
             kept = (result.panel_codes == codes[0]).float().mean()
             cells += [f"{psnr(result.panel, crop):.2f} dB", f"{100 * kept:.1f} %"]
-            output.save(f"{stem}_no_edit.png", result.panel, {"instruction": _INSTRUCTION, "seed": result.seed})
+            output.save(f"{stem}_no_edit.png", result.panel, described)
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
