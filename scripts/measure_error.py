@@ -105,7 +105,7 @@ def round_early(model: Transformer) -> None:
 def main() -> int:
     parser = cli.Parser(prog="measure_error.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", default=cli.DEMO, type=Path, help="checkpoint folder")
-    parser.add_argument("--prompts", default=5, type=cli.whole, help="of the checkpoint's own prompts the first so many")
+    parser.add_argument("--prompts", default=5, type=cli.whole, help="so many of the checkpoint's own prompts")
     with torch.no_grad():
         return cli.run(measure, parser, None)
 
