@@ -99,7 +99,7 @@ def check_length(checkpoint, size: tuple[int, int], path: str) -> None:
 
 
 def through_model(pipeline, settings, speculation, codes):
-    """The result of the model's copy of a picture given by its codes (rows, cols), and what decides how it comes out."""
+    """The model's copy of a picture given by its codes (rows, cols), and what decides how it comes out."""
     rows, cols = codes.shape
     cell = pipeline.image_tokenizer.cell
     (result,) = pipeline.generate(
