@@ -1,0 +1,127 @@
+"""Heads that are told how far back to look: against attention worked out from the formula, and as a command."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_runs import script
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.training.pointed import Pointer, loss_without, point
+
+SIZES = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
+         "image_code_offset": 0, "num_image_codes": 32}  # fmt: skip
+
+
+@pytest.fixture(params=[1, 2], ids=["one norm", "a norm a head"])
+def model(request):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SIZES, model_parallel_size=request.param))
+    model.init_weights()
+    for name, parameter in model.named_parameters():  # as after some training: norms of heads are not the identity
+        if "q_norm" in name or "k_norm" in name:
+            torch.nn.init.normal_(parameter, 1.2 if "weight" in name else 0.0, 0.3)
+    # Hidden states have something in common, as those of trained models do.
+    model.embed_tokens.weight.data += model.embed_tokens.weight.data.std() * torch.randn(96)
+    return model
+
+
+def attention_of(model: Transformer, layer: int, head: int, ids: torch.Tensor) -> torch.Tensor:
+    """(T, T) probabilities, from projections and complex rotations."""
+    seen = {}
+    module = model.layers[layer].self_attn
+    handles = [getattr(module, name).register_forward_hook(lambda _, given, out, name=name: seen.update({name: out}))
+               for name in ("q_norm", "k_norm")]  # fmt: skip
+    with torch.no_grad():
+        model(ids[None])
+    for handle in handles:
+        handle.remove()
+    T, H = len(ids), module.head_dim
+    turn = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, H, 2) / H)
+    q, k = (torch.complex(*seen[name][0, :, head].chunk(2, -1)) * torch.polar(torch.ones(1), turn)
+            for name in ("q_norm", "k_norm"))  # fmt: skip
+    scores = (q @ k.conj().mT).real / H**0.5
+    return scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf")).softmax(-1)
+
+
+def test_a_pointed_head_looks_where_it_is_told(model):
+    ids = list(torch.randint(64, (4, 120)))
+    others = torch.randint(64, (120,))  # not among those that it was made with
+    assert attention_of(model, 0, 1, others).diagonal(-30).mean() < 0.1
+    point(model, [Pointer(0, 1, 30), Pointer(1, 0, 7)], ids)
+    assert attention_of(model, 0, 1, others).diagonal(-30).min() > 0.7
+    assert attention_of(model, 1, 0, others).diagonal(-7).min() > 0.7
+
+
+def test_nothing_else_changes_and_its_output_starts_from_nothing(model):
+    ids = list(torch.randint(64, (2, 60)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    without = loss_without(model, (1, 0), ids)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert abs(without - loss_without(model, None, ids)) > 1e-4
+    point(model, [Pointer(1, 0, 30)], ids)
+    assert loss_without(model, None, ids) == pytest.approx(without, abs=1e-6)
+    for name, tensor in model.state_dict().items():
+        changed = (before[name] != tensor).nonzero()
+        if name.startswith("layers.1.self_attn.") and "proj" in name and "v_proj" not in name:
+            assert changed[:, 1 if "o_proj" in name else 0].unique().tolist() == list(range(48))
+        else:
+            assert not len(changed), name
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [(["1.5"], "LAYER.HEAD:DISTANCE"), (["2.0:5"], "layers 0 to 1"), (["0.0:5", "0.0:6"], "given twice"),
+     (["0.0:200"], "longer than 60 ids")],
+)  # fmt: skip
+def test_what_cannot_be_pointed(model, heads, message):
+    with pytest.raises(InputError, match=message):
+        point(model, [Pointer.parse(head) for head in heads], list(torch.randint(64, (2, 60))))
+
+
+@pytest.fixture
+def own_keys(tiny_checkpoint, tmp_path) -> Path:
+    """The tiny checkpoint, each head with keys of its own."""
+    folder = tmp_path / "own"
+    shutil.copytree(tiny_checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    share = config["num_attention_heads"] // config["num_key_value_heads"]
+    H = config["hidden_size"] // config["num_attention_heads"]
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "k_proj" in name or "v_proj" in name]:
+        tensors[name] = tensors[name].unflatten(0, (-1, H)).repeat_interleave(share, 0).flatten(0, 1)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": config["num_attention_heads"]}))
+    return folder
+
+
+def test_heads_that_share_keys_are_refused(tokens, tiny_checkpoint, tmp_path, capsys):
+    line = ["--model_path", str(tiny_checkpoint), "--data_config", str(tokens), "--save_path", str(tmp_path / "no")]
+    assert script("point_heads").main([*line, "--heads", "0.1:9"]) == 2
+    assert "4 share 2" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_the_command(tokens, own_keys, tmp_path, capsys):
+    line = ["--model_path", str(own_keys), "--data_config", str(tokens)]
+    main, out = script("point_heads").main, tmp_path / "out"
+    assert main([*line, "--measure"]) == 0
+    config = ModelConfig.from_json(own_keys / "config.json")
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
+    assert len(rows) == 2 + config.num_hidden_layers * config.num_attention_heads
+    assert main([*line, "--heads", "0.1:9", "--save_path", str(out)]) == 0
+    made = load_model(out, torch.float32, "cpu")
+    H = config.head_dim
+    assert not made.layers[0].self_attn.o_proj.weight[:, H : 2 * H].any()
+    assert {file.name for file in own_keys.glob("*.json")} <= {file.name for file in out.iterdir()}
+    for bad in (["--measure", "--save_path", str(out)], ["--heads", "0.1:9"],
+                ["--heads", "0.9:9", "--save_path", str(tmp_path / "no")],
+                ["--heads", "0.1:9", "--save_path", str(out)]):  # fmt: skip
+        assert main([*line, *bad]) == 2
+    assert not (tmp_path / "no").exists()
