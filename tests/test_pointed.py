@@ -1,5 +1,6 @@
 """Heads that are told how far back to look: against attention worked out from the formula, and as a command."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -76,9 +77,19 @@ def test_nothing_else_changes_and_its_output_starts_from_nothing(model):
             assert not len(changed), name
 
 
+def test_the_head_that_is_missed_least_is_taken(model):
+    ids = list(torch.randint(64, (3, 60)))
+    first, second = sorted(range(2), key=lambda head: loss_without(model, (1, head), ids))
+    asked = [Pointer.parse("1:9"), Pointer.parse("0.1:5")]
+    assert [str(made) for made in point(copy.deepcopy(model), asked, ids)] == ["0.1:5", f"1.{first}:9"]
+    asked = [Pointer.parse(f"1.{first}:9"), Pointer.parse("1:5")]
+    assert [str(made) for made in point(model, asked, ids)] == [f"1.{first}:9", f"1.{second}:5"]
+
+
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [(["1.5"], "LAYER.HEAD:DISTANCE"), (["2.0:5"], "layers 0 to 1"), (["0.0:5", "0.0:6"], "given twice"),
+    [(["1.5"], "LAYER:DISTANCE"), (["1.:5"], "LAYER:DISTANCE"),
+     (["1:5"] * 3, "layer 1 has 2 heads"), (["2.0:5"], "layers 0 to 1"), (["0.0:5", "0.0:6"], "given twice"),
      (["0.0:200"], "longer than 60 ids")],
 )  # fmt: skip
 def test_what_cannot_be_pointed(model, heads, message):
@@ -111,17 +122,14 @@ def test_heads_that_share_keys_are_refused(tokens, tiny_checkpoint, tmp_path, ca
 def test_the_command(tokens, own_keys, tmp_path, capsys):
     line = ["--model_path", str(own_keys), "--data_config", str(tokens)]
     main, out = script("point_heads").main, tmp_path / "out"
-    assert main([*line, "--measure"]) == 0
     config = ModelConfig.from_json(own_keys / "config.json")
-    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("|")]
-    assert len(rows) == 2 + config.num_hidden_layers * config.num_attention_heads
     assert main([*line, "--heads", "0.1:9", "--save_path", str(out)]) == 0
     made = load_model(out, torch.float32, "cpu")
     H = config.head_dim
     assert not made.layers[0].self_attn.o_proj.weight[:, H : 2 * H].any()
     assert {file.name for file in own_keys.glob("*.json")} <= {file.name for file in out.iterdir()}
-    for bad in (["--measure", "--save_path", str(out)], ["--heads", "0.1:9"],
-                ["--heads", "0.9:9", "--save_path", str(tmp_path / "no")],
+    assert "pointed 0.1:9" in capsys.readouterr().out
+    for bad in (["--heads", "0.9:9", "--save_path", str(tmp_path / "no")],
                 ["--heads", "0.1:9", "--save_path", str(out)]):  # fmt: skip
         assert main([*line, *bad]) == 2
     assert not (tmp_path / "no").exists()

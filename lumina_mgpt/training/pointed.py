@@ -7,7 +7,7 @@ and keys that are the same at every position, the score depends on the distance 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +23,31 @@ _STEPS, _RATE = 400, 0.05  # of the search for query and key
 
 @dataclass(frozen=True)
 class Pointer:
-    """Head `head` of layer `layer` is to look `distance` positions back (0: at the position itself)."""
+    """Head `head` of layer `layer` is to look `distance` positions back (0: at the position itself).
+
+    `head` None: the one of the layer that is missed least.
+    """
 
     layer: int
-    head: int
+    head: int | None
     distance: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}{'' if self.head is None else f'.{self.head}'}:{self.distance}"
 
     @classmethod
     def parse(cls, text: str) -> "Pointer":
-        """From LAYER.HEAD:DISTANCE, as in 1.5:155.
+        """From LAYER:DISTANCE or LAYER.HEAD:DISTANCE, as in 1:155 or 1.5:155.
 
         Raises:
             InputError: it is not of that form.
         """
         where, _, distance = text.partition(":")
-        layer, _, head = where.partition(".")
-        if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in (layer, head, distance)):
-            raise InputError(f"a head is given as LAYER.HEAD:DISTANCE, as in 1.5:155, got {text!r}")
-        return cls(int(layer), int(head), int(distance))
+        layer, dot, head = where.partition(".")
+        numbers = (layer, head, distance) if dot else (layer, distance)
+        if not all(part.isascii() and part.isdigit() and len(part) < 7 for part in numbers):
+            raise InputError(f"a head is given as LAYER:DISTANCE or LAYER.HEAD:DISTANCE, as in 1:155, got {text!r}")
+        return cls(int(layer), int(head) if dot else None, int(distance))
 
 
 def check(config: ModelConfig, pointers: list[Pointer]) -> None:
@@ -54,16 +61,19 @@ def check(config: ModelConfig, pointers: list[Pointer]) -> None:
         raise InputError(f"heads can be pointed where each has keys of its own; here {heads} share "
                          f"{config.num_key_value_heads}")  # fmt: skip
     for pointer in pointers:
-        told = f"{pointer.layer}.{pointer.head}:{pointer.distance}"
-        if pointer.layer >= layers or pointer.head >= heads or pointer.distance >= longest:
-            raise InputError(f"{told}: the model has layers 0 to {layers - 1}, heads 0 to {heads - 1} and distances "
+        if pointer.layer >= layers or (pointer.head or 0) >= heads or pointer.distance >= longest:
+            raise InputError(f"{pointer}: the model has layers 0 to {layers - 1}, heads 0 to {heads - 1} and distances "
                              f"to {longest - 1}")  # fmt: skip
-    if len({(pointer.layer, pointer.head) for pointer in pointers}) < len(pointers):
+    named = [(pointer.layer, pointer.head) for pointer in pointers if pointer.head is not None]
+    if len(set(named)) < len(named):
         raise InputError("a head is given twice; give each one distance")
+    for layer in range(layers):
+        if sum(pointer.layer == layer for pointer in pointers) > heads:
+            raise InputError(f"layer {layer} has {heads} heads, and more are asked for")
 
 
-def point(model: Transformer, pointers: list[Pointer], ids: list[Tensor]) -> None:
-    """Gives each head a fixed distance to look back, and lets its output start from nothing.
+def point(model: Transformer, pointers: list[Pointer], ids: list[Tensor]) -> list[Pointer]:
+    """Gives each head a fixed distance to look back, and lets its output start from nothing; tells which heads.
 
     Its query and key become the same at every position: the norm of a head leaves nothing of a projection of rank one
     but its sign, and that is fixed by a direction in which all hidden states agree. `ids`, a few sequences (T,) of the
@@ -77,6 +87,7 @@ def point(model: Transformer, pointers: list[Pointer], ids: list[Tensor]) -> Non
     far = max(pointer.distance for pointer in pointers)
     if far >= longest:
         raise InputError(f"no sequence given is longer than {longest} ids, and a head is to look {far} back")
+    pointers = _chosen(model, pointers, ids)
     for layer in sorted({pointer.layer for pointer in pointers}):  # a head changes what later layers see
         attention = model.layers[layer].self_attn
         with torch.no_grad():
@@ -90,6 +101,20 @@ def point(model: Transformer, pointers: list[Pointer], ids: list[Tensor]) -> Non
                     # As large as a trained one: its rows are turned by the same updates.
                     projection.weight[rows] = torch.outer(wanted, agreed) * _scale(projection.weight, agreed)
                 attention.o_proj.weight[:, rows] = 0
+    return pointers
+
+
+def _chosen(model: Transformer, pointers: list[Pointer], ids: list[Tensor]) -> list[Pointer]:
+    """The same, with a head each: of those not asked for by number, the ones without which the loss is least."""
+    chosen = []
+    for layer in sorted({pointer.layer for pointer in pointers}):
+        here = [pointer for pointer in pointers if pointer.layer == layer]
+        free = sorted(set(range(model.config.num_attention_heads)) - {pointer.head for pointer in here})
+        if any(pointer.head is None for pointer in here):
+            free.sort(key=lambda head, layer=layer: loss_without(model, (layer, head), ids))
+        rest = iter(free)
+        chosen += [replace(pointer, head=next(rest)) if pointer.head is None else pointer for pointer in here]
+    return chosen
 
 
 @torch.no_grad()
