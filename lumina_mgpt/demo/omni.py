@@ -35,15 +35,15 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "pair_depth": Kind(TASKS["depth"], "picture", "depth", 1500),
-        "pair_canny": Kind(TASKS["canny"], "picture", "canny", 1500),
-        "depth": Kind(I2I_TASKS["depth"], "depth", "picture", 5500, 0.65),
-        "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 12000, 0.7),
-        "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 8000, 0.15),
-        "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 8000),
-        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 5000, 0.3),
-        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 6000, 0.3),
-        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 3500, 0.3),
+        "pair_depth": Kind(TASKS["depth"], "picture", "depth", 2000),
+        "pair_canny": Kind(TASKS["canny"], "picture", "canny", 2000),
+        "depth": Kind(I2I_TASKS["depth"], "depth", "picture", 5000, 0.75),
+        "canny": Kind(I2I_TASKS["canny"], "canny", "picture", 16000, 0.65),
+        "subject": Kind(I2I_TASKS["subject"], "picture", "picture", 4500, 0.15),
+        "edit": Kind(I2I_TASKS["edit"], "picture", "picture", 4500),
+        "predict_depth": Kind(I2I_TASKS["predict_depth"], "picture", "depth", 4000, 0.3),
+        "predict_canny": Kind(I2I_TASKS["predict_canny"], "picture", "canny", 10500, 0.3),
+        "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 2500, 0.3),
     }
 )
 _OF_LAYERS = {"depth": scenes.depth, "segmentation": scenes.segmentation}  # the same whatever the background is
