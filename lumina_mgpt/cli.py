@@ -308,6 +308,10 @@ def run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequen
         return 0
     except InputError as error:
         return _refuse(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}; correct the path, or free some space")
     except KeyboardInterrupt as stop:
         print(f"stopped by Ctrl-C; {str(stop) or 'finished images are kept'}", file=sys.stderr)
         return INTERRUPTED

@@ -90,6 +90,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def write(args: argparse.Namespace) -> None:
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     emoji.fetch(args.out_dir / "emoji")
     pictures, names = emoji.load(args.out_dir / "emoji"), emoji.known_names()
     if args.omni:

@@ -177,13 +177,13 @@ def evaluate(args: argparse.Namespace) -> None:
     few = min(args.prompts, args.shuffled)
     if few < 2:
         raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     emoji.fetch(args.emoji_dir)
     pictures, names = emoji.load(args.emoji_dir), emoji.known_names()
     rng = random.Random(args.seed)
     todo = dict(zip(TEXT_ROWS, scenes.evaluation_scenes(names, args.prompts, rng), strict=True))
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     told = ("model_path", "cfg", "seed", "prompts", "shuffled", "quant", "dtype", "cache_dtype")
     figures: dict[str, object] = {name: getattr(args, name) for name in told}
     figures |= report(pipeline, {row: todo[row] for row in TEXT_ROWS if row in args.rows}, pictures, rng, args)

@@ -157,6 +157,17 @@ def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["omni.jsonl", "pictures"]
 
 
+@pytest.mark.parametrize("name", ["demo_data", "evaluate_demo"])
+def test_a_folder_that_cannot_be_made_ends_in_one_line(pictures, tmp_path, monkeypatch, capsys, name):
+    script, taken = load_script(name), tmp_path / "file"
+    taken.write_text("kept")
+    monkeypatch.setattr(emoji, "fetch", lambda folder: None)
+    monkeypatch.setattr(emoji, "load", lambda folder: pictures)
+    monkeypatch.setattr(emoji, "known_names", lambda: NAMES)
+    assert script.main(["--out_dir", str(taken / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {taken}") and taken.read_text() == "kept"
+
+
 def test_demo_data_writes_pictures_captions_and_a_tokenizer(pictures, tmp_path, monkeypatch, capsys):
     script = load_script("demo_data")
     monkeypatch.setattr(script, "LOOSE", 2)
