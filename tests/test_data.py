@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,21 @@ def test_dropped_context_is_a_function_of_seed_epoch_and_sample(dataset, vocabul
     assert dropped[0] == {n for n in range(200) if len(dataset.read(n, 0)[0]) < whole[n]}
     ids, labels = dataset.read(min(dropped[0]), 0)
     assert ids[0] == vocabulary.image_start_id and ids[-1] == vocabulary.image_end_id and torch.equal(ids, labels)
+
+
+def test_a_given_panel_is_read_and_not_learnt(vocabulary, tmp_path):
+    whole = make_source(tmp_path, vocabulary, 60, name="a")
+    given = make_source(tmp_path, vocabulary, 60, name="b", given=True)
+    dataset, dropped = TokenDataset([whole, given], vocabulary), 0
+    assert dataset.fingerprint() != TokenDataset([whole, replace(given, given=False)], vocabulary).fingerprint()
+    for sample in range(60, 120):
+        ids, labels = dataset.read(sample, 0)
+        dropped += len(ids) < dataset.lengths[sample]
+        codes = vocabulary.is_code(ids).nonzero().flatten()
+        lower = codes[len(codes) // 2]  # its first code; the two panels of these have as many rows
+        assert (labels[:lower] == -100).all() and torch.equal(labels[lower:], ids[lower:])
+        assert vocabulary.is_code(dataset.read(sample - 60, 0)[1]).sum() == len(codes)  # both are learnt
+    assert 0 < dropped < 20
 
 
 def test_finetune_items_of_the_oracle(oracle_dir):

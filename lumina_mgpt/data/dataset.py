@@ -15,13 +15,14 @@ from lumina_mgpt.data.files import read_rows
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.unirep import decode_image, drop_context
+from lumina_mgpt.unirep import IGNORED, decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
 DROPPED_SHARE = 0.1  # of the sequences lose their context, as released; guidance needs them
 _RATIO_LIMIT = 1000
+_KEYS = {"path", "type", "ratio", "weight", "given"}
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Source:
 
     `ratio` of its records are seen an epoch (above 1: some more than once). Or each source has a `weight`, its part of
     what is seen: then an epoch has as many samples as there are records, and `weighted` makes ratios of weights.
+    `given`: the first half of each image, its upper panel, is read without being learnt.
     """
 
     path: str
     type: str = "default"
     ratio: float = 1.0
     weight: float = 0.0
+    given: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.type, str):
@@ -44,6 +47,8 @@ class Source:
             raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
         if not isinstance(self.weight, int | float) or not 0 <= self.weight < float("inf"):
             raise InputError(f"weight of {self.path} must be a number of at least 0, got {self.weight!r}")
+        if not isinstance(self.given, bool):
+            raise InputError(f"given of {self.path} must be true or false, got {self.given!r}")
 
 
 def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
@@ -60,7 +65,7 @@ def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
 
 
 def read_sources(data_config: str | Path) -> list[Source]:
-    """The `META: [{path, type, ratio or weight}]` of a YAML file; relative paths start at the working directory.
+    """The `META: [{path, type, ratio or weight, given}]` of a YAML file; relative paths start at the working directory.
 
     Raises:
         InputError: the file cannot be read, or has other keys.
@@ -76,8 +81,8 @@ def read_sources(data_config: str | Path) -> list[Source]:
     sources = []
     for entry in entries:
         fits = isinstance(entry, dict) and isinstance(entry.get("path"), str)
-        if not fits or not {"path", "type", "ratio", "weight"} >= set(entry) or {"ratio", "weight"} <= set(entry):
-            rule = "an entry has path, type, and ratio or weight"
+        if not fits or not _KEYS >= set(entry) or {"ratio", "weight"} <= set(entry):
+            rule = "an entry has path, type, ratio or weight, and given"
             raise InputError(f"--data_config {data_config}: {rule}, got {entry!r}")
         sources.append(Source(**entry))
     if len({source.weight > 0 for source in sources}) > 1:
@@ -111,6 +116,8 @@ class TokenDataset:
             columns.append(table)
         self.sources = weighted(sources, [stop - start for start, stop in self.spans])
         self.file_numbers, self.records, self.lengths, self.kinds = np.concatenate(columns).T
+        self.given = np.concatenate([np.full(len(table), source.given)
+                                     for source, table in zip(sources, columns, strict=True)])  # fmt: skip
 
     def _read(self, source: Source, kind: int) -> np.ndarray:
         rows = read_rows(source.path, "path in META")
@@ -163,7 +170,9 @@ class TokenDataset:
 
     def fingerprint(self) -> str:
         """Changes whenever the plan of an epoch would."""
-        digest = hashlib.sha256(repr([(source.type, source.ratio) for source in self.sources]).encode())
+        # `given` only where it is: a run from before there was such a thing goes on.
+        told = [(source.type, source.ratio, *[True] * source.given) for source in self.sources]
+        digest = hashlib.sha256(repr(told).encode())
         digest.update(self.lengths.tobytes() + self.records.tobytes())
         for start, _ in self.spans:  # other codes of the same pictures have the same lengths
             digest.update(self.sequence(start).ids.numpy().tobytes())
@@ -194,10 +203,17 @@ class TokenDataset:
             InputError: its shard is missing or damaged.
         """
         sequence = self.sequence(sample)
-        if unit(self.seed, "context", epoch, sample) >= DROPPED_SHARE:
-            return sequence.ids, sequence.labels
-        ids, labels = drop_context(sequence.ids.tolist(), sequence.labels.tolist(), self.vocabulary)
-        return torch.tensor(ids), torch.tensor(labels)
+        ids, labels = sequence.ids, sequence.labels
+        if unit(self.seed, "context", epoch, sample) < DROPPED_SHARE:
+            ids, labels = map(torch.tensor, drop_context(ids.tolist(), labels.tolist(), self.vocabulary))
+        return ids, self._lower(labels) if self.given[sample % len(self.lengths)] else labels
+
+    def _lower(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (T,) from the second half of the labelled codes on: of the lower panel."""
+        places = self.vocabulary.is_code(labels).nonzero().flatten()
+        if not len(places):
+            return labels
+        return labels.where(torch.arange(len(labels)) >= places[len(places) // 2], IGNORED)
 
     def name(self, sample: int) -> dict:
         """Where a sample lies: the shard, and its record there."""
