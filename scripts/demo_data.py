@@ -1,7 +1,7 @@
 """Writes what the demo checkpoint is trained on: pictures, caption records and the tokenizer.
 
 python scripts/demo_data.py --out_dir work/demo
-python scripts/demo_data.py --out_dir work/demo --omni    # afterwards: the image tasks, omni.jsonl
+python scripts/demo_data.py --out_dir work/demo --omni    # afterwards: the image tasks
 """
 
 import argparse
@@ -69,17 +69,22 @@ def write_records(path: Path, folder: Path, todo: list[scenes.Scene], rng: rando
 
 
 def write_omni(out_dir: Path, pictures: dict, names: list[str], seed: int) -> int:
-    """Panels in `out_dir/pictures/omni` and the records of pairs of them in `out_dir/omni.jsonl`; returns how many."""
-    lines = []
+    """Panels in `out_dir/pictures/omni`, and records of pairs of them; returns how many.
+
+    `out_dir/omni.jsonl` has those whose upper panel is given, `out_dir/pairs.jsonl` those that are drawn whole.
+    """
+    lines: dict[bool, list[str]] = {True: [], False: []}
     for kind in tqdm(omni.KINDS, desc="image tasks", unit="task"):
         for example in omni.training_examples(kind, names, random.Random(f"{seed} {kind}")):
             paths = [out_dir / "pictures" / "omni" / f"{key}.png" for key in example.keys]
             if not all(path.exists() for path in paths):
                 for panel, path in zip(omni.panels(example, pictures), paths, strict=True):
                     _save(panel, path)
-            lines.append(json_line(omni.record(example, (str(paths[0]), str(paths[1])))))
-    write_atomic(out_dir / "omni.jsonl", "".join(lines))
-    return len(lines)
+            line = json_line(omni.record(example, (str(paths[0]), str(paths[1]))))
+            lines[bool(example.task.given_panels)].append(line)
+    for given, name in ((True, "omni"), (False, "pairs")):
+        write_atomic(out_dir / f"{name}.jsonl", "".join(lines[given]))
+    return sum(map(len, lines.values()))
 
 
 def _save(image: Image.Image, path: Path) -> None:
@@ -94,7 +99,7 @@ def write(args: argparse.Namespace) -> None:
     emoji.fetch(args.out_dir / "emoji")
     pictures, names = emoji.load(args.out_dir / "emoji"), emoji.known_names()
     if args.omni:
-        print(f"{write_omni(args.out_dir, pictures, names, args.seed)} records in {args.out_dir / 'omni.jsonl'}")
+        print(f"{write_omni(args.out_dir, pictures, names, args.seed)} records in {args.out_dir}")
         return
     rng = random.Random(args.seed)
     todo = scenes.training_scenes(names, args.pairs, rng)

@@ -150,11 +150,14 @@ def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, m
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
     monkeypatch.setattr(emoji, "known_names", lambda: NAMES)
     assert script.main(["--out_dir", str(tmp_path), "--omni"]) == 0 and "45 records" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "omni.jsonl").read_text().splitlines()]
-    assert {row["task"] for row in rows} == set(few)
+    given, drawn = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+                    for name in ("omni", "pairs"))  # fmt: skip
+    rows = given + drawn
+    assert {row["task"] for row in drawn} == {"pair_depth", "pair_canny"}
+    assert {row["task"] for row in given} == set(few) - {"pair_depth", "pair_canny"}
     panels = [panel for row in rows for panel in row["image"][0]]
     assert len(panels) == 2 * len(rows) and {Image.open(panel).size for panel in panels} == {(CELL, CELL)}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["omni.jsonl", "pictures"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["omni.jsonl", "pairs.jsonl", "pictures"]
 
 
 @pytest.mark.parametrize("name", ["demo_data", "evaluate_demo"])
