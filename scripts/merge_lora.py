@@ -4,7 +4,6 @@
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -22,8 +21,8 @@ def build_parser() -> cli.Parser:
 
 def merge(args: argparse.Namespace) -> None:
     from lumina_mgpt.config import ModelConfig
-    from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, resolve, save_model
-    from lumina_mgpt.model.convert import check_target
+    from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
+    from lumina_mgpt.model.convert import check_target, copy_companions
     from lumina_mgpt.training.adapters import merge_adapter
 
     check_target(args.save_path)
@@ -33,8 +32,7 @@ def merge(args: argparse.Namespace) -> None:
     model = load_model(source, None, "cpu")
     merge_adapter(model, args.adapter)
     save_model(model, args.save_path)
-    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
-        shutil.copyfile(file, args.save_path / file.name)
+    copy_companions(source, args.save_path)
     print(f"merged into {args.save_path}; use it as --model_path")
 
 

@@ -10,7 +10,6 @@ lost. An id predicts the next code: of an upper panel of 12 rows of 12 codes and
 
 import argparse
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -32,8 +31,8 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, resolve, save_model
-    from lumina_mgpt.model.convert import check_target
+    from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
+    from lumina_mgpt.model.convert import check_target, copy_companions
     from lumina_mgpt.training import pointed
 
     pointers = [pointed.Pointer.parse(text) for text in args.heads]
@@ -46,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = model.embed_tokens.weight.dtype
     made = pointed.point(model.float(), pointers, ids)
     save_model(model, args.save_path, dtype)
-    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
-        shutil.copyfile(file, args.save_path / file.name)
+    copy_companions(source, args.save_path)
     print(f"pointed {', '.join(map(str, made))} in {args.save_path}; give it to finetune.py as --init_from")
 
 

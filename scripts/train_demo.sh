@@ -53,9 +53,11 @@ train demo "$work/run" "${MINUTES:-90}" 0.2 --model_config configs/model/demo.ya
     --tokenizer_path "$work/tokenizer" --tail_weight 0.05 --muon_lr 0.008 --lr 1.5e-3 --export_dir "$work/export-text"
 # What a map shows is found at the same cell of the other panel, which training alone learns late and badly (edges: F1
 # 0.37, and 0.58 an hour after): heads that look there are given. Distances are those of panels of 12 x 12 codes.
-if [ ! -d "$work/pointed" ]; then
+if [ ! -f "$work/pointed.done" ]; then
+    rm -rf "$work/pointed"
     python scripts/point_heads.py --model_path "$work/export-text" --save_path "$work/pointed" \
         --data_config configs/data/demo_omni.yaml --heads 1:155 1:154 1:142 3:155 3:154 4:155 4:142
+    touch "$work/pointed.done"
 fi
 # Much noise, but seldom in the given panel, until the panel is what is relied on: with 0.2 a subject came again in one
 # picture of ten, with 0.5 in nine (24 prompts). Pictures are read first, maps last.

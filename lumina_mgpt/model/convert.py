@@ -31,8 +31,7 @@ def quantize_checkpoint(
         part.mkdir(parents=True)
         model = load_model(source, None, "cpu", quant=group, on_read=on_read)
         save_model(model, part)
-        for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
-            shutil.copyfile(file, part / file.name)
+        copy_companions(source, part)
         if target.exists():
             target.rmdir()
         part.rename(target)
@@ -46,6 +45,12 @@ def quantize_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         if made and not target.exists():
             shutil.rmtree(made, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer, lists of names and MoVQGAN of a checkpoint folder into another one."""
+    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
+        shutil.copyfile(file, target / file.name)
 
 
 def check_target(target: Path) -> None:
