@@ -166,10 +166,9 @@ def _search(config: ModelConfig, attention: Attention, head: int, distance: int,
     norms = [(attention.q_norm, query), (attention.k_norm, key)]
     optimizer = torch.optim.Adam([query, key], lr=_RATE)
     for _ in range(_STEPS):
-        with torch.enable_grad():
-            q, k = (norm(part.expand(norm.heads, H))[head] for norm, part in norms)  # (H,)
-            scores = (rotate(q.expand(1, longest, 1, H), back) @ k).flatten() / math.sqrt(H)
-            loss = -scores.log_softmax(0)[distance]
+        q, k = (norm(part.expand(norm.heads, H))[head] for norm, part in norms)  # (H,)
+        scores = (rotate(q.expand(1, longest, 1, H), back) @ k).flatten() / math.sqrt(H)
+        loss = -scores.log_softmax(0)[distance]
         query.grad, key.grad = torch.autograd.grad(loss, (query, key))  # and none for the norms' weights
         optimizer.step()
     return query.detach(), key.detach()
