@@ -111,7 +111,7 @@ def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict
             cache = KVCache(config, count, filled + 1, dtype, "cpu")
             ids, at = torch.ones(count, 1, dtype=torch.long), torch.full((count, 1), filled)
             taken = seconds(partial(model, ids, positions=at, cache=cache, filled=filled + 1))
-            least = (stored_bytes(model.layers) + cache.store.nbytes) / bandwidth
+            least = (stored_bytes(model.layers) + sum(tensor.nbytes for tensor in cache.tensors())) / bandwidth
             print(f"| {name} | {count} | {1000 * taken:.1f} | {1000 * least:.1f} | {taken / least:.2f} |", flush=True)
             rows.append({"weights": name, "rows": count, "seconds": taken, "floor": least, "ratio": taken / least})
     return {"bandwidth_gb_s": bandwidth / 1e9, "layers": layers, "rows": rows}
@@ -251,8 +251,8 @@ def run_codes(model: Transformer, layout: ImageLayout, prompt: list[int], codes:
     cache = KVCache(model.config, 2, length, torch.int8, "cpu")
     inner, bar, began = CachedStep(model, cache, vocabulary.code_slice), tqdm(total=codes, unit="code"), []
     if layout.given:
-        cache.store.random_(-127, 128)
-        cache.scales.fill_(0.02)
+        for tensor in cache.tensors():
+            tensor.random_(-127, 128) if tensor.dtype == torch.int8 else tensor.fill_(0.02)
         inner.calls = 1
 
     def step(ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:

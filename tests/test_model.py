@@ -50,7 +50,8 @@ def through_cache(model: Transformer, ids: list[torch.Tensor], chunks: list[int]
     slots = longest + max(chunks)
     dtype = model.norm.weight.dtype
     cache = KVCache(model.config, rows, slots, dtype, "cpu")
-    cache.store.fill_(1e3)  # what an earlier sequence left behind must not be seen
+    for tensor in cache.tensors():
+        tensor.fill_(1e3)  # what an earlier sequence left behind must not be seen
     out = [[] for _ in ids]
     start, turn = [0] * rows, 0
     while any(s < len(row) for s, row in zip(start, ids, strict=True)):
@@ -161,7 +162,8 @@ def test_rows_that_start_alike_need_no_positions(chunks):
     """An int instead of a tensor of positions takes the cheap path, to the same result."""
     model, ids = tiny(), random_ids(2, 20)
     cache = KVCache(model.config, 2, 32, torch.float64, "cpu")
-    cache.store.fill_(1e3)
+    for tensor in cache.tensors():
+        tensor.fill_(1e3)
     start, parts = 0, []
     while start < 20:
         T = chunks.pop(0) if len(chunks) > 1 else chunks[0]

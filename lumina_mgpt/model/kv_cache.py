@@ -31,7 +31,7 @@ class KVCache:
     """`length` places a row; the key of position p lies in slot p, so rows of different lengths need no bookkeeping.
 
     `spare` slots behind them are for the pads of short rows: nothing ever sees what is in there. With the dtype int8
-    each key and value is rounded as it comes in, with a scale of its own in `scales`; attention multiplies by the
+    each key and value is rounded as it comes in, with a scale of its own; attention multiplies by the
     integers (see `attention.sdpa`). A head's slots lie one after another, as attention reads them.
 
     Slots are zero at first: a slot that no query may see still enters the products with weight 0, and 0 · NaN is NaN.
@@ -44,27 +44,33 @@ class KVCache:
         spare: int = 0,
     ):  # fmt: skip
         self.length, self.slots = length, length + spare
-        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, self.slots, config.head_dim)
-        self.store = torch.zeros(shape, dtype=dtype, device=device)
-        quantized = dtype == torch.int8
-        self.scales = torch.zeros(shape[:-1], dtype=torch.float32, device=device) if quantized else None
-        self._row = torch.arange(rows, device=device)[:, None]  # (B, 1)
+        shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)
+        row = torch.arange(rows, device=device)[:, None]  # (B, 1)
+        self.layers: list[LayerCache] = []
+        for _ in range(config.num_hidden_layers):
+            # Each a tensor of its own: of a slice of a larger one, a compiled step would write a whole copy back.
+            stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+            scales = [torch.zeros(shape[:-1], device=device) for _ in range(2)] if dtype == torch.int8 else None
+            self.layers.append(LayerCache(stores, scales, row))
 
     def layer(self, index: int) -> "LayerCache":
-        return LayerCache(self.store[index], None if self.scales is None else self.scales[index], self._row)
+        return self.layers[index]
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds: keys and values of each layer, and their scales."""
+        return [tensor for layer in self.layers for tensor in (*layer.stores, *(layer.scales or ()))]
 
     def spread(self, source: Tensor, filled: int) -> None:
         """Row r becomes a copy of row source[r] as far as `filled` slots. Shapes: source (rows,)."""
-        for held in (self.store, self.scales):
-            for layer in () if held is None else held:  # a copy of one layer at a time
-                layer[:, :, :, :filled] = layer[:, source, :, :filled]
+        for tensor in self.tensors():
+            tensor[:, :, :filled] = tensor[source, :, :filled]
 
 
 class LayerCache(NamedTuple):
-    """One layer's part. Shapes: store (2, rows, K, slots, H), scales (2, rows, K, slots) or None, row (rows, 1)."""
+    """One layer's keys and values. Shapes: stores (rows, K, slots, H), scales (rows, K, slots), row (rows, 1)."""
 
-    store: Tensor
-    scales: Tensor | None
+    stores: list[Tensor]
+    scales: list[Tensor] | None
     row: Tensor
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor | int, filled: int) -> tuple[Held, Held]:
@@ -73,17 +79,25 @@ class LayerCache(NamedTuple):
         Shapes: keys, values (B, T, K, H); positions (B, T), or the position of the first of T for every row alike;
         returns two views (B, filled, K, H).
         """
-        B, T = keys.shape[:2]
-        alike = isinstance(positions, int)
-        rows, at = (slice(B), slice(positions, positions + T)) if alike else (self.row[:B], positions)
+        B = len(keys)
         held = []
         for part, new in enumerate((keys, values)):
-            store = self.store[part].transpose(1, 2)  # (rows, slots, K, H)
+            store = self.stores[part]
             if self.scales is None:
-                store[rows, at] = new.to(store.dtype)
-                held.append(store[:B, :filled])
+                self._put(store, new.to(store.dtype), positions)
+                held.append(store[:B, :, :filled].transpose(1, 2))
             else:
-                scales = self.scales[part].transpose(1, 2)
-                store[rows, at], scales[rows, at] = Scaled.of(new)
-                held.append(Scaled(store[:B, :filled], scales[:B, :filled]))
+                codes, scales = Scaled.of(new)
+                self._put(store, codes, positions)
+                self._put(self.scales[part], scales, positions)
+                kept = store[:B, :, :filled], self.scales[part][:B, :, :filled]
+                held.append(Scaled(*(tensor.transpose(1, 2) for tensor in kept)))
         return held[0], held[1]
+
+    def _put(self, store: Tensor, new: Tensor, positions: Tensor | int) -> None:
+        """Shapes: store (rows, K, slots, ...), new (B, T, K, ...)."""
+        B, T = new.shape[:2]
+        if isinstance(positions, int):
+            store[:B, :, positions : positions + T] = new.transpose(1, 2)
+        else:
+            store[self.row[:B], :, positions] = new

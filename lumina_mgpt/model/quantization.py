@@ -5,7 +5,8 @@ inputs of an output: 4.25 bits a weight in groups of 128. Embeddings, norms and 
 head on disk, while on a CPU its columns of image codes become int8 when they are loaded (not those of a tied one).
 
 Three forms of one matrix: the portable one, which is on disk too and which anything can dequantize; and one for each of
-torch's own kernels, on a CPU and on CUDA. (The one for CUDA follows torch's documentation; it was not run here.)
+torch's own kernels, on a CPU and on CUDA. (The one for CUDA follows torch's documentation; it was not run here.) On a
+CPU with AMX the product is this project's own, of torch's form: see native.py.
 """
 
 import logging
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.model import native
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +170,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.group = group
         self.kernel: str | None = None  # "cpu" or "cuda" once packed
+        self.multiply = None  # the operator, then
         self.register_buffer("weight_int4", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
         for leaf in ("weight_scale", "weight_zero"):
             self.register_buffer(leaf, torch.empty(outputs, inputs // group, dtype=torch.bfloat16))
@@ -204,18 +207,20 @@ class Int4Linear(nn.Module):
         else:
             tiles = next(count for count in (8, 4, 2) if 2 * weight.shape[1] % (16 * count) == 0)
             packed = getattr(torch.ops.aten, _CUDA_OPS[0])(weight, tiles)
-        pairs = torch.stack((self.weight_scale, self.weight_zero), -1)  # (N, K/group, 2)
+        self.multiply = getattr(torch.ops.aten, (_CPU_OPS if self.kernel == "cpu" else _CUDA_OPS)[1])
+        pairs = torch.stack((self.weight_scale, self.weight_zero), -1).transpose(0, 1).to(dtype)  # (K/group, N, 2)
+        if self.kernel == "cpu" and native.multiplies(dtype, N, self.group):
+            self.multiply, pairs = torch.ops.lumina_mgpt.int4_linear, native.in_order(pairs)
         del self.weight_int4, self.weight_scale, self.weight_zero
         self.register_buffer("packed", packed)
-        self.register_buffer("scale_and_zero", pairs.transpose(0, 1).to(dtype).contiguous())  # (K/group, N, 2)
+        self.register_buffer("scale_and_zero", pairs.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: x (..., K) -> (..., N)."""
         if self.kernel is None:
             return F.linear(x, dequantize(self.matrix, x.dtype), self.bias)
-        multiply = getattr(torch.ops.aten, (_CPU_OPS if self.kernel == "cpu" else _CUDA_OPS)[1])
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = multiply(rows, self.packed, self.group, self.scale_and_zero).unflatten(0, x.shape[:-1])
+        out = self.multiply(rows, self.packed, self.group, self.scale_and_zero).unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
 
 

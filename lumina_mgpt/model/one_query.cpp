@@ -1,0 +1,120 @@
+// Attention of one query a row over a cache of bf16, or of int8 with a scale for each slot and head.
+//
+// torch's own reads such a cache at a fraction of the memory's speed. Keys and values are read once here, and nothing
+// but the weights of one head is written in between. AVX-512 F, BW and VL; plain C names, as in int4_amx.cpp.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+constexpr long FAR = 8192, NEAR = 1024;  // bytes ahead that are fetched into the second- and the first-level cache
+
+inline void fetch(const void* from) {
+  _mm_prefetch(static_cast<const char*>(from) + FAR, _MM_HINT_T1);
+  _mm_prefetch(static_cast<const char*>(from) + NEAR, _MM_HINT_T0);
+}
+
+inline __m512 sixteen(const uint16_t* bf16) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline __m512 sixteen(const int8_t* numbers) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers))));
+}
+
+// e^x for x <= 0, within 2e-7 of it: 2^n times a polynomial of degree 6 (Taylor's) on [-ln 2 / 2, ln 2 / 2].
+inline __m512 exponential(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 sum = _mm512_set1_ps(1.0f / 720);
+  for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
+  return _mm512_scalef_ps(sum, n);
+}
+
+// weights[0 ... slots) become their softmax; beyond them, up to a multiple of 16, is room.
+void softmax(float* weights, long slots) {
+  const __m512 least = _mm512_set1_ps(-__builtin_inff());
+  for (long s = slots; s % 16; ++s) weights[s] = -__builtin_inff();
+  __m512 largest = least, sum = _mm512_setzero_ps();
+  for (long s = 0; s < slots; s += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(weights + s));
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  for (long s = 0; s < slots; s += 16) {
+    const __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(weights + s), top));
+    _mm512_storeu_ps(weights + s, weight);
+    sum = _mm512_add_ps(sum, weight);
+  }
+  const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+  for (long s = 0; s < slots; s += 16) _mm512_storeu_ps(weights + s, _mm512_mul_ps(_mm512_loadu_ps(weights + s), share));
+}
+
+// One head: out (H) from query (H), keys and values (slots, H), and where there are such, scales (slots).
+template <typename Number, int H>
+void head(const uint16_t* query, const Number* keys, const Number* values, const float* key_scales,
+          const float* value_scales, long slots, float scale, float* weights, uint16_t* out) {
+  constexpr int PARTS = H / 16, BYTES = H * sizeof(Number);
+  __m512 q[PARTS], mixed[PARTS];
+  for (int part = 0; part < PARTS; ++part) {
+    q[part] = _mm512_mul_ps(sixteen(query + part * 16), _mm512_set1_ps(scale));
+    mixed[part] = _mm512_setzero_ps();
+  }
+  for (long s = 0; s < slots; ++s) {
+    const Number* key = keys + s * H;
+    for (int at = 0; at < BYTES; at += 64) fetch(reinterpret_cast<const char*>(key) + at);
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (int part = 0; part < PARTS; part += 2) {
+      even = _mm512_fmadd_ps(q[part], sixteen(key + part * 16), even);
+      odd = _mm512_fmadd_ps(q[part + 1], sixteen(key + part * 16 + 16), odd);
+    }
+    weights[s] = _mm512_reduce_add_ps(_mm512_add_ps(even, odd)) * (key_scales ? key_scales[s] : 1);
+  }
+  softmax(weights, slots);
+  for (long s = 0; s < slots; ++s) {
+    const Number* value = values + s * H;
+    for (int at = 0; at < BYTES; at += 64) fetch(reinterpret_cast<const char*>(value) + at);
+    const __m512 weight = _mm512_set1_ps(weights[s] * (value_scales ? value_scales[s] : 1));
+    for (int part = 0; part < PARTS; ++part) mixed[part] = _mm512_fmadd_ps(weight, sixteen(value + part * 16), mixed[part]);
+  }
+  for (int part = 0; part < PARTS; ++part)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + part * 16), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(mixed[part])));
+}
+
+template <typename Number, int H>
+void all(const uint16_t* query, const Number* keys, const Number* values, const float* key_scales,
+         const float* value_scales, const int64_t* slots, uint16_t* out, long B, long N, long K, long row, long apart,
+         long scale_row, long scale_apart, float scale, long threads) {
+  long most = 0;
+  for (long b = 0; b < B; ++b) most = slots[b] > most ? slots[b] : most;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> weights(most + 16);
+#pragma omp for schedule(static)
+    for (long n = 0; n < B * N; ++n) {
+      const long b = n / N, held = b * row + n % N / (N / K) * apart;
+      const long scaled = b * scale_row + n % N / (N / K) * scale_apart;
+      head<Number, H>(query + n * H, keys + held, values + held, key_scales ? key_scales + scaled : nullptr,
+                      value_scales ? value_scales + scaled : nullptr, slots[b], scale, weights.data(), out + n * H);
+    }
+  }
+}
+
+}  // namespace
+
+// query and out (B, N, H) bf16; row b sees slots[b] slots. Of keys and values (B, K, slots, H), `row` and `apart` are
+// the strides of the first two dimensions, and likewise for the scales, which are null for bf16. H is 64 or 128.
+extern "C" void one_query(const uint16_t* query, const void* keys, const void* values, const float* key_scales,
+                          const float* value_scales, const int64_t* slots, uint16_t* out, long B, long N, long K, long H,
+                          long row, long apart, long scale_row, long scale_apart, float scale, long threads) {
+#define RUN(Number, WIDTH)                                                                                             \
+  all<Number, WIDTH>(query, static_cast<const Number*>(keys), static_cast<const Number*>(values), key_scales,          \
+                     value_scales, slots, out, B, N, K, row, apart, scale_row, scale_apart, scale, threads)
+  if (key_scales && H == 64) RUN(int8_t, 64);
+  else if (key_scales) RUN(int8_t, 128);
+  else if (H == 64) RUN(uint16_t, 64);
+  else RUN(uint16_t, 128);
+#undef RUN
+}

@@ -1,0 +1,152 @@
+"""The operators built for CPUs with AMX, against formulas in float64; and what happens where they cannot be had."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from test_attention import formula, heads
+from test_step import CALLS, CONFIG
+
+from lumina_mgpt.config import INT4_GROUPS
+from lumina_mgpt.model import native, quantization
+from lumina_mgpt.model.attention import sdpa
+from lumina_mgpt.model.kv_cache import KVCache, Scaled
+from lumina_mgpt.model.quantization import Int4Linear, dequantize
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
+from lumina_mgpt.model.transformer import Transformer
+
+needed = pytest.mark.skipif(not native.ready(), reason="a processor without AMX, or no C++ compiler")
+
+
+def int4(outputs: int, inputs: int, group: int) -> Int4Linear:
+    module = Int4Linear(inputs, outputs, group)
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs))
+    module.take("weight", weight, "cpu")
+    return module
+
+
+@needed
+@pytest.mark.parametrize("group", INT4_GROUPS)
+@pytest.mark.parametrize("shape", [(64, 128), (192, 384)], ids=str)
+def test_products(group, shape):
+    """Rows that fill tiles and that do not, in one slab of 256 and in two."""
+    module = int4(*shape, group)
+    weight = dequantize(module.matrix, torch.float64)
+    module.pack(torch.bfloat16)
+    assert module.multiply is torch.ops.lumina_mgpt.int4_linear
+    for rows in (1, 2, 3, 16, 17, 33, 256, 300):
+        x = heads(rows, shape[1], seed=rows, dtype=torch.bfloat16)
+        y, expected = module(x), x.double() @ weight.T
+        assert y.dtype == torch.bfloat16
+        assert ((y.double() - expected).abs() < 0.005 * expected.abs() + 1e-3 * expected.std()).all(), rows
+        assert torch.equal(module(x[-1:]), y[-1:]), "a row's product depends on the row alone"
+
+
+@needed
+def test_other_matrices_and_inputs_go_to_torch():
+    for module, dtype in ((int4(80, 128, 32), torch.bfloat16), (int4(64, 128, 32), torch.float32)):
+        module.pack(dtype)
+        assert module.multiply is torch.ops.aten._weight_int4pack_mm_for_cpu
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("width", native.WIDTHS)
+@pytest.mark.parametrize("size", [0.1, 1, 60])
+def test_attention_of_one_query(dtype, width, size):
+    """Rows of their own lengths, heads that share keys, weights from even to one-hot; what lies behind is not seen."""
+    B, N, K = 3, 6, 2
+    config = replace(CONFIG, hidden_size=N * width, num_attention_heads=N, num_key_value_heads=K)
+    for last in ([0, 14, 15], [16, 63, 99], [99, 99, 99]):
+        cache = KVCache(config, B, 120, dtype, "cpu")
+        cache.layer(0).update(heads(B, 110, K, width, seed=1), heads(B, 110, K, width, seed=2), 0, 110)
+        positions = torch.tensor(last)[:, None]
+        new = (heads(B, 1, K, width, seed=seed, dtype=torch.bfloat16) for seed in (3, 4))
+        k, v = cache.layer(0).update(*new, positions, 100)
+        span = _span(positions, cache)
+        q = heads(B, 1, N, width, seed=5).mul(size).bfloat16()
+        assert native.attends(q, k.codes if isinstance(k, Scaled) else k)
+        wide = [(x.codes * x.scales[..., None] if isinstance(x, Scaled) else x).double() for x in (k, v)]
+        expected = formula(q.double(), *wide, positions)
+        torch.testing.assert_close(sdpa(q, k, v, span, True).double(), expected, rtol=0.005, atol=0.002)
+        if last == [99, 99, 99]:  # all alike: as an int, too
+            assert torch.equal(sdpa(q, k, v, _span(99, cache), True), sdpa(q, k, v, span, True))
+
+
+def _span(positions, cache):
+    from lumina_mgpt.model.attention import Span
+
+    return Span.of(1, positions, cache, 100, torch.bfloat16, torch.device("cpu"))
+
+
+@needed
+def test_compiled_steps_use_them():
+    """As eager ones, within the rounding of bf16; and the cache is written in place, not copied."""
+    config = replace(CONFIG, hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2)
+    model = Transformer(config).bfloat16().eval().requires_grad_(False)
+    model.init_weights(torch.Generator().manual_seed(0))
+    quantization.swap(model, 32)
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.take("weight", torch.randn(len(module.weight_int4), 2 * module.weight_int4.shape[1]) / 16, "cpu")
+    quantization.pack(model, torch.bfloat16)
+    assert model.layers[0].mlp.up_proj.multiply is torch.ops.lumina_mgpt.int4_linear
+    compiled, answers = compile_forward(model), []
+    prompt = (torch.randint(0, 96, (2, 9)), torch.arange(9).expand(2, 9), torch.tensor([[8], [6]]))
+    calls = [prompt, *((torch.randint(0, 96, (2, T)), torch.tensor(starts)[:, None] + torch.arange(T),
+                        torch.arange(T).expand(2, T)) for starts, T in CALLS[:3])]  # fmt: skip
+    for forward in (None, compiled):
+        cache = KVCache(config, 2, 32, torch.bfloat16, "cpu", spare=COMPILED_SPARE)
+        places = [tensor.data_ptr() for tensor in cache.tensors()]
+        step = CachedStep(model, cache, slice(64, 96), forward)
+        answers.append([step(*call).float() for call in calls])
+        assert places == [tensor.data_ptr() for tensor in cache.tensors()]
+    for eager, quick in zip(*answers, strict=True):
+        assert (quick - eager).norm() < 0.03 * eager.norm()
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path):
+    """As in a process that has built nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path / "lumina_mgpt"
+    native._library.cache_clear()
+
+
+@needed
+def test_built_once(anew, monkeypatch):
+    assert native.ready()
+    (built,) = anew.iterdir()
+    native._library.cache_clear()
+    monkeypatch.setattr(native.subprocess, "run", lambda *args, **options: pytest.fail("built again"))
+    assert native.ready() and list(anew.iterdir()) == [built]
+
+
+@needed
+@pytest.mark.parametrize("how", ["compiler", "source", "folder", "answer"])
+def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, caplog, tmp_path):
+    if how == "compiler":
+        monkeypatch.setenv("CXX", shutil.which("false"))
+    elif how == "folder":
+        anew.write_text("a file")
+    else:  # a damaged source; or one that packs numbers otherwise, as another version of torch might
+        old, new = {"source": ("void block(", "void block{"), "answer": ("(lane & 15) - 8", "(lane & 15) - 7")}[how]
+        sources = [tmp_path / path.name for path in native._SOURCES]
+        for copy, path in zip(sources, native._SOURCES, strict=True):
+            copy.write_text(path.read_text().replace(old, new))
+        monkeypatch.setattr(native, "_SOURCES", tuple(sources))
+    module = int4(64, 128, 32)
+    weight = dequantize(module.matrix)
+    module.pack(torch.bfloat16)
+    assert module.multiply is torch.ops.aten._weight_int4pack_mm_for_cpu and not native.ready()
+    assert "cannot be built" in caplog.text and "\n" not in caplog.records[-1].getMessage()
+    assert not [path for path in anew.glob("*") if how != "answer"], "nothing half-made is left"
+    x = heads(2, 128, dtype=torch.bfloat16)
+    torch.testing.assert_close(module(x).float(), x.float() @ weight.T, rtol=0.02, atol=0.1)
+
+
+def test_can_be_switched_off(anew, monkeypatch):
+    monkeypatch.setenv("LUMINA_MGPT_NATIVE", "0")
+    assert not native.ready() and not anew.exists()
