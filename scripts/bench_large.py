@@ -50,7 +50,7 @@ def main() -> int:
     parser = cli.Parser(prog="bench_large.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("floor", "peer", "whole"))
     parser.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--compile", action="store_true", help="peer: compiled steps, too (some minutes of compiling)")
+    parser.add_argument("--compile", action="store_true", help="floor, peer: compiled steps, too (takes minutes)")
     parser.add_argument("--work", type=Path, help="whole: gets the random checkpoint (16 GB, kept for the next time)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes to run at either end of the image")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="whole: of what is not int4")
@@ -110,10 +110,13 @@ def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict
         for count in (1, 2) if group and dtype == torch.float32 else (1, 2, 32):  # that one takes half a minute a step
             cache = KVCache(config, count, filled + 1, dtype, "cpu")
             ids, at = torch.ones(count, 1, dtype=torch.long), torch.full((count, 1), filled)
-            taken = seconds(partial(model, ids, positions=at, cache=cache, filled=filled + 1))
             least = (stored_bytes(model.layers) + sum(tensor.nbytes for tensor in cache.tensors())) / bandwidth
-            print(f"| {name} | {count} | {1000 * taken:.1f} | {1000 * least:.1f} | {taken / least:.2f} |", flush=True)
-            rows.append({"weights": name, "rows": count, "seconds": taken, "floor": least, "ratio": taken / least})
+            for forward in (model, compile_forward(model))[: 2 if args.compile and count <= 2 else 1]:
+                form = name if forward is model else f"{name}, compiled"
+                taken = seconds(partial(forward, ids, positions=at, cache=cache, filled=filled + 1))
+                ratio = taken / least
+                print(f"| {form} | {count} | {1000 * taken:.1f} | {1000 * least:.1f} | {ratio:.2f} |", flush=True)
+                rows.append({"weights": form, "rows": count, "seconds": taken, "floor": least, "ratio": ratio})
     return {"bandwidth_gb_s": bandwidth / 1e9, "layers": layers, "rows": rows}
 
 
