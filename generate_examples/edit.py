@@ -55,7 +55,7 @@ def edit(args: argparse.Namespace) -> None:
     start, *_ = checkpoint.prompt_ids(request.prompts, layout, request.task, option="--instruction")
     pipeline = cli.load_pipeline(args, checkpoint, device)
     if args.fast:
-        speculation = pipeline.fastest(start, layout, settings)
+        speculation = pipeline.fastest(start, layout, settings, batches=len(request.prompts))
     make(pipeline, request, layout, settings, speculation, output, args)
 
 

@@ -91,7 +91,8 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     if args.fast:
         (start,) = checkpoint.prompt_ids(request.prompts[:1], layout, request.task, request.shown)
         batch = args.batch_size or pipeline.batch_size(len(start), layout, settings)
-        speculation = pipeline.fastest(start, layout, settings, min(batch, len(request.prompts) * request.n))
+        total = len(range(share[0], len(request.prompts) * request.n, share[1]))
+        speculation = pipeline.fastest(start, layout, settings, min(batch, max(1, total)), -(-total // batch))
     make(pipeline, request, panel, layout, settings, speculation, output, args, share)
 
 
@@ -156,7 +157,7 @@ def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) 
     movqgan = args.movqgan_path or pipeline.checkpoint.movqgan_path.name
     weights = {"model_path": args.model_path, "movqgan_path": movqgan}
     running = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch."), "attn": args.attn}
-    if args.compile:
+    if pipeline.compiled:
         running["compile"] = True
     if args.movqgan_dtype != "fp32":
         running["movqgan_dtype"] = args.movqgan_dtype

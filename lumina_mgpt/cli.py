@@ -100,7 +100,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--compile", action="store_true",
-        help="compile the steps: a minute or more before the first image; quicker on a GPU, not on a CPU",
+        help="compile the steps: minutes before the first image, for many of them or large models",
     )  # fmt: skip
     group.add_argument(
         "--movqgan_dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the image tokenizer"
@@ -188,7 +188,7 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--fast", action="store_true",
-        help="times a few forwards and takes the coupling and window that are quickest here; exact, too",
+        help="times a few forwards and takes the quickest window and coupling, for long runs --compile too; exact",
     )  # fmt: skip
     group.add_argument("--coupling", choices=COUPLINGS, help=f"how drafts are judged (default: {Speculation.coupling})")
     group.add_argument("--window", type=whole, help="drafts judged by one forward (default: by device and precision)")

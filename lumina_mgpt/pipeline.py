@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from lumina_mgpt.images import crop_panel
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, has_compiler, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
 from lumina_mgpt.prompts import TASKS, Task
@@ -29,6 +30,7 @@ from lumina_mgpt.vocabulary import Vocabulary
 # Batches are sized so that their keys and values stay below this: one image of the 7B, eight of the demo checkpoint.
 _CACHE_BUDGET = 1 << 30
 _LARGEST_AUTO_BATCH = 8
+_COMPILING_MAY_PAY = 1800  # seconds that sampling takes: a tenth saved is three minutes, which compiling may take
 
 
 @dataclass(frozen=True)
@@ -386,15 +388,24 @@ class Pipeline:
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def fastest(
-        self, start: Sequence[int], layout: ImageLayout, settings: SamplingConfig, images: int = 1
+        self, start: Sequence[int], layout: ImageLayout, settings: SamplingConfig, images: int = 1, batches: int = 1
     ) -> Speculation | None:
         """The way of sampling with the most codes a second here for batches of `images` (None: one code a forward).
 
-        It times a few forwards of each; what it returns is exact, and no setting that changes the weights.
+        It times a few forwards of each; what it returns is exact, and no setting that changes the weights. Where all
+        `batches` would take so long that compiling may pay, it tries that too, and keeps to it if it is quicker.
         """
         given = torch.zeros((images, layout.given), dtype=torch.long)
-        starts = [start] * images
-        return fastest(lambda choice: self._step(starts, layout, settings, choice), starts, layout, settings, given)[0]
+        trial = partial(fastest, partial(self._step, [start] * images, layout, settings), [start] * images, layout,
+                        settings, given)  # fmt: skip
+        choice, seconds = trial()
+        whole = seconds[choice] * (layout.num_codes - layout.given) * batches
+        if self.compiled is None and whole > _COMPILING_MAY_PAY and has_compiler(self.device):
+            self.compiled = compile_forward(self.model)
+            _, compiled = trial(choices=[choice])
+            if compiled[choice] > seconds[choice]:
+                self.compiled = None
+        return choice
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
         """Pictures of full size from the first rows of their codes (B, rows so far, cols); the rest is grey."""

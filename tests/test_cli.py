@@ -103,6 +103,24 @@ def test_fast_takes_what_is_quickest_here(generate, tmp_path, monkeypatch):
     assert generate("--prompt", "a cat", "--fast", "-n", "2", "--save_path", str(tmp_path / "real")) == 0
 
 
+@pytest.mark.parametrize(("gain", "long", "kept"), [(0.9, True, True), (1.1, True, False), (0.9, False, None)])
+def test_fast_compiles_where_that_pays(generate, tmp_path, monkeypatch, gain, long, kept):
+    """Where a run takes long, and compiled steps are quicker; else the compiler is not even asked."""
+    compiled = []
+    monkeypatch.setattr("lumina_mgpt.pipeline._COMPILING_MAY_PAY", 10.0 if long else 30.0)  # 16 codes of a second each
+    monkeypatch.setattr("lumina_mgpt.pipeline.has_compiler", lambda device: True)
+    monkeypatch.setattr("lumina_mgpt.pipeline.compile_forward", lambda model: compiled.append(1) or model.forward)
+
+    def costs(step, *args):
+        return (gain if step.compiled else 1.0) * (99.0 if args[3] else 1.0)
+
+    monkeypatch.setattr("lumina_mgpt.sampling.fastest._forward_seconds", costs)
+    assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / "made")) == 0
+    with Image.open(tmp_path / "made" / "0_0.png") as image:
+        assert image.text.get("compile") == ("True" if kept else None)
+    assert len(compiled) == long
+
+
 def test_an_int8_cache_says_so_inside(generate, tmp_path, capsys):
     assert generate("--prompt", "a cat", "--cache_dtype", "int8") == 0
     with Image.open(tmp_path / "out" / "0_0.png") as image:

@@ -78,20 +78,25 @@ def compile_forward(model: Transformer):
     return torch.compile(model.forward, mode=mode, dynamic=False, fullgraph=True)
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raises InputError where torch.compile has no compiler for this device."""
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile has a compiler for this device."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        if not has_triton():
-            raise InputError("--compile needs the triton package on CUDA; pip install triton, or leave it out")
-        return
+        return has_triton()
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        found = shutil.which(get_cpp_compiler())
+        return bool(shutil.which(get_cpp_compiler()))
     except InvalidCxxCompiler:
-        found = None
-    if not found:
-        raise InputError("--compile needs a C++ compiler on a CPU, and there is none; install g++, or leave it out")
+        return False
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises InputError where torch.compile has no compiler for this device."""
+    if has_compiler(device):
+        return
+    if device.type == "cuda":
+        raise InputError("--compile needs the triton package on CUDA; pip install triton, or leave it out")
+    raise InputError("--compile needs a C++ compiler on a CPU, and there is none; install g++, or leave it out")

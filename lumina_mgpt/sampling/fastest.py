@@ -5,7 +5,7 @@ code; on a CPU with int4 weights many times that. How many codes it confirms dep
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -35,13 +35,14 @@ def fastest(
     layout: ImageLayout,
     settings: SamplingConfig,
     given: Tensor,
+    choices: Iterable[Speculation | None] = tuple(CODES),
 ) -> tuple[Speculation | None, dict[Speculation | None, float]]:
     """The choice with the most codes a second (None: plain sampling), and the seconds a code expected of each.
 
     `step` makes a fresh step with room for a choice's window; the other arguments are those of `sample`.
     """
-    expected = {choice: _forward_seconds(step(choice), prompts, layout, settings, choice, given) / codes
-                for choice, codes in CODES.items()}  # fmt: skip
+    expected = {choice: _forward_seconds(step(choice), prompts, layout, settings, choice, given) / CODES[choice]
+                for choice in choices}  # fmt: skip
     return min(expected, key=expected.__getitem__), expected
 
 
