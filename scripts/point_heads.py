@@ -31,6 +31,7 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
     from lumina_mgpt.model.convert import check_target, copy_companions
     from lumina_mgpt.training import pointed
@@ -38,10 +39,10 @@ def run(args: argparse.Namespace) -> None:
     pointers = [pointed.Pointer.parse(text) for text in args.heads]
     check_target(args.save_path)
     source = resolve(cli.checkpoint_path(args.model_path))
+    if ModelConfig.from_json(source / "config.json").int4_group:
+        raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
     ids = _sequences(source, args.data_config)
     model = load_model(source, None, "cpu")
-    if model.config.int4_group:
-        raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
     dtype = model.embed_tokens.weight.dtype
     made = pointed.point(model.float(), pointers, ids)
     save_model(model, args.save_path, dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
@@ -111,7 +112,9 @@ def _chosen(model: Transformer, pointers: list[Pointer], ids: list[Tensor]) -> l
         here = [pointer for pointer in pointers if pointer.layer == layer]
         free = sorted(set(range(model.config.num_attention_heads)) - {pointer.head for pointer in here})
         if any(pointer.head is None for pointer in here):
-            free.sort(key=lambda head, layer=layer: loss_without(model, (layer, head), ids))
+            bar = tqdm(free, desc=f"what the heads of layer {layer} are worth", unit="head")
+            losses = {head: loss_without(model, (layer, head), ids) for head in bar}
+            free.sort(key=losses.__getitem__)
         rest = iter(free)
         chosen += [replace(pointer, head=next(rest)) if pointer.head is None else pointer for pointer in here]
     return chosen
