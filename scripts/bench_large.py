@@ -39,10 +39,10 @@ PROJECT = Path(__file__).resolve().parent.parent
 SEVEN_B = PROJECT / "configs" / "model" / "7B.yaml"
 TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # the released vocabulary
 PROMPT = "Generate an image of 768x768 according to the following prompt:\nA lighthouse at dusk, oil painting."
-FORMS = (
-    ("fp32", torch.float32, None), ("bf16", torch.bfloat16, None),
-    ("int4, bf16 inputs", torch.bfloat16, 128), ("int4, fp32 inputs", torch.float32, 128),
-)  # fmt: skip
+FORMS = {  # dtype of the inputs, and weights of an int4 group
+    "fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
+    "int4": (torch.bfloat16, 128), "int4-fp32": (torch.float32, 128),
+}  # fmt: skip
 _SPECULATIONS = (("noise", 8), ("maximal", 8), ("maximal", 32))
 
 
@@ -51,6 +51,8 @@ def main() -> int:
     parser.add_argument("what", choices=("floor", "peer", "whole"))
     parser.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--compile", action="store_true", help="floor, peer: compiled steps, too (takes minutes)")
+    parser.add_argument("--weights", nargs="+", choices=tuple(FORMS), default=["fp32", "bf16", "int4"],
+                        help="floor: int4-fp32 has fp32 inputs, which take half a minute a step")  # fmt: skip
     parser.add_argument("--work", type=Path, help="whole: gets the random checkpoint (16 GB, kept for the next time)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes to run at either end of the image")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="whole: of what is not int4")
@@ -105,14 +107,15 @@ def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict
     print(f"{layers} layers of the 7B, {filled} cache slots, {args.threads} threads, read bandwidth "
           f"{bandwidth / 1e9:.1f} GB/s\n\n| weights | rows | ms a step | ms to read its bytes | ratio |\n"
           "| --- | --- | --- | --- | --- |")  # fmt: skip
-    for name, dtype, group in FORMS:
+    for name in args.weights:
+        dtype, group = FORMS[name]
         model = random_model(config, dtype, group)
-        for count in (1, 2) if group and dtype == torch.float32 else (1, 2, 32):  # that one takes half a minute a step
+        for count in (1, 2) if name == "int4-fp32" else (1, 2, 32):
             cache = KVCache(config, count, filled + 1, dtype, "cpu")
             ids, at = torch.ones(count, 1, dtype=torch.long), torch.full((count, 1), filled)
             least = (stored_bytes(model.layers) + sum(tensor.nbytes for tensor in cache.tensors())) / bandwidth
-            for forward in (model, compile_forward(model))[: 2 if args.compile and count <= 2 else 1]:
-                form = name if forward is model else f"{name}, compiled"
+            for compiled in (False, True)[: 2 if args.compile and count <= 2 else 1]:
+                form, forward = (f"{name}, compiled", compile_forward(model)) if compiled else (name, model)
                 taken = seconds(partial(forward, ids, positions=at, cache=cache, filled=filled + 1))
                 ratio = taken / least
                 print(f"| {form} | {count} | {1000 * taken:.1f} | {1000 * least:.1f} | {ratio:.2f} |", flush=True)

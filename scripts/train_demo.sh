@@ -4,8 +4,8 @@
 #
 #   pip install -e '.[demo]' && scripts/train_demo.sh [work folder, from the project's root; default work/demo]
 #
-# Two CPU cores take about eight hours; MOVQGAN_MINUTES, DECODER_MINUTES, MINUTES, OMNI_MINUTES and LAST_MINUTES set the
-# time boxes of the trainings. Every step goes on from where it was when the script is run again
+# Two CPU cores take about eight hours; MOVQGAN_MINUTES, DECODER_MINUTES, MINUTES, OMNI_MINUTES, EDGES_MINUTES and
+# LAST_MINUTES set the time boxes of the trainings. Every step goes on from where it was when the script is run again
 # after a stop. Needs npm (for the pictures) and a C++ compiler (torch.compile).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -63,10 +63,13 @@ fi
 # picture of ten, with 0.5 in nine (24 prompts). Pictures are read first, maps last.
 train demo_omni "$work/omni" "${OMNI_MINUTES:-160}" 0.5 --spare_panel 0.75 --init_from "$work/pointed" \
     --warmup 0.02 --tail_weight 0.05 --muon_lr 0.008 --lr 1.5e-3 --min_lr 4e-4 --export_dir "$work/export-omni"
+# Edges want much practice, and a reader that trusts what it has drawn so far a little more.
+train demo_omni "$work/edges" "${EDGES_MINUTES:-70}" 0.3 --spare_panel 0.85 --init_from "$work/export-omni" \
+    --warmup 0.02 --tail_weight 0.2 --muon_lr 0.008 --lr 1.5e-3 --min_lr 4e-4 --seed 31 --export_dir "$work/export-edges"
 # Less noise makes the pictures clear. A strong tail term: codes that guidance should not have drawn fall from 15 to 5 in
 # a hundred.
-train demo_omni "$work/last" "${LAST_MINUTES:-60}" 0.25 --spare_panel 0.75 --init_from "$work/export-omni" \
-    --warmup 0.02 --tail_weight 0.7 --muon_lr 0.005 --lr 1e-3 --seed 7 --export_dir "$work/export"
+train demo_omni "$work/last" "${LAST_MINUTES:-30}" 0.25 --spare_panel 0.8 --init_from "$work/export-edges" \
+    --warmup 0.02 --tail_weight 0.7 --muon_lr 0.005 --lr 1e-3 --seed 47 --export_dir "$work/export"
 
 echo "== 5/6 export to $out"
 mkdir -p "$out"

@@ -44,6 +44,20 @@ def test_products(group, shape):
 
 
 @needed
+@pytest.mark.parametrize("shape", [(16, 16), (80, 1040)], ids=str)
+def test_products_of_int8(shape):
+    numbers = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scale = heads(shape[0], seed=1, dtype=torch.bfloat16)
+    for rows in range(1, 9):
+        x = heads(1, rows, shape[1], seed=rows, dtype=torch.bfloat16)
+        assert native.multiplies_int8(x[0], numbers)
+        y, expected = quantization.int8_linear(x, numbers, scale), x.double() @ (numbers.double().T * scale.double())
+        assert y.dtype == torch.bfloat16 and y.shape == expected.shape
+        assert ((y.double() - expected).abs() < 0.005 * expected.abs() + 1e-3).all()
+        assert torch.equal(quantization.int8_linear(x[:, -1:], numbers, scale), y[:, -1:])
+
+
+@needed
 def test_other_matrices_and_inputs_go_to_torch():
     for module, dtype in ((int4(80, 128, 32), torch.bfloat16), (int4(64, 128, 32), torch.float32)):
         module.pack(dtype)

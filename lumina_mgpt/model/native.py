@@ -1,4 +1,4 @@
-"""Two operators of this project's own for CPUs with AMX, built once by the compiler of the machine.
+"""Three operators of this project's own for CPUs with AMX, built once by the compiler of the machine.
 
     torch.ops.lumina_mgpt.int4_linear(x, packed, group, scale_and_zero)
 
@@ -7,7 +7,7 @@ is torch's `_weight_int4pack_mm_for_cpu`, but for scales that lie in the order i
     torch.ops.lumina_mgpt.one_query(q, keys, values, key_scales, value_scales, slots)
 
 is attention of one query a row over a cache. Where the processor, a compiler or the right to write to the cache folder
-is missing, others do the same, slower. LUMINA_MGPT_NATIVE=0 leaves both out.
+is missing, others do the same, slower. LUMINA_MGPT_NATIVE=0 leaves all of them out.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = 64  # a matrix must have a multiple of so many
 WIDTHS = (64, 128)  # of a head
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("int4_amx.cpp", "one_query.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("int4_amx.cpp", "int8_rows.cpp", "one_query.cpp"))
 _NEEDED = ("amx_tile", "amx_bf16", "avx512_bw", "avx512_vl", "avx512_vbmi", "avx512_bf16")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl",
           "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")  # fmt: skip
@@ -37,6 +37,7 @@ _SECONDS = 120  # that a compiler may take
 _OPS = torch.library.Library("lumina_mgpt", "DEF")
 _OPS.define("int4_linear(Tensor x, Tensor packed, int group, Tensor scale_and_zero) -> Tensor",
             tags=torch.Tag.needs_exact_strides)  # fmt: skip
+_OPS.define("int8_linear(Tensor x, Tensor numbers, Tensor scale) -> Tensor", tags=torch.Tag.needs_exact_strides)
 _OPS.define("one_query(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor slots) "
             "-> Tensor", tags=torch.Tag.needs_exact_strides)  # fmt: skip
 
@@ -69,6 +70,27 @@ def _int4_linear(x: Tensor, packed: Tensor, group: int, scale_and_zero: Tensor) 
 @torch.library.register_fake("lumina_mgpt::int4_linear", lib=_OPS)
 def _(x: Tensor, packed: Tensor, group: int, scale_and_zero: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], len(scale_and_zero) * OUTPUTS)
+
+
+def multiplies_int8(x: Tensor, numbers: Tensor) -> bool:
+    """Whether `int8_linear` works here, for such rows (M, K) and numbers (N, K)."""
+    fit = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return fit and len(numbers) % 16 == numbers.shape[1] % 16 == 0 and ready()
+
+
+@torch.library.impl(_OPS, "int8_linear", "CPU")
+def _int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
+    (M, K), N = x.shape, len(numbers)
+    assert numbers.shape == (N, K) and scale.shape == (N,) and numbers.is_contiguous() and scale.dtype == x.dtype
+    out = x.new_empty(M, N)
+    pointers = (tensor.data_ptr() for tensor in (x, numbers, scale, out))
+    _library().int8_rows(*pointers, M, N, K, torch.get_num_threads())
+    return out
+
+
+@torch.library.register_fake("lumina_mgpt::int8_linear", lib=_OPS)
+def _(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(numbers))
 
 
 def attends(q: Tensor, keys: Tensor) -> bool:
@@ -113,7 +135,8 @@ def _library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_built(compiler)))
         library.int4_amx.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 5
         library.one_query.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_long] * 8 + [ctypes.c_float, ctypes.c_long]
-        library.int4_amx.restype = library.one_query.restype = None
+        library.int8_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 4
+        library.int4_amx.restype = library.int8_rows.restype = library.one_query.restype = None
         if not library.int4_amx_allowed():
             raise OSError("the system does not let processes use the tile unit")
         _try(library)

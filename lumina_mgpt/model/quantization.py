@@ -152,12 +152,14 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
-    """`x @ (numbers · scale).T`, by torch's kernel for a CPU.
+    """`x @ (numbers · scale).T`, by torch's kernel for a CPU or, in bf16 where it works, this project's own.
 
     Shapes: x (..., K), numbers (N, K), scale (N,) -> (..., N).
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return getattr(torch.ops.aten, _INT8_OP)(rows, numbers, scale).unflatten(0, x.shape[:-1])
+    own = native.multiplies_int8(rows, numbers)
+    multiply = torch.ops.lumina_mgpt.int8_linear if own else getattr(torch.ops.aten, _INT8_OP)
+    return multiply(rows, numbers, scale).unflatten(0, x.shape[:-1])
 
 
 class Int4Linear(nn.Module):
