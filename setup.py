@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["lumina_mgpt", "lumina_mgpt.*"]),
-    package_data={"lumina_mgpt.demo": ["*.txt"], "lumina_mgpt.model": ["*.cpp"]},
+    package_data={"lumina_mgpt.demo": ["*.txt"], "lumina_mgpt.model": ["*.cpp", "*.h"]},
     install_requires=requirements(),
     extras_require={
         "demo": SCENES,

@@ -1,6 +1,8 @@
 """From a prompt to a picture: the only place where vocabulary, sampler, model and image tokenizer meet."""
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,10 +29,13 @@ from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import CODE_CELL, GRID_UNIT, ImageLayout, encode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
+logger = logging.getLogger(__name__)
+
 # Batches are sized so that their keys and values stay below this: one image of the 7B, eight of the demo checkpoint.
 _CACHE_BUDGET = 1 << 30
 _LARGEST_AUTO_BATCH = 8
-_COMPILING_MAY_PAY = 1800  # seconds that sampling takes: a tenth saved is three minutes, which compiling may take
+_COMPILING_MAY_PAY = 1800  # seconds that sampling takes: a tenth of it is about what compiling takes
+_OTHER_SHAPES = 6  # are compiled on the way, at most, for each that was in a trial
 
 
 @dataclass(frozen=True)
@@ -393,7 +398,8 @@ class Pipeline:
         """The way of sampling with the most codes a second here for batches of `images` (None: one code a forward).
 
         It times a few forwards of each; what it returns is exact, and no setting that changes the weights. Where all
-        `batches` would take so long that compiling may pay, it tries that too, and keeps to it if it is quicker.
+        `batches` would take so long that compiling may pay, it tries that too, and keeps to it if that saves more than
+        what is left to compile will take.
         """
         given = torch.zeros((images, layout.given), dtype=torch.long)
         trial = partial(fastest, partial(self._step, [start] * images, layout, settings), [start] * images, layout,
@@ -401,10 +407,16 @@ class Pipeline:
         choice, seconds = trial()
         whole = seconds[choice] * (layout.num_codes - layout.given) * batches
         if self.compiled is None and whole > _COMPILING_MAY_PAY and has_compiler(self.device):
-            self.compiled = compile_forward(self.model)
-            _, compiled = trial(choices=[choice])
-            if compiled[choice] > seconds[choice]:
+            self.compiled, began = compile_forward(self.model), time.perf_counter()
+            try:
+                _, compiled = trial(choices=[choice])
+            except (RuntimeError, OSError) as error:  # an option's option must not end a run
+                logger.warning("--fast goes on without --compile: %s", str(error).strip().split("\n")[0])
+                compiled = {choice: math.inf}
+            still = _OTHER_SHAPES * (time.perf_counter() - began)
+            if whole * (1 - compiled[choice] / seconds[choice]) < still:
                 self.compiled = None
+                torch.compiler.reset()
         return choice
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:

@@ -103,7 +103,9 @@ def test_fast_takes_what_is_quickest_here(generate, tmp_path, monkeypatch):
     assert generate("--prompt", "a cat", "--fast", "-n", "2", "--save_path", str(tmp_path / "real")) == 0
 
 
-@pytest.mark.parametrize(("gain", "long", "kept"), [(0.9, True, True), (1.1, True, False), (0.9, False, None)])
+@pytest.mark.parametrize(
+    ("gain", "long", "kept"), [(0.9, True, True), (1.1, True, False), (None, True, False), (0.9, False, None)]
+)
 def test_fast_compiles_where_that_pays(generate, tmp_path, monkeypatch, gain, long, kept):
     """Where a run takes long, and compiled steps are quicker; else the compiler is not even asked."""
     compiled = []
@@ -112,6 +114,8 @@ def test_fast_compiles_where_that_pays(generate, tmp_path, monkeypatch, gain, lo
     monkeypatch.setattr("lumina_mgpt.pipeline.compile_forward", lambda model: compiled.append(1) or model.forward)
 
     def costs(step, *args):
+        if step.compiled and gain is None:
+            raise RuntimeError("no headers\nand more")
         return (gain if step.compiled else 1.0) * (99.0 if args[3] else 1.0)
 
     monkeypatch.setattr("lumina_mgpt.sampling.fastest._forward_seconds", costs)

@@ -1,5 +1,7 @@
 """The operators built for CPUs with AMX, against formulas in float64; and what happens where they cannot be had."""
 
+import os
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -34,7 +36,7 @@ def test_products(group, shape):
     module = int4(*shape, group)
     weight = dequantize(module.matrix, torch.float64)
     module.pack(torch.bfloat16)
-    assert module.multiply is torch.ops.lumina_mgpt.int4_linear
+    assert module.native
     for rows in (1, 2, 3, 16, 17, 33, 256, 300):
         x = heads(rows, shape[1], seed=rows, dtype=torch.bfloat16)
         y, expected = module(x), x.double() @ weight.T
@@ -61,13 +63,13 @@ def test_products_of_int8(shape):
 def test_other_matrices_and_inputs_go_to_torch():
     for module, dtype in ((int4(80, 128, 32), torch.bfloat16), (int4(64, 128, 32), torch.float32)):
         module.pack(dtype)
-        assert module.multiply is torch.ops.aten._weight_int4pack_mm_for_cpu
+        assert module.kernel == "cpu" and not module.native
 
 
 @needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("width", native.WIDTHS)
-@pytest.mark.parametrize("size", [0.1, 1, 60])
+@pytest.mark.parametrize("size", [0.1, 1, 60, 1e15])
 def test_attention_of_one_query(dtype, width, size):
     """Rows of their own lengths, heads that share keys, weights from even to one-hot; what lies behind is not seen."""
     B, N, K = 3, 6, 2
@@ -96,7 +98,7 @@ def _span(positions, cache):
 
 @needed
 def test_compiled_steps_use_them():
-    """As eager ones, within the rounding of bf16; and the cache is written in place, not copied."""
+    """As eager ones, within the rounding of bf16."""
     config = replace(CONFIG, hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2)
     model = Transformer(config).bfloat16().eval().requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -105,17 +107,15 @@ def test_compiled_steps_use_them():
         if isinstance(module, Int4Linear):
             module.take("weight", torch.randn(len(module.weight_int4), 2 * module.weight_int4.shape[1]) / 16, "cpu")
     quantization.pack(model, torch.bfloat16)
-    assert model.layers[0].mlp.up_proj.multiply is torch.ops.lumina_mgpt.int4_linear
+    assert model.layers[0].mlp.up_proj.native
     compiled, answers = compile_forward(model), []
     prompt = (torch.randint(0, 96, (2, 9)), torch.arange(9).expand(2, 9), torch.tensor([[8], [6]]))
     calls = [prompt, *((torch.randint(0, 96, (2, T)), torch.tensor(starts)[:, None] + torch.arange(T),
                         torch.arange(T).expand(2, T)) for starts, T in CALLS[:3])]  # fmt: skip
     for forward in (None, compiled):
         cache = KVCache(config, 2, 32, torch.bfloat16, "cpu", spare=COMPILED_SPARE)
-        places = [tensor.data_ptr() for tensor in cache.tensors()]
         step = CachedStep(model, cache, slice(64, 96), forward)
         answers.append([step(*call).float() for call in calls])
-        assert places == [tensor.data_ptr() for tensor in cache.tensors()]
     for eager, quick in zip(*answers, strict=True):
         assert (quick - eager).norm() < 0.03 * eager.norm()
 
@@ -139,26 +139,72 @@ def test_built_once(anew, monkeypatch):
 
 
 @needed
-@pytest.mark.parametrize("how", ["compiler", "source", "folder", "answer"])
+def test_a_damaged_library_is_built_anew(anew):
+    """The machine went down while it was written, say."""
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    path = native._path(compiler)
+    path.touch(0o700)
+    assert native.ready() and path.stat().st_size and list(anew.iterdir()) == [path]
+
+
+@needed
+@pytest.mark.parametrize("how", ["compiler", "slow", "source", "folder", "open", "answer"])
 def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, caplog, tmp_path):
     if how == "compiler":
         monkeypatch.setenv("CXX", shutil.which("false"))
+    elif how == "slow":
+        slow = tmp_path / "slow"
+        slow.write_text("#!/bin/sh\necho at it >&2\nexec sleep 30\n")
+        slow.chmod(0o700)
+        monkeypatch.setenv("CXX", f"{slow} -m64")
+        monkeypatch.setattr(native, "_SECONDS", 0.5)
     elif how == "folder":
         anew.write_text("a file")
+    elif how == "open":
+        anew.mkdir()
+        anew.chmod(0o777)
     else:  # a damaged source; or one that packs numbers otherwise, as another version of torch might
         old, new = {"source": ("void block(", "void block{"), "answer": ("(lane & 15) - 8", "(lane & 15) - 7")}[how]
         sources = [tmp_path / path.name for path in native._SOURCES]
         for copy, path in zip(sources, native._SOURCES, strict=True):
             copy.write_text(path.read_text().replace(old, new))
+        shutil.copy(native._SOURCES[0].with_name("native.h"), tmp_path)
         monkeypatch.setattr(native, "_SOURCES", tuple(sources))
     module = int4(64, 128, 32)
     weight = dequantize(module.matrix)
     module.pack(torch.bfloat16)
-    assert module.multiply is torch.ops.aten._weight_int4pack_mm_for_cpu and not native.ready()
-    assert "cannot be built" in caplog.text and "\n" not in caplog.records[-1].getMessage()
+    assert module.kernel == "cpu" and not module.native and not native.ready()
+    assert "cannot be used" in caplog.text and "\n" not in caplog.records[-1].getMessage()
     assert not [path for path in anew.glob("*") if how != "answer"], "nothing half-made is left"
     x = heads(2, 128, dtype=torch.bfloat16)
     torch.testing.assert_close(module(x).float(), x.float() @ weight.T, rtol=0.02, atol=0.1)
+
+
+@needed
+def test_what_they_cannot_take_is_refused():
+    """Nothing is read or written beside a tensor: the operators check what they are given."""
+    module = int4(64, 128, 32)
+    module.pack(torch.bfloat16)
+    ops, scale = torch.ops.lumina_mgpt, torch.ones(64, dtype=torch.bfloat16)
+    x, numbers = torch.ones(2, 128, dtype=torch.bfloat16), torch.ones(64, 128, dtype=torch.int8)
+    for wrong in (x.float(), x.char(), x[:, :64].contiguous(), x.repeat(1, 2), x.T.contiguous().T, x.requires_grad_()):
+        with pytest.raises(RuntimeError, match="other kinds, shapes or strides"):
+            ops.int4_linear(wrong, module.packed, 32, module.scale_and_zero)
+        with pytest.raises(RuntimeError, match="other kinds, shapes or strides"):
+            ops.int8_linear(wrong, numbers, scale)
+    q = torch.ones(2, 1, 4, 64, dtype=torch.bfloat16)
+    keys, scales = torch.ones(2, 4, 9, 64, dtype=torch.bfloat16).transpose(1, 2), torch.ones(2, 4, 9).transpose(1, 2)
+    right = torch.tensor([9, 1])
+    assert ops.one_query(q, keys, keys, None, None, right).eq(1).all()
+    assert ops.one_query(q, keys.char(), keys.char(), scales, scales, right).eq(1).all()
+    for wrong in (
+        (q, keys, keys, None, None, torch.tensor([10, 1])), (q, keys, keys, None, None, torch.tensor([9, 0])),
+        (q, keys, keys, None, None, right.int()), (q, keys, keys, scales, scales, right),
+        (q, keys, keys.char(), None, None, right), (q, keys.char(), keys.char(), scales.double(), scales, right),
+        (q, keys.char(), keys.char(), None, None, right), (q[:, :, :3], keys, keys, None, None, right),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="other kinds, shapes or strides"):
+            ops.one_query(*wrong)
 
 
 def test_can_be_switched_off(anew, monkeypatch):

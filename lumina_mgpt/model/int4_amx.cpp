@@ -4,14 +4,14 @@
 // proportion to them beyond. Here 32 x 64 numbers at a time become bf16 in the first-level cache, where the tile unit
 // multiplies up to sixteen rows by them. Plain C names, no header of torch: a second's work for the compiler.
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "native.h"
 
 namespace {
 
@@ -20,7 +20,6 @@ constexpr long TILE = 16;     // rows of a tile, and its float32 columns
 constexpr long STEP = 32;     // inputs of a tile
 constexpr long SLAB = 256;    // rows worked on at once: their sums stay in the second-level cache
 constexpr long MAX_GROUP = 128;
-constexpr long FAR = 8192, NEAR = 1024;  // bytes ahead that are fetched into the second- and the first-level cache
 constexpr long PART = TILE * STEP;  // bf16 numbers of one tile of weights
 constexpr int PARTS = OUTPUTS / TILE;
 constexpr long DATA_STATE = 18, ASK_PERMISSION = 0x1023;  // Linux: documentation of arch/x86, "XSTATE features"
@@ -50,15 +49,12 @@ struct Tables {
 };
 const Tables TABLES;
 
-inline __m512 wide(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
-
 // Tiles of weights for `inputs` inputs of a block: for each 32 of them PARTS tiles, of 16 pairs of inputs each.
 inline __attribute__((always_inline)) void unpack(const uint8_t* packed, long inputs, uint16_t* tiles) {
   const __m512i first = _mm512_load_si512(TABLES.pairs[0]), second = _mm512_load_si512(TABLES.pairs[1]);
   const __m512i numbers = _mm512_load_si512(TABLES.numbers);
   for (long k = 0; k < inputs; k += 2, packed += OUTPUTS) {
-    _mm_prefetch(reinterpret_cast<const char*>(packed + FAR), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(packed + NEAR), _MM_HINT_T0);
+    fetch(packed);
     const __m512i bytes = _mm512_loadu_si512(packed);
     const __m512i a = _mm512_permutexvar_epi8(first, bytes), b = _mm512_permutexvar_epi8(second, bytes);
     uint16_t* to = tiles + k / STEP * (PARTS * PART) + k % STEP * TILE;
@@ -69,8 +65,12 @@ inline __attribute__((always_inline)) void unpack(const uint8_t* packed, long in
   }
 }
 
+// To a compiler a tile load is a machine instruction that reads nothing: all that was stored must be there before it.
+inline void written() { asm volatile("" ::: "memory"); }
+
 // Adds the products of 32 inputs of some rows to tiles 0 ... 3.
 inline void multiply(const uint16_t* rows, long row_bytes, const uint16_t* tiles) {
+  written();
   _tile_loadd(4, rows, row_bytes);
   _tile_loadd(5, tiles, 64);
   _tile_dpbf16ps(0, 4, 5);
@@ -95,7 +95,7 @@ struct Rows {
     for (long at = 0; at < count * inputs; at += group) {
       __m512 sum = _mm512_setzero_ps();
       for (long k = 0; k < group; k += 16)
-        sum = _mm512_add_ps(sum, wide(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + at + k))));
+        sum = _mm512_add_ps(sum, sixteen(from + at + k));
       sums.push_back(_mm512_reduce_add_ps(sum));
     }
     if (chunks * height > count) {
@@ -136,6 +136,7 @@ void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, 
       _tile_stored(1, sum[1], 64);
       _tile_stored(2, sum[2], 64);
       _tile_stored(3, sum[3], 64);
+      written();
       for (int part = 0; part < PARTS; ++part) {
         const __m512i both = _mm512_loadu_si512(scale_zero + (g * OUTPUTS + part * TILE) * 2);
         const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
@@ -149,11 +150,8 @@ void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, 
     }
   }
   for (long m = 0; m < rows.count; ++m)
-    for (int part = 0; part < PARTS; ++part) {
-      const __m512 total = _mm512_loadu_ps(totals + m * OUTPUTS + part * TILE);
-      __m256i* to = reinterpret_cast<__m256i*>(out + m * N + part * TILE);
-      _mm256_storeu_si256(to, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(total)));
-    }
+    for (int part = 0; part < PARTS; ++part)
+      store_sixteen(out + m * N + part * TILE, _mm512_loadu_ps(totals + m * OUTPUTS + part * TILE));
 }
 
 }  // namespace
@@ -178,6 +176,7 @@ void int4_amx(const uint16_t* x, const uint8_t* packed, const uint16_t* scale_ze
     {
       alignas(64) uint16_t tiles[MAX_GROUP / STEP * PARTS * PART];
       std::vector<float> totals(rows.chunks * rows.height * OUTPUTS);
+      written();
       _tile_loadconfig(&config);
 #pragma omp for schedule(static)
       for (long n = 0; n < N; n += OUTPUTS)

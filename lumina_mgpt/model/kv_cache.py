@@ -50,7 +50,9 @@ class KVCache:
         for _ in range(config.num_hidden_layers):
             # Each a tensor of its own: of a slice of a larger one, a compiled step would write a whole copy back.
             stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
-            scales = [torch.zeros(shape[:-1], device=device) for _ in range(2)] if dtype == torch.int8 else None
+            scales = None
+            if dtype == torch.int8:
+                scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
             self.layers.append(LayerCache(stores, scales, row))
 
     def layer(self, index: int) -> "LayerCache":

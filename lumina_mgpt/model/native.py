@@ -2,20 +2,32 @@
 
     torch.ops.lumina_mgpt.int4_linear(x, packed, group, scale_and_zero)
 
-is torch's `_weight_int4pack_mm_for_cpu`, but for scales that lie in the order in which they are read (`in_order`), and
+is torch's `_weight_int4pack_mm_for_cpu`, but for scales that lie in the order in which they are read (`in_order`);
+
+    torch.ops.lumina_mgpt.int8_linear(x, numbers, scale)
+
+is torch's `_weight_int8pack_mm`; and
 
     torch.ops.lumina_mgpt.one_query(q, keys, values, key_scales, value_scales, slots)
 
-is attention of one query a row over a cache. Where the processor, a compiler or the right to write to the cache folder
-is missing, others do the same, slower. LUMINA_MGPT_NATIVE=0 leaves all of them out.
+is attention of one query a row over the first `slots` slots of a cache. Shapes: x (M, K), numbers (N, K), scale (N,);
+q (B, 1, N, H), keys and values (B, S, K, H) in bf16, or in int8 with float32 scales (B, S, K), slots (B,) int64. x, q,
+scale and what is returned are bf16. All raise RuntimeError where that is not so, or where a gradient is wanted.
+
+Where the processor, a compiler or the right to write to the cache folder is missing, others do the same, slower.
+LUMINA_MGPT_NATIVE=0 leaves all of them out.
 """
 
 import ctypes
 import hashlib
 import logging
 import os
+import platform
+import shlex
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -27,7 +39,7 @@ from lumina_mgpt.config import INT4_GROUPS
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = 64  # a matrix must have a multiple of so many
+OUTPUTS = 64  # a matrix of int4 must have a multiple of so many
 WIDTHS = (64, 128)  # of a head
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("int4_amx.cpp", "int8_rows.cpp", "one_query.cpp"))
 _NEEDED = ("amx_tile", "amx_bf16", "avx512_bw", "avx512_vl", "avx512_vbmi", "avx512_bf16")
@@ -35,11 +47,12 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-ma
           "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")  # fmt: skip
 _SECONDS = 120  # that a compiler may take
 _OPS = torch.library.Library("lumina_mgpt", "DEF")
-_OPS.define("int4_linear(Tensor x, Tensor packed, int group, Tensor scale_and_zero) -> Tensor",
-            tags=torch.Tag.needs_exact_strides)  # fmt: skip
-_OPS.define("int8_linear(Tensor x, Tensor numbers, Tensor scale) -> Tensor", tags=torch.Tag.needs_exact_strides)
-_OPS.define("one_query(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor slots) "
-            "-> Tensor", tags=torch.Tag.needs_exact_strides)  # fmt: skip
+for _meant in (
+    "int4_linear(Tensor x, Tensor packed, int group, Tensor scale_and_zero) -> Tensor",
+    "int8_linear(Tensor x, Tensor numbers, Tensor scale) -> Tensor",
+    "one_query(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor slots) -> Tensor",
+):
+    _OPS.define(_meant, tags=torch.Tag.needs_exact_strides)
 
 
 @torch.compiler.assume_constant_result
@@ -49,8 +62,21 @@ def ready() -> bool:
 
 
 def multiplies(dtype: torch.dtype, outputs: int, group: int) -> bool:
-    """Whether `int4_linear` works here, for inputs and a matrix of this kind."""
+    """Whether `int4_linear` works for inputs on the CPU and a matrix of this kind."""
     return dtype == torch.bfloat16 and outputs % OUTPUTS == 0 and group in INT4_GROUPS and ready()
+
+
+def multiplies_int8(x: Tensor, numbers: Tensor) -> bool:
+    """Whether `int8_linear` works for such rows (M, K) and numbers (N, K)."""
+    fit = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return fit and len(numbers) % 16 == numbers.shape[1] % 16 == 0 and ready()
+
+
+def attends(q: Tensor, keys: Tensor) -> bool:
+    """Whether `one_query` works for such queries (B, T, N, H) and keys (B, S, K, H)."""
+    fit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys.dtype in (torch.bfloat16, torch.int8)
+    shaped = q.shape[1] == 1 and q.shape[3] in WIDTHS and keys.stride()[1::2] == (q.shape[3], 1)
+    return fit and shaped and not q.requires_grad and ready()
 
 
 def in_order(scale_and_zero: Tensor) -> Tensor:
@@ -58,9 +84,24 @@ def in_order(scale_and_zero: Tensor) -> Tensor:
     return scale_and_zero.unflatten(1, (-1, OUTPUTS)).transpose(0, 1).contiguous()
 
 
+def _check(fits: bool) -> None:
+    if not fits:
+        raise RuntimeError("lumina_mgpt: tensors of other kinds, shapes or strides than the operator takes")
+
+
+def _is(tensor: Tensor, dtype: torch.dtype, *shape: int) -> bool:
+    """Whether a tensor is of this kind, whole in memory, and to be read without a gradient."""
+    kind = tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()
+    return kind and not (tensor.requires_grad and torch.is_grad_enabled())
+
+
 @torch.library.impl(_OPS, "int4_linear", "CPU")
 def _int4_linear(x: Tensor, packed: Tensor, group: int, scale_and_zero: Tensor) -> Tensor:
-    (M, K), N = x.shape, len(scale_and_zero) * OUTPUTS
+    (M, K), blocks = x.shape, len(scale_and_zero)
+    N = blocks * OUTPUTS
+    _check(group in INT4_GROUPS and K % group == 0 and _is(x, torch.bfloat16, M, K)
+           and _is(packed, torch.uint8, N, K // 2)
+           and _is(scale_and_zero, torch.bfloat16, blocks, K // group, OUTPUTS, 2))  # fmt: skip
     out = x.new_empty(M, N)
     pointers = (tensor.data_ptr() for tensor in (x, packed, scale_and_zero, out))
     _library().int4_amx(*pointers, M, N, K, group, torch.get_num_threads())
@@ -72,16 +113,11 @@ def _(x: Tensor, packed: Tensor, group: int, scale_and_zero: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], len(scale_and_zero) * OUTPUTS)
 
 
-def multiplies_int8(x: Tensor, numbers: Tensor) -> bool:
-    """Whether `int8_linear` works here, for such rows (M, K) and numbers (N, K)."""
-    fit = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return fit and len(numbers) % 16 == numbers.shape[1] % 16 == 0 and ready()
-
-
 @torch.library.impl(_OPS, "int8_linear", "CPU")
 def _int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     (M, K), N = x.shape, len(numbers)
-    assert numbers.shape == (N, K) and scale.shape == (N,) and numbers.is_contiguous() and scale.dtype == x.dtype
+    _check(N % 16 == K % 16 == 0 and _is(x, torch.bfloat16, M, K) and _is(numbers, torch.int8, N, K)
+           and _is(scale, torch.bfloat16, N))  # fmt: skip
     out = x.new_empty(M, N)
     pointers = (tensor.data_ptr() for tensor in (x, numbers, scale, out))
     _library().int8_rows(*pointers, M, N, K, torch.get_num_threads())
@@ -93,24 +129,23 @@ def _(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(len(x), len(numbers))
 
 
-def attends(q: Tensor, keys: Tensor) -> bool:
-    """Whether `one_query` works here, for such queries (B, T, N, H) and keys (B, S, K, H)."""
-    fit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys.dtype in (torch.bfloat16, torch.int8)
-    shaped = q.shape[1] == 1 and q.shape[3] in WIDTHS and keys.stride()[1::2] == (q.shape[3], 1)
-    return fit and shaped and not q.requires_grad and ready()
-
-
 @torch.library.impl(_OPS, "one_query", "CPU")
 def _one_query(q: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
                slots: Tensor) -> Tensor:  # fmt: skip
     q, (B, _, N, H) = q.contiguous(), q.shape
-    assert keys.stride() == values.stride() and len(slots) == B and slots.dtype == torch.int64
-    out, apart = torch.empty_like(q), (0, 0, 0)
+    S, K = keys.shape[1:3]
+    _check(_is(q, torch.bfloat16, B, 1, N, H) and _is(slots, torch.int64, B) and attends(q, keys) and N % K == 0
+           and keys.shape == values.shape == (B, S, K, H) and keys.stride() == values.stride()
+           and keys.dtype == values.dtype and (keys.dtype == torch.int8) == (key_scales is not None)
+           and (B == 0 or 1 <= int(slots.min()) <= int(slots.max()) <= S))  # fmt: skip
+    apart = (0, 0, 0)
     if key_scales is not None:
         apart = key_scales.stride()
-        assert apart == value_scales.stride() and apart[1] == 1
+        _check(key_scales.shape == value_scales.shape == (B, S, K) and apart == value_scales.stride() and apart[1] == 1
+               and key_scales.dtype == value_scales.dtype == torch.float32)  # fmt: skip
+    out = torch.empty_like(q)
     pointers = [None if t is None else t.data_ptr() for t in (q, keys, values, key_scales, value_scales, slots, out)]
-    _library().one_query(*pointers, B, N, keys.shape[2], H, keys.stride(0), keys.stride(2), apart[0], apart[2], H**-0.5,
+    _library().one_query(*pointers, B, N, K, H, keys.stride(0), keys.stride(2), apart[0], apart[2], H**-0.5,
                          torch.get_num_threads())  # fmt: skip
     return out
 
@@ -124,58 +159,89 @@ def _(q: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_
 @cache
 def _library() -> ctypes.CDLL | None:
     """The built and tried library; None, with a word in the log, where that cannot be had."""
-    can = torch.cpu.get_capabilities()
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if os.environ.get("LUMINA_MGPT_NATIVE") == "0" or not all(can.get(feature) for feature in _NEEDED):
+    if os.environ.get("LUMINA_MGPT_NATIVE") == "0" or sys.platform != "linux":
         return None
+    can = torch.cpu.get_capabilities()
+    if not all(can.get(feature) for feature in _NEEDED):
+        return None
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
     if not compiler:
         logger.info("no C++ compiler (g++, clang++ or CXX): products and attention of int4 models are slower without")
         return None
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
-        library.int4_amx.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 5
-        library.one_query.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_long] * 8 + [ctypes.c_float, ctypes.c_long]
-        library.int8_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 4
-        library.int4_amx.restype = library.int8_rows.restype = library.one_query.restype = None
+        path = _path(compiler)
+        try:
+            library = _loaded(path) if path.exists() else _loaded(_built(compiler, path))
+        except (OSError, AttributeError):  # damaged, or of another system that shares the folder
+            library = _loaded(_built(compiler, path))
         if not library.int4_amx_allowed():
             raise OSError("the system does not let processes use the tile unit")
         _try(library)
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip()
-        logger.warning("quicker int4 products and attention cannot be built: %s; torch's are used", said.split("\n")[0])
+    except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        lines = said.strip().split("\n")
+        told = next((line for line in lines if "error" in line), lines[0])
+        logger.warning("quicker int4 products and attention cannot be used: %s; torch's take their place", told)
         return None
     return library
 
 
-def _built(compiler: str) -> Path:
-    """Path of the library, in the user's cache folder: compiled if it is not there yet."""
-    key = hashlib.sha256(repr(([path.read_bytes() for path in _SOURCES], compiler, _FLAGS)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumina_mgpt"
-    path = folder / f"native-{key}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as room:  # several processes may be at it
-            made = Path(room) / path.name
-            subprocess.run([compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)], check=True, capture_output=True,
-                           text=True, timeout=_SECONDS)  # fmt: skip
-            made.replace(path)
+def _path(compiler: list[str]) -> Path:
+    """Where the library is, or is to be: in a folder of the user's own, under a name that says what it is made of.
+
+    Raises:
+        OSError: the folder, or what is there already, is another's or open to others.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    folder = (home if home.is_absolute() else Path.home() / ".cache") / "lumina_mgpt"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sources = [path.read_bytes() for path in (*_SOURCES, *_SOURCES[0].parent.glob("*.h"))]
+    program = shutil.which(compiler[0])
+    made_of = (sources, compiler, program and os.stat(program).st_mtime, _FLAGS, platform.libc_ver())
+    path = folder / f"native-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    for place in (folder, path):
+        if place.exists():
+            status = place.stat()
+            if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise OSError(f"{place} belongs to another user or can be written by others")
     return path
 
 
+def _built(compiler: list[str], path: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=path.parent) as room:  # several processes may be at it
+        made = Path(room) / path.name
+        subprocess.run([*compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)], check=True, capture_output=True,
+                       text=True, timeout=_SECONDS)  # fmt: skip
+        made.chmod(0o700)
+        made.replace(path)
+    return path
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.int4_amx.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 5
+    library.int8_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 4
+    library.one_query.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_long] * 8 + [ctypes.c_float, ctypes.c_long]
+    library.int4_amx.restype = library.int8_rows.restype = library.one_query.restype = None
+    return library
+
+
 def _try(library: ctypes.CDLL) -> None:
-    """How torch packs a matrix is its own affair, so a small product is compared before one is relied on.
+    """How torch packs a matrix is its own affair, so small products are compared before one is relied on.
 
     Raises:
-        RuntimeError: it differs from torch's.
+        RuntimeError: one differs from torch's.
     """
-    N, K, group = OUTPUTS, 64, 32
-    numbers = (torch.arange(N * K, dtype=torch.int32) * 7 // 3 % 16).view(N, K)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    x = torch.linspace(-1, 1, 3 * K).view(3, K).bfloat16()
-    scale_and_zero = torch.linspace(0.1, 1, K // group * N * 2).view(K // group, N, 2).bfloat16()
-    wanted = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale_and_zero)
-    out = torch.empty_like(wanted)
-    tensors = x, packed, in_order(scale_and_zero), out
-    library.int4_amx(*(tensor.data_ptr() for tensor in tensors), len(x), N, K, group, 1)
-    if not torch.allclose(out.float(), wanted.float(), rtol=0.02, atol=0.02):
-        raise RuntimeError("it does not agree with torch's")
+    for M, N, K, group in ((3, OUTPUTS, 64, 32), (17, 2 * OUTPUTS, 256, 128)):
+        with torch.device("cpu"):
+            numbers = (torch.arange(N * K, dtype=torch.int32) * 7 // 3 % 16).view(N, K)
+            x = torch.linspace(-1, 1, M * K).view(M, K).bfloat16()
+            scale_and_zero = torch.linspace(0.1, 1, K // group * N * 2).view(K // group, N, 2).bfloat16()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        wanted = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale_and_zero).float()
+        out = torch.empty_like(wanted, dtype=torch.bfloat16)
+        tensors = x, packed, in_order(scale_and_zero), out
+        library.int4_amx(*(tensor.data_ptr() for tensor in tensors), M, N, K, group, 1)
+        if not (out - wanted).norm() < 0.01 * wanted.norm():
+            raise RuntimeError("it does not agree with torch's")

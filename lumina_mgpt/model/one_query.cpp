@@ -3,31 +3,15 @@
 // torch's own reads such a cache at a fraction of the memory's speed. Keys and values are read once here, and nothing
 // but the weights of one head is written in between. AVX-512 F, BW and VL; plain C names, as in int4_amx.cpp.
 
-#include <immintrin.h>
-
-#include <cstdint>
 #include <vector>
+
+#include "native.h"
 
 namespace {
 
-constexpr long FAR = 8192, NEAR = 1024;  // bytes ahead that are fetched into the second- and the first-level cache
-
-inline void fetch(const void* from) {
-  _mm_prefetch(static_cast<const char*>(from) + FAR, _MM_HINT_T1);
-  _mm_prefetch(static_cast<const char*>(from) + NEAR, _MM_HINT_T0);
-}
-
-inline __m512 sixteen(const uint16_t* bf16) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-inline __m512 sixteen(const int8_t* numbers) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers))));
-}
-
-// e^x for x <= 0, within 2e-7 of it: 2^n times a polynomial of degree 6 (Taylor's) on [-ln 2 / 2, ln 2 / 2].
+// e^x for x <= 0, within 3e-7 of it: 2^n times a polynomial of degree 6 (Taylor's) on [-ln 2 / 2, ln 2 / 2].
 inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-128.0f), x);  // below that it is 0; in this order NaN stays what it is
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -80,7 +64,7 @@ void head(const uint16_t* query, const Number* keys, const Number* values, const
     for (int part = 0; part < PARTS; ++part) mixed[part] = _mm512_fmadd_ps(weight, sixteen(value + part * 16), mixed[part]);
   }
   for (int part = 0; part < PARTS; ++part)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + part * 16), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(mixed[part])));
+    store_sixteen(out + part * 16, mixed[part]);
 }
 
 template <typename Number, int H>

@@ -172,7 +172,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.group = group
         self.kernel: str | None = None  # "cpu" or "cuda" once packed
-        self.multiply = None  # the operator, then
+        self.native = False  # whether `native` multiplies then
         self.register_buffer("weight_int4", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
         for leaf in ("weight_scale", "weight_zero"):
             self.register_buffer(leaf, torch.empty(outputs, inputs // group, dtype=torch.bfloat16))
@@ -209,10 +209,10 @@ class Int4Linear(nn.Module):
         else:
             tiles = next(count for count in (8, 4, 2) if 2 * weight.shape[1] % (16 * count) == 0)
             packed = getattr(torch.ops.aten, _CUDA_OPS[0])(weight, tiles)
-        self.multiply = getattr(torch.ops.aten, (_CPU_OPS if self.kernel == "cpu" else _CUDA_OPS)[1])
         pairs = torch.stack((self.weight_scale, self.weight_zero), -1).transpose(0, 1).to(dtype)  # (K/group, N, 2)
-        if self.kernel == "cpu" and native.multiplies(dtype, N, self.group):
-            self.multiply, pairs = torch.ops.lumina_mgpt.int4_linear, native.in_order(pairs)
+        self.native = self.kernel == "cpu" and native.multiplies(dtype, N, self.group)
+        if self.native:
+            pairs = native.in_order(pairs)
         del self.weight_int4, self.weight_scale, self.weight_zero
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", pairs.contiguous())
@@ -221,8 +221,10 @@ class Int4Linear(nn.Module):
         """Shapes: x (..., K) -> (..., N)."""
         if self.kernel is None:
             return F.linear(x, dequantize(self.matrix, x.dtype), self.bias)
+        torchs = (_CPU_OPS if self.kernel == "cpu" else _CUDA_OPS)[1]
+        multiply = torch.ops.lumina_mgpt.int4_linear if self.native else getattr(torch.ops.aten, torchs)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        out = self.multiply(rows, self.packed, self.group, self.scale_and_zero).unflatten(0, x.shape[:-1])
+        out = multiply(rows, self.packed, self.group, self.scale_and_zero).unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
 
 
