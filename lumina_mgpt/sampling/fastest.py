@@ -17,10 +17,10 @@ from lumina_mgpt.unirep import ImageLayout
 # Codes a forward, by `scripts/bench.py` on the demo checkpoint at guidance 4 with all codes.
 CODES = {
     None: 1.0,
-    Speculation("maximal", 8): 3.40,
-    Speculation("maximal", 16): 5.14,
-    Speculation("maximal", 32): 7.11,
-    Speculation("maximal", 64): 8.64,
+    Speculation("maximal", 8): 3.36,
+    Speculation("maximal", 16): 5.11,
+    Speculation("maximal", 32): 6.37,
+    Speculation("maximal", 64): 7.73,
 }
 _TIMED = 4  # forwards of each, after the one with the prompt and one more
 
