@@ -91,9 +91,14 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     if args.fast:
         (start,) = checkpoint.prompt_ids(request.prompts[:1], layout, request.task, request.shown)
         batch = args.batch_size or pipeline.batch_size(len(start), layout, settings)
-        total = len(range(share[0], len(request.prompts) * request.n, share[1]))
+        total = images_of(request, share)
         speculation = pipeline.fastest(start, layout, settings, min(batch, max(1, total)), -(-total // batch))
     make(pipeline, request, panel, layout, settings, speculation, output, args, share)
+
+
+def images_of(request: Request, share: tuple[int, int]) -> int:
+    """How many images of a request are this process's."""
+    return len(range(share[0], len(request.prompts) * request.n, share[1]))
 
 
 def make(
@@ -104,7 +109,7 @@ def make(
     described = request.described() | describe(pipeline, layout, settings, speculation, args)
     if share[0] == 0:
         print(", ".join(f"{key} {value}" for key, value in described.items()))
-    total, saved, previews = len(range(share[0], len(request.prompts) * request.n, share[1])), 0, set()
+    total, saved, previews = images_of(request, share), 0, set()
     codes = total * (layout.num_codes - layout.given)
     bar = tqdm(
         total=codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,

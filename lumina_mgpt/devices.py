@@ -83,7 +83,8 @@ def default_window(device: torch.device, int4: bool) -> int:
 
     Seconds an image of the demo checkpoint at windows 8, 16, 32, 64, the quicker of `noise` and `maximal` by
     `scripts/bench.py --window 8 16 32 64`, on two cores: fp32 0.70 0.54 0.57 0.67, bf16 0.48 0.39 0.37 0.41, int4 0.34
-    0.36 0.45 0.66, int4 with an int8 cache 0.51 0.49 0.57 0.77. Where two are as good, the one of fewer forwards.
+    0.36 0.45 0.66, int4 with an int8 cache 0.51 0.49 0.57 0.77; int4 by `native` on two cores with AMX 0.22 0.19 0.19
+    0.22. Where two are as good, the one of fewer forwards.
 
     Not measured: a GPU. One that multiplies by 150 rows while it reads its weights once (A100, bf16: 312 TFLOP/s over
     2.0 TB/s) takes 64 drafts with guidance, 128 rows, for the price of one; wider windows hardly give more codes.

@@ -23,6 +23,7 @@ from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, 
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
 from lumina_mgpt.prompts import TASKS, Task
+from lumina_mgpt.results import Job, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.fastest import fastest
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
@@ -36,47 +37,6 @@ _CACHE_BUDGET = 1 << 30
 _LARGEST_AUTO_BATCH = 8
 _COMPILING_MAY_PAY = 1800  # seconds that sampling takes: a tenth of it is about what compiling takes
 _OTHER_SHAPES = 6  # are compiled on the way, at most, for each that was in a trial
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to make: `prompt_index` counts the prompts, `repeat` the images of one prompt, both from 0."""
-
-    prompt: str
-    prompt_index: int
-    repeat: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """One image, its codes (rows, cols), its ids from image start to image end, and the number of its panels."""
-
-    job: Job
-    seed: int
-    image: Image.Image
-    codes: Tensor
-    ids: list[int]
-    panels: int = 1
-
-    @property
-    def panel(self) -> Image.Image:
-        """The lowest panel alone: what was asked for, where the image has several."""
-        width, height = self.image.size
-        return self.image.crop((0, height - height // self.panels, width, height))
-
-    @property
-    def panel_codes(self) -> Tensor:
-        """Its codes (rows / panels, cols), which may be given to the next request as they are."""
-        return self.codes.chunk(self.panels)[-1]
-
-
-@dataclass(frozen=True)
-class RowsDone:
-    """What `on_row` is told: the first rows of a batch, codes (B, rows so far, cols), are final."""
-
-    jobs: tuple[Job, ...]
-    codes: Tensor
-    layout: ImageLayout
 
 
 OnRow = Callable[[RowsDone], None]

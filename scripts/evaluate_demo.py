@@ -30,7 +30,8 @@ from lumina_mgpt.demo.omni import Example
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import psnr
-from lumina_mgpt.pipeline import Checkpoint, Pipeline, Result
+from lumina_mgpt.pipeline import Checkpoint, Pipeline
+from lumina_mgpt.results import Result
 
 _BATCH = 30
 _ON_SHEET = 24

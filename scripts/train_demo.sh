@@ -52,7 +52,7 @@ train() { # data, output folder, minutes, code noise, options
 train demo "$work/run" "${MINUTES:-90}" 0.2 --model_config configs/model/demo.yaml \
     --tokenizer_path "$work/tokenizer" --tail_weight 0.05 --muon_lr 0.008 --lr 1.5e-3 --export_dir "$work/export-text"
 # What a map shows is found at the same cell of the other panel, which training alone learns late and badly (edges: F1
-# 0.37, and 0.58 an hour after): heads that look there are given. Distances are those of panels of 12 x 12 codes.
+# 0.37, and 0.77 two hours after): heads that look there are given. Distances are those of panels of 12 x 12 codes.
 if [ ! -f "$work/pointed.done" ]; then
     rm -rf "$work/pointed"
     python scripts/point_heads.py --model_path "$work/export-text" --save_path "$work/pointed" \

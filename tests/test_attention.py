@@ -67,7 +67,7 @@ def test_the_cache_writes_where_it_is_told_and_nowhere_else():
     cache = KVCache(CONFIG, 2, 8, torch.bfloat16, "cpu")
     keys, values = heads(2, 3, 2, 8, seed=1, dtype=torch.float32), heads(2, 3, 2, 8, seed=2, dtype=torch.float32)
     positions = torch.tensor([[0, 1, 2], [4, 5, 6]])
-    k, v = cache.layer(1).update(keys, values, positions, 7)
+    k, v = cache.layers[1].update(keys, values, positions, 7)
     assert k.shape == v.shape == (2, 7, 2, 8) and k.dtype == torch.bfloat16
     for row, start in ((0, 0), (1, 4)):
         assert torch.equal(k[row, start : start + 3], keys[row].bfloat16())
@@ -85,10 +85,10 @@ def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, posit
     cache = KVCache(CONFIG, 2, 9, torch.int8, "cpu")
     before = heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4) * torch.logspace(-3, 3, 7)[:, None, None]
     if not isinstance(positions, int) or positions:
-        cache.layer(1).update(*before, 0, 7)
+        cache.layers[1].update(*before, 0, 7)
     span = span_for(positions, 3, cache, filled=7)
     q, new = heads(2, 3, 4, 8), (heads(2, 3, 2, 8, seed=1), heads(2, 3, 2, 8, seed=2))
-    held = cache.layer(1).update(*new, span.positions, span.filled)
+    held = cache.layers[1].update(*new, span.positions, span.filled)
     k, v = (part.codes.double() * part.scales.double()[..., None] for part in held)
     asked = torch.arange(3) + (positions if isinstance(positions, int) else positions[:, :1])
     asked = asked.expand(2, 3)
@@ -105,10 +105,10 @@ def test_one_query_on_a_half_precision_cache(monkeypatch, position, dtype):
     """Against the formula in float64, in blocks of two slots; by the numbers, no product is rounded to 8 bits."""
     monkeypatch.setattr(attention, "BLOCK", 2 * 2 * 8)
     cache = KVCache(CONFIG, 2, 9, dtype, "cpu")
-    cache.layer(1).update(heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4), 0, 7)
+    cache.layers[1].update(heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4), 0, 7)
     span = span_for(position, 1, cache, filled=6)
     q = heads(2, 1, 4, 8).to(dtype)
-    k, v = cache.layer(1).update(heads(2, 1, 2, 8, seed=1), heads(2, 1, 2, 8, seed=2), span.positions, span.filled)
+    k, v = cache.layers[1].update(heads(2, 1, 2, 8, seed=1), heads(2, 1, 2, 8, seed=2), span.positions, span.filled)
     asked = torch.tensor([[position], [position]]) if isinstance(position, int) else position
     expected = formula(q.double(), k.double(), v.double(), asked)
     torch.testing.assert_close(attention.sdpa(q, k, v, span, True), expected.to(dtype), rtol=2e-2, atol=1e-3)
@@ -119,9 +119,9 @@ def test_one_query_on_a_half_precision_cache(monkeypatch, position, dtype):
 def test_one_query_for_the_compiler(position, dtype):
     """What a compiled step computes, against what the others do, with its cache's scales and masks."""
     cache = KVCache(CONFIG, 2, 9, dtype, "cpu")
-    cache.layer(1).update(heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4), 0, 7)
+    cache.layers[1].update(heads(2, 7, 2, 8, seed=3), heads(2, 7, 2, 8, seed=4), 0, 7)
     span, q = span_for(position, 1, cache, filled=6), heads(2, 1, 4, 8)
-    held = cache.layer(1).update(heads(2, 1, 2, 8, seed=1), heads(2, 1, 2, 8, seed=2), span.positions, span.filled)
+    held = cache.layers[1].update(heads(2, 1, 2, 8, seed=1), heads(2, 1, 2, 8, seed=2), span.positions, span.filled)
     expected = attention.sdpa(q, *held, span, True)
     torch.testing.assert_close(attention._fused(q, *held, span), expected, rtol=1e-6, atol=1e-6)
 
@@ -129,13 +129,13 @@ def test_one_query_for_the_compiler(position, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_rows_of_a_cache_are_spread(dtype):
     cache = KVCache(CONFIG, 3, 5, dtype, "cpu")
-    cache.layer(0).update(heads(2, 4, 2, 8, seed=1), heads(2, 4, 2, 8, seed=2), 0, 4)
+    cache.layers[0].update(heads(2, 4, 2, 8, seed=1), heads(2, 4, 2, 8, seed=2), 0, 4)
     before = [held.clone() for held in cache.tensors()]
     cache.spread(torch.tensor([1, 0, 1]), 3)
     for old, new in zip(before, cache.tensors(), strict=True):
         assert torch.equal(new[:, :, :3], old[[1, 0, 1], :, :3])
         assert torch.equal(new[:, :, 3:], old[:, :, 3:])
-    assert all(tensor.count_nonzero() for tensor in cache.layer(0).stores)
+    assert all(tensor.count_nonzero() for tensor in cache.layers[0].stores)
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])

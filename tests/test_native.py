@@ -12,7 +12,7 @@ from test_step import CALLS, CONFIG
 
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.model import native, quantization
-from lumina_mgpt.model.attention import sdpa
+from lumina_mgpt.model.attention import Span, sdpa
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
 from lumina_mgpt.model.quantization import Int4Linear, dequantize
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
@@ -76,10 +76,10 @@ def test_attention_of_one_query(dtype, width, size):
     config = replace(CONFIG, hidden_size=N * width, num_attention_heads=N, num_key_value_heads=K)
     for last in ([0, 14, 15], [16, 63, 99], [99, 99, 99]):
         cache = KVCache(config, B, 120, dtype, "cpu")
-        cache.layer(0).update(heads(B, 110, K, width, seed=1), heads(B, 110, K, width, seed=2), 0, 110)
+        cache.layers[0].update(heads(B, 110, K, width, seed=1), heads(B, 110, K, width, seed=2), 0, 110)
         positions = torch.tensor(last)[:, None]
         new = (heads(B, 1, K, width, seed=seed, dtype=torch.bfloat16) for seed in (3, 4))
-        k, v = cache.layer(0).update(*new, positions, 100)
+        k, v = cache.layers[0].update(*new, positions, 100)
         span = _span(positions, cache)
         q = heads(B, 1, N, width, seed=5).mul(size).bfloat16()
         assert native.attends(q, k.codes if isinstance(k, Scaled) else k)
@@ -91,8 +91,6 @@ def test_attention_of_one_query(dtype, width, size):
 
 
 def _span(positions, cache):
-    from lumina_mgpt.model.attention import Span
-
     return Span.of(1, positions, cache, 100, torch.bfloat16, torch.device("cpu"))
 
 

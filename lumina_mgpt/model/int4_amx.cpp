@@ -94,8 +94,7 @@ struct Rows {
     height = (count + chunks - 1) / chunks;
     for (long at = 0; at < count * inputs; at += group) {
       __m512 sum = _mm512_setzero_ps();
-      for (long k = 0; k < group; k += 16)
-        sum = _mm512_add_ps(sum, sixteen(from + at + k));
+      for (long k = 0; k < group; k += 16) sum = _mm512_add_ps(sum, sixteen(from + at + k));
       sums.push_back(_mm512_reduce_add_ps(sum));
     }
     if (chunks * height > count) {

@@ -31,8 +31,8 @@ class KVCache:
     """`length` places a row; the key of position p lies in slot p, so rows of different lengths need no bookkeeping.
 
     `spare` slots behind them are for the pads of short rows: nothing ever sees what is in there. With the dtype int8
-    each key and value is rounded as it comes in, with a scale of its own; attention multiplies by the
-    integers (see `attention.sdpa`). A head's slots lie one after another, as attention reads them.
+    each key and value is rounded as it comes in, with a scale of its own; attention multiplies by the integers (see
+    `attention.sdpa`). A head's slots lie one after another, as attention reads them.
 
     Slots are zero at first: a slot that no query may see still enters the products with weight 0, and 0 · NaN is NaN.
     Nothing is ever cleared. A query sees slots up to its own position only, so what a longer earlier sequence, a
@@ -54,9 +54,6 @@ class KVCache:
             if dtype == torch.int8:
                 scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
             self.layers.append(LayerCache(stores, scales, row))
-
-    def layer(self, index: int) -> "LayerCache":
-        return self.layers[index]
 
     def tensors(self) -> list[Tensor]:
         """All that it holds: keys and values of each layer, and their scales."""

@@ -1,7 +1,7 @@
 // Attention of one query a row over a cache of bf16, or of int8 with a scale for each slot and head.
 //
 // torch's own reads such a cache at a fraction of the memory's speed. Keys and values are read once here, and nothing
-// but the weights of one head is written in between. AVX-512 F, BW and VL; plain C names, as in int4_amx.cpp.
+// but the weights of one head is written in between. AVX-512 F, BW, VL and BF16; plain C names, as in int4_amx.cpp.
 
 #include <vector>
 
@@ -16,15 +16,15 @@ inline __m512 exponential(__m512 x) {
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
   __m512 sum = _mm512_set1_ps(1.0f / 720);
-  for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
+  for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
   return _mm512_scalef_ps(sum, n);
 }
 
 // weights[0 ... slots) become their softmax; beyond them, up to a multiple of 16, is room.
 void softmax(float* weights, long slots) {
-  const __m512 least = _mm512_set1_ps(-__builtin_inff());
   for (long s = slots; s % 16; ++s) weights[s] = -__builtin_inff();
-  __m512 largest = least, sum = _mm512_setzero_ps();
+  __m512 largest = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
   for (long s = 0; s < slots; s += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(weights + s));
   const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
   for (long s = 0; s < slots; s += 16) {
@@ -63,8 +63,7 @@ void head(const uint16_t* query, const Number* keys, const Number* values, const
     const __m512 weight = _mm512_set1_ps(weights[s] * (value_scales ? value_scales[s] : 1));
     for (int part = 0; part < PARTS; ++part) mixed[part] = _mm512_fmadd_ps(weight, sixteen(value + part * 16), mixed[part]);
   }
-  for (int part = 0; part < PARTS; ++part)
-    store_sixteen(out + part * 16, mixed[part]);
+  for (int part = 0; part < PARTS; ++part) store_sixteen(out + part * 16, mixed[part]);
 }
 
 template <typename Number, int H>

@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         rate = self.dropout if self.training else 0.0
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
-            held = None if cache is None else cache.layer(index)
+            held = None if cache is None else cache.layers[index]
             if recompute:
                 hidden = checkpoint(layer, hidden, rope, span, held, rate, use_reentrant=False)
             else:

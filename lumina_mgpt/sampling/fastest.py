@@ -39,7 +39,8 @@ def fastest(
 ) -> tuple[Speculation | None, dict[Speculation | None, float]]:
     """The choice with the most codes a second (None: plain sampling), and the seconds a code expected of each.
 
-    `step` makes a fresh step with room for a choice's window; the other arguments are those of `sample`.
+    `step` makes a fresh step with room for a choice's window, `choices` are those to try, of CODES; the other arguments
+    are those of `sample`.
     """
     expected = {choice: _forward_seconds(step(choice), prompts, layout, settings, choice, given) / CODES[choice]
                 for choice in choices}  # fmt: skip
