@@ -348,11 +348,12 @@ def test_configurations(size, billions):
     assert count == pytest.approx(billions, rel=0.01 if billions > 1 else 0.2)  # the demo's vocabulary may change
 
 
-@pytest.mark.parametrize("rows", [(2,), (3, 1), (2, 33)])
+@pytest.mark.parametrize("rows", [(2,), (3, 1), (4,), (2, 33)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_product_without_gradients_is_the_one_with_them(rows, bias):
+@pytest.mark.parametrize("outputs", [80, 12_000])
+def test_the_product_without_gradients_is_the_one_with_them(rows, bias, outputs):
     """Two libraries (see linear): equal but for the order of sums, in every case where the quicker one is taken."""
-    layer = Linear(48, 80, bias)
+    layer = Linear(48, outputs, bias)
     x = torch.randn(*rows, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         quick = layer(x)

@@ -1,8 +1,10 @@
 """The operators built for CPUs with AMX, against formulas in float64; and what happens where they cannot be had."""
 
 import os
+import platform
 import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -43,6 +45,21 @@ def test_products(group, shape):
         assert y.dtype == torch.bfloat16
         assert ((y.double() - expected).abs() < 0.005 * expected.abs() + 1e-3 * expected.std()).all(), rows
         assert torch.equal(module(x[-1:]), y[-1:]), "a row's product depends on the row alone"
+
+
+@needed
+def test_products_of_several_matrices_in_one_call():
+    """Each as on its own, with its own bias or none."""
+    modules = [int4(outputs, 128, 64) for outputs in (64, 192, 128)]
+    modules[1].bias = torch.nn.Parameter(heads(192, dtype=torch.bfloat16), requires_grad=False)
+    for module in modules:
+        module.pack(torch.bfloat16)
+    for rows in (1, 20, 300):
+        x = heads(1, rows, 128, seed=rows, dtype=torch.bfloat16)
+        for module, y in zip(modules, quantization.products(x, *modules), strict=True):
+            assert torch.equal(y, module(x)) and y.shape == (1, rows, len(module.scale_and_zero) * 64)
+    with pytest.raises(RuntimeError, match="no gradient"):
+        modules[0](x.requires_grad_())
 
 
 @needed
@@ -122,16 +139,26 @@ def test_compiled_steps_use_them():
 def anew(monkeypatch, tmp_path):
     """As in a process that has built nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
+    native._works.cache_clear()
     yield tmp_path / "lumina_mgpt"
-    native._library.cache_clear()
+    native._works.cache_clear()
+
+
+def test_sources_compile(tmp_path):
+    """On processors without AMX, too, where the other tests are left out."""
+    if platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("for g++ on x86-64")
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    if int(version.split(".")[0]) < 11:
+        pytest.skip(f"g++ {version.strip()} does not know AMX")
+    assert native._built(["g++"], tmp_path / "native.so").stat().st_size
 
 
 @needed
 def test_built_once(anew, monkeypatch):
     assert native.ready()
     (built,) = anew.iterdir()
-    native._library.cache_clear()
+    native._works.cache_clear()
     monkeypatch.setattr(native.subprocess, "run", lambda *args, **options: pytest.fail("built again"))
     assert native.ready() and list(anew.iterdir()) == [built]
 
@@ -166,7 +193,7 @@ def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, c
         sources = [tmp_path / path.name for path in native._SOURCES]
         for copy, path in zip(sources, native._SOURCES, strict=True):
             copy.write_text(path.read_text().replace(old, new))
-        shutil.copy(native._SOURCES[0].with_name("native.h"), tmp_path)
+        shutil.copy(path.with_name("native.h"), tmp_path)
         monkeypatch.setattr(native, "_SOURCES", tuple(sources))
     module = int4(64, 128, 32)
     weight = dequantize(module.matrix)
@@ -185,9 +212,9 @@ def test_what_they_cannot_take_is_refused():
     module.pack(torch.bfloat16)
     ops, scale = torch.ops.lumina_mgpt, torch.ones(64, dtype=torch.bfloat16)
     x, numbers = torch.ones(2, 128, dtype=torch.bfloat16), torch.ones(64, 128, dtype=torch.int8)
-    for wrong in (x.float(), x.char(), x[:, :64].contiguous(), x.repeat(1, 2), x.T.contiguous().T, x.requires_grad_()):
+    for wrong in (x.float(), x.char(), x[:, :64].contiguous(), x.repeat(1, 2), x.T.contiguous().T):
         with pytest.raises(RuntimeError, match="other kinds, shapes or strides"):
-            ops.int4_linear(wrong, module.packed, 32, module.scale_and_zero)
+            ops.int4_linear(wrong, [module.packed], 32, [module.scale_and_zero])
         with pytest.raises(RuntimeError, match="other kinds, shapes or strides"):
             ops.int8_linear(wrong, numbers, scale)
     q = torch.ones(2, 1, 4, 64, dtype=torch.bfloat16)

@@ -172,7 +172,7 @@ def _native(q: Tensor, k: Held, v: Held, span: Span) -> Tensor:
     else:
         slots = span.positions[:, 0] + 1
     parts = (k.codes, v.codes, k.scales, v.scales) if isinstance(k, Scaled) else (k, v, None, None)
-    return torch.ops.lumina_mgpt.one_query(q, *parts, slots)
+    return torch.ops.lumina_mgpt.one_query(q.contiguous(), *parts, slots)
 
 
 def _copied(part: Tensor, room: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 //
 // torch's kernel reads such a matrix at less than half of the memory's speed with one or two rows, and takes time in
 // proportion to them beyond. Here 32 x 64 numbers at a time become bf16 in the first-level cache, where the tile unit
-// multiplies up to sixteen rows by them. Plain C names, no header of torch: a second's work for the compiler.
+// multiplies up to sixteen rows by them.
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -155,15 +155,11 @@ void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, 
 
 }  // namespace
 
-extern "C" {
+bool int4_amx_allowed() { return syscall(SYS_arch_prctl, ASK_PERMISSION, DATA_STATE) == 0; }
 
-// Whether the system lets this process use the tile unit; to be asked before the first product.
-int int4_amx_allowed() { return syscall(SYS_arch_prctl, ASK_PERMISSION, DATA_STATE) == 0; }
-
-// out (M, N) = x (M, K) @ W.T: bf16, but for `packed`, as made by torch's _convert_weight_to_int4pack_for_cpu.
-// scale_zero is (N / 64, K / group, 64, 2); N is a multiple of 64, and group 32, 64 or 128.
-void int4_amx(const uint16_t* x, const uint8_t* packed, const uint16_t* scale_zero, uint16_t* out, long M, long N,
-              long K, long group, long threads) {
+void int4_amx(const uint16_t* x, const Int4Matrix* matrices, long count, long M, long K, long group, long threads) {
+  long blocks = 0;
+  for (long i = 0; i < count; ++i) blocks += matrices[i].outputs / OUTPUTS;
   for (long start = 0; start < M; start += SLAB) {
     const Rows rows(x + start * K, std::min(SLAB, M - start), K, group);
     TileConfig config;
@@ -178,10 +174,14 @@ void int4_amx(const uint16_t* x, const uint8_t* packed, const uint16_t* scale_ze
       written();
       _tile_loadconfig(&config);
 #pragma omp for schedule(static)
-      for (long n = 0; n < N; n += OUTPUTS)
-        block(rows, packed + n * K / 2, scale_zero + n * (K / group) * 2, out + start * N + n, N, totals.data(), tiles);
+      for (long at = 0; at < blocks; ++at) {
+        const Int4Matrix* matrix = matrices;
+        long n = at * OUTPUTS;
+        for (; n >= matrix->outputs; ++matrix) n -= matrix->outputs;
+        block(rows, matrix->packed + n * K / 2, matrix->scale_zero + n * (K / group) * 2,
+              matrix->out + start * matrix->outputs + n, matrix->outputs, totals.data(), tiles);
+      }
       _tile_release();
     }
   }
-}
 }

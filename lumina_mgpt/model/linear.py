@@ -6,21 +6,30 @@ from torch import Tensor, nn
 
 # What torch.compile itself calls for a matrix product on a CPU: oneDNN's, where `linear` in float32 is MKL's.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# Where MKL is the quicker one: for so few rows, or so small a matrix, on processors with AMX.
+_MKL_ROWS, _MKL_NUMBERS = (3, 1 << 19) if torch.cpu.get_capabilities().get("amx_tile") else (0, 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, by oneDNN in float32 on a CPU when no gradient is wanted.
 
-    With few rows, MKL reads a matrix once for each, and slowly. GB/s of weights on two cores, whose memory gives 32,
-    for 11008 x 4096: 22 with one row and 11 with two by MKL, 33 and 28 by oneDNN. CPU ms of one thread, on a busy
-    machine, for 4096 x 4096 with 4, 8 and 16 rows: 8.8, 9.5, 12.7 and 5.7, 6.2, 9.1. Both add in float32, in another
-    order.
+    Which is quicker depends on the processor. GB/s of weights on two cores, for 11008 x 4096:
+
+        rows                          1    2    3    4    8   16   32
+        with AMX         MKL         32   30   28   15   10    9    9
+        (memory: 33)     oneDNN      28   24   23   22   20   16   12
+        without          MKL         22   11
+        (memory: 32)     oneDNN      33   28
+
+    And us for 384 x 384, with AMX: MKL 10, 10, 11, 21, 23, 32, 47, oneDNN 24, 35, 35, 36, 39, 50, 67. Both add in
+    float32, in another order.
 
     Shapes: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
     """
     if _ONEDNN and x.numel() and x.device.type == "cpu" and x.dtype == torch.float32 == weight.dtype:
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
-            return _ONEDNN(x, weight, bias, "none", [], "")
+            if x.numel() > _MKL_ROWS * x.shape[-1] and weight.numel() > _MKL_NUMBERS:
+                return _ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 

@@ -1,4 +1,4 @@
-// What the C++ files here share. AVX-512 F and BF16.
+// What the C++ files here share, and what each of them is for. AVX-512 F and BF16.
 #pragma once
 
 #include <immintrin.h>
@@ -24,3 +24,28 @@ inline __m512 sixteen(const int8_t* numbers) {
 inline void store_sixteen(uint16_t* bf16, __m512 numbers) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(numbers)));
 }
+
+// A matrix of `outputs` (a multiple of 64) x K numbers of 4 bits, as packed by torch's _convert_weight_to_int4pack_for_cpu,
+// its scales and zeros (outputs / 64, K / group, 64, 2) in bf16, and where its products (M, outputs) go, in bf16.
+struct Int4Matrix {
+  const uint8_t* packed;
+  const uint16_t* scale_zero;
+  uint16_t* out;
+  long outputs;
+};
+
+// Whether the system lets this process use the tile unit; to be asked before the first product.
+bool int4_amx_allowed();
+
+// The products x (M, K) @ W.T of so many matrices; x in bf16, and group 32, 64 or 128.
+void int4_amx(const uint16_t* x, const Int4Matrix* matrices, long count, long M, long K, long group, long threads);
+
+// out (M, N) = x (M, K) @ (numbers * scale).T, all but numbers (N, K) in bf16; N and K are multiples of 16.
+void int8_rows(const uint16_t* x, const int8_t* numbers, const uint16_t* scale, uint16_t* out, long M, long N, long K,
+               long threads);
+
+// query and out (B, N, H) bf16; row b sees slots[b] slots. Of keys and values (B, K, slots, H), `row` and `apart` are
+// the strides of the first two dimensions, and likewise for the scales, which are null for bf16. H is 64 or 128.
+void one_query(const uint16_t* query, const void* keys, const void* values, const float* key_scales,
+               const float* value_scales, const int64_t* slots, uint16_t* out, long B, long N, long K, long H, long row,
+               long apart, long scale_row, long scale_apart, float scale, long threads);

@@ -1,8 +1,9 @@
 """Three operators of this project's own for CPUs with AMX, built once by the compiler of the machine.
 
-    torch.ops.lumina_mgpt.int4_linear(x, packed, group, scale_and_zero)
+    torch.ops.lumina_mgpt.int4_linear(x, [packed, ...], group, [scale_and_zero, ...])
 
-is torch's `_weight_int4pack_mm_for_cpu`, but for scales that lie in the order in which they are read (`in_order`);
+is torch's `_weight_int4pack_mm_for_cpu` of several matrices, but for scales that lie in the order in which they are
+read (`in_order`);
 
     torch.ops.lumina_mgpt.int8_linear(x, numbers, scale)
 
@@ -12,7 +13,7 @@ is torch's `_weight_int8pack_mm`; and
 
 is attention of one query a row over the first `slots` slots of a cache. Shapes: x (M, K), numbers (N, K), scale (N,);
 q (B, 1, N, H), keys and values (B, S, K, H) in bf16, or in int8 with float32 scales (B, S, K), slots (B,) int64. x, q,
-scale and what is returned are bf16. All raise RuntimeError where that is not so, or where a gradient is wanted.
+scale and what is returned are bf16. All raise RuntimeError where that is not so. None has a gradient.
 
 Where the processor, a compiler or the right to write to the cache folder is missing, others do the same, slower.
 LUMINA_MGPT_NATIVE=0 leaves all of them out.
@@ -29,6 +30,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -41,14 +43,17 @@ logger = logging.getLogger(__name__)
 
 OUTPUTS = 64  # a matrix of int4 must have a multiple of so many
 WIDTHS = (64, 128)  # of a head
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("int4_amx.cpp", "int8_rows.cpp", "one_query.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in (
+    "operators", "int4_amx", "int8_rows", "one_query"))  # fmt: skip
 _NEEDED = ("amx_tile", "amx_bf16", "avx512_bw", "avx512_vl", "avx512_vbmi", "avx512_bf16")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl",
-          "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")  # fmt: skip
+          "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
+          "-DTORCH_TARGET_VERSION=0x020a000000000000")  # fmt: skip  # the stable interface as of torch 2.10
+_TORCH = Path(torch.__file__).parent
 _SECONDS = 120  # that a compiler may take
 _OPS = torch.library.Library("lumina_mgpt", "DEF")
 for _meant in (
-    "int4_linear(Tensor x, Tensor packed, int group, Tensor scale_and_zero) -> Tensor",
+    "int4_linear(Tensor x, Tensor[] packed, int group, Tensor[] scale_and_zero) -> Tensor[]",
     "int8_linear(Tensor x, Tensor numbers, Tensor scale) -> Tensor",
     "one_query(Tensor q, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, Tensor slots) -> Tensor",
 ):
@@ -58,7 +63,7 @@ for _meant in (
 @torch.compiler.assume_constant_result
 def ready() -> bool:
     """Whether the operators work here; builds them the first time."""
-    return _library() is not None
+    return _works()
 
 
 def multiplies(dtype: torch.dtype, outputs: int, group: int) -> bool:
@@ -84,70 +89,14 @@ def in_order(scale_and_zero: Tensor) -> Tensor:
     return scale_and_zero.unflatten(1, (-1, OUTPUTS)).transpose(0, 1).contiguous()
 
 
-def _check(fits: bool) -> None:
-    if not fits:
-        raise RuntimeError("lumina_mgpt: tensors of other kinds, shapes or strides than the operator takes")
-
-
-def _is(tensor: Tensor, dtype: torch.dtype, *shape: int) -> bool:
-    """Whether a tensor is of this kind, whole in memory, and to be read without a gradient."""
-    kind = tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()
-    return kind and not (tensor.requires_grad and torch.is_grad_enabled())
-
-
-@torch.library.impl(_OPS, "int4_linear", "CPU")
-def _int4_linear(x: Tensor, packed: Tensor, group: int, scale_and_zero: Tensor) -> Tensor:
-    (M, K), blocks = x.shape, len(scale_and_zero)
-    N = blocks * OUTPUTS
-    _check(group in INT4_GROUPS and K % group == 0 and _is(x, torch.bfloat16, M, K)
-           and _is(packed, torch.uint8, N, K // 2)
-           and _is(scale_and_zero, torch.bfloat16, blocks, K // group, OUTPUTS, 2))  # fmt: skip
-    out = x.new_empty(M, N)
-    pointers = (tensor.data_ptr() for tensor in (x, packed, scale_and_zero, out))
-    _library().int4_amx(*pointers, M, N, K, group, torch.get_num_threads())
-    return out
-
-
 @torch.library.register_fake("lumina_mgpt::int4_linear", lib=_OPS)
-def _(x: Tensor, packed: Tensor, group: int, scale_and_zero: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], len(scale_and_zero) * OUTPUTS)
-
-
-@torch.library.impl(_OPS, "int8_linear", "CPU")
-def _int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
-    (M, K), N = x.shape, len(numbers)
-    _check(N % 16 == K % 16 == 0 and _is(x, torch.bfloat16, M, K) and _is(numbers, torch.int8, N, K)
-           and _is(scale, torch.bfloat16, N))  # fmt: skip
-    out = x.new_empty(M, N)
-    pointers = (tensor.data_ptr() for tensor in (x, numbers, scale, out))
-    _library().int8_rows(*pointers, M, N, K, torch.get_num_threads())
-    return out
+def _(x: Tensor, packed: list[Tensor], group: int, scale_and_zero: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(len(x), len(pairs) * OUTPUTS) for pairs in scale_and_zero]
 
 
 @torch.library.register_fake("lumina_mgpt::int8_linear", lib=_OPS)
 def _(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(len(x), len(numbers))
-
-
-@torch.library.impl(_OPS, "one_query", "CPU")
-def _one_query(q: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None,
-               slots: Tensor) -> Tensor:  # fmt: skip
-    q, (B, _, N, H) = q.contiguous(), q.shape
-    S, K = keys.shape[1:3]
-    _check(_is(q, torch.bfloat16, B, 1, N, H) and _is(slots, torch.int64, B) and attends(q, keys) and N % K == 0
-           and keys.shape == values.shape == (B, S, K, H) and keys.stride() == values.stride()
-           and keys.dtype == values.dtype and (keys.dtype == torch.int8) == (key_scales is not None)
-           and (B == 0 or 1 <= int(slots.min()) <= int(slots.max()) <= S))  # fmt: skip
-    apart = (0, 0, 0)
-    if key_scales is not None:
-        apart = key_scales.stride()
-        _check(key_scales.shape == value_scales.shape == (B, S, K) and apart == value_scales.stride() and apart[1] == 1
-               and key_scales.dtype == value_scales.dtype == torch.float32)  # fmt: skip
-    out = torch.empty_like(q)
-    pointers = [None if t is None else t.data_ptr() for t in (q, keys, values, key_scales, value_scales, slots, out)]
-    _library().one_query(*pointers, B, N, K, H, keys.stride(0), keys.stride(2), apart[0], apart[2], H**-0.5,
-                         torch.get_num_threads())  # fmt: skip
-    return out
 
 
 @torch.library.register_fake("lumina_mgpt::one_query", lib=_OPS)
@@ -157,34 +106,34 @@ def _(q: Tensor, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
-    """The built and tried library; None, with a word in the log, where that cannot be had."""
+def _works() -> bool:
+    """Whether the operators are built, registered and tried; a word in the log where that cannot be had."""
     if os.environ.get("LUMINA_MGPT_NATIVE") == "0" or sys.platform != "linux":
-        return None
+        return False
     can = torch.cpu.get_capabilities()
     if not all(can.get(feature) for feature in _NEEDED):
-        return None
+        return False
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
     if not compiler:
         logger.info("no C++ compiler (g++, clang++ or CXX): products and attention of int4 models are slower without")
-        return None
+        return False
     try:
         path = _path(compiler)
         try:
-            library = _loaded(path) if path.exists() else _loaded(_built(compiler, path))
+            register = _register(path) if path.exists() else _register(_built(compiler, path))
         except (OSError, AttributeError):  # damaged, or of another system that shares the folder
-            library = _loaded(_built(compiler, path))
-        if not library.int4_amx_allowed():
-            raise OSError("the system does not let processes use the tile unit")
-        _try(library)
+            register = _register(_built(compiler, path))
+        if not register():
+            raise OSError("the system does not let processes use the tile unit, or torch does not take the operators")
+        _try()
     except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
         said = getattr(error, "stderr", None) or str(error)
         said = said.decode(errors="replace") if isinstance(said, bytes) else said
         lines = said.strip().split("\n")
         told = next((line for line in lines if "error" in line), lines[0])
         logger.warning("quicker int4 products and attention cannot be used: %s; torch's take their place", told)
-        return None
-    return library
+        return False
+    return True
 
 
 def _path(compiler: list[str]) -> Path:
@@ -198,7 +147,7 @@ def _path(compiler: list[str]) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     sources = [path.read_bytes() for path in (*_SOURCES, *_SOURCES[0].parent.glob("*.h"))]
     program = shutil.which(compiler[0])
-    made_of = (sources, compiler, program and os.stat(program).st_mtime, _FLAGS, platform.libc_ver())
+    made_of = (sources, compiler, program and os.stat(program).st_mtime, _FLAGS, torch.__version__, platform.libc_ver())
     path = folder / f"native-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     for place in (folder, path):
         if place.exists():
@@ -211,23 +160,22 @@ def _path(compiler: list[str]) -> Path:
 def _built(compiler: list[str], path: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent) as room:  # several processes may be at it
         made = Path(room) / path.name
-        subprocess.run([*compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made)], check=True, capture_output=True,
-                       text=True, timeout=_SECONDS)  # fmt: skip
+        command = [*compiler, *_FLAGS, f"-I{_TORCH / 'include'}", *map(str, _SOURCES), f"-L{_TORCH / 'lib'}",
+                   "-ltorch_cpu", "-o", str(made)]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
         made.chmod(0o700)
         made.replace(path)
     return path
 
 
-def _loaded(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.int4_amx.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 5
-    library.int8_rows.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 4
-    library.one_query.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_long] * 8 + [ctypes.c_float, ctypes.c_long]
-    library.int4_amx.restype = library.int8_rows.restype = library.one_query.restype = None
-    return library
+def _register(path: Path) -> Callable[[], bool]:
+    """What registers the operators of a library; nothing but loading it has happened yet."""
+    register = ctypes.CDLL(str(path)).lumina_mgpt_register
+    register.restype = ctypes.c_bool
+    return register
 
 
-def _try(library: ctypes.CDLL) -> None:
+def _try() -> None:
     """How torch packs a matrix is its own affair, so small products are compared before one is relied on.
 
     Raises:
@@ -240,8 +188,6 @@ def _try(library: ctypes.CDLL) -> None:
             scale_and_zero = torch.linspace(0.1, 1, K // group * N * 2).view(K // group, N, 2).bfloat16()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
         wanted = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale_and_zero).float()
-        out = torch.empty_like(wanted, dtype=torch.bfloat16)
-        tensors = x, packed, in_order(scale_and_zero), out
-        library.int4_amx(*(tensor.data_ptr() for tensor in tensors), M, N, K, group, 1)
-        if not (out - wanted).norm() < 0.01 * wanted.norm():
-            raise RuntimeError("it does not agree with torch's")
+        for out in torch.ops.lumina_mgpt.int4_linear(x, [packed] * 2, group, [in_order(scale_and_zero)] * 2):
+            if not (out - wanted).norm() < 0.01 * wanted.norm():
+                raise RuntimeError("they do not agree with torch's")

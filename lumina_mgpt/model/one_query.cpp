@@ -1,7 +1,7 @@
 // Attention of one query a row over a cache of bf16, or of int8 with a scale for each slot and head.
 //
 // torch's own reads such a cache at a fraction of the memory's speed. Keys and values are read once here, and nothing
-// but the weights of one head is written in between. AVX-512 F, BW, VL and BF16; plain C names, as in int4_amx.cpp.
+// but the weights of one head is written in between. AVX-512 F, BW, VL and BF16.
 
 #include <vector>
 
@@ -87,11 +87,9 @@ void all(const uint16_t* query, const Number* keys, const Number* values, const 
 
 }  // namespace
 
-// query and out (B, N, H) bf16; row b sees slots[b] slots. Of keys and values (B, K, slots, H), `row` and `apart` are
-// the strides of the first two dimensions, and likewise for the scales, which are null for bf16. H is 64 or 128.
-extern "C" void one_query(const uint16_t* query, const void* keys, const void* values, const float* key_scales,
-                          const float* value_scales, const int64_t* slots, uint16_t* out, long B, long N, long K, long H,
-                          long row, long apart, long scale_row, long scale_apart, float scale, long threads) {
+void one_query(const uint16_t* query, const void* keys, const void* values, const float* key_scales,
+               const float* value_scales, const int64_t* slots, uint16_t* out, long B, long N, long K, long H, long row,
+               long apart, long scale_row, long scale_apart, float scale, long threads) {
 #define RUN(Number, WIDTH)                                                                                             \
   all<Number, WIDTH>(query, static_cast<const Number*>(keys), static_cast<const Number*>(values), key_scales,          \
                      value_scales, slots, out, B, N, K, row, apart, scale_row, scale_apart, scale, threads)

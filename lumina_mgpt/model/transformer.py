@@ -102,10 +102,9 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(K, config.model_parallel_size, H)
 
     def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: LayerCache | None) -> Tensor:
-        heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(hidden).unflatten(-1, heads)), rope)  # (B, T, N, H)
-        k = rotate(self.k_norm(self.k_proj(hidden).unflatten(-1, heads)), rope)  # (B, T, K, H)
-        v = self.v_proj(hidden).unflatten(-1, heads)  # (B, T, K, H)
+        mixed = quantization.products(hidden, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in mixed)  # (B, T, N, H), twice (B, T, K, H)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
             k, v = cache.update(k, v, span.positions, span.filled)  # (B, S, K, H)
             q = q if isinstance(k, Scaled) else q.to(k.dtype)
@@ -123,7 +122,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, D, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = quantization.products(hidden, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):

@@ -36,10 +36,9 @@ def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count
     """
     wanted = list(zip(keys, positions, strict=True))
     index = {draw: at for at, draw in enumerate(dict.fromkeys(wanted))}
-    bits = np.empty((len(index), count), np.uint64)
-    for ((seed, repeat), position), at in index.items():
-        bits[at] = _bits(seed, repeat, position, count)
-    noise = _open_unit(bits)
+    noise = np.empty((len(index), count))
+    for (key, position), at in index.items():
+        _fill(noise[at], *key, position)
     for _ in range(2):  # -log(-log(uniform)), in place
         np.log(noise, out=noise)
         np.negative(noise, out=noise)
@@ -58,16 +57,17 @@ def uniform_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], visi
 
     Shapes: -> (B, count) float64 in (0, 1) on the CPU.
     """
-    pairs = zip(keys, positions, strict=True)
-    bits = np.stack([_bits(*key, position, count, purpose=1 + visit) for key, position in pairs])
-    return torch.from_numpy(_open_unit(bits))
+    uniform = np.empty((len(keys), count))
+    for row, key, position in zip(uniform, keys, positions, strict=True):
+        _fill(row, *key, position, purpose=1 + visit)
+    return torch.from_numpy(uniform)
 
 
-def _bits(seed: int, repeat: int, position: int, count: int, purpose: int = 0) -> np.ndarray:
+def _fill(row: np.ndarray, seed: int, repeat: int, position: int, purpose: int = 0) -> None:
+    """Makes uniform numbers in (0, 1) of a row of float64; with few arrays on the way, as fresh memory costs time."""
     # The counter's two low words count the blocks of this draw.
     key, counter = np.array([seed, repeat], np.uint64), np.array([0, 0, position, purpose], np.uint64)
-    return np.random.Philox(key=key, counter=counter).random_raw(count)
-
-
-def _open_unit(bits: np.ndarray) -> np.ndarray:
-    return ((bits >> np.uint64(12)) + 0.5) * 2.0**-52  # one bit more would round up to 1
+    bits = np.random.Philox(key=key, counter=counter).random_raw(len(row))
+    bits >>= np.uint64(12)  # one bit more would round up to 1
+    np.add(bits, 0.5, out=row)
+    row *= 2.0**-52
