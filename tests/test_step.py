@@ -1,6 +1,7 @@
 """The step that samplers are handed: compiled ones against the model as it is."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,25 @@ def test_compiled_steps_give_the_same_logits():
     for eager, quick in zip(*answers, strict=True):
         torch.testing.assert_close(quick, eager, rtol=1e-5, atol=1e-5)
     assert len({T for _, T in CALLS}) == 3 and not torch.equal(answers[0][1], answers[0][3])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_models_are_not_taken_for_one_another():
+    """Their inputs and caches are alike; only settings and weights differ."""
+    torch.manual_seed(0)
+    prompt, code = torch.randint(0, 96, (2, 9)), torch.randint(0, 96, (2, 1))
+    for swin_norm in (False, True):
+        config, answers = replace(CONFIG, swin_norm=swin_norm), []
+        model = Transformer(config)
+        model.init_weights(torch.Generator().manual_seed(0))
+        model.eval()
+        for forward in (None, compile_forward(model)):
+            cache = KVCache(config, 2, 32, torch.float32, "cpu", spare=COMPILED_SPARE)
+            step = CachedStep(model, cache, slice(64, 96), forward)
+            with torch.no_grad():
+                step(prompt, torch.arange(9).expand(2, 9), torch.full((2, 1), 8))
+                answers.append(step(code, torch.full((2, 1), 9), torch.zeros(2, 1, dtype=torch.long)))
+        torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_compiler_there_is_one_line(monkeypatch):

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
@@ -49,24 +50,25 @@ class CachedStep:
         forward, filled = self.model, int(positions.max()) + 1  # on the CPU: no synchronisation with a GPU
         if self.compiled:
             forward = self.compiled
-            ids, positions, filled = _static(ids, positions, self.cache.slots)
+            ids, positions, filled = _static(ids, positions, filled, self.cache.slots)
             torch.compiler.cudagraph_mark_step_begin()  # the last step's hidden states may be overwritten
         ids, positions = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions))
         return self._logits(forward(ids, positions=positions, cache=self.cache, filled=filled), read)
 
     def _logits(self, hidden: Tensor, read: Tensor) -> Tensor:
-        read = read.to(self.device, non_blocking=True)
-        wanted = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))  # (R, Q, D)
-        return self.model.project(wanted, self.columns)
+        if hidden.shape[1] > 1:
+            read = read.to(self.device, non_blocking=True)
+            hidden = hidden.gather(1, read[..., None].expand(-1, -1, hidden.shape[-1]))  # (R, Q, D)
+        return self.model.project(hidden, self.columns)
 
 
-def _static(ids: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor, int]:
+def _static(ids: Tensor, positions: Tensor, filled: int, slots: int) -> tuple[Tensor, Tensor, int]:
     """The same call with pads at its end, in one of few shapes, and how many slots it reads. Shapes: (R, T) both."""
-    T = ids.shape[1]
-    pads = 0 if T <= 2 else -T % _IDS
-    positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(pads)], 1)
-    part = -(-slots // _PARTS)
-    return F.pad(ids, (0, pads)), positions, min(slots, part * -(-(int(positions.max()) + 1) // part))
+    T, part = ids.shape[1], -(-slots // _PARTS)
+    if T > 2 and (pads := -T % _IDS):
+        ids, filled = F.pad(ids, (0, pads)), filled + pads
+        positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(pads)], 1)
+    return ids, positions, min(slots, part * -(-filled // part))
 
 
 def compile_forward(model: Transformer):
@@ -82,7 +84,16 @@ def compile_forward(model: Transformer):
         # Whether any of several hundred weights has been replaced is asked at every step else: 0.3 ms for eight layers.
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
     }
-    return torch.compile(model.forward, options=options, dynamic=False, fullgraph=True)
+    return torch.compile(_own(model.forward), options=options, dynamic=False, fullgraph=True)
+
+
+def _own(method: MethodType) -> MethodType:
+    """The same method with a code object of its own: what was compiled is kept with that, and nothing else would tell
+    models of one class apart."""
+    function = method.__func__
+    copy = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
+    copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return MethodType(copy, method.__self__)
 
 
 def has_compiler(device: torch.device) -> bool:
