@@ -1,17 +1,17 @@
-"""Products with plain weights: torch's `linear`, or a quicker library where that reads the weights more than once."""
+"""Products with plain weights: torch's `linear`, or another library where that one is quicker."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What torch.compile itself calls for a matrix product on a CPU: oneDNN's, where `linear` in float32 is MKL's.
+# oneDNN's, where `linear` in float32 is MKL's.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 # Where MKL is the quicker one: for so few rows, or so small a matrix, on processors with AMX.
 _MKL_ROWS, _MKL_NUMBERS = (3, 1 << 19) if torch.cpu.get_capabilities().get("amx_tile") else (0, 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, by oneDNN in float32 on a CPU when no gradient is wanted.
+    """`x @ weight.T + bias`, by oneDNN in float32 on a CPU where that is quicker and no gradient is wanted.
 
     Which is quicker depends on the processor. GB/s of weights on two cores, for 11008 x 4096:
 
