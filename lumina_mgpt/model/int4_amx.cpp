@@ -15,7 +15,6 @@
 
 namespace {
 
-constexpr long OUTPUTS = 64;  // of a block, as torch packs: for each input 32 bytes, one byte two outputs 32 apart
 constexpr long TILE = 16;     // rows of a tile, and its float32 columns
 constexpr long STEP = 32;     // inputs of a tile
 constexpr long SLAB = 256;    // rows worked on at once: their sums stay in the second-level cache

@@ -25,8 +25,10 @@ inline void store_sixteen(uint16_t* bf16, __m512 numbers) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(numbers)));
 }
 
-// A matrix of `outputs` (a multiple of 64) x K numbers of 4 bits, as packed by torch's _convert_weight_to_int4pack_for_cpu,
-// its scales and zeros (outputs / 64, K / group, 64, 2) in bf16, and where its products (M, outputs) go, in bf16.
+constexpr long OUTPUTS = 64;  // of a block, as torch packs: for each input 32 bytes, one byte two outputs 32 apart
+
+// A matrix of `outputs` (a multiple of OUTPUTS) x K numbers of 4 bits, packed by torch's
+// _convert_weight_to_int4pack_for_cpu, its scales and zeros (outputs / 64, K / group, 64, 2) in bf16, and where its products (M, outputs) go, in bf16.
 struct Int4Matrix {
   const uint8_t* packed;
   const uint16_t* scale_zero;

@@ -19,8 +19,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr long OUTPUTS = 64;
-
 void check(bool fits) {
   STD_TORCH_CHECK(fits, "lumina_mgpt: tensors of other kinds, shapes or strides than the operator takes");
 }
