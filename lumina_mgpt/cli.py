@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from lumina_mgpt.config import (
     Speculation,
     check_counts,
 )
+from lumina_mgpt.console import Stopped, safe_output, stoppable
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause, remedy
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 
 DEMO = "assets/demo"
 _PROJECT = Path(__file__).resolve().parent.parent
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 REFUSED = 2
 
 EXAMPLE_PROMPTS = (
@@ -292,11 +294,47 @@ def _plural_too(name: str) -> str:
     return f"(?:{stem}(?:e?s)?|{stem[:-1]}ies)" if name.endswith("y") else f"{stem}(?:e?s)?"
 
 
-def run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequence[str] | None) -> int:
-    """Parses and works; returns the exit status: 0, 2 with one line on stderr for what a user can mend, 130 for Ctrl-C.
+def run(
+    work: Callable[[argparse.Namespace], int | None], parser: Parser, argv: Sequence[str] | None, stopped: str = ""
+) -> int:
+    """Parses and works; returns the exit status.
 
-    What is not the user's to mend keeps its traceback.
+    That is what `work` returns (None: 0), 2 with a one-line error on stderr for what a user can correct, and 128 + n
+    for signal n (130: Ctrl-C), whose message ends in `stopped` or the text of the KeyboardInterrupt. Other exceptions
+    are bugs and keep their traceback.
     """
+    with safe_output(), stoppable(), _logged():
+        try:
+            return work(parser.parse_args(argv)) or 0
+        except InputError as error:
+            return _refuse(str(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return _refuse(f"{error.filename}: {cause(error)}; {remedy(error)}")
+        except KeyboardInterrupt as stop:
+            number = _signal_of(stop)
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            print(f"stopped by {name}; {str(stop) or stopped or 'finished images are kept'}", file=sys.stderr)
+            return 128 + number
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+                raise
+            return _refuse(
+                "out of memory; try --batch_size 1, a smaller --window or --width and --height, or --dtype bf16"
+            )
+
+
+def _signal_of(stop: KeyboardInterrupt) -> int:
+    """Number of the signal behind an exception: a command may have replaced a `Stopped` to say what is kept."""
+    while stop is not None and not isinstance(stop, Stopped):
+        stop = stop.__context__
+    return signal.SIGINT if stop is None else stop.number
+
+
+@contextlib.contextmanager
+def _logged():
+    """Prints what the package logs on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("lumina_mgpt")
@@ -304,21 +342,7 @@ def run(work: Callable[[argparse.Namespace], None], parser: Parser, argv: Sequen
     package.addHandler(handler)
     package.setLevel(logging.INFO)
     try:
-        work(parser.parse_args(argv))
-        return 0
-    except InputError as error:
-        return _refuse(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _refuse(f"{error.filename}: {error.strerror}; correct the path, or free some space")
-    except KeyboardInterrupt as stop:
-        print(f"stopped by Ctrl-C; {str(stop) or 'finished images are kept'}", file=sys.stderr)
-        return INTERRUPTED
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
-            raise
-        return _refuse("out of memory; try --batch_size 1, a smaller --window or --width and --height, or --dtype bf16")
+        yield
     finally:
         package.removeHandler(handler)
         package.setLevel(level)

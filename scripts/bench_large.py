@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from lumina_mgpt import cli
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.devices import DTYPES, cache_bytes
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import write_tensors
 from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.checkpoint import disk_name, load_model
@@ -300,7 +300,7 @@ def write_random(config: ModelConfig, folder: Path) -> None:
             fresh = torch.full(parameter.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
             tensors[name] = fresh if "norm" in name else fresh.normal_(0, 0.02, generator=generator)
             weight_map[name] = shard
-        save_file(tensors, folder / shard, {"format": "pt"})
+        write_tensors(folder / shard, tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config.to_json(folder / "config.json")  # last: it says that all is there
 

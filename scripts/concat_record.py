@@ -3,25 +3,25 @@
 import argparse
 import sys
 
-from lumina_mgpt.errors import InputError
+from lumina_mgpt import cli
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="concat_record.py", description=__doc__.split(":")[0])
     parser.add_argument("--sub_record_dir", required=True, help="--out_dir of pre_tokenize.py, all ranks finished")
     parser.add_argument("--save_path", required=True, help="record file to write, .json or .jsonl")
-    args = parser.parse_args()
-    from lumina_mgpt.data.pre_tokenize import concat_records
+    return parser
 
-    try:
-        good, bad = concat_records(args.sub_record_dir, args.save_path)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+def concat(args: argparse.Namespace) -> None:
+    from lumina_mgpt.data.pre_tokenize import concat_records  # torch takes seconds to import: only now
+
+    good, bad = concat_records(args.sub_record_dir, args.save_path)
     print(f"{good} records in {args.save_path}; {bad} were left out by pre_tokenize.py")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(concat, build_parser(), argv, stopped="run the same command again")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from lumina_mgpt import cli
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.files import json_line, write_atomic
 from lumina_mgpt.demo import emoji, omni, scenes
 from lumina_mgpt.demo.tokenizer import write_tokenizer
 from lumina_mgpt.images import stacked
+from lumina_mgpt.io import json_line, write_atomic
 from lumina_mgpt.maps import canny
 
 PAIRS = 12000

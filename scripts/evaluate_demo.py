@@ -23,13 +23,13 @@ import numpy as np
 from tqdm import tqdm
 
 from lumina_mgpt import cli
-from lumina_mgpt.data.files import write_atomic
 from lumina_mgpt.demo import emoji, evaluation, omni, scenes
 from lumina_mgpt.demo.evaluation import Mean, Share
 from lumina_mgpt.demo.omni import Example
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import psnr
+from lumina_mgpt.io import write_atomic
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.results import Result
 

@@ -28,8 +28,8 @@ def build_parser() -> cli.Parser:
 
 
 def write(args: argparse.Namespace) -> None:
-    from lumina_mgpt.data.files import write_atomic
     from lumina_mgpt.demo import emoji, lighthouse
+    from lumina_mgpt.io import write_atomic
 
     if min(args.pictures, args.known) < 1:
         raise InputError(f"--pictures and --known must be at least 1, got {args.pictures} and {args.known}")

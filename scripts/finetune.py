@@ -6,6 +6,7 @@ import sys
 import typing
 from pathlib import Path
 
+from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.training.settings import CHOICES, Settings
 
@@ -61,32 +62,35 @@ HELP = {
 }
 
 
-def parse() -> tuple[argparse.Namespace, dict]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="finetune.py", description=__doc__.split(":")[0])
     for field in dataclasses.fields(Settings):
         kind = next(t for t in (typing.get_args(field.type) or (field.type,)) if t is not type(None))
         options: dict = {"help": HELP.get(field.name, " ")}
         if kind is bool:
             options["action"] = "store_true"
         else:
-            options |= {"type": kind, "default": None if field.default is dataclasses.MISSING else field.default}
+            options |= {"type": {int: cli.whole, float: cli.number}.get(kind, kind)}
+            options["default"] = None if field.default is dataclasses.MISSING else field.default
             options["required"] = field.name == "output_dir"
         if field.name in CHOICES:
             options["choices"] = CHOICES[field.name]
         parser.add_argument(f"--{field.name}", **options)
     parser.add_argument("--model_size", help="released spelling of --model_config configs/model/SIZE.yaml (2B, 7B)")
-    parser.add_argument("--warmup_epochs", type=float, help="released spelling of --warmup, in epochs")
+    parser.add_argument("--warmup_epochs", type=cli.number, help="released spelling of --warmup, in epochs")
     for name in ("cache_ann_on_disk", "unmask_image_logits"):
         parser.add_argument(f"--{name}", action="store_true", help="released option; always so here")
-    parser.add_argument("--num_workers", type=int, help="released option, without effect: tokens are memory-mapped")
+    parser.add_argument(
+        "--num_workers", type=cli.whole, help="released option, without effect: tokens are memory-mapped"
+    )
     parser.add_argument("--export_only", action="store_true", help="export the newest checkpoint, do not train")
     parser.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
-    parser.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
-    args = parser.parse_args()
-    return args, {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    parser.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+    return parser
 
 
-def settings_of(args: argparse.Namespace, values: dict) -> Settings:
+def settings_of(args: argparse.Namespace) -> Settings:
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     if values["data_config"] is None:
         raise InputError("--data_config is missing; give a YAML file such as configs/data/demo.yaml")
     if args.model_size and not values["init_from"]:  # of a checkpoint the size is known
@@ -111,25 +115,21 @@ def train(settings: Settings) -> tuple[int, bool]:
         processes.stop()
 
 
-def main() -> int:
-    args, values = parse()
-    try:
-        signal, first = (0, True) if args.export_only else train(settings_of(args, values))
-        if signal:
-            if first:
-                print("stopped after a checkpoint; the same command with --resume auto goes on", file=sys.stderr)
-            return 128 + signal
+def finetune(args: argparse.Namespace) -> int:
+    signal, first = (0, True) if args.export_only else train(settings_of(args))
+    if signal:
         if first:
-            from lumina_mgpt.training.checkpoint import export
+            print("stopped after a checkpoint; the same command with --resume auto goes on", file=sys.stderr)
+        return 128 + signal
+    if first:
+        from lumina_mgpt.training.checkpoint import export
 
-            print(f"exported to {export(args.output_dir, args.export_dir, args.export_dtype)}")
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; --resume auto goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        print(f"exported to {export(args.output_dir, args.export_dir, args.export_dtype)}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(finetune, build_parser(), argv, stopped="--resume auto goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

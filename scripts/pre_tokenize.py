@@ -1,34 +1,36 @@
 """Turns records (pictures and texts) into token shards: see TRAIN.md."""
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
+from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="pre_tokenize.py", description="Turns records (pictures and texts) into token shards.")
     parser.add_argument("--in_filename", required=True, help="folder, .json, .jsonl (paths as seen from here), .tar")
     parser.add_argument("--out_dir", required=True, help="shards, record files and bad items go here")
     parser.add_argument("--model_path", required=True, help="folder with config.json and the tokenizer")
     parser.add_argument("--movqgan_path", help="MoVQGAN weights (default: looked for in --model_path)")
-    parser.add_argument("--splits", type=int, default=1, help="parts that the records are cut into")
-    parser.add_argument("--rank", type=int, default=0, help="which part this process does")
-    parser.add_argument("--target_size", type=int, default=768, help="area target x target at the nearest aspect ratio")
+    parser.add_argument("--splits", type=cli.whole, default=1, help="parts that the records are cut into")
+    parser.add_argument("--rank", type=cli.whole, default=0, help="which part this process does")
+    parser.add_argument(
+        "--target_size", type=cli.whole, default=768, help="area target x target at the nearest aspect ratio"
+    )
     parser.add_argument("--keep_size", action="store_true", help="leave pictures whose sides are multiples of 32 uncut")
-    parser.add_argument("--batch_size", type=int, default=16, help="pictures encoded at once")
-    parser.add_argument("--workers", type=int, default=2, help="threads that read and crop pictures")
-    parser.add_argument("--block", type=int, default=512, help="records a shard")
-    parser.add_argument("--seed", type=int, default=0, help="decides which instructions leave the size out")
+    parser.add_argument("--batch_size", type=cli.whole, default=16, help="pictures encoded at once")
+    parser.add_argument("--workers", type=cli.whole, default=2, help="threads that read and crop pictures")
+    parser.add_argument("--block", type=cli.whole, default=512, help="records a shard")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="decides which instructions leave the size out")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto: a GPU where there is one)")
-    return parser.parse_args()
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def pre_tokenize(args: argparse.Namespace) -> None:
     from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings, fingerprint
     from lumina_mgpt.devices import resolve_device
@@ -53,20 +55,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"{job.good} records in {job.out / (settings.name + '-record.jsonl')}, {job.bad} left out")
     if job.bad:
         print(f"why: {job.out / (settings.name + '-bad.jsonl')}")
-    return 0
 
 
-def main() -> int:
-    args = parse()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        return run(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(pre_tokenize, build_parser(), argv, stopped="the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from training_runs import ROOT, environment, metrics_of, path_with_python
 
-from lumina_mgpt.data.files import read_rows
+from lumina_mgpt.io import read_rows
 
 EXAMPLE = (ROOT / "TRAIN.md").read_text().split("## Step by step")[0]
 SHORT = {"MINUTES": "0.1", "KNOWN": "2"}

@@ -11,10 +11,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lumina_mgpt.data.files import read_rows
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import read_rows
 from lumina_mgpt.unirep import IGNORED, decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
 

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from lumina_mgpt.data.archive import Archive
-from lumina_mgpt.data.files import append_lines, json_line, read_rows, write_atomic
 from lumina_mgpt.data.folder import read_folder
 from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
+from lumina_mgpt.io import append_lines, json_line, read_rows, write_atomic
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import GRID_UNIT, UniRepError, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary

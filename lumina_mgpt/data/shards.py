@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lumina_mgpt.data.files import write_atomic
 from lumina_mgpt.data.released import read_released
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import write_atomic
 from lumina_mgpt.unirep import IGNORED
 
 FORMAT = "lumina-mgpt-tokens-1"

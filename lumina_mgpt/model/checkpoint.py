@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lumina_mgpt.config import DEFAULT_INT4_GROUP, INT4_GROUPS, ModelConfig, int4_recipe
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import write_tensors
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.transformer import HeadNorm, Transformer
@@ -319,7 +319,7 @@ def save_model(
         for number, names in enumerate(shards, 1):
             final = _SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
             tensors = {name: _for_disk(named[name], dtype) for name in names}
-            save_file(tensors, _temporary(folder / final, written), {"format": "pt"})
+            write_tensors(_temporary(folder / final, written), tensors)
             weight_map |= dict.fromkeys(names, final)
         if count > 1:
             total = sum(_bytes(tensor, dtype) for tensor in named.values())

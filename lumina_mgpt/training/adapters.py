@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import write_tensors
 from lumina_mgpt.model.checkpoint import disk_name
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.distributed import full_tensor
@@ -81,7 +82,7 @@ def save_adapter(model: Transformer, folder: Path, settings: Settings) -> None:
             key = _PREFIX + disk_name(name.replace(f".{_ADAPTER}.", "."))
             tensors[key] = parameter.detach().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", tensors)
     config = LoraConfig(r=settings.lora_rank, lora_alpha=alpha(settings), target_modules=list(TARGETS),
                         base_model_name_or_path=settings.init_from)  # fmt: skip
     config.save_pretrained(str(folder))

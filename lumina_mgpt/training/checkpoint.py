@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim import Optimizer
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.files import write_atomic
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import write_atomic
 from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, resolve, save_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.adapters import choose_trained, plain_copy

@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from lumina_mgpt.data.files import append_lines
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import append_lines
 
 _REMEMBERED = 100  # gradient norms of good steps that a spike is measured against
 _NEEDED = 20  # of them, before anything counts as a spike

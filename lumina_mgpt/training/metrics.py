@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import MicroBatch
-from lumina_mgpt.data.files import append_lines, keep_until
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import append_lines, keep_until
 
 _FLUSH_SECONDS = 5
 # Of the dense bf16 products, from NVIDIA's data sheets; the first that is part of the device's name holds.

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lumina_mgpt.data.files import keep_until
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import keep_until, write_tensors
 from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
 from lumina_mgpt.movqgan.tokenizer import load_state_dict
 
@@ -323,5 +322,5 @@ def export(model: MoVQGAN, path: Path) -> None:
     """Writes the weights as safetensors under the released names, in float16: half the size, and the codes that later
     trainings see are made by the very weights that are shipped."""
     temporary = path.with_suffix(".part")
-    save_file({key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()}, temporary)
+    write_tensors(temporary, {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()})
     temporary.replace(path)

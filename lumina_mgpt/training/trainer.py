@@ -11,9 +11,9 @@ import torch
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset, read_sources
-from lumina_mgpt.data.files import alone_in
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import checkpoint
