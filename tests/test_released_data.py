@@ -124,7 +124,7 @@ def test_a_tar_gives_what_its_files_would(tools, tmp_path):  # noqa: F811
     job = tokenize(tools, tar, tmp_path / "tar")
     assert (job.good, job.bad) == (3, 2)
     reasons = {row["id"]: row["reason"] for row in rows_of(tmp_path / "tar", "0-of-1-bad.jsonl")}
-    assert "image_path" in reasons[3] and "in.tar/a/4.png is not a picture" in reasons[4]
+    assert "in.tar/a/3 has no caption" in reasons[3] and "in.tar/a/4.png is not a picture" in reasons[4]
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(2)]
     records = [{"image_path": names[0], "prompt": "a cat"}, {"image_path": names[1], "prompt": "a dog"},
                {"conversations": talk, "image": names}]  # fmt: skip
@@ -166,7 +166,8 @@ def test_a_folder_gives_what_its_captions_say(tools, tmp_path):  # noqa: F811
         (folder / name).write_bytes(png(n, "JPEG" if name.endswith("jpeg") else "PNG"))
     (folder / "b.txt").write_text(" a cat\n")
     (folder / "more" / "a.txt").write_text("a dog")
-    OutputFolder(folder, overwrite=True).save("c.png", Image.open(folder / "c.png"), {"prompt": "a cow"})
+    text = {"prompt": "a cow", "software": "lumina_mgpt 2.0"}  # as generate.py writes it
+    OutputFolder(folder, overwrite=True).save("c.png", Image.open(folder / "c.png"), text)
     (folder / "b.txt.bak").write_text("no picture")
     job = tokenize(tools, folder, tmp_path / "folder")
     assert (job.good, job.bad) == (3, 1)

@@ -23,7 +23,7 @@ from lumina_mgpt.data.records import Record, conversation, is_plain, parse_recor
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
-from lumina_mgpt.io import append_lines, json_line, read_rows, write_atomic
+from lumina_mgpt.io import append_lines, cause, json_line, read_json, read_rows, remedy, write_atomic
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import GRID_UNIT, UniRepError, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
@@ -85,7 +85,8 @@ class PreTokenizer:
 
     def __init__(self, settings: Settings, vocabulary: Vocabulary, images: ImageTokenizer) -> None:
         self.settings, self.vocabulary, self.images = settings, vocabulary, images
-        self.archive = Archive(settings.in_filename) if settings.in_filename.endswith(".tar") else None
+        is_tar = settings.in_filename.endswith(".tar") and not os.path.isdir(settings.in_filename)
+        self.archive = Archive(settings.in_filename) if is_tar else None
         self.rows, self.input = self._read_input(Path(settings.in_filename))
         self.first = len(self.rows) * settings.rank // settings.splits
         self.last = len(self.rows) * (settings.rank + 1) // settings.splits
@@ -100,7 +101,8 @@ class PreTokenizer:
         """The rows of a file or folder, and a digest of them."""
         if path.is_dir():
             rows = read_folder(path)
-            return rows, hashlib.sha256("".join(map(json_line, rows)).encode()).hexdigest()[:16]
+            told = (row if isinstance(row, dict) else {"reason": str(row)} for row in rows)
+            return rows, hashlib.sha256("".join(map(json_line, told)).encode()).hexdigest()[:16]
         if not self.archive and path.suffix not in (".json", ".jsonl"):
             raise InputError(f"--in_filename must be a picture folder, or end in .json, .jsonl or .tar, got {path}; "
                              "check the path")  # fmt: skip
@@ -141,16 +143,26 @@ class PreTokenizer:
 
     def _resume(self, progress: Callable[[int], None]) -> list[int]:
         """Brings the record file in line with the shards; returns the blocks that are to be done."""
-        (self.out / "shards").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.out / "shards").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out_dir {self.out} cannot be made ({cause(error)}); {remedy(error)}") from None
         job = asdict(self.settings) | {"records": len(self.rows), "input": self.input}
         for unimportant in ("in_filename", "out_dir", "batch_size", "workers"):
             del job[unimportant]
         path = self.out / f"{self.settings.name}-job.json"
-        if path.exists() and (found := json.loads(path.read_text())) != job:
-            differs = ", ".join(key for key in job if found.get(key) != job[key])
+        done = [number for number in range(len(self.blocks)) if self.shard(number).exists()]
+        try:
+            found = read_json(path)
+        except InputError as error:  # missing or damaged: the settings that shards were made with are not known
+            if done:
+                raise InputError(f"--out_dir {self.out} holds shards of unknown settings ({error}); give an empty "
+                                 "folder") from None  # fmt: skip
+            found = job
+        if found != job:
+            differs = ", ".join(key for key in job | found if found.get(key) != job.get(key))
             raise InputError(f"--out_dir {self.out} holds work with other settings ({differs}); give an empty folder")
         write_atomic(path, json.dumps(job, indent=1))
-        done = [number for number in range(len(self.blocks)) if self.shard(number).exists()]
         for kind in ("record", "bad"):
             write_atomic(self.out / f"{self.settings.name}-{kind}.jsonl", "")
         self._list([(self.shard(number), read_index(self.shard(number))) for number in done])
@@ -159,7 +171,7 @@ class PreTokenizer:
 
     def _list(self, shards: list[tuple[Path, ShardIndex]]) -> None:
         name = self.settings.name
-        rows = [row for path, index in shards for row in index.rows(str(path.relative_to(self.out)))]
+        rows = [row for path, index in shards for row in index.rows(path.relative_to(self.out))]
         bad = [item for _, index in shards for item in index.bad]
         append_lines(self.out / f"{name}-record.jsonl", rows)
         append_lines(self.out / f"{name}-bad.jsonl", bad)
@@ -261,13 +273,12 @@ def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[i
     folder, save_path = Path(sub_record_dir), Path(save_path)
     if save_path.suffix not in (".json", ".jsonl"):
         raise InputError(f"--save_path must end in .json or .jsonl, got {save_path}")
-    jobs = sorted(folder.glob("*-of-*-job.json"), key=lambda path: int(path.name.split("-")[0]))
-    if not jobs:
+    read = sorted((_read_job(path) for path in folder.glob("*-of-*-job.json")), key=lambda job: job["rank"])
+    if not read:
         raise InputError(f"--sub_record_dir {folder} holds no work of pre_tokenize.py; give its --out_dir")
-    read = [json.loads(path.read_text()) for path in jobs]
     splits = read[0]["splits"]
     ranks = [job["rank"] for job in read]
-    if ranks != list(range(splits)):
+    if len(ranks) != splits or ranks != list(range(splits)):
         raise InputError(f"--sub_record_dir {folder} holds ranks {ranks} of {splits}; run pre_tokenize.py for all")
     if any(job | {"rank": 0} != read[0] for job in read):
         raise InputError(f"--sub_record_dir {folder}: its ranks were made with different settings; start over")
@@ -277,12 +288,25 @@ def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[i
         rows += part
         bad += left_out
     base = save_path.resolve().parent
-    shift = Path(os.path.relpath(folder.resolve(), base))
-    rows = [row | {"file": str(shift / row["file"])} for row in rows]
+    try:
+        shift = Path(os.path.relpath(folder.resolve(), base))
+    except ValueError:  # on Windows, folders of two drives
+        shift = folder.resolve()
+    rows = [row | {"file": (shift / row["file"]).as_posix()} for row in rows]
     base.mkdir(parents=True, exist_ok=True)
     lines = [json_line(row) for row in rows]
     write_atomic(save_path, "".join(lines) if save_path.suffix == ".jsonl" else "[" + ",".join(lines) + "]")
     return len(rows), bad
+
+
+def _read_job(path: Path) -> dict:
+    """What a rank was asked to do. Raises InputError where the file is damaged, or belongs to another rank."""
+    job = read_json(path, "--sub_record_dir: its")
+    numbers = [job.get(name) for name in ("rank", "splits", "records", "block")]
+    whole = all(type(number) is int for number in numbers) and min(numbers) >= 0 < numbers[3]
+    if not whole or path.name != f"{job['rank']}-of-{job['splits']}-job.json":
+        raise InputError(f"--sub_record_dir: {path} is damaged or renamed; run pre_tokenize.py in an empty folder")
+    return job
 
 
 def _check_rank(folder: Path, job: dict) -> tuple[list[dict], int]:
@@ -295,12 +319,19 @@ def _check_rank(folder: Path, job: dict) -> tuple[list[dict], int]:
         if not path.exists():
             raise InputError(f"{path} is missing: rank {job['rank']} is not finished; {again}")
         index = read_index(path, check=True)
-        rows += index.rows(str(path.relative_to(folder)))
+        rows += index.rows(path.relative_to(folder))
         bad += len(index.bad)
         seen += index.records + [item["id"] for item in index.bad]
     if sorted(seen) != list(range(first, last)):
         raise InputError(f"{folder}: the shards of rank {job['rank']} do not hold their records once each; start over")
     listed = read_rows(folder / f"{name}-record.jsonl", "--sub_record_dir")
-    if sorted(listed, key=lambda row: row["id"]) != rows:
+    if sorted(map(_comparable, listed)) != sorted(map(_comparable, rows)):
         raise InputError(f"{folder}/{name}-record.jsonl does not list its shards; {again}")
     return rows, bad
+
+
+def _comparable(row: object) -> str:
+    """A row of a record file as text; equal for a row that was written on Windows with its separators."""
+    if isinstance(row, dict) and isinstance(row.get("file"), str):
+        row = row | {"file": row["file"].replace("\\", "/")}
+    return json.dumps(row, sort_keys=True)
