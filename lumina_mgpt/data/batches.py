@@ -156,7 +156,8 @@ class Feed:
     """Hands out the micro-batches of each step to one of `world` processes; its position is (epoch, done).
 
     A step takes `accum` * `world` micro-batches of the plan, process r those at r, r + world, ...; at the end of an
-    epoch fewer may be left, and the step is a smaller one.
+    epoch fewer may be left, and the step is a smaller one. Epochs without any sample are passed over: they count as
+    walked.
     """
 
     def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:
@@ -188,6 +189,8 @@ class Feed:
         self.done += len(step)
         if self.done == len(plan):
             self.epoch, self.done = self.epoch + 1, 0
+            while not self.plan:  # a small source at a small ratio gives nothing to most epochs
+                self.epoch += 1
         return batches
 
 

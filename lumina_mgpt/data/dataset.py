@@ -2,7 +2,10 @@
 
 import hashlib
 import logging
+import math
+import os
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import read_rows
+from lumina_mgpt.io import cause, read_rows, read_text
 from lumina_mgpt.unirep import IGNORED, decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -22,6 +25,9 @@ log = logging.getLogger(__name__)
 
 DROPPED_SHARE = 0.1  # of the sequences lose their context, as released; guidance needs them
 _RATIO_LIMIT = 1000
+_WEIGHT_LIMIT = 10**12  # far from where floats overflow
+_DENOMINATOR = 10**12  # ratios are fractions with no larger one: 0.1 is a tenth, which no float is
+_FEWEST = 0.001  # records an epoch: an epoch in which none is due is passed over, and the next one is looked for
 _KEYS = {"path", "type", "ratio", "weight", "given"}
 
 
@@ -29,7 +35,8 @@ _KEYS = {"path", "type", "ratio", "weight", "given"}
 class Source:
     """One entry of a data file's `META`.
 
-    `ratio` of its records are seen an epoch (above 1: some more than once). Or each source has a `weight`, its part of
+    `ratio` of its records are seen an epoch (above 1: some more than once); what is less than a record is carried over
+    to the next epoch. Or each source has a `weight`, its part of
     what is seen: then an epoch has as many samples as there are records, and `weighted` makes ratios of weights.
     `given`: the first half of each image, its upper panel, is read without being learnt.
     """
@@ -43,10 +50,10 @@ class Source:
     def __post_init__(self) -> None:
         if not isinstance(self.type, str):
             raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
-        if not isinstance(self.ratio, int | float) or not 0 < self.ratio <= _RATIO_LIMIT:
+        if not _is_number(self.ratio) or not 0 < self.ratio <= _RATIO_LIMIT:
             raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
-        if not isinstance(self.weight, int | float) or not 0 <= self.weight < float("inf"):
-            raise InputError(f"weight of {self.path} must be a number of at least 0, got {self.weight!r}")
+        if not _is_number(self.weight) or not 0 <= self.weight <= _WEIGHT_LIMIT:
+            raise InputError(f"weight of {self.path} must be a number from 0 to {_WEIGHT_LIMIT}, got {self.weight!r}")
         if not isinstance(self.given, bool):
             raise InputError(f"given of {self.path} must be true or false, got {self.given!r}")
 
@@ -60,8 +67,13 @@ def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
     total = sum(source.weight for source in sources)
     if not total:
         return sources
-    shares = (source.weight / total * sum(counts) / count for source, count in zip(sources, counts, strict=True))
-    return [replace(source, ratio=share) for source, share in zip(sources, shares, strict=True)]
+    ratios = [source.weight / total * sum(counts) / count for source, count in zip(sources, counts, strict=True)]
+    for source, ratio in zip(sources, ratios, strict=True):
+        if not 0 < ratio <= _RATIO_LIMIT:
+            raise InputError(f"weight of {source.path} must let its records be seen more than never and at most "
+                             f"{_RATIO_LIMIT} times an epoch, got {source.weight!r} of {total!r}; change the "
+                             "weights")  # fmt: skip
+    return [replace(source, ratio=ratio) for source, ratio in zip(sources, ratios, strict=True)]
 
 
 def read_sources(data_config: str | Path) -> list[Source]:
@@ -70,11 +82,12 @@ def read_sources(data_config: str | Path) -> list[Source]:
     Raises:
         InputError: the file cannot be read, or has other keys.
     """
+    text = read_text(data_config, "--data_config")
     try:
-        raw = OmegaConf.to_container(OmegaConf.load(data_config), resolve=True)
-    except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--data_config {data_config} cannot be read as YAML ({reason}); see configs/data/") from None
+        raw = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"--data_config {data_config} cannot be read as YAML ({cause(error)}); see "
+                         "configs/data/") from None  # fmt: skip
     entries = raw.get("META") if isinstance(raw, dict) else None
     if not isinstance(entries, list) or not entries or set(raw) != {"META"}:
         raise InputError(f"--data_config {data_config} must hold one list, META; see configs/data/")
@@ -114,7 +127,13 @@ class TokenDataset:
             start = sum(map(len, columns))
             self.spans.append((start, start + len(table)))
             columns.append(table)
-        self.sources = weighted(sources, [stop - start for start, stop in self.spans])
+        counts = [stop - start for start, stop in self.spans]
+        self.sources = weighted(sources, counts)
+        self.shares = [Fraction(source.ratio).limit_denominator(_DENOMINATOR) for source in self.sources]
+        an_epoch = float(sum(share * count for share, count in zip(self.shares, counts, strict=True)))
+        if an_epoch < _FEWEST:
+            raise InputError(f"--data_config: ratio must give at least {_FEWEST} records an epoch in all, got "
+                             f"{an_epoch:.3g}; raise it")  # fmt: skip
         self.file_numbers, self.records, self.lengths, self.kinds = np.concatenate(columns).T
         self.given = np.concatenate([np.full(len(table), source.given)
                                      for source, table in zip(sources, columns, strict=True)])  # fmt: skip
@@ -125,14 +144,10 @@ class TokenDataset:
             raise InputError(f"{source.path} holds no records; see the bad items that pre_tokenize.py listed")
         base, known, table = Path(source.path).resolve().parent, {}, []
         for row in rows:
-            try:
-                file, length, record = str(row["file"]), int(row["len"]), int(row["id"])
-            except (TypeError, KeyError, ValueError):
-                raise InputError(f"{source.path}: a record is {{file, len, id}}, got {row!r}; make the file with "
-                                 "scripts/concat_record.py") from None  # fmt: skip
+            file, length, record = _row(row, source.path)
             if file not in known:
                 known[file] = len(self.files)
-                self.files.append(str(base / file))
+                self.files.append(str(_located(base, file)))
             table.append((known[file], record, length, kind))
         whole = np.array(table, dtype=np.int64)
         kept = whole[whole[:, 2] <= (self.longest or whole[:, 2].max())]
@@ -171,7 +186,9 @@ class TokenDataset:
     def fingerprint(self) -> str:
         """Changes whenever the plan of an epoch would."""
         # `given` only where it is: a run from before there was such a thing goes on.
-        told = [(source.type, source.ratio, *[True] * source.given) for source in self.sources]
+        # So is "turns", of sources whose records take turns: earlier versions drew them for each epoch anew.
+        told = [(source.type, source.ratio, *[True] * source.given, *["turns"] * (share.denominator > 1))
+                for source, share in zip(self.sources, self.shares, strict=True)]  # fmt: skip
         digest = hashlib.sha256(repr(told).encode())
         digest.update(self.lengths.tobytes() + self.records.tobytes())
         for start, _ in self.spans:  # other codes of the same pictures have the same lengths
@@ -179,15 +196,21 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Numbers of the samples of an epoch, each source at its ratio; (M,)."""
-        parts = []
-        for n, (source, (start, stop)) in enumerate(zip(self.sources, self.spans, strict=True)):
-            whole, share = divmod(source.ratio, 1)
-            parts += [np.arange(start, stop) + repeat * len(self.lengths) for repeat in range(int(whole))]
-            count = round(share * (stop - start))
-            if count:
-                chosen = generator(self.seed, "ratio", epoch, n).permutation(stop - start)[:count]
-                parts.append(np.sort(chosen) + start + int(whole) * len(self.lengths))
+        """Numbers of the samples of an epoch, each source at its ratio; (M,), where M may be 0 after epoch 0.
+
+        What a ratio leaves after its whole times goes round a fixed random order of the source's records: each epoch
+        continues where the one before stopped, so that all are seen equally often.
+        """
+        parts = [np.empty(0, dtype=np.int64)]
+        for n, (share, (start, stop)) in enumerate(zip(self.shares, self.spans, strict=True)):
+            whole, part = divmod(share, 1)
+            parts += [np.arange(start, stop) + repeat * len(self.lengths) for repeat in range(whole)]
+            # Rounded up, so that the first epoch has a record of every source.
+            first, last = (math.ceil(part * (stop - start) * at) for at in (epoch, epoch + 1))
+            if last > first:
+                order = generator(self.seed, "turns", n).permutation(stop - start)
+                chosen = order[np.arange(first, last) % (stop - start)]
+                parts.append(np.sort(chosen) + start + whole * len(self.lengths))
         return np.concatenate(parts)
 
     def length(self, samples: np.ndarray) -> np.ndarray:
@@ -228,7 +251,31 @@ class TokenDataset:
         if len(sequence.ids) != self.lengths[number]:
             raise InputError(f"{path}: record {self.records[number]} has {len(sequence.ids)} ids, its record file says "
                              f"{self.lengths[number]}; run concat_record.py again")  # fmt: skip
-        if int(sequence.ids.max()) >= self.vocabulary.vocab_size:
-            raise InputError(f"{path} holds id {int(sequence.ids.max())}, the model has {self.vocabulary.vocab_size}; "
+        lowest, highest = map(int, sequence.ids.aminmax())
+        if lowest < 0 or highest >= self.vocabulary.vocab_size:
+            raise InputError(f"{path} holds ids {lowest} to {highest}, the model has {self.vocabulary.vocab_size}; "
                              "pre-tokenize with the tokenizer of this model")  # fmt: skip
         return sequence
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _row(row: object, source: str) -> tuple[str, int, int]:
+    """File, length and number of a record in a record file. Raises InputError where it is damaged."""
+    file, *numbers = (row.get(key) for key in ("file", "len", "id")) if isinstance(row, dict) else (None, None, None)
+    numbers = [int(number) if isinstance(number, str) and number.isdecimal() else number for number in numbers]
+    whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    if not isinstance(file, str) or not whole or not numbers[0]:
+        raise InputError(f"{source}: a record is {{file, len, id}}, got {str(row)[:200]}; make the file with "
+                         "scripts/concat_record.py")  # fmt: skip
+    return file, *numbers
+
+
+def _located(base: Path, file: str) -> Path:
+    """Path of a shard that a record file in folder `base` names; on Windows, that may have been with backslashes."""
+    path = base / file
+    if "\\" in file and "/" not in file and not os.path.lexists(path):
+        return base / file.replace("\\", "/")
+    return path

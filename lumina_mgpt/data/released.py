@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause, remedy
 from lumina_mgpt.unirep import IGNORED
 
 
@@ -28,9 +29,10 @@ def read_released(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         with open(path, "rb") as file:
             raw = _PlainUnpickler(file).load()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}") from None
     except Exception as error:  # damaged bytes lead the unpickler to raise almost anything
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read as a released record ({reason}); make it again with "
+        raise InputError(f"{path} cannot be read as a released record ({cause(error)}); make it again with "
                          "scripts/pre_tokenize.py") from None  # fmt: skip
     ids, labels = (raw.get(key) if isinstance(raw, dict) else None for key in ("token", "label"))
     whole = all(isinstance(part, list) and all(type(value) is int for value in part) for part in (ids, labels))

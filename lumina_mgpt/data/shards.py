@@ -8,7 +8,7 @@ import json
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,10 +16,11 @@ from safetensors.torch import save
 
 from lumina_mgpt.data.released import read_released
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import write_atomic
+from lumina_mgpt.io import cause, parse_json, remedy, write_atomic
 from lumina_mgpt.unirep import IGNORED
 
 FORMAT = "lumina-mgpt-tokens-1"
+_TENSORS = {"ids": "I32", "labelled": "BOOL", "offsets": "I64", "records": "I64"}  # with their types in safetensors
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class ShardIndex:
     lengths: list[int]
     bad: list[dict]
 
-    def rows(self, file: str) -> list[dict]:
-        """Its lines of a record file."""
+    def rows(self, file: str | PurePath) -> list[dict]:
+        """Its lines of a record file, with POSIX separators, which every system reads."""
+        file = PurePath(file).as_posix()
         return [{"file": file, "len": n, "id": record} for record, n in zip(self.records, self.lengths, strict=True)]
 
 
@@ -63,7 +65,7 @@ def write_shard(path: Path, sequences: list[Sequence], bad: list[dict]) -> Shard
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> int:
     value = 0
-    for name in ("ids", "labelled", "offsets", "records"):
+    for name in _TENSORS:
         value = zlib.crc32(tensors[name].numpy().tobytes(), value)
     return value
 
@@ -74,23 +76,42 @@ def read_index(path: str | Path, check: bool = False) -> ShardIndex:
     Raises:
         InputError: the file is missing, half-written, damaged, or no token shard.
     """
+    again = "delete it and run pre_tokenize.py again"
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        hint = remedy(error, "run pre_tokenize.py again")
+        raise InputError(f"{path} is missing or cannot be read ({cause(error)}); {hint}") from None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise InputError(f"{path} is no token shard; make it with scripts/pre_tokenize.py")
+            slices = {name: file.get_slice(name) for name in _TENSORS}
+            forms = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
+            if forms != {name: (dtype, 1) for name, dtype in _TENSORS.items()}:
+                raise InputError(f"{path} is damaged: its tensors have other types or shapes; {again}")
             offsets, records = file.get_tensor("offsets"), file.get_tensor("records")
-            total = file.get_slice("ids").get_shape()[0]
+            totals = {slices[name].get_shape()[0] for name in ("ids", "labelled")}
             if check:
-                tensors = {name: file.get_tensor(name) for name in ("ids", "labelled", "offsets", "records")}
-                if str(_checksum(tensors)) != metadata["checksum"]:
-                    raise InputError(f"{path} is damaged (checksum); delete it and run pre_tokenize.py again")
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                if str(_checksum(tensors)) != metadata.get("checksum"):
+                    raise InputError(f"{path} is damaged (checksum); {again}")
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}); delete it and run pre_tokenize.py again") from None
+        raise InputError(f"{path} is damaged ({cause(error)}); {again}") from None
     lengths = offsets.diff()
-    if len(records) != len(lengths) or int(offsets[-1]) != total or (lengths <= 0).any():
-        raise InputError(f"{path} is damaged: its offsets do not fit; delete it and run pre_tokenize.py again")
-    return ShardIndex(records.tolist(), lengths.tolist(), json.loads(metadata["bad"]))
+    fits = len(offsets) == len(records) + 1 and int(offsets[0]) == 0 and totals == {int(offsets[-1])}
+    if not fits or (lengths <= 0).any():
+        raise InputError(f"{path} is damaged: its offsets do not fit; {again}")
+    return ShardIndex(records.tolist(), lengths.tolist(), _bad_items(metadata.get("bad", ""), path))
+
+
+def _bad_items(text: str, path: str | Path) -> list[dict]:
+    """What a shard's metadata says of records left out. Raises InputError where it is damaged."""
+    bad = parse_json(text, f"{path}: list of records left out")
+    if not isinstance(bad, list) or not all(isinstance(item, dict) and type(item.get("id")) is int for item in bad):
+        raise InputError(f"{path} is damaged: its list of records left out; delete it and run pre_tokenize.py again")
+    return bad
 
 
 class _OpenShard:
