@@ -17,6 +17,7 @@ from lumina_mgpt.errors import InputError
 _UNIT = 32  # candidate sizes are walked in patches of 32 pixels
 _MAX_PIXELS = 178_956_970  # Pillow's own limit; from half of it on it would warn
 _MAX_RATIO = 4
+_LARGEST_TARGET = 8192  # far above what a model sees; the list of sizes grows with its square
 _LONGEST_PANEL = 16  # times as long as wide: more is no picture, and scaling it to cover a panel could fill the memory
 
 
@@ -110,8 +111,10 @@ def candidate_sizes(target: int) -> list[tuple[int, int]]:
     A staircase: begin with all patches in one row; add a row where the patches suffice, else give up a column.
 
     Raises:
-        InputError: `target` is no positive multiple of 32.
+        InputError: `target` is no positive multiple of 32, or over 8192.
     """
+    if target > _LARGEST_TARGET:
+        raise InputError(f"--target_size must be at most {_LARGEST_TARGET}, got {target}; try 1024")
     if target < _UNIT or target % _UNIT:
         nearest = max(1, target // _UNIT) * _UNIT
         raise InputError(f"--target_size must be a multiple of {_UNIT}, got {target}; try {nearest}")
