@@ -50,8 +50,7 @@ def rows_of(path: Path, data: bytes) -> list[dict] | None:
     path.write_bytes(data)
     try:
         return Archive(path).rows
-    except InputError as error:
-        assert str(path) in str(error) and "byte " in str(error)
+    except InputError:
         return None
 
 
@@ -75,6 +74,10 @@ def test_a_cut_tar_is_refused(tmp_path, form):
         # Behind the two blocks of the end there is only padding, which a tar need not have.
         expected = rows if size >= end + 2 * BLOCK else None
         assert rows_of(tmp_path / "a.tar", whole[:size]) == expected, size
+    for size in (0, 1, BLOCK, end - 1, end + 1):
+        (tmp_path / "a.tar").write_bytes(whole[:size])
+        with pytest.raises(InputError, match=r"a\.tar cannot be read as a tar.* byte \d+"):
+            Archive(tmp_path / "a.tar")
 
 
 @FORMS
