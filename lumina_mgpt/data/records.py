@@ -65,7 +65,7 @@ def parse_record(raw: object) -> Record:
 
 
 def _check_keys(raw: dict) -> None:
-    """Raises InputError for a key that would mean something and is none of ours."""
+    """Raises InputError for a key that has a meaning in other formats and is not read here."""
     if all(form & set(raw) for form in _FORMS):
         raise InputError(f"a record has `conversations` and `image`, or `image_path` and `prompt`; got {_shown(raw)}")
     for key in set(raw).difference(*_FORMS):
