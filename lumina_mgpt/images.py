@@ -5,6 +5,7 @@ import os
 import struct
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
@@ -18,6 +19,28 @@ _UNIT = 32  # candidate sizes are walked in patches of 32 pixels
 _MAX_PIXELS = 178_956_970  # Pillow's own limit; from half of it on it would warn
 _MAX_RATIO = 4
 _LONGEST_PANEL = 16  # times as long as wide: more is no picture, and scaling it to cover a panel could fill the memory
+
+# Formats that Pillow decodes by itself. Not here: EPS and PostScript (Pillow starts Ghostscript), WMF and EMF (drawn by
+# Windows only), BUFR, GRIB and HDF5 (read by other libraries only), MPEG (only recognized), FITS (measurements, whose
+# gzip blocks have no limit) and IPTC (a wrapper that opens a picture of any format).
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "QOI", "PPM", "TGA", "DDS",
+            "BLP", "FTEX", "ICO", "CUR", "ICNS", "PSD", "GBR", "SGI", "SUN", "PCX", "DCX", "PCD", "PIXAR", "FLI", "IM",
+            "IMT", "MSP", "SPIDER", "MCIDAS", "XBM", "XPM", "XVTHUMB")  # fmt: skip
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that `open_image` reads, as far as this Pillow has their plugins."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """File name extensions of the formats that `open_image` reads, in lower case with their dot."""
+    Image.init()
+    formats = {*picture_formats(), "MPO"}  # the JPEG plugin opens MPO files
+    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in formats)
 
 
 def open_image(path: str | os.PathLike, content: BinaryIO | None = None) -> Image.Image:
