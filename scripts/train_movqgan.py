@@ -27,7 +27,7 @@ def weighted_folder(text: str) -> tuple[Path, float]:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1e6:
-        raise argparse.ArgumentTypeError(f"must be FOLDER or FOLDER=WEIGHT with a weight above 0, at most 1e6, got {text}")
+        raise argparse.ArgumentTypeError(f"must be FOLDER or FOLDER=WEIGHT, a weight above 0 up to 1e6, got {text}")
     return Path(folder), value
 
 
