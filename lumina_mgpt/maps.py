@@ -10,7 +10,7 @@ from lumina_mgpt.errors import InputError
 
 
 def canny(image: Image.Image) -> Image.Image:
-    """Canny edges of an RGB picture, white on black (OpenCV; thresholds 100 and 200, as is usual for control images).
+    """Canny edges of a picture, white on black (OpenCV; thresholds 100 and 200, as is usual for control images).
 
     Raises:
         InputError: OpenCV is not installed; nothing else here needs it.
@@ -19,7 +19,10 @@ def canny(image: Image.Image) -> Image.Image:
         import cv2
     except ImportError:
         raise InputError("canny edges need OpenCV; pip install opencv-python-headless") from None
-    return Image.fromarray(cv2.Canny(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2GRAY), 100, 200)).convert("RGB")
+    from lumina_mgpt.images import to_rgb  # imports torch, which takes seconds
+
+    grey = cv2.cvtColor(np.asarray(to_rgb(image)), cv2.COLOR_RGB2GRAY)
+    return Image.fromarray(cv2.Canny(grey, 100, 200)).convert("RGB")
 
 
 # Depth, pose and the others need trained networks: the model itself predicts them.

@@ -1,4 +1,4 @@
-"""Trains a small MoVQGAN on folders of PNG pictures, on a CPU, in a given number of minutes.
+"""Trains a small MoVQGAN on folders of pictures, on a CPU, in a given number of minutes.
 
 python scripts/train_movqgan.py --images work/demo/pictures/single=3 work/demo/pictures/maps=1 --out_dir work/movqgan
 
@@ -7,12 +7,14 @@ Ends with `movqgan.safetensors` in --out_dir, under the names of the released fi
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
 
 SIZES = {"ch": 32, "blocks": 1, "num_codes": 2048}
+LARGEST = {"ch": 512, "blocks": 16, "num_codes": 65536, "threads": 1024, "minutes": 1e6, "lr": 10.0}
 MEANING = {"ch": "width of the finest level, a multiple of 32", "blocks": "residual blocks a level",
            "num_codes": "codes to choose from"}  # fmt: skip
 
@@ -24,8 +26,8 @@ def weighted_folder(text: str) -> tuple[Path, float]:
         value = float(weight or 1)
     except ValueError:
         value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be FOLDER or FOLDER=WEIGHT with a weight above 0, got {text}")
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be FOLDER or FOLDER=WEIGHT, a weight above 0 up to 1e6, got {text}")
     return Path(folder), value
 
 
@@ -52,9 +54,15 @@ def train(args: argparse.Namespace) -> None:
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.ch < 32 or args.ch % 32:
         raise InputError(f"--ch must be a multiple of 32 (group norm has 32 groups), got {args.ch}; try 32")
-    for name in ("minutes", "blocks", "num_codes", "lr", "threads"):
-        if not getattr(args, name) > 0:
-            raise InputError(f"--{name} must be above 0, got {getattr(args, name)}")
+    for name, largest in LARGEST.items():
+        if not 0 < getattr(args, name) <= largest:
+            raise InputError(f"--{name} must be above 0 and at most {largest:g}, got {getattr(args, name)}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must be a whole number in 0 ... 2**63 - 1, got {args.seed}; try 0")
+    folders = Counter(folder for folder, _ in args.images)
+    twice = [folder for folder, count in folders.items() if count > 1]
+    if twice:
+        raise InputError(f"--images must name different folders, got {twice[0]} several times; give it a larger weight")
 
     import torch  # takes seconds to import: only now
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import open_image
 
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "unicode-emoji-json@0.9.0"
@@ -102,7 +103,6 @@ def load(folder: Path, side: int = CELL) -> dict[str, np.ndarray]:
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             raise InputError(f"no picture of {name!r} in {folder}; remove the folder to fetch the packages again")
-        with Image.open(path) as image:
-            small = image.convert("RGBA").resize((side, side), Image.Resampling.LANCZOS)
+        small = open_image(path, alpha=True).resize((side, side), Image.Resampling.LANCZOS)
         pictures[name] = np.asarray(small, np.float32) / 255
     return pictures

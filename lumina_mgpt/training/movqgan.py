@@ -4,11 +4,12 @@ No perceptual or adversarial term: both need networks trained elsewhere, and at 
 pixel differences keeps edges sharp enough.
 """
 
-import json
 import logging
 import math
 import time
+import zipfile
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import keep_until, write_tensors
+from lumina_mgpt.images import open_image, picture_suffixes
+from lumina_mgpt.io import append_lines, cause, keep_until, remedy, write_tensors
 from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
 from lumina_mgpt.movqgan.tokenizer import load_state_dict
 
@@ -59,21 +60,34 @@ class Pictures:
         """folder -> weight of being drawn from.
 
         Raises:
-            InputError: a folder has no PNG.
+            InputError: a folder has no picture, or a picture cannot be opened.
         """
         self.groups: list[tuple[float, np.ndarray]] = []
+        self._first: dict[tuple[int, int], Path] = {}  # (width, height) -> a picture of that size
         for folder, weight in folders.items():
             by_size = defaultdict(list)
-            paths = sorted(folder.glob("*.png"))
+            paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in picture_suffixes())
             if not paths:
-                raise InputError(f"--images {folder} has no .png file; run scripts/demo_data.py or give another folder")
+                raise InputError(f"--images {folder} has no .png, .jpg or other picture; run scripts/demo_data.py or "
+                                 "give another folder")  # fmt: skip
             for path in tqdm(paths, desc=f"reading {folder.name}", unit="picture"):
-                with Image.open(path) as image:
-                    by_size[image.size].append(np.asarray(image.convert("RGB")))
+                try:
+                    image = open_image(path)
+                except InputError as error:
+                    raise InputError(f"--images {error}") from None
+                by_size[image.size].append(np.asarray(image))
+                self._first.setdefault(image.size, path)
             for images in by_size.values():
                 self.groups.append((weight * len(images) / len(paths), np.stack(images)))
         total = sum(weight for weight, _ in self.groups)
         self.weights = [weight / total for weight, _ in self.groups]
+
+    def check_sides(self, cell: int) -> None:
+        """Raises InputError for a picture whose sides are not multiples of `cell` pixels."""
+        for (width, height), path in self._first.items():
+            if width % cell or height % cell:
+                raise InputError(f"--images {path}: width and height must be multiples of {cell}, got "
+                                 f"{width}x{height}; crop or scale the picture")  # fmt: skip
 
     def batch(self, rng: np.random.Generator, pixels: int) -> Tensor:
         """(B, 3, H, W) in [-1, 1], B such that B * H * W is about `pixels`."""
@@ -199,6 +213,7 @@ class Trainer:
             self.model.float().train().requires_grad_(True)
             for part in (self.model.encoder, self.model.quant_conv):
                 part.requires_grad_(False)
+        pictures.check_sides(self.model.config.cell)
         self.model.quantize.embedding.weight.requires_grad_(False)
         self.codes = MovingCodes(self.model, settings)
         self.optimizers = ConvMuon(self.model, settings.lr)
@@ -211,6 +226,9 @@ class Trainer:
 
     def _restore(self) -> None:
         try:
+            with zipfile.ZipFile(self.state_path) as file:  # torch.load does not compare the checksums
+                if damaged := file.testzip():
+                    raise ValueError(f"checksum of {damaged}")
             state = torch.load(self.state_path, weights_only=True)
             fixed = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             if self.settings.decoder_of and any(
@@ -219,13 +237,15 @@ class Trainer:
                 raise ValueError("its codes are not those of --decoder_of")
             self.model.load_state_dict(state["model"])
             self.optimizers.load_state_dict(state["optimizers"])
-        except Exception as error:  # the unpickler raises whatever damaged bytes lead it to
-            reason = " ".join(str(error).split())[:200]
+            self.codes.sizes.copy_(state["sizes"])
+            self.codes.sums.copy_(state["sums"])
+            self.step, self.elapsed, self.quantizing = state["step"], state["elapsed"], state["quantizing"]
+        except OSError as error:
+            raise InputError(f"--out_dir: {self.state_path} cannot be read ({cause(error)}); {remedy(error)}") from None
+        except Exception as error:  # the unpickler raises errors of any class for damaged bytes
             raise InputError(
-                f"--out_dir: {self.state_path} is damaged or of another size ({reason}); remove it to start anew"
+                f"--out_dir: {self.state_path} is damaged or of another size ({cause(error)}); remove it to start anew"
             ) from None
-        self.codes.sizes, self.codes.sums = state["sizes"], state["sums"]
-        self.step, self.elapsed, self.quantizing = state["step"], state["elapsed"], state["quantizing"]
         log.info("resumed at step %d, %.1f minutes", self.step, self.elapsed / 60)
 
     def save(self) -> None:
@@ -239,8 +259,10 @@ class Trainer:
             temporary.replace(self.state_path)
             export(self.model, self.out_dir / "movqgan.safetensors")
         except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-            temporary.unlink(missing_ok=True)
-            raise InputError(f"--out_dir {self.out_dir} cannot be written ({error}); free some space") from None
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            todo = remedy(error, "check that the folder can be written and has space")
+            raise InputError(f"--out_dir {self.out_dir} cannot be written ({cause(error)}); {todo}") from None
 
     def _quantize(self, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Straight-through codes of a latent (B, Z, h, w), and the commitment loss."""
@@ -286,31 +308,30 @@ class Trainer:
         budget = self.settings.minutes * 60
         bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc="movqgan")
         last_save, psnr = self.elapsed, None
-        keep_until(self.out_dir / "log.jsonl", self.step)
-        with (self.out_dir / "log.jsonl").open("a") as metrics:
-            while self.elapsed < budget:
-                began = time.monotonic()
-                rng = np.random.default_rng((self.settings.seed, self.step))
-                generator = torch.Generator().manual_seed(self.step)
-                enough = sum(map(len, self.latents)) >= 8 * len(self.codes.codes)  # a resumed run gathers them anew
-                if not self.quantizing and self.step >= self.settings.continuous_steps and enough:
-                    self.codes.start(kmeans(torch.cat(self.latents), len(self.codes.codes), generator=generator))
-                    self.quantizing, self.latents = True, []
-                loss, now = self._train_step(self.pictures.batch(rng, self.settings.pixels), generator)
-                psnr = now if psnr is None else 0.98 * psnr + 0.02 * now
-                self.step += 1
-                self.elapsed += time.monotonic() - began
-                if self.step % 20 == 0:
-                    used = int((self.codes.sizes >= self.settings.dead_below).sum())
-                    line = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(loss, 4),
-                            "psnr": round(psnr, 2), "codes_used": used}  # fmt: skip
-                    metrics.write(json.dumps(line) + "\n")
-                    metrics.flush()
-                    bar.set_postfix(step=self.step, loss=f"{loss:.3f}", dB=f"{psnr:.2f}", codes=used)
-                bar.update(round(self.elapsed) - bar.n)
-                if self.elapsed - last_save > self.settings.save_minutes * 60:
-                    self.save()
-                    last_save = self.elapsed
+        metrics = self.out_dir / "log.jsonl"
+        keep_until(metrics, self.step)
+        while self.elapsed < budget:
+            began = time.monotonic()
+            rng = np.random.default_rng((self.settings.seed, self.step))
+            generator = torch.Generator().manual_seed(self.step)
+            enough = sum(map(len, self.latents)) >= 8 * len(self.codes.codes)  # a resumed run gathers them anew
+            if not self.quantizing and self.step >= self.settings.continuous_steps and enough:
+                self.codes.start(kmeans(torch.cat(self.latents), len(self.codes.codes), generator=generator))
+                self.quantizing, self.latents = True, []
+            loss, now = self._train_step(self.pictures.batch(rng, self.settings.pixels), generator)
+            psnr = now if psnr is None else 0.98 * psnr + 0.02 * now
+            self.step += 1
+            self.elapsed += time.monotonic() - began
+            if self.step % 20 == 0:
+                used = int((self.codes.sizes >= self.settings.dead_below).sum())
+                line = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(loss, 4),
+                        "psnr": round(psnr, 2), "codes_used": used}  # fmt: skip
+                append_lines(metrics, [line])
+                bar.set_postfix(step=self.step, loss=f"{loss:.3f}", dB=f"{psnr:.2f}", codes=used)
+            bar.update(round(self.elapsed) - bar.n)
+            if self.elapsed - last_save > self.settings.save_minutes * 60:
+                self.save()
+                last_save = self.elapsed
         bar.close()
         if not self.quantizing:
             raise InputError(f"--minutes {self.settings.minutes} end before the codes begin; give more")
@@ -322,5 +343,11 @@ def export(model: MoVQGAN, path: Path) -> None:
     """Writes the weights as safetensors under the released names, in float16: half the size, and the codes that later
     trainings see are made by the very weights that are shipped."""
     temporary = path.with_suffix(".part")
-    write_tensors(temporary, {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()})
-    temporary.replace(path)
+    tensors = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()}
+    try:
+        write_tensors(temporary, tensors)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
