@@ -13,7 +13,7 @@ CHOICES = {
     "on_nonfinite": ("stop", "skip"),
 }  # fmt: skip
 _COUNT_LIMIT = 2**31 - 1  # what every library below takes as a size
-_LIMITS = {"seed": 2**63 - 1, "threads": 4096, "lora_rank": 2**20}  # torch's seeds have 64 bits; sizes of real machines
+_LIMITS = {"seed": 2**63 - 1, "threads": 1024, "lora_rank": 2**20}  # torch's seeds have 64 bits; sizes of real machines
 _TYPES = {
     bool: (bool, "must be true or false"), str: (str, "must be text"),
     int: (numbers.Integral, "must be a whole number"), float: (numbers.Real, "must be a number"),
