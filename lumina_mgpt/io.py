@@ -7,7 +7,6 @@ and what cannot be read becomes an InputError that names the file.
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,44 +159,6 @@ def write_tensors(path: str | Path, tensors: Mapping, metadata: Mapping[str, str
         mode = os.fstat(file.fileno()).st_mode & 0o777
     save_file(dict(tensors), path, dict(metadata or {"format": "pt"}))
     os.chmod(path, mode)
-
-
-@contextmanager
-def whole_folder(target: Path, parameter: str) -> Iterator[Path]:
-    """A hidden folder to write to, beside `target`; at the end its files are in `target`, after an error none is.
-
-    A target that is not there, or is empty, gets them all at once. In one that holds files they replace those of the
-    same name.
-
-    Raises:
-        InputError: the folder cannot be written; names `parameter`.
-    """
-    from safetensors import SafetensorError
-
-    target = Path(os.path.abspath(target))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    made = next((folder for folder in reversed(target.parents) if not os.path.exists(folder)), None)
-    done = False
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if target.is_dir() and any(target.iterdir()):
-            for file in sorted(part.iterdir()):
-                os.replace(file, target / file.name)
-        else:
-            if target.is_dir():
-                target.rmdir()
-            os.rename(part, target)
-        done = True
-    except InputError as error:  # not in the words of the hidden folder
-        raise InputError(str(error).replace(str(part), f"{parameter} {target}")) from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{parameter} {target} cannot be written ({cause(error)}); "
-                         f"{remedy(error, 'free some space, or write elsewhere')}") from None  # fmt: skip
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if made and not done:
-            shutil.rmtree(made, ignore_errors=True)
 
 
 def append_lines(path: str | Path, rows: Iterable[dict]) -> None:

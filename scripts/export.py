@@ -22,7 +22,7 @@ def build_parser() -> cli.Parser:
 
 
 def export(args: argparse.Namespace) -> None:
-    from lumina_mgpt.io import whole_folder
+    from lumina_mgpt.io import new_folder
     from lumina_mgpt.model.convert import check_target
     from lumina_mgpt.training import checkpoint
     from lumina_mgpt.training.adapters import save_adapter
@@ -35,7 +35,7 @@ def export(args: argparse.Namespace) -> None:
     model, settings = checkpoint.trained_model(checkpoint.find(args.output_dir, args.step))
     if not settings.lora_rank:
         raise InputError(f"--adapter: {args.output_dir} was trained without --lora_rank; export it whole")
-    with whole_folder(args.save_path, "--save_path") as part:
+    with new_folder(args.save_path, "--save_path") as part:
         save_adapter(model, part, settings)
     print(f"adapters of {settings.init_from} in {args.save_path}; scripts/merge_lora.py adds them")
 

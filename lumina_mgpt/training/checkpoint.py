@@ -1,9 +1,12 @@
 """Checkpoints of a run, read: to go on from, or to export; saver.py writes them."""
 
 import logging
+import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +16,7 @@ from torch.optim import Optimizer
 
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import whole_folder, write_atomic
+from lumina_mgpt.io import new_folder, write_atomic
 from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, save_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base
@@ -139,15 +142,28 @@ def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str 
     model, settings = trained_model(checkpoint)
     companions = _all_companions(output_dir, settings, read_state(checkpoint).get("base"))
     model = plain_copy(model, DTYPES[dtype], "cpu") if settings.lora_rank else model
-    with whole_folder(folder, parameter) as part:
+    with _new_or_renewed(folder, parameter) as part:
         save_model(model, part, DTYPES[dtype])
         for file in companions:
             shutil.copyfile(file, part / file.name)
-        names = [path.name for path in part.iterdir()]
-    for stale in folder.glob("model*.safetensors*"):  # shards or an index of a former export would be read too
-        if stale.name not in names:
-            stale.unlink()
     return folder
+
+
+@contextmanager
+def _new_or_renewed(folder: Path, parameter: str) -> Iterator[Path]:
+    """A hidden folder to write an export to; when it is whole, its files replace those of a former export."""
+    former = folder.is_dir() and any(folder.iterdir())
+    place = folder / f".{os.getpid()}.new" if former else folder
+    with new_folder(place, parameter) as part:
+        yield part
+    if former:
+        names = {file.name for file in place.iterdir()}
+        for name in names:
+            os.replace(place / name, folder / name)
+        place.rmdir()
+        for stale in folder.glob("model*.safetensors*"):  # shards or an index would be read instead of the new ones
+            if stale.name not in names:
+                stale.unlink()
 
 
 def _all_companions(output_dir: Path, settings: Settings, described: dict | None) -> list[Path]:
