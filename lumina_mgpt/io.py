@@ -77,6 +77,19 @@ def read_text(path: str | Path, parameter: str = "") -> str:
     return decode_text(data, where)
 
 
+def require_readable(path: str | Path, parameter: str = "") -> None:
+    """Refuses a file that cannot be opened, for libraries whose own errors do not say why.
+
+    Raises:
+        InputError: the file is missing, a folder, may not be read, or lies on a device with errors.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise InputError(f"{parameter} {path} cannot be read ({cause(error)}); {remedy(error)}".strip()) from None
+
+
 def parse_json(text: str, where: str) -> object:
     """The value of a JSON text.
 

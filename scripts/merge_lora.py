@@ -1,4 +1,4 @@
-"""Adds adapters, as export.py --adapter writes them, to the weights that they were trained on.
+"""Adds adapters, as export.py --adapter or peft writes them, to the weights that they were trained on. Needs peft.
 
     python scripts/merge_lora.py --model_path Lumina-mGPT-2.0 --adapter outputs/adapter --save_path outputs/merged
 """
@@ -32,7 +32,7 @@ def merge(args: argparse.Namespace) -> None:
         raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
     with new_folder(args.save_path, "--save_path") as folder:
         model = load_model(source, None, "cpu")
-        merge_adapter(model, args.adapter)
+        merge_adapter(model, args.adapter, args.model_path)
         save_model(model, folder)
         copy_companions(source, folder)
     print(f"merged into {args.save_path}; use it as --model_path")
