@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import MicroBatch
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import package_error
 from lumina_mgpt.io import append_lines, keep_until
 
 _FLUSH_SECONDS = 5
@@ -56,9 +56,9 @@ class Metrics:
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("--tensorboard needs the tensorboard package; pip install tensorboard, or leave it "
-                                 "out: metrics.jsonl holds the same") from None  # fmt: skip
+            except Exception as error:  # whatever one of its own imports raises
+                raise package_error(error, "--tensorboard", "tensorboard", ("tensorboard", "torch.utils.tensorboard"),
+                                    "leave it out: metrics.jsonl holds the same") from None  # fmt: skip
             self.make_writer = lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         form = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=1.0, initial=min(1.0, progress), bar_format=form, dynamic_ncols=True, smoothing=0.05)
