@@ -26,6 +26,7 @@ def export(args: argparse.Namespace) -> None:
     from lumina_mgpt.model.convert import check_target
     from lumina_mgpt.training import checkpoint
     from lumina_mgpt.training.adapters import save_adapter
+    from lumina_mgpt.training.base import write_beside_adapter
 
     check_target(args.save_path)
     if not args.adapter:
@@ -37,6 +38,7 @@ def export(args: argparse.Namespace) -> None:
         raise InputError(f"--adapter: {args.output_dir} was trained without --lora_rank; export it whole")
     with new_folder(args.save_path, "--save_path") as part:
         save_adapter(model, part, settings)
+        write_beside_adapter(model, part)
     print(f"adapters of {settings.init_from} in {args.save_path}; scripts/merge_lora.py adds them")
 
 

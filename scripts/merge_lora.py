@@ -25,6 +25,7 @@ def merge(args: argparse.Namespace) -> None:
     from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
     from lumina_mgpt.model.convert import check_target, copy_companions
     from lumina_mgpt.training.adapters import merge_adapter
+    from lumina_mgpt.training.base import check_beside_adapter
 
     check_target(args.save_path)
     source = resolve(cli.checkpoint_path(args.model_path))
@@ -32,6 +33,7 @@ def merge(args: argparse.Namespace) -> None:
         raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
     with new_folder(args.save_path, "--save_path") as folder:
         model = load_model(source, None, "cpu")
+        check_beside_adapter(model, args.adapter, f"--model_path {args.model_path}")
         merge_adapter(model, args.adapter, args.model_path)
         save_model(model, folder)
         copy_companions(source, folder)

@@ -107,7 +107,7 @@ def test_a_state_without_a_key_or_of_another_type_is_named(run, tmp_path, capsys
 def test_a_state_with_wrong_values_is_refused(run, tmp_path, capsys, change):
     folder, checkpoint, go = run
     state = as_an_earlier_version_wrote_it(checkpoint)
-    (key, value), = change.items()
+    ((key, value),) = change.items()
     if isinstance(value, dict) and value:
         value = state[key] | value
     (checkpoint / "trainer.json").write_text(json.dumps(state | {key: value}))

@@ -86,6 +86,18 @@ def test_an_exchanged_base_is_refused(began, tokens, tmp_path, capsys, options):
     assert export(["--output_dir", str(folder), "--save_path", "out"]) == 0
 
 
+def test_an_adapter_is_not_merged_into_other_weights(began, tmp_path, capsys):
+    """At b0c7d2f it was merged into any weights of the same shapes."""
+    pytest.importorskip("peft")
+    folder, tiny = began("--lora_rank", "2"), tmp_path / "start" / "base" / "tiny"
+    assert export(["--output_dir", str(folder), "--save_path", "adapter", "--adapter"]) == 0
+    merge = ["--model_path", str(tiny), "--adapter", "adapter", "--save_path"]
+    assert main_of("merge_lora")([*merge, "merged"]) == 0
+    exchange(tiny, only="down_proj")
+    assert main_of("merge_lora")([*merge, "again"]) == 2
+    assert f"--model_path {tiny} holds other weights" in capsys.readouterr().err and not Path("again").exists()
+
+
 def test_a_checkpoint_of_an_earlier_version_resumes_and_says_what_is_not_compared(began, tokens, tmp_path, capsys):
     folder, tiny = began("--freeze_embeddings"), tmp_path / "start" / "base" / "tiny"
     checkpoint = folder / "checkpoints" / "step-00000001"

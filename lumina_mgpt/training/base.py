@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import read_json, write_atomic
 from lumina_mgpt.model.checkpoint import resolve
 from lumina_mgpt.training.settings import Settings
 
+_BESIDE_ADAPTER = "base_weights.json"
 _PATHS = ("init_from", "model_config", "tokenizer_path", "data_config", "movqgan_path", "sample_prompts", "output_dir")
 
 
@@ -87,3 +90,19 @@ def check(found: str | None, wanted: str | None, parameter: str) -> None:
     if wanted and found != wanted:
         raise InputError(f"{parameter} holds other weights than those that the run was trained on; give the checkpoint "
                          "that it began with")  # fmt: skip
+
+
+def write_beside_adapter(model: torch.nn.Module, folder: Path) -> None:
+    """Writes which weights an adapter was trained on, as a file beside it."""
+    write_atomic(folder / _BESIDE_ADAPTER, json.dumps({"fingerprint": frozen(model)}) + "\n")
+
+
+def check_beside_adapter(model: torch.nn.Module, adapter: Path, parameter: str) -> None:
+    """Compares a model without adapters with the weights that an adapter was trained on, where a file says so.
+
+    Raises:
+        InputError: they differ; names `parameter`.
+    """
+    path = adapter / _BESIDE_ADAPTER
+    if path.is_file():
+        check(fingerprint(model.named_parameters()), read_json(path, "--adapter").get("fingerprint"), parameter)
