@@ -66,7 +66,7 @@ def test_numbers_out_of_range_are_refused(line, capsys, field):
 
 @pytest.mark.parametrize("seed, status", [("1" * 23, 2), ("-5", 2), (str(2**63), 2), (str(2**63 - 1), 0)])
 def test_seeds_of_a_training_from_scratch(line, tiny_checkpoint, capsys, seed, status):
-    """At b0c7d2f: `RuntimeError: Overflow when unpacking long` with a traceback."""
+    """At b0c7d2f: `ValueError: Overflow when unpacking long long` with a traceback."""
     at = line.index("--init_from")
     scratch = ["--model_config", str(tiny_checkpoint / "config.json"), "--tokenizer_path", str(tiny_checkpoint)]
     assert finetune([*line[:at], *scratch, *line[at + 2 :], "--seed", seed, "--sample_every", "1", "--movqgan_path",
