@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import difflib
 import logging
-import os
 import re
 import signal
 import sys
@@ -26,6 +25,7 @@ from lumina_mgpt.config import (
 from lumina_mgpt.console import Stopped, safe_output, stoppable
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, remedy
+from lumina_mgpt.launcher import process_share
 
 if TYPE_CHECKING:
     import torch
@@ -206,19 +206,6 @@ def speculation_settings(args: argparse.Namespace) -> Speculation | None:
     for name, value in given.items():
         raise InputError(f"--{name} {value} means nothing without --speculative_jacobi; add that, or leave it out")
     return None
-
-
-def process_share() -> tuple[int, int]:
-    """This process's number and how many there are, as `accelerate launch` and torchrun tell; (0, 1) when alone.
-
-    Raises:
-        InputError: the numbers in the environment mean nothing.
-    """
-    told = {name: os.environ.get(name, alone) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    if not all(text.isdecimal() for text in told.values()) or not int(told["RANK"]) < int(told["WORLD_SIZE"]):
-        raise InputError("RANK must be below WORLD_SIZE, both whole numbers, got {RANK!r} and {WORLD_SIZE!r}; a "
-                         "launcher sets them, unset them otherwise".format(**told))  # fmt: skip
-    return int(told["RANK"]), int(told["WORLD_SIZE"])
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:

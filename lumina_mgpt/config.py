@@ -228,6 +228,14 @@ def _rope_of_transformers_5(parameters: dict | None) -> dict:
     return values
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number that a float can hold; true and false are none."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
         raise InputError(f"{name} {rule}, got {value!r}")

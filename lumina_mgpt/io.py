@@ -7,6 +7,7 @@ and what cannot be read becomes an InputError that names the file.
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,6 +75,19 @@ def read_text(path: str | Path, parameter: str = "") -> str:
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise InputError(f"{where} cannot be read ({cause(error)}); {remedy(error)}") from None
     return decode_text(data, where)
+
+
+def require_readable(path: str | Path, parameter: str = "") -> None:
+    """Refuses a file that cannot be opened, for libraries whose own errors do not say why.
+
+    Raises:
+        InputError: the file is missing, a folder, may not be read, or lies on a device with errors.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise InputError(f"{parameter} {path} cannot be read ({cause(error)}); {remedy(error)}".strip()) from None
 
 
 def parse_json(text: str, where: str) -> object:
@@ -159,6 +173,65 @@ def write_tensors(path: str | Path, tensors: Mapping, metadata: Mapping[str, str
         mode = os.fstat(file.fileno()).st_mode & 0o777
     save_file(dict(tensors), path, dict(metadata or {"format": "pt"}))
     os.chmod(path, mode)
+
+
+def require_new(target: str | Path, parameter: str) -> None:
+    """Refuses a path where something is already; an empty folder is allowed.
+
+    Raises:
+        InputError: something is there, or the path cannot be examined.
+    """
+    try:
+        os.stat(target)
+        taken = not os.path.isdir(target) or any(os.scandir(target))
+    except FileNotFoundError:
+        taken = False
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise InputError(f"{parameter} {target} cannot be used ({cause(error)}); {remedy(error)}") from None
+    if taken:
+        raise InputError(f"{parameter} {target} is there already, and is kept; give a new folder")
+
+
+@contextmanager
+def new_folder(target: str | Path, parameter: str) -> Iterator[Path]:
+    """Yields a hidden folder to write to; `target` gets its content when the block ends, and nothing if it raises.
+
+    A folder that is not there yet is renamed in one step. An empty one that is there is kept, since it may be a mount
+    point: the files are moved into it.
+
+    Args:
+        parameter: what the folder was given as, for messages.
+
+    Raises:
+        InputError: `target` is taken or cannot be written.
+    """
+    require_new(target, parameter)
+    place = Path(os.path.realpath(target))
+    there = place.is_dir()
+    hidden = (place if there else place.parent) / f".{place.name[:50]}.{os.getpid()}.part"
+    parents = [folder for folder in place.parents if not folder.exists()]
+    done = False
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        if there:
+            for file in sorted(hidden.iterdir()):
+                file.rename(place / file.name)
+        else:
+            hidden.rename(place)
+        done = True
+    except InputError as error:
+        raise InputError(str(error).replace(str(hidden), f"{parameter} {target}")) from None
+    except OSError as error:
+        names = [Path(name) for name in (error.filename, error.filename2) if name is not None]
+        if names and not any(hidden in (name, *name.parents) or name in hidden.parents for name in names):
+            raise  # of another file, such as one that is read
+        raise InputError(f"{parameter} {target} cannot be written ({cause(error)}); {remedy(error)}") from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        for folder in parents if not done else ():
+            with suppress(OSError):  # another program has written there
+                folder.rmdir()
 
 
 def append_lines(path: str | Path, rows: Iterable[dict]) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lumina_mgpt import cli
 from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, resolve_device
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.measure import peak_bytes, read_bandwidth
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.sampling.drafts import BIRTHS
@@ -129,8 +129,8 @@ def check_plot(path: Path) -> None:
     """Raises InputError before an hour of work and not after it."""
     try:
         import matplotlib
-    except ImportError:
-        raise InputError(f"--plot {path} needs matplotlib; pip install matplotlib, or leave it out") from None
+    except Exception as error:  # whatever one of its own imports raises
+        raise package_error(error, f"--plot {path}", "matplotlib", otherwise="leave it out") from None
     matplotlib.use("Agg")
     if path.suffix != ".png" or not path.resolve().parent.is_dir():
         raise InputError(f"--plot must be a .png file in a folder that exists, got {path}")

@@ -22,18 +22,23 @@ def build_parser() -> cli.Parser:
 
 
 def export(args: argparse.Namespace) -> None:
+    from lumina_mgpt.io import new_folder
     from lumina_mgpt.model.convert import check_target
     from lumina_mgpt.training import checkpoint
     from lumina_mgpt.training.adapters import save_adapter
+    from lumina_mgpt.training.base import write_beside_adapter
 
     check_target(args.save_path)
     if not args.adapter:
-        print(f"exported to {checkpoint.export(args.output_dir, args.save_path, args.dtype, args.step)}")
+        folder = checkpoint.export(args.output_dir, args.save_path, args.dtype, args.step, parameter="--save_path")
+        print(f"exported to {folder}")
         return
     model, settings = checkpoint.trained_model(checkpoint.find(args.output_dir, args.step))
     if not settings.lora_rank:
         raise InputError(f"--adapter: {args.output_dir} was trained without --lora_rank; export it whole")
-    save_adapter(model, args.save_path, settings)
+    with new_folder(args.save_path, "--save_path") as part:
+        save_adapter(model, part, settings)
+        write_beside_adapter(model, part)
     print(f"adapters of {settings.init_from} in {args.save_path}; scripts/merge_lora.py adds them")
 
 

@@ -104,19 +104,21 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**values)
 
 
-def train(settings: Settings) -> tuple[int, bool]:
+def train(settings: Settings) -> tuple[int, bool, Path | None]:
+    """Trains; returns the signal that ended it or 0, whether this is the first process, and the last checkpoint."""
     from lumina_mgpt.training.distributed import Processes
     from lumina_mgpt.training.trainer import Trainer
 
     processes = Processes.start(settings.device, settings.cpu_offload)
     try:
-        return Trainer(settings, processes).run(), processes.first
+        trainer = Trainer(settings, processes)
+        return trainer.run(), processes.first, trainer.saver.last
     finally:
         processes.stop()
 
 
 def finetune(args: argparse.Namespace) -> int:
-    signal, first = (0, True) if args.export_only else train(settings_of(args))
+    signal, first, last = (0, True, None) if args.export_only else train(settings_of(args))
     if signal:
         if first:
             print("stopped after a checkpoint; the same command with --resume auto goes on", file=sys.stderr)
@@ -124,7 +126,7 @@ def finetune(args: argparse.Namespace) -> int:
     if first:
         from lumina_mgpt.training.checkpoint import export
 
-        print(f"exported to {export(args.output_dir, args.export_dir, args.export_dtype)}")
+        print(f"exported to {export(args.output_dir, args.export_dir, args.export_dtype, checkpoint=last)}")
     return 0
 
 

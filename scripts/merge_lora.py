@@ -1,4 +1,4 @@
-"""Adds adapters, as export.py --adapter writes them, to the weights that they were trained on.
+"""Adds adapters, as export.py --adapter or peft writes them, to the weights that they were trained on. Needs peft.
 
     python scripts/merge_lora.py --model_path Lumina-mGPT-2.0 --adapter outputs/adapter --save_path outputs/merged
 """
@@ -21,18 +21,22 @@ def build_parser() -> cli.Parser:
 
 def merge(args: argparse.Namespace) -> None:
     from lumina_mgpt.config import ModelConfig
+    from lumina_mgpt.io import new_folder
     from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
     from lumina_mgpt.model.convert import check_target, copy_companions
     from lumina_mgpt.training.adapters import merge_adapter
+    from lumina_mgpt.training.base import check_beside_adapter
 
     check_target(args.save_path)
     source = resolve(cli.checkpoint_path(args.model_path))
     if ModelConfig.from_json(source / "config.json").int4_group:
         raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
-    model = load_model(source, None, "cpu")
-    merge_adapter(model, args.adapter)
-    save_model(model, args.save_path)
-    copy_companions(source, args.save_path)
+    with new_folder(args.save_path, "--save_path") as folder:
+        model = load_model(source, None, "cpu")
+        check_beside_adapter(model, args.adapter, f"--model_path {args.model_path}")
+        merge_adapter(model, args.adapter, args.model_path)
+        save_model(model, folder)
+        copy_companions(source, folder)
     print(f"merged into {args.save_path}; use it as --model_path")
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from lumina_mgpt.data.captions import caption_of, picture_kinds
+from lumina_mgpt.data.captions import caption_of
 from lumina_mgpt.data.tars import members_of
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import picture_suffixes
 from lumina_mgpt.io import cause, decode_text, parse_json, remedy
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def _plain(name: str) -> str:
 
 
 def _is_picture(kind: str) -> bool:
-    return kind.rpartition(".")[2] in picture_kinds()
+    return f".{kind.rpartition('.')[2]}" in picture_suffixes()
 
 
 def _caption_in(told: object, where: str) -> str:

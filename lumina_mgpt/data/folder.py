@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lumina_mgpt.data.captions import RESOURCE_FORK, caption_of, picture_kinds
+from lumina_mgpt.data.captions import RESOURCE_FORK, caption_of
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import picture_suffixes
 from lumina_mgpt.io import cause, decode_text, remedy
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def read_folder(path: str | Path) -> list[dict | InputError]:
     groups: dict[Path, list[Path]] = defaultdict(list)
     for file in sorted(set(files).difference(forks)):
         groups[file.with_name(file.stem)].append(file)
-    pictures = {file: group for group in groups.values() for file in group if _kind(file) in picture_kinds()}
+    pictures = {file: group for group in groups.values() for file in group if _kind(file) in picture_suffixes()}
     if not pictures:
         raise InputError(f"--in_filename {path} is a folder without pictures; put PNG, JPEG, WebP or other picture "
                          "files there, each with its caption in a .txt file of the same name")  # fmt: skip
@@ -62,11 +63,11 @@ def _unreadable(error: OSError) -> None:
 
 
 def _kind(file: Path) -> str:
-    return file.suffix[1:].lower()
+    return file.suffix.lower()
 
 
 def _captions(group: list[Path]) -> list[Path]:
-    return [file for file in group if _kind(file) == "txt"]
+    return [file for file in group if _kind(file) == ".txt"]
 
 
 def _row(picture: Path, group: list[Path]) -> dict | InputError:
@@ -83,7 +84,7 @@ def _prompt(picture: Path, group: list[Path]) -> str:
     if len(captions) > 1:
         raise InputError(f"{picture} has the captions {_names(captions)}; keep one")
     if captions:
-        rivals = [file for file in group if _kind(file) in picture_kinds()]
+        rivals = [file for file in group if _kind(file) in picture_suffixes()]
         if len(rivals) > 1:
             raise InputError(f"{captions[0]} may describe any of {_names(rivals)}; keep one picture of that name")
         return caption_of(decode_text(_read(captions[0]), str(captions[0])), str(captions[0]))
@@ -127,7 +128,7 @@ def _generated_prompt(picture: Path) -> str:
 
 def _unused(group: list[Path]) -> InputError:
     """Why a caption is of no use."""
-    others = [file for file in group if _kind(file) != "txt"]
+    others = [file for file in group if _kind(file) != ".txt"]
     if others:
         return InputError(f"{_names(others)} has a caption, and no format that can be read; save it as PNG, JPEG or "
                           "WebP")  # fmt: skip

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.model import native
 from lumina_mgpt.model.kv_cache import Held, KVCache, Scaled
 
@@ -227,7 +227,6 @@ def backend(name: str) -> Callable[[Tensor, Tensor, Tensor, Span, bool], Tensor]
         raise InputError("--attn flash needs a CUDA GPU, and none is visible; use --attn sdpa")
     try:
         import flash_attn  # noqa: F401
-    except ImportError as error:
-        remedy = "pip install flash-attn, or use --attn sdpa"
-        raise InputError(f"--attn flash needs the flash-attn package ({error}); {remedy}") from None
+    except Exception as error:  # an extension of another torch raises more than ImportError
+        raise package_error(error, "--attn flash", "flash-attn", ("flash_attn",), "use --attn sdpa") from None
     return flash

@@ -225,7 +225,7 @@ def _read_index(path: Path) -> list[Path]:
     shards = [path.parent / name for name in sorted(named)]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing or not shards:
-        raise InputError(f"{path} names shards that are missing: {_some(missing)}; fetch them again")
+        raise InputError(f"{path} names shards that are missing: {some(missing)}; fetch them again")
     return shards
 
 
@@ -235,7 +235,7 @@ def _shapes(shards: Iterable[Path]) -> dict[str, tuple[int, ...]]:
         with _open(shard) as (shapes, _):
             twice = sorted(found.keys() & shapes.keys())
             if twice:
-                raise InputError(f"{shard} repeats keys of another shard: {_some(twice)}; remove the file left over")
+                raise InputError(f"{shard} repeats keys of another shard: {some(twice)}; remove the file left over")
             found |= shapes
     return found
 
@@ -249,7 +249,7 @@ def _check(folder: Path, model: Transformer, found: dict[str, tuple[int, ...]]) 
     wrong = [f"{name} {found[name]} instead of {' or '.join(map(str, wanted[name]))}"
              for name in sorted(wanted.keys() & found.keys()) if found[name] not in wanted[name]]  # fmt: skip
     kinds = (("missing keys", missing), ("unknown keys", unknown), ("wrong shapes", wrong))
-    faults = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
+    faults = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds if names]
     if faults:
         raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(faults)}; fetch the checkpoint again")
 
@@ -379,7 +379,8 @@ def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 

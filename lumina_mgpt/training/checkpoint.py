@@ -1,142 +1,55 @@
-"""Checkpoints of a run: weights, optimizer, moving average and position, by torch.distributed.checkpoint.
+"""Checkpoints of a run, read: to go on from, or to export; saver.py writes them."""
 
-A checkpoint is a folder `checkpoints/step-N` that is renamed into place when all of it is written; it loads on any
-number of processes.
-"""
-
-import json
+import logging
 import os
 import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import write_atomic
-from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, resolve, save_model
+from lumina_mgpt.io import new_folder, write_atomic
+from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, save_model
 from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.training import base
 from lumina_mgpt.training.adapters import choose_trained, plain_copy
 from lumina_mgpt.training.distributed import Processes
+from lumina_mgpt.training.lineage import checkpoints_of, name_of, newest, step_of
 from lumina_mgpt.training.optimizer import Ema
+from lumina_mgpt.training.restricted import reader_and_planner
 from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.state import read_state, settings_of, verify
 
-_STATE = "trainer.json"
+__all__ = ["export", "find", "load", "newest", "read_state", "trained_model", "verified_state"]
 
-
-def newest(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    found = sorted((output_dir / "checkpoints").glob("step-*"))
-    return found[-1] if found else None
+logger = logging.getLogger(__name__)
 
 
-def read_state(checkpoint: Path) -> dict:
-    """Position and settings that a checkpoint was written with.
+def verified_state(checkpoint: Path, processes: Processes | None = None) -> dict:
+    """Position and settings of a checkpoint whose files are those that were written; many processes share the reading.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: a file is damaged, missing or left over; names it.
     """
+    share, fault, sealed = (processes.rank, processes.world) if processes else (0, 1), None, False
     try:
-        return json.loads((checkpoint / _STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint} is damaged ({error}); remove it to go on from the one before") from None
-
-
-class Saver:
-    """Writes the checkpoints of a run and keeps the `keep` newest; all processes call the same methods together.
-
-    With `beside`, `save` only copies what is to be written (in the CPU's memory: 12 bytes a trained weight, spread over
-    the processes), and a thread writes it while the training goes on; a checkpoint has its name when it is whole, here
-    too. Not the default: for 1.05 GB, on two cores that train as well, the loop was held 0.22 s and not 1.09, but the
-    steps beside the writing took longer: 1.46 s lost in all and not 1.17 (scripts/bench_checkpoint.py). Meant for GPUs,
-    where the CPU has time; not measured there.
-    """
-
-    def __init__(self, output_dir: Path, processes: Processes, keep: int, beside: bool = False) -> None:
-        self.output_dir, self.folder, self.processes = output_dir, output_dir / "checkpoints", processes
-        self.keep, self.beside = keep, beside
-        if beside:  # the thread warns, like `_quietly` says, when that has long returned
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        # Its messages must not meet those of the steps that are made meanwhile.
-        self.group = dist.new_group(backend="gloo") if beside and processes.world > 1 else None
-        self.writing: tuple[Future, dict] | None = None
-
-    def save(self, tensors: dict, state: dict) -> None:
-        """Writes a checkpoint, or begins to.
-
-        Raises:
-            InputError: the disk does not take it, or did not take the last one; the checkpoints before it are whole.
-        """
-        self.finish()
-        partial = self.folder / f".partial-{_name(state)}"
-        if self.processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.glob(".partial-*"):
-                shutil.rmtree(old)
-        self.processes.barrier()
-        options = {"checkpoint_id": partial, "no_dist": self.processes.world == 1}
-        with self._one_line(state):
-            if self.beside:
-                self.writing = _quietly(dcp.async_save, tensors, process_group=self.group, **options), state
-                return
-            _quietly(dcp.save, tensors, **options)
-            self._publish(state)
-        self.processes.barrier()
-
-    def poll(self) -> bool:
-        """Gives what is whole by now its name; says whether writing has ended badly instead."""
-        if self.writing is None or not self.writing[0].done():
-            return False
-        if self.writing[0].exception():
-            return True
-        self.finish()
-        return False
-
-    def finish(self) -> None:
-        """Waits until nothing is being written.
-
-        Raises:
-            InputError: as `save`.
-        """
-        if self.writing is None:
-            return
-        (future, state), self.writing = self.writing, None
-        with self._one_line(state):
-            future.result()
-            self._publish(state)
-
-    def _publish(self, state: dict) -> None:
-        if not self.processes.first:
-            return
-        partial, final = self.folder / f".partial-{_name(state)}", self.folder / _name(state)
-        write_atomic(partial / _STATE, json.dumps(state, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            shutil.rmtree(old)
-
-    @contextmanager
-    def _one_line(self, state: dict) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, dcp.api.CheckpointException) as error:
-            raise InputError(f"--output_dir {self.output_dir}: the checkpoint of step {state['step']} cannot be "
-                             f"written ({_reason(error)}); free some space, then --resume auto") from None  # fmt: skip
-
-
-def _name(state: dict) -> str:
-    return f"step-{state['step']:08d}"
+        sealed = verify(checkpoint, *share)
+    except InputError as error:
+        fault = error
+    faults = processes.sum(fault is not None)[0] if processes else fault is not None
+    if faults:  # on all processes alike
+        raise fault or InputError(f"{checkpoint} is damaged; another process names the file")
+    if not sealed and not share[0]:
+        logger.warning("%s is of an earlier version, without checksums: damage to it is not noticed", checkpoint)
+    return read_state(checkpoint)
 
 
 def load(checkpoint: Path, model: Transformer, optimizers: list[Optimizer], ema: Ema | None,
@@ -158,7 +71,7 @@ def tensors_of(model: Transformer, optimizers: list[Optimizer], ema: Ema | None)
     return {"model": weights, "optimizer": optimizer_state} | ({"ema": ema.weights} if ema else {})
 
 
-def _quietly(call, *args, **kwargs):
+def quietly(call, *args, **kwargs):
     with warnings.catch_warnings():  # torch warns that there is one process, which is what was asked for
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
         return call(*args, **kwargs)
@@ -166,12 +79,13 @@ def _quietly(call, *args, **kwargs):
 
 def _read(checkpoint: Path, tensors: dict, no_dist: bool) -> None:
     try:
-        _quietly(dcp.load, tensors, checkpoint_id=checkpoint, no_dist=no_dist)
+        reader, planner = reader_and_planner(checkpoint)
+        quietly(dcp.load, tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
-        raise InputError(f"{checkpoint} cannot be loaded ({_reason(error)}); remove it to use the one before") from None
+        raise InputError(f"{checkpoint} cannot be loaded ({reason(error)}); remove it to use the one before") from None
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong on the first process that failed, without the trace that torch puts around it."""
     if isinstance(error, dcp.api.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
@@ -194,42 +108,86 @@ def trained_model(checkpoint: Path) -> tuple[Transformer, Settings]:
     """The model of a checkpoint as it is trained, adapters and all, on the CPU; the moving average where there is one.
 
     Raises:
-        InputError: the checkpoint is damaged, or the weights that it left alone are gone.
+        InputError: the checkpoint is damaged, or the weights that it left alone are gone or are others now.
     """
-    state = read_state(checkpoint)
-    settings, config = Settings(**state["settings"]), ModelConfig(**state["model"])
+    state = verified_state(checkpoint)
+    settings, config = settings_of(checkpoint, state)
     if settings.freezes:
-        model = load_model(resolve(str(settings.init_from)), torch.float32, "cpu")
+        model = load_model(base.locate(settings, state.get("base")), torch.float32, "cpu")
         model.config = config
     else:
         model = Transformer(config)
     choose_trained(model, settings)
+    if wanted := state["identity"].get("frozen"):
+        base.check(base.frozen(model), wanted, f"--init_from {settings.init_from}")
     weights = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     _read(checkpoint, {"ema" if state["ema"] else "model": weights}, no_dist=True)
     return model, settings
 
 
-def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str = "bf16",
-           step: int | None = None) -> Path:  # fmt: skip
-    """Writes a checkpoint (the newest, or that of `step`) in the released layout, as generate.py loads it.
+def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str = "bf16", step: int | None = None,
+           checkpoint: Path | None = None, parameter: str = "--export_dir") -> Path:  # fmt: skip
+    """Writes a checkpoint (`checkpoint`, else that of `step`, else the newest) in the released layout.
 
-    Adapters are merged. Tokenizer and, where the run began with a folder that has it, the MoVQGAN come along. Needs one
-    process and the memory of the weights, merged ones twice; a run that goes on is not disturbed.
+    generate.py loads it. Adapters are merged. Tokenizer and, where the run began with a folder that has it, the MoVQGAN
+    come along. Needs one process and the memory of the weights, merged ones twice; a run that goes on is not disturbed.
+    `parameter` is what the folder was given as, for messages.
 
     Raises:
-        InputError: there is no such checkpoint, or it is damaged, or the disk does not take it.
+        InputError: there is no such checkpoint, or it is damaged, or the disk does not take it; none is written.
     """
     output_dir = Path(output_dir)
     folder = Path(folder) if folder else output_dir / "export"
-    checkpoint = find(output_dir, step)
+    checkpoint = checkpoint or find(output_dir, step)
     model, settings = trained_model(checkpoint)
-    save_model(plain_copy(model, DTYPES[dtype], "cpu") if settings.lora_rank else model, folder, DTYPES[dtype])
-    copies = _companions(output_dir / "tokenizer")
-    if settings.init_from and Path(settings.init_from).is_dir():
-        copies += [file for file in _companions(Path(settings.init_from)) if "movqgan" in file.name]
-    for file in copies:
-        write_atomic(folder / file.name, file.read_bytes())
+    companions = _all_companions(output_dir, settings, read_state(checkpoint).get("base"))
+    model = plain_copy(model, DTYPES[dtype], "cpu") if settings.lora_rank else model
+    with _new_or_renewed(folder, parameter) as part:
+        save_model(model, part, DTYPES[dtype])
+        for file in companions:
+            shutil.copyfile(file, part / file.name)
     return folder
+
+
+@contextmanager
+def _new_or_renewed(folder: Path, parameter: str) -> Iterator[Path]:
+    """A hidden folder to write an export to; when it is whole, its files replace those of a former export."""
+    former = folder.is_dir() and any(folder.iterdir())
+    place = folder / f".{os.getpid()}.new" if former else folder
+    with new_folder(place, parameter) as part:
+        yield part
+    if former:
+        names = {file.name for file in place.iterdir()}
+        for name in names:
+            os.replace(place / name, folder / name)
+        place.rmdir()
+        for stale in folder.glob("model*.safetensors*"):  # shards or an index would be read instead of the new ones
+            if stale.name not in names:
+                stale.unlink()
+
+
+def _all_companions(output_dir: Path, settings: Settings, described: dict | None) -> list[Path]:
+    """Tokenizer and MoVQGAN for an export; logs what is missing."""
+    found = _companions(output_dir / "tokenizer")
+    if not any(file.name == "tokenizer.json" for file in found):
+        logger.warning("%s holds no tokenizer: add one to the export before it is used", output_dir / "tokenizer")
+    image_tokenizer = [Path(settings.movqgan_path)] if settings.movqgan_path else []
+    sources = []
+    if settings.init_from:
+        try:
+            sources.append(base.locate(settings, described))
+        except InputError as error:
+            logger.warning("%s", error)
+    if settings.tokenizer_path:
+        sources.append(Path(settings.tokenizer_path))
+    for source in sources:
+        if not any(file.is_file() for file in image_tokenizer):
+            image_tokenizer = [file for file in _companions(source) if "movqgan" in file.name]
+    image_tokenizer = [file for file in image_tokenizer if file.is_file()]
+    if not image_tokenizer:
+        logger.warning("no MoVQGAN beside %s: the export holds none; give --movqgan_path when generating",
+                       " or ".join(map(str, sources)) or output_dir)  # fmt: skip
+    return found + image_tokenizer
 
 
 def find(output_dir: Path, step: int | None = None) -> Path:
@@ -238,8 +196,8 @@ def find(output_dir: Path, step: int | None = None) -> Path:
         if (found := newest(output_dir)) is None:
             raise InputError(f"--output_dir {output_dir} holds no checkpoint to export; train first")
         return found
-    place = output_dir / "checkpoints" / f"step-{step:08d}"
+    place = output_dir / "checkpoints" / name_of(step)
     if not place.is_dir():
-        there = ", ".join(str(int(path.name.removeprefix("step-"))) for path in sorted(place.parent.glob("step-*")))
+        there = ", ".join(str(step_of(path)) for path in checkpoints_of(output_dir))
         raise InputError(f"--step {step} is not there; --output_dir {output_dir} holds {there or 'none'}")
     return place

@@ -14,6 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause
+from lumina_mgpt.launcher import meeting_point, process_share
 from lumina_mgpt.training.loss import LossModel
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -33,9 +35,12 @@ class Processes:
         """Joins the group that torchrun describes; a plain start is a world of one, without any group.
 
         Offloading is FSDP's, so with it a world of one has a group too.
+
+        Raises:
+            InputError: the device cannot be used, or the launcher's variables are wrong, or the processes do not meet.
         """
         return_freed_memory()
-        world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        rank, world = process_share()
         found = resolve_device(device)
         if cpu_offload and found.type != "cuda":
             raise InputError(f"--cpu_offload needs a CUDA GPU, got --device {found}; leave it out")
@@ -43,6 +48,7 @@ class Processes:
             if cpu_offload:
                 dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
             return cls(0, 1, found)
+        meeting_point()
         if found.type == "cuda":
             index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if index >= count:
@@ -50,7 +56,12 @@ class Processes:
             found = torch.device("cuda", index)
             torch.cuda.set_device(found)
         backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        except (RuntimeError, ValueError) as error:  # the address is unknown or taken, or a process does not come
+            where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+            raise InputError(f"the {world} processes cannot meet at {where} ({cause(error)}); start with torchrun, "
+                             "or give another port") from None  # fmt: skip
         return cls(rank, world, found)
 
     def stop(self) -> None:

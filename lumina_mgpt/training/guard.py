@@ -1,10 +1,11 @@
 """Steps that would harm the weights: found by rule, written down, stopped at or left out."""
 
 import math
+import sys
 from pathlib import Path
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import append_lines
+from lumina_mgpt.io import append_lines, keep_until
 
 _REMEMBERED = 100  # gradient norms of good steps that a spike is measured against
 _NEEDED = 20  # of them, before anything counts as a spike
@@ -22,6 +23,11 @@ class Guard:
         self.rule, self.spike, self.path, self.active = rule, spike, folder / "bad_steps.jsonl", active
         self.norms: list[float] = []
         self.in_a_row = 0
+
+    def begin(self) -> None:
+        """Removes lines of the file that a power loss has damaged; bad steps of all attempts stay in it."""
+        if self.active:
+            keep_until(self.path, sys.maxsize)
 
     def state(self) -> dict:
         return {"norms": self.norms, "in_a_row": self.in_a_row}
@@ -48,10 +54,12 @@ class Guard:
         self.in_a_row += 1
         if self.active:
             append_lines(self.path, [{"step": step, "reason": fault, "samples": samples}])
-        kept = f"its records are in {self.path}, the checkpoints before it are kept"
+        before = self.path.parent / "checkpoints" / "step-N"
+        kept = f"its records are in {self.path}"
+        remedy = f"go back with --resume {before}, a checkpoint before it, and a lower --lr"
         if self.rule == "stop":
             raise InputError(f"--on_nonfinite stop: {fault} at step {step}; {kept}: go on with --resume auto and "
-                             "--on_nonfinite skip, or from a checkpoint with a lower --lr")  # fmt: skip
+                             f"--on_nonfinite skip, or {remedy}")  # fmt: skip
         if self.in_a_row > _LIMIT:
             raise InputError(f"--on_nonfinite skip: {fault} at step {step}, and so were the {_LIMIT} steps before; "
-                             f"{kept}: go on from one of them with a lower --lr")  # fmt: skip
+                             f"{kept}: {remedy}")  # fmt: skip

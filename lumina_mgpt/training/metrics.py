@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import MicroBatch
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import package_error
 from lumina_mgpt.io import append_lines, keep_until
 
 _FLUSH_SECONDS = 5
@@ -50,16 +50,16 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, progress: float, active: bool, tensorboard: bool = False) -> None:
         self.active, self.path, self.waiting = active, folder / "metrics.jsonl", []
-        self.flushed, self.writer = 0.0, None
+        self.flushed, self.writer, self.make_writer = 0.0, None, None
         if not active:
             return
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("--tensorboard needs the tensorboard package; pip install tensorboard, or leave it "
-                                 "out: metrics.jsonl holds the same") from None  # fmt: skip
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            except Exception as error:  # whatever one of its own imports raises
+                raise package_error(error, "--tensorboard", "tensorboard", ("tensorboard", "torch.utils.tensorboard"),
+                                    "leave it out: metrics.jsonl holds the same") from None  # fmt: skip
+            self.make_writer = lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         form = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=1.0, initial=min(1.0, progress), bar_format=form, dynamic_ncols=True, smoothing=0.05)
 
@@ -67,6 +67,7 @@ class Metrics:
         """Readies the file of an earlier run of which `step` steps count."""
         if self.active:
             keep_until(self.path, step)
+            self.writer = self.make_writer() if self.make_writer else None
 
     def step(self, row: dict) -> None:
         """Takes one step's numbers; what is not finite becomes null, which every reader of JSON knows."""

@@ -1,13 +1,22 @@
 """Everything a training run is told, checked in one place."""
 
-import math
-from dataclasses import dataclass
+import numbers
+import os
+import sys
+import typing
+from dataclasses import Field, dataclass, fields
 
 from lumina_mgpt.errors import InputError
 
 CHOICES = {
     "precision": ("bf16", "fp32"), "optimizer": ("adamw", "muon"), "overlong": ("error", "drop"),
     "on_nonfinite": ("stop", "skip"),
+}  # fmt: skip
+_COUNT_LIMIT = 2**31 - 1  # what every library below takes as a size
+_LIMITS = {"seed": 2**63 - 1, "threads": 1024, "lora_rank": 2**20}  # torch's seeds have 64 bits; sizes of real machines
+_TYPES = {
+    bool: (bool, "must be true or false"), str: (str, "must be text"),
+    int: (numbers.Integral, "must be a whole number"), float: (numbers.Real, "must be a number"),
 }  # fmt: skip
 
 
@@ -74,6 +83,8 @@ class Settings:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            self._check_type(field)
         if bool(self.init_from) == bool(self.model_config):
             raise InputError("give one of --init_from (a checkpoint) and --model_config (training from scratch)")
         if self.model_config and not self.tokenizer_path:
@@ -81,14 +92,13 @@ class Settings:
         budgets = [self.epochs, self.max_steps, self.max_minutes]
         if sum(value > 0 for value in budgets) != 1 or min(budgets) < 0:
             raise InputError(f"give one of --epochs, --max_steps and --max_minutes, above 0; got {budgets}")
-        for name in ("accum_iter", "max_seq_len", "keep_checkpoints"):
+        for name in ("accum_iter", "max_seq_len", "keep_checkpoints", "pad_multiple"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("lr", "muon_lr"):
-            self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) > 0, "must be above 0")
+            self._require(name, getattr(self, name) > 0, "must be above 0")
         limits = ("min_lr", "wd", "clip_grad", "z_loss_weight", "tail_weight", "spike", "peak_tflops", "lora_alpha")
-        counts = ("lora_rank", "sample_every", "save_iteration_interval", "save_minutes", "threads")
-        for name in (*limits, *counts):
-            self._require(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "must be at least 0")
+        for name in (*limits, "save_minutes"):
+            self._require(name, getattr(self, name) >= 0, "must be at least 0")
         self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
         for name in ("warmup", "dropout", "ema", "code_noise"):
             self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
@@ -117,6 +127,24 @@ class Settings:
             raise InputError(f"--lora_alpha {self.lora_alpha} means nothing without --lora_rank; add that")
         if self.lora_rank and self.optimizer == "muon":
             raise InputError("--optimizer muon is for whole matrices, not for --lora_rank; use adamw")
+
+    def _check_type(self, field: Field) -> None:
+        """Gives a setting the type of its field, so that every one can be written as JSON and read again."""
+        name, value = field.name, getattr(self, field.name)
+        kinds = typing.get_args(field.type) or (field.type,)
+        if value is None and type(None) in kinds:
+            return
+        if str in kinds and isinstance(value, os.PathLike):
+            value = str(value)
+        number = bool not in kinds and str not in kinds
+        wanted, rule = _TYPES[next(kind for kind in kinds if kind is not type(None))]
+        self._require(name, isinstance(value, wanted) and not (number and isinstance(value, bool)), rule)
+        if int in kinds:
+            limit = _LIMITS.get(name, _COUNT_LIMIT)
+            self._require(name, 0 <= value <= limit, f"must be in [0, {limit}]")
+        elif float in kinds:
+            self._require(name, -sys.float_info.max <= value <= sys.float_info.max, "must be finite")
+        object.__setattr__(self, name, kinds[0](value))
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

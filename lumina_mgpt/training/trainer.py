@@ -1,6 +1,7 @@
 """The training loop, the same for one process and for many."""
 
 import contextlib
+import logging
 import signal
 import time
 from dataclasses import asdict, fields, replace
@@ -16,7 +17,7 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training import base, checkpoint, lineage
 from lumina_mgpt.training.adapters import choose_trained
 from lumina_mgpt.training.distributed import Processes, clip_gradients, place
 from lumina_mgpt.training.guard import Guard
@@ -24,12 +25,16 @@ from lumina_mgpt.training.loss import LossModel
 from lumina_mgpt.training.metrics import Metrics, batch_flops, peak_flops
 from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
 from lumina_mgpt.training.samples import Sampler
+from lumina_mgpt.training.saver import Saver
 from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.vocabulary import Vocabulary
 
+logger = logging.getLogger(__name__)
 
-def build_model(settings: Settings) -> tuple[Transformer, Path]:
-    """The model to train, on the CPU, in float32 (what adapters leave alone, in bf16), and its tokenizer's folder."""
+
+def build_model(settings: Settings) -> tuple[Transformer, Path, dict]:
+    """The model to train, on the CPU, in float32 (what adapters leave alone, in bf16), its tokenizer's folder, and what
+    the run keeps about the checkpoint that it begins with."""
     if settings.init_from:
         folder = resolve(settings.init_from)
         if ModelConfig.from_json(folder / "config.json").int4_group:
@@ -46,10 +51,11 @@ def build_model(settings: Settings) -> tuple[Transformer, Path]:
         folder = Path(str(settings.tokenizer_path))
         model = Transformer(config)
         model.init_weights(torch.Generator().manual_seed(settings.seed))
+    described = base.describe(settings, folder)
     folder = Path(settings.tokenizer_path) if settings.tokenizer_path else folder
     model.config = replace(model.config, dropout=settings.dropout, z_loss_weight=settings.z_loss_weight)
     model.dropout, model.gradient_checkpointing = settings.dropout, settings.checkpointing
-    return model, folder
+    return model, folder, described
 
 
 class Trainer:
@@ -65,7 +71,7 @@ class Trainer:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         start, sources = self._checkpoint_to_resume(), read_sources(settings.data_config)
-        model, folder = build_model(settings)
+        model, folder, self.base = build_model(settings)
         vocabulary = Vocabulary.from_folder(folder, model.config)
         longest = settings.max_seq_len if settings.overlong == "drop" else 0
         self.dataset = TokenDataset(sources, vocabulary, settings.seed, longest)
@@ -77,6 +83,7 @@ class Trainer:
             model.config = replace(model.config, max_position_embeddings=settings.max_seq_len)
         self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
         choose_trained(model, settings)
+        self.frozen = base.frozen(model)
         self.module = LossModel(model, settings.z_loss_weight, settings.tail_weight)
         self.model = model.train()
         if settings.compile:
@@ -86,14 +93,13 @@ class Trainer:
         self.ema = Ema(model, settings.ema) if settings.ema else None
         self.guard = Guard(settings.on_nonfinite, settings.spike, self.output_dir, processes.first)
         self.peak_flops = processes.world * peak_flops(processes.device, settings.peak_tflops)
-        self.saver = checkpoint.Saver(self.output_dir, processes, settings.keep_checkpoints, settings.save_beside)
+        self.saver = Saver(self.output_dir, processes, settings.keep_checkpoints, settings.save_beside)
         self.sampler = Sampler(settings, folder, model, vocabulary, processes) if settings.sample_every else None
         self.at, self.elapsed, self.tokens = 0, 0.0, 0
         self.stop, self.leave = 0, False  # the signal that came here; whether one came anywhere
+        self.start, self.tokenizer_folder = start, folder
         if start is not None:
             self._resume(start)
-        if processes.first:  # only now: a refused resume must leave the run's own in place
-            checkpoint.keep_companions(folder, self.output_dir)
         self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, settings.tensorboard)
 
     # -- position ------------------------------------------------------------------------------------------------------
@@ -107,15 +113,19 @@ class Trainer:
         return self.at / settings.max_steps if settings.max_steps else self.feed.epochs / settings.epochs
 
     def _checkpoint_to_resume(self) -> Path | None:
-        """Raises: InputError: the folder holds a run, and nothing says to go on with it."""
-        found = checkpoint.newest(self.output_dir)
+        """Raises: InputError: the folder holds a run, and nothing says to go on with it; or another run is named."""
+        self.newest = found = checkpoint.newest(self.output_dir)
         if self.settings.resume not in ("", "auto"):
-            found = Path(self.settings.resume)
-            if not found.is_dir():
-                raise InputError(f"--resume must be auto or the folder of a checkpoint, got {found}; it lies in "
+            chosen = Path(self.settings.resume)
+            if not chosen.is_dir():
+                raise InputError(f"--resume must be auto or the folder of a checkpoint, got {chosen}; it lies in "
                                  "OUTPUT_DIR/checkpoints")  # fmt: skip
-            checkpoint.read_state(found)
-        elif found is not None and not self.settings.resume:
+            if found is not None and not lineage.belongs(chosen, self.output_dir):
+                raise InputError(f"--resume {chosen} is not one of the checkpoints of --output_dir {self.output_dir}, "
+                                 f"which holds a run of its own ({found.name}); --resume auto goes on with that, "
+                                 "another --output_dir begins with the other")  # fmt: skip
+            return chosen
+        if found is not None and not self.settings.resume:
             raise InputError(f"--output_dir {self.output_dir} holds a run already ({found.name}); --resume auto goes "
                              "on with it, another folder starts anew")  # fmt: skip
         return found
@@ -127,6 +137,7 @@ class Trainer:
         model = asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
         return {name: getattr(self.settings, name) for name in names} | {
             "data_config": self.dataset.fingerprint(), "ema": self.ema is not None, "model_config": model,
+            "frozen": self.frozen,
         }  # fmt: skip
 
     def _state(self) -> dict:
@@ -134,20 +145,29 @@ class Trainer:
             "step": self.at, "epoch": self.feed.epoch, "done": self.feed.done, "elapsed": self.elapsed,
             "tokens": self.tokens, "ema": self.ema.updates if self.ema else 0, "world": self.processes.world,
             "guard": self.guard.state(), "identity": self._identity(), "model": asdict(self.model.config),
-            "settings": asdict(self.settings),
+            "settings": base.lasting(self.settings), "base": self.base,
         }  # fmt: skip
 
     def _resume(self, path: Path) -> None:
-        state = checkpoint.read_state(path)
+        state = checkpoint.verified_state(path, self.processes)
         mine, its = self._identity(), state["identity"]
         its = {field.name: field.default for field in fields(Settings)} | its  # options younger than the checkpoint
-        differs = [f"--{key} (was {its.get(key)})" for key in mine if its.get(key) != mine[key]]
+        wanted = its.get("frozen")
+        if self.frozen and not wanted and self.processes.first:
+            logger.warning("%s does not say what its frozen weights were: they cannot be compared", path)
+        differs = [f"--{key} (was {its.get(key)})" for key in mine if key != "frozen" and its.get(key) != mine[key]]
         if differs:
             raise InputError(f"--resume {path} is of a run with another {', '.join(differs)}; use the same, or a new "
                              "--output_dir")  # fmt: skip
+        base.check(self.frozen, wanted, f"--init_from {self.settings.init_from}")
+        if lineage.belongs(path, self.output_dir) and lineage.step_of(path.resolve()) != state["step"]:
+            raise InputError(f"{path} is of step {state['step']}; rename it to {lineage.name_of(state['step'])}")
         checkpoint.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
+        if self.feed.done >= len(self.feed.plan):
+            raise InputError(f"{path}: 'done' must be below the {len(self.feed.plan)} batches of an epoch, got "
+                             f"{self.feed.done}; remove the checkpoint to go on from the one before")  # fmt: skip
         self.guard.load(state.get("guard", {}))
         if self.ema:
             self.ema.updates = state["ema"]
@@ -166,7 +186,11 @@ class Trainer:
         """
         alone = alone_in(self.output_dir, "--output_dir") if self.processes.first else contextlib.nullcontext()
         with alone, self._signals():
+            self.saver.begin(self.start, self.newest)
+            if self.processes.first:  # only now: a refused run leaves what is there in place
+                checkpoint.keep_companions(self.tokenizer_folder, self.output_dir)
             self.metrics.begin(self.at)
+            self.guard.begin()
             try:
                 self._loop()
             except InputError:

@@ -1,0 +1,39 @@
+"""What a launcher (torchrun, accelerate) tells a process by environment variables."""
+
+import os
+
+from lumina_mgpt.errors import InputError
+
+
+def process_share() -> tuple[int, int]:
+    """This process's number and how many there are, as `accelerate launch` and torchrun tell; (0, 1) when alone.
+
+    Raises:
+        InputError: the numbers in the environment mean nothing.
+    """
+    told = {name: os.environ.get(name, alone) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(_is_whole(text) for text in told.values()) or not int(told["RANK"]) < int(told["WORLD_SIZE"]):
+        raise InputError("RANK must be below WORLD_SIZE, both whole numbers, got {RANK!r} and {WORLD_SIZE!r}; a "
+                         "launcher sets them, unset them otherwise".format(**told))  # fmt: skip
+    return int(told["RANK"]), int(told["WORLD_SIZE"])
+
+
+def meeting_point() -> None:
+    """Checks what many processes need in order to find each other.
+
+    Raises:
+        InputError: a variable is missing or out of its range.
+    """
+    names = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with "
+                         "torchrun, or unset WORLD_SIZE to train in one process")  # fmt: skip
+    for name, limit in (("LOCAL_RANK", int(os.environ["WORLD_SIZE"]) - 1), ("MASTER_PORT", 65535)):
+        text = os.environ[name]
+        if not _is_whole(text) or int(text) > limit:
+            raise InputError(f"{name} must be a whole number of at most {limit}, got {text!r}; start with torchrun")
+
+
+def _is_whole(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
