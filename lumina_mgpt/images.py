@@ -64,6 +64,8 @@ def open_image(path: str | os.PathLike, content: BinaryIO | None = None, alpha: 
         InputError: no such file, not a picture, damaged, more than 178,956,970 pixels, or more than 16 times as long
             as wide.
     """
+    if content is None and os.path.exists(path) and not os.path.isfile(path):  # reading a pipe may wait forever
+        raise InputError(f"{path} is not a regular file; give the path of a picture")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # half the pixel limit, EXIF that makes no sense

@@ -264,3 +264,10 @@ def test_extensions_are_those_of_the_formats_that_are_read():
     assert {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".avif"} <= picture_suffixes()
     assert not {".eps", ".ps", ".pdf", ".wmf", ".emf", ".mpg", ".h5", ".grib", ".fits", ".txt"} & picture_suffixes()
     assert "EPS" not in picture_formats() and all(s == s.lower() and s[0] == "." for s in picture_suffixes())
+
+
+def test_a_pipe_is_no_picture(tmp_path):
+    """A pipe named in a record made the pre-tokenization wait forever."""
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match="not a regular file"):
+        open_image(tmp_path / "a.png")
