@@ -22,10 +22,11 @@ from lumina_mgpt.config import (
     SamplingConfig,
     Speculation,
     check_counts,
+    excerpt,
 )
 from lumina_mgpt.console import Stopped, safe_output, stoppable
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import cause, remedy
+from lumina_mgpt.io import cause, lines_of, read_text, remedy
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 DEMO = "assets/demo"
 _PROJECT = Path(__file__).resolve().parent.parent
 REFUSED = 2
+PROMPTS_FILE = "prompts.txt"  # of a checkpoint folder: prompts that it can do
 
 EXAMPLE_PROMPTS = (
     "A red fox curled up asleep in fresh snow under a birch tree, soft morning light, close-up photograph",
@@ -69,7 +71,7 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {excerpt(text)}") from None
 
 
 def number(text: str) -> float:
@@ -77,7 +79,7 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a number, got {excerpt(text)}") from None
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -212,10 +214,14 @@ def process_share() -> tuple[int, int]:
     """This process's number and how many there are, as `accelerate launch` and torchrun tell; (0, 1) when alone.
 
     Raises:
-        InputError: the numbers in the environment mean nothing.
+        InputError: the numbers in the environment mean nothing, or there is a number of processes only.
     """
     told = {name: os.environ.get(name, alone) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    if not all(text.isdecimal() for text in told.values()) or not int(told["RANK"]) < int(told["WORLD_SIZE"]):
+    if "RANK" not in os.environ and told["WORLD_SIZE"] != "1":
+        raise InputError("RANK must be set with WORLD_SIZE, as a launcher does, got WORLD_SIZE={WORLD_SIZE!r} alone; "
+                         "unset it, or start with torchrun or accelerate launch".format(**told))  # fmt: skip
+    digits = all(re.fullmatch("[0-9]{1,9}", text) for text in told.values())
+    if not digits or not int(told["RANK"]) < int(told["WORLD_SIZE"]):
         raise InputError("RANK must be below WORLD_SIZE, both whole numbers, got {RANK!r} and {WORLD_SIZE!r}; a "
                          "launcher sets them, unset them otherwise".format(**told))  # fmt: skip
     return int(told["RANK"]), int(told["WORLD_SIZE"])
@@ -239,8 +245,11 @@ def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
     return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
 
 
-def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
+def read_prompts(prompts: Sequence[str] | None, file: str | None, option: str = "--prompt_file") -> list[str]:
     """Prompts of the command line, then those of the file, one a line; blank lines there mean nothing.
+
+    Args:
+        option: what messages call the file.
 
     Raises:
         InputError: a prompt is empty, or the file cannot be read, is not UTF-8, or holds no prompt.
@@ -249,27 +258,29 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     if any(not prompt.strip() for prompt in result):
         raise InputError("--prompt must not be empty, got ''; say what the image should show")
     if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise InputError(f"--prompt_file {file} cannot be read ({error.strerror}); check the path") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"--prompt_file {file} must be UTF-8 text ({error.reason}); save it as UTF-8") from None
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = _not_blank(read_text(file, option))
         if not lines:
-            raise InputError(f"--prompt_file {file} must hold at least one prompt, got none; write one a line")
+            raise InputError(f"{option} {file} must hold at least one prompt, got none; write one a line")
         result += lines
     return result
 
 
 def example_prompts(folder: Path) -> list[str]:
-    """Five prompts that the checkpoint in `folder` can do: its own `prompts.txt`, else photographs and paintings."""
-    return (_lines(folder / "prompts.txt") or list(EXAMPLE_PROMPTS))[:5]
+    """Five prompts that the checkpoint in `folder` can do: its own `prompts.txt`, else photographs and paintings.
+
+    Raises:
+        InputError: that file cannot be read, or is not UTF-8.
+    """
+    file = folder / PROMPTS_FILE
+    return (_not_blank(read_text(file)) if file.exists() else [])[:5] or list(EXAMPLE_PROMPTS)
 
 
 def known_names(folder: Path) -> list[str]:
     """What a small checkpoint can draw, from its `names.txt`; empty for one that has no such list."""
-    return _lines(folder / "names.txt")
+    try:
+        return _not_blank(read_text(folder / "names.txt"))
+    except InputError:  # only hints are made of it
+        return []
 
 
 def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
@@ -353,9 +364,5 @@ def _refuse(message: str) -> int:
     return REFUSED
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # there is no such list
-        return []
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _not_blank(text: str) -> list[str]:
+    return [line.strip() for line in lines_of(text) if line.strip()]

@@ -7,6 +7,7 @@ and what cannot be read becomes an InputError that names the file.
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,6 +75,15 @@ def read_text(path: str | Path, parameter: str = "") -> str:
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise InputError(f"{where} cannot be read ({cause(error)}); {remedy(error)}") from None
     return decode_text(data, where)
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Lines of a text, without their ends.
+
+    Only \n, \r\n and \r end a line: `str.splitlines` also splits at a form feed, U+0085 and U+2028, which may occur
+    inside a sentence.
+    """
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def parse_json(text: str, where: str) -> object:
