@@ -147,7 +147,7 @@ class ReadingBar(contextlib.AbstractContextManager):
         if self.bar is None:
             self.bar = tqdm(
                 total=total, unit=" weights", unit_scale=True, desc=self.words, delay=self.delay, dynamic_ncols=True,
-                mininterval=bar_interval(), disable=process_share()[0] > 0,
+                mininterval=bar_interval(), disable=os.environ.get("RANK", "0") != "0",  # one process shows it
             )  # fmt: skip
         self.bar.update(done - self.bar.n)
 

@@ -66,13 +66,17 @@ class Checkpoint:
         Raises:
             InputError: there is no such checkpoint, it is incomplete, or MoVQGAN weights are missing.
         """
+        _require_utf8("--model_path", path)
         try:
             folder = resolve(path)
             config = ModelConfig.from_json(folder / "config.json")
             vocabulary = Vocabulary.from_folder(folder, config)
         except InputError as error:
             raise InputError(f"--model_path {error}") from None
-        return cls(folder, config, vocabulary, find_movqgan(folder, movqgan_path))
+        movqgan = find_movqgan(folder, movqgan_path)
+        if movqgan.suffix == ".safetensors":
+            _require_utf8("--movqgan_path", movqgan)
+        return cls(folder, config, vocabulary, movqgan)
 
     def base_size(self, panels: int = 1) -> tuple[int, int]:
         """Width and height in pixels where the user gives none: square panels, one above the other, of the base size.
@@ -377,3 +381,11 @@ class Pipeline:
 
 def _reporter(on_row: OnRow, batch: Sequence[Job], layout: ImageLayout) -> Callable[[int, Tensor], None]:
     return lambda row, codes: on_row(RowsDone(tuple(batch), codes, layout))
+
+
+def _require_utf8(option: str, path: str | Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{option} {path} must be UTF-8, which the libraries that read weights and tokenizers need; "
+                         "rename the folder, or give a link to it") from None  # fmt: skip
