@@ -10,7 +10,7 @@ picture given, edit_ref_center_crop.png, on.
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import generate  # the script beside this one
 from tqdm import tqdm
@@ -42,6 +42,7 @@ def edit(args: argparse.Namespace) -> None:
     cli.quant_group(args)
     if not all(text.strip() for text in args.instruction):
         raise InputError("--instruction must not be empty, got ''; say what to change")
+    settings.with_seeds(len(args.instruction))  # checks the last one
     request = tasks.panel_request("edit", args.instruction, 1, ("--image_path", args.image_path), None)
     output = OutputFolder(args.save_path, args.overwrite)
     output.claim(file_names(request), request.keep)
@@ -68,11 +69,11 @@ def make(
     described = request.described() | generate.describe(pipeline, layout, settings, speculation, args)
     panel = picture = request.panel(layout)
     strip, turns = [picture], len(request.prompts)
+    seeds = settings.with_seeds(turns)
     total = turns * (layout.num_codes - layout.given)
     try:
         with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=cli.bar_interval()) as bar:
-            for turn, instruction in enumerate(request.prompts, start=1):
-                own = replace(settings, seed=settings.seed + turn - 1)
+            for turn, (instruction, own) in enumerate(zip(request.prompts, seeds, strict=True), start=1):
                 (result,) = pipeline.generate(
                     instruction, args.width, args.height, task=request.task, panel=panel, speculation=speculation,
                     on_row=lambda _: bar.update(layout.cols), **asdict(own),

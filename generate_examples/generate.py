@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     share, request = cli.process_share(), read_request(args)
     output = OutputFolder(args.save_path, args.overwrite, shared=share[1] > 1)
     if request.prompts:
-        output.claim(file_names(request, args, share), request.keep)
+        output.claim(file_names(request, share), request.keep, preview_files(request, args, share))
 
     from lumina_mgpt.devices import own_device  # torch takes seconds to import: only now
     from lumina_mgpt.pipeline import Checkpoint
@@ -77,10 +77,11 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     device = own_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     if not request.prompts:
-        request = replace(request, prompts=cli.example_prompts(checkpoint.folder))
-        output.claim(file_names(request, args, share))
+        own = checkpoint.folder / cli.PROMPTS_FILE
+        request = replace(request, prompts=cli.example_prompts(checkpoint.folder), option=str(own))
+        output.claim(file_names(request, share), temporary=preview_files(request, args, share))
     layout = checkpoint.layout(args.width, args.height, request.task)
-    checkpoint.prompt_ids(request.prompts, layout, request.task, request.shown)
+    checkpoint.prompt_ids(request.prompts, layout, request.task, request.shown, request.option)
     panel = request.panel(layout)
     # Where there is a panel, the prompt need not name what it shows.
     names = cli.known_names(checkpoint.folder) if panel is None else []
@@ -110,6 +111,9 @@ def make(
     if share[0] == 0:
         print(", ".join(f"{key} {value}" for key, value in described.items()))
     total, saved, previews = images_of(request, share), 0, set()
+    if share[0] == 0 and share[1] > 1:
+        print(f"process 0 of {share[1]} makes {total} of {len(request.prompts) * request.n} images: numbers 0, "
+              f"{share[1]}, {2 * share[1]} and so on; the other processes make the others")  # fmt: skip
     codes = total * (layout.num_codes - layout.given)
     bar = tqdm(
         total=codes, unit=" codes", desc=f"{total} image{'s' * (total > 1)}", dynamic_ncols=True,
@@ -141,7 +145,8 @@ def make(
                 output.save(result_file(stem), result.panel, text)
             path = output.save(f"{stem}.png", result.image, text)
             saved += 1
-            output.discard(preview_file(stem))
+            if args.preview:
+                output.discard(preview_file(stem))
             bar.write(f"{path}: {job.prompt}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{saved} of {total} images are in {output.folder}") from None
@@ -153,7 +158,7 @@ def make(
 
 def describe(pipeline, layout, settings, speculation, args: argparse.Namespace) -> dict[str, object]:
     """Everything that decides how a picture comes out, besides its prompt and repeat."""
-    from lumina_mgpt.pipeline import pixel_size
+    from lumina_mgpt.panels import pixel_size
 
     width, height = pixel_size(layout)
     sampling = asdict(settings) | {"top_k": min(settings.top_k, pipeline.checkpoint.config.num_image_codes)}
@@ -179,12 +184,22 @@ def preview_file(stem: str) -> str:
     return f"{stem}.preview.png"
 
 
-def file_names(request: Request, args: argparse.Namespace, share: tuple[int, int]) -> list[str]:
-    """All that this process will write."""
-    kinds = ["{}.png".format] + [result_file] * (request.task.panels > 1) + [preview_file] * args.preview
-    stems = [request.stem(index, repeat) for index in range(len(request.prompts)) for repeat in range(request.n)]
+def file_names(request: Request, share: tuple[int, int]) -> list[str]:
+    """All results of this process."""
+    kinds = ["{}.png".format] + [result_file] * (request.task.panels > 1)
     panel = [] if request.picture is None or share[0] else [request.panel_file]
-    return [kind(stem) for stem in stems[share[0] :: share[1]] for kind in kinds] + panel
+    return [kind(stem) for stem in stems(request, share) for kind in kinds] + panel
+
+
+def preview_files(request: Request, args: argparse.Namespace, share: tuple[int, int]) -> list[str]:
+    """All previews of this process, which it removes again."""
+    return [preview_file(stem) for stem in stems(request, share)] if args.preview else []
+
+
+def stems(request: Request, share: tuple[int, int]) -> list[str]:
+    """Names without suffix of this process's images."""
+    jobs = [(index, repeat) for index in range(len(request.prompts)) for repeat in range(request.n)]
+    return [request.stem(*job) for job in jobs[share[0] :: share[1]]]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import logging
+import os
 import re
 import signal
 import sys
@@ -21,11 +22,11 @@ from lumina_mgpt.config import (
     SamplingConfig,
     Speculation,
     check_counts,
+    excerpt,
 )
 from lumina_mgpt.console import Stopped, safe_output, stoppable
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import cause, remedy
-from lumina_mgpt.launcher import process_share
+from lumina_mgpt.io import cause, lines_of, read_text, remedy
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 DEMO = "assets/demo"
 _PROJECT = Path(__file__).resolve().parent.parent
 REFUSED = 2
+PROMPTS_FILE = "prompts.txt"  # of a checkpoint folder: prompts that it can do
 
 EXAMPLE_PROMPTS = (
     "A red fox curled up asleep in fresh snow under a birch tree, soft morning light, close-up photograph",
@@ -69,7 +71,7 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {excerpt(text)}") from None
 
 
 def number(text: str) -> float:
@@ -77,7 +79,7 @@ def number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be a number, got {excerpt(text)}") from None
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +147,7 @@ class ReadingBar(contextlib.AbstractContextManager):
         if self.bar is None:
             self.bar = tqdm(
                 total=total, unit=" weights", unit_scale=True, desc=self.words, delay=self.delay, dynamic_ncols=True,
-                mininterval=bar_interval(), disable=process_share()[0] > 0,
+                mininterval=bar_interval(), disable=os.environ.get("RANK", "0") != "0",  # one process shows it
             )  # fmt: skip
         self.bar.update(done - self.bar.n)
 
@@ -226,8 +228,11 @@ def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
     return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
 
 
-def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
+def read_prompts(prompts: Sequence[str] | None, file: str | None, option: str = "--prompt_file") -> list[str]:
     """Prompts of the command line, then those of the file, one a line; blank lines there mean nothing.
+
+    Args:
+        option: what messages call the file.
 
     Raises:
         InputError: a prompt is empty, or the file cannot be read, is not UTF-8, or holds no prompt.
@@ -236,27 +241,29 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     if any(not prompt.strip() for prompt in result):
         raise InputError("--prompt must not be empty, got ''; say what the image should show")
     if file is not None:
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise InputError(f"--prompt_file {file} cannot be read ({error.strerror}); check the path") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"--prompt_file {file} must be UTF-8 text ({error.reason}); save it as UTF-8") from None
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = _not_blank(read_text(file, option))
         if not lines:
-            raise InputError(f"--prompt_file {file} must hold at least one prompt, got none; write one a line")
+            raise InputError(f"{option} {file} must hold at least one prompt, got none; write one a line")
         result += lines
     return result
 
 
 def example_prompts(folder: Path) -> list[str]:
-    """Five prompts that the checkpoint in `folder` can do: its own `prompts.txt`, else photographs and paintings."""
-    return (_lines(folder / "prompts.txt") or list(EXAMPLE_PROMPTS))[:5]
+    """Five prompts that the checkpoint in `folder` can do: its own `prompts.txt`, else photographs and paintings.
+
+    Raises:
+        InputError: that file cannot be read, or is not UTF-8.
+    """
+    file = folder / PROMPTS_FILE
+    return (_not_blank(read_text(file)) if file.exists() else [])[:5] or list(EXAMPLE_PROMPTS)
 
 
 def known_names(folder: Path) -> list[str]:
     """What a small checkpoint can draw, from its `names.txt`; empty for one that has no such list."""
-    return _lines(folder / "names.txt")
+    try:
+        return _not_blank(read_text(folder / "names.txt"))
+    except InputError:  # only hints are made of it
+        return []
 
 
 def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
@@ -340,9 +347,5 @@ def _refuse(message: str) -> int:
     return REFUSED
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:  # there is no such list
-        return []
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _not_blank(text: str) -> list[str]:
+    return [line.strip() for line in lines_of(text) if line.strip()]

@@ -2,7 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+import operator
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -162,6 +164,8 @@ class SamplingConfig:
 
     Ranges: cfg in 0 ... 1000; temperature > 0; top_k >= 1 (more than the number of codes means all of them).
 
+    NumPy and torch scalars are converted, so that the fields are plain Python numbers.
+
     Raises:
         InputError: naming the command line option that is out of its range.
     """
@@ -172,13 +176,27 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.cfg <= 1000, "--cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
-        _require(isinstance(self.top_k, int) and self.top_k >= 1, "--top_k", self.top_k,
-                 "must be a whole number of at least 1; try 4096")  # fmt: skip
-        _require(math.isfinite(self.temperature) and self.temperature > 0, "--temperature", self.temperature,
+        cfg, temperature = _real(self.cfg), _real(self.temperature)
+        _require(0 <= cfg <= 1000, "--cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
+        _require(math.isfinite(temperature) and temperature > 0, "--temperature", self.temperature,
                  "must be a finite number > 0; try 1.0, or --top_k 1 for the likeliest codes")  # fmt: skip
-        _require(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "--seed", self.seed,
-                 "must be a whole number in 0 ... 2**63 - 1")  # fmt: skip
+        plain = {
+            "cfg": cfg, "temperature": temperature,
+            "top_k": whole_number("--top_k", self.top_k, 1, None, "must be a whole number of at least 1; try 4096"),
+            "seed": whole_number("--seed", self.seed, 0, 2**63 - 1, "must be a whole number in 0 ... 2**63 - 1"),
+        }  # fmt: skip
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    def with_seeds(self, count: int) -> list["SamplingConfig"]:
+        """The same settings with `count` seeds one after another, this one's first.
+
+        Raises:
+            InputError: the last seed is out of range.
+        """
+        _require(self.seed + count <= 2**63, "--seed", self.seed,
+                 f"must be at most 2**63 - {count}, as {count} seeds from it on are used")  # fmt: skip
+        return [replace(self, seed=self.seed + number) for number in range(count)]
 
 
 COUPLINGS = ("noise", "maximal", "independent")
@@ -202,20 +220,53 @@ class Speculation:
     def __post_init__(self) -> None:
         _require(self.coupling in COUPLINGS, "--coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
         _require(self.birth in BIRTHS, "--birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
-        whole = isinstance(self.window, int) and 1 <= self.window <= 4096
-        _require(self.window is None or whole, "--window", self.window,
-                 "must be a whole number in 1 ... 4096; try 32")  # fmt: skip
+        if self.window is not None:
+            rule = "must be a whole number in 1 ... 4096; try 32"
+            object.__setattr__(self, "window", whole_number("--window", self.window, 1, 4096, rule))
 
 
-def check_counts(n: int, batch_size: int | None) -> None:
-    """Images of a prompt, and images made at once (None: to be chosen).
+def check_counts(n: int, batch_size: int | None) -> tuple[int, int | None]:
+    """Images of a prompt, and images made at once (None: to be chosen), as plain numbers.
 
     Raises:
         InputError: one of them is no whole number of 1 ... 100,000; each image costs names and memory beforehand.
     """
-    for name, value in (("-n", n), ("--batch_size", batch_size)):
-        whole = isinstance(value, int) and 1 <= value <= 100_000
-        _require(value is None or whole, name, value, "must be a whole number in 1 ... 100000; try 1")
+    rule = "must be a whole number in 1 ... 100000; try 1"
+    n = whole_number("-n", n, 1, 100_000, rule)
+    return n, batch_size if batch_size is None else whole_number("--batch_size", batch_size, 1, 100_000, rule)
+
+
+def check_share(share: tuple[int, int]) -> tuple[int, int]:
+    """This process's number and how many processes there are, as plain numbers.
+
+    Raises:
+        InputError: these are not two whole numbers, the first from 0 to below the second.
+    """
+    rule = "must be two whole numbers (r, count) with 0 <= r < count"
+    _require(isinstance(share, list | tuple) and len(share) == 2, "share", share, rule)
+    count = whole_number("share", share[1], 1, None, rule)
+    return whole_number("share", share[0], 0, count - 1, rule), count
+
+
+def whole_number(name: str, value: object, low: int | None, high: int | None, rule: str) -> int:
+    """`value` as an int: an int, or a NumPy or torch scalar of an integer type.
+
+    Args:
+        name: what messages call it.
+        low, high: its range; None: no limit.
+        rule: what messages say of the range.
+
+    Raises:
+        InputError: it is of another type (bool included), or out of range.
+    """
+    plain = _plain(value)
+    try:
+        number = None if isinstance(plain, bool) else operator.index(plain)
+    except TypeError:
+        number = None
+    fits = number is not None and (low is None or low <= number) and (high is None or number <= high)
+    _require(fits, name, value, rule)
+    return number
 
 
 def _rope_of_transformers_5(parameters: dict | None) -> dict:
@@ -236,6 +287,34 @@ def is_number(value: object) -> bool:
         return False
 
 
+def _plain(value: object) -> object:
+    """A NumPy or torch scalar as the Python number that it holds; anything else unmodified."""
+    try:
+        return value.item()
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # no scalar; the last two: of several numbers
+        return value
+
+
+def _real(value: object) -> float:
+    """A real number as a float; NaN for anything else, bool included."""
+    plain = _plain(value)
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        return math.nan
+    try:
+        return float(plain)
+    except OverflowError:
+        return math.inf
+
+
+def excerpt(value: object) -> str:
+    """`value` for a message: its representation, shortened over 200 characters."""
+    try:
+        text = repr(_plain(value))
+    except ValueError:  # Python prints no integer of over 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:60]}... ({len(text)} characters)"
+
+
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
-        raise InputError(f"{name} {rule}, got {value!r}")
+        raise InputError(f"{name} {rule}, got {excerpt(value)}")

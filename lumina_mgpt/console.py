@@ -95,13 +95,16 @@ def safe_output() -> Iterator[None]:
 def stoppable() -> Iterator[None]:
     """Raises `Stopped` in the main thread at SIGTERM and SIGHUP, so that a command removes what it has not finished.
 
-    A signal that was ignored before (`nohup`) stays ignored.
+    A signal that was ignored before (`nohup`) stays ignored. Further ones are ignored while the command cleans up: at
+    the end of a terminal both the kernel and the shell send SIGHUP. Ctrl-C still interrupts the clean-up.
     """
+    handlers = {}
 
     def stop(number: int, frame: object) -> None:
+        for other in handlers:
+            signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
-    handlers = {}
     for number in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
         with suppress(ValueError):  # not in the main thread: the caller owns the signals
             if signal.getsignal(number) == signal.SIG_DFL:

@@ -7,6 +7,7 @@ and what cannot be read becomes an InputError that names the file.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -88,6 +89,15 @@ def require_readable(path: str | Path, parameter: str = "") -> None:
             file.read(1)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise InputError(f"{parameter} {path} cannot be read ({cause(error)}); {remedy(error)}".strip()) from None
+
+
+def lines_of(text: str) -> list[str]:
+    r"""Lines of a text, without their ends.
+
+    Only \n, \r\n and \r end a line: `str.splitlines` also splits at a form feed, U+0085 and U+2028, which may occur
+    inside a sentence.
+    """
+    return re.split(r"\r\n|\n|\r", text)
 
 
 def parse_json(text: str, where: str) -> object:

@@ -9,9 +9,12 @@ def process_share() -> tuple[int, int]:
     """This process's number and how many there are, as `accelerate launch` and torchrun tell; (0, 1) when alone.
 
     Raises:
-        InputError: the numbers in the environment mean nothing.
+        InputError: the numbers in the environment mean nothing, or there is a number of processes only.
     """
     told = {name: os.environ.get(name, alone) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if "RANK" not in os.environ and told["WORLD_SIZE"] != "1":
+        raise InputError("RANK must be set with WORLD_SIZE, as a launcher does, got WORLD_SIZE={WORLD_SIZE!r} alone; "
+                         "unset it, or start with torchrun or accelerate launch".format(**told))  # fmt: skip
     if not all(_is_whole(text) for text in told.values()) or not int(told["RANK"]) < int(told["WORLD_SIZE"]):
         raise InputError("RANK must be below WORLD_SIZE, both whole numbers, got {RANK!r} and {WORLD_SIZE!r}; a "
                          "launcher sets them, unset them otherwise".format(**told))  # fmt: skip

@@ -12,16 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, check_counts
+from lumina_mgpt.config import (
+    ModelConfig,
+    SamplingConfig,
+    Speculation,
+    check_counts,
+    check_share,
+    excerpt,
+    whole_number,
+)
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.images import crop_panel
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, has_compiler, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
+from lumina_mgpt.panels import Panel, given_codes, pixel_size
 from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.results import Job, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
@@ -40,17 +48,6 @@ _OTHER_SHAPES = 6  # are compiled on the way, at most, for each that was in a tr
 
 
 OnRow = Callable[[RowsDone], None]
-Panel = Image.Image | Tensor  # a picture of any size and mode, or the codes (rows, cols) of one
-
-
-def pixel_size(layout: ImageLayout) -> tuple[int, int]:
-    """Width and height in pixels of the image that a layout describes."""
-    return layout.cols * CODE_CELL, layout.rows * CODE_CELL
-
-
-def given_size(layout: ImageLayout) -> tuple[int, int]:
-    """Width and height in pixels of the panel that is given; its height is 0 where there is none."""
-    return layout.cols * CODE_CELL, layout.given // layout.cols * CODE_CELL
 
 
 @dataclass(frozen=True)
@@ -69,13 +66,17 @@ class Checkpoint:
         Raises:
             InputError: there is no such checkpoint, it is incomplete, or MoVQGAN weights are missing.
         """
+        _require_utf8("--model_path", path)
         try:
             folder = resolve(path)
             config = ModelConfig.from_json(folder / "config.json")
             vocabulary = Vocabulary.from_folder(folder, config)
         except InputError as error:
             raise InputError(f"--model_path {error}") from None
-        return cls(folder, config, vocabulary, find_movqgan(folder, movqgan_path))
+        movqgan = find_movqgan(folder, movqgan_path)
+        if movqgan.suffix == ".safetensors":
+            _require_utf8("--movqgan_path", movqgan)
+        return cls(folder, config, vocabulary, movqgan)
 
     def base_size(self, panels: int = 1) -> tuple[int, int]:
         """Width and height in pixels where the user gives none: square panels, one above the other, of the base size.
@@ -94,10 +95,13 @@ class Checkpoint:
         """Where forced ids and codes go in an image of that size in pixels, all panels together (default: `base_size`).
 
         Raises:
-            InputError: a side is not a multiple of 32 (the height: of 32 · panels), or too long.
+            InputError: a side is not a multiple of 32 (the height: of 32 · panels), or too long; or `task` is no Task.
         """
-        base = self.base_size(task.panels)
-        width, height = (own if side is None else side for side, own in zip((width, height), base, strict=True))
+        if not isinstance(task, Task):
+            raise InputError(f"task must be one of prompts.TASKS or prompts.I2I_TASKS, got {excerpt(task)}")
+        base, rule = self.base_size(task.panels), "must be a whole number of pixels"
+        width = base[0] if width is None else whole_number("--width", width, None, None, rule)
+        height = base[1] if height is None else whole_number("--height", height, None, None, rule)
         return ImageLayout.from_pixels(
             self.vocabulary, width, height, panels=task.panels, given_panels=task.given_panels
         )
@@ -113,12 +117,17 @@ class Checkpoint:
         Raises:
             InputError: a text holds a special name, or prompt and image are longer than the model can see.
         """
+        texts = [texts] if isinstance(texts, str) else texts
+        for name, text in (*((option, text) for text in texts), ("--panel_prompt", shown or "")):
+            if not isinstance(text, str):
+                raise InputError(f"{name} must be text, got {type(text).__name__}; give a str")
         try:
             self.vocabulary.encode_text(shown or "")
         except InputError as error:
             raise InputError(f"--panel_prompt: {error}") from None
         size = pixel_size(layout)
         limit = self.config.max_position_embeddings
+        of = "" if option == "--prompt" else f" of {option}"
         encoded = []
         for index, text in enumerate(texts):
             try:
@@ -127,8 +136,9 @@ class Checkpoint:
                 raise InputError(f"{option} (number {index}): {error}") from None
             if len(ids) + layout.length > limit:
                 raise InputError(
-                    f"--width {size[0]} --height {size[1]} take {layout.length} ids and the prompt (number {index}) "
-                    f"{len(ids)}, but this model sees {limit}; make the image smaller or the prompt shorter"
+                    f"--width {size[0]} --height {size[1]} take {layout.length} ids and the prompt "
+                    f"(number {index}{of}) {len(ids)}, but this model sees {limit}; "
+                    "make the image smaller or the prompt shorter"
                 )
             encoded.append(ids)
         return encoded
@@ -242,47 +252,26 @@ class Pipeline:
         `share` (r, count) makes every count-th image from the r-th on, for one of several processes.
 
         `task` is one of prompts.TASKS, or of prompts.I2I_TASKS where the upper panel is given: `panel`, one for all
-        prompts or one a prompt, is a picture, which is cropped to it, or codes, which are kept as they are. `shown`
-        says what the panel that the instruction describes displays, in place of the task's own words.
+        prompts or one a prompt, is a picture or its path, which is cropped to it, or codes, which are kept as they are.
+        `shown` says what the panel that the instruction describes displays, in place of the task's own words.
 
         Raises:
             InputError: before any work, when a prompt or a setting is out of its range.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
         if not texts:
             raise InputError("--prompt must be given at least once")
-        check_counts(n, batch_size)
+        n, batch_size = check_counts(n, batch_size)
+        first, every = check_share(share)
         settings = SamplingConfig(cfg=cfg, top_k=top_k, temperature=temperature, seed=seed)
         layout = self.checkpoint.layout(width, height, task)
         encoded = self.checkpoint.prompt_ids(texts, layout, task, shown)
-        given = self._given(panel, layout, len(texts))
+        given = given_codes(panel, layout, len(texts), self.image_tokenizer)
         jobs = [Job(text, index, repeat) for index, text in enumerate(texts) for repeat in range(n)]
-        jobs = jobs[share[0] :: share[1]]
+        jobs = jobs[first::every]
         size = batch_size or self.batch_size(max(map(len, encoded)), layout, settings, speculation)
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return self._run(batches, encoded, layout, settings, on_row, speculation, given)
-
-    def _given(self, panel: Panel | Sequence[Panel] | None, layout: ImageLayout, count: int) -> Tensor:
-        """Codes of each prompt's panel in reading order (count, layout.given).
-
-        Raises:
-            InputError: there is a panel and no place for it or the other way round, or codes do not fit the place.
-        """
-        panels = [] if panel is None else [panel] if isinstance(panel, Panel) else list(panel)
-        if len(panels) not in ((1, count) if layout.given else (0,)):
-            rule = f"1 or {count} (one a prompt)" if layout.given else "none, as this task generates every panel"
-            raise InputError(f"--image_path must give {rule}, got {len(panels)}; or choose another task")
-        size, grids = given_size(layout), []
-        for one in panels:
-            codes = self.image_tokenizer.encode([crop_panel(one, size)])[0] if isinstance(one, Image.Image) else one
-            if codes.shape != (size[1] // CODE_CELL, layout.cols):
-                raise InputError(f"the codes of a panel of {size[0]}x{size[1]} must have the shape "
-                                 f"{(size[1] // CODE_CELL, layout.cols)}, got {tuple(codes.shape)}")  # fmt: skip
-            grids.append(codes.flatten())
-            if codes.dtype != torch.long or not 0 <= codes.min() <= codes.max() < self.image_tokenizer.num_codes:
-                raise InputError(f"the codes of a panel must be int64 in 0 ... {self.image_tokenizer.num_codes - 1}, "
-                                 f"got {codes.dtype} in {codes.min()} ... {codes.max()}")  # fmt: skip
-        return (torch.stack(grids) if grids else torch.empty((1, 0), dtype=torch.long)).expand(count, -1)
 
     def with_window(self, speculation: Speculation | None) -> Speculation | None:
         """The same, with a window that suits this device and precision where none was chosen."""
@@ -392,3 +381,11 @@ class Pipeline:
 
 def _reporter(on_row: OnRow, batch: Sequence[Job], layout: ImageLayout) -> Callable[[int, Tensor], None]:
     return lambda row, codes: on_row(RowsDone(tuple(batch), codes, layout))
+
+
+def _require_utf8(option: str, path: str | Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{option} {path} must be UTF-8, which the libraries that read weights and tokenizers need; "
+                         "rename the folder, or give a link to it") from None  # fmt: skip

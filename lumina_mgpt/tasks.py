@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ class Request:
     Attributes:
         label: what the task is called inside a picture.
         prompts: none mean the built-in ones.
+        option: what messages call the prompts.
         n: images of each prompt.
         shown: what the described panel displays, where the task's own words will not do.
         name: what files are called; without one they are numbered.
@@ -42,6 +43,7 @@ class Request:
     source: tuple[str, str] | None = None
     picture: "Image.Image | None" = None
     extract: "Callable[[Image.Image], Image.Image] | None" = None
+    option: str = "--prompt"
 
     @property
     def keep(self) -> list[Path]:
@@ -53,7 +55,7 @@ class Request:
         if self.picture is None:
             return None
         from lumina_mgpt.images import crop_panel
-        from lumina_mgpt.pipeline import given_size
+        from lumina_mgpt.panels import given_size
 
         crop = crop_panel(self.picture, given_size(layout))
         return self.extract(crop) if self.extract else crop
@@ -111,15 +113,18 @@ def read_request(args: argparse.Namespace) -> Request:
         InputError: options do not fit each other, a prompt is missing, or the picture is none.
     """
     prompts = cli.read_prompts(args.prompt, args.prompt_file)
+    given = (("--prompt", args.prompt), (f"--prompt_file {args.prompt_file}", args.prompt_file))
+    option = " and ".join(name for name, value in given if value is not None) or "--prompt"
     if args.task == _GIVEN:
         if args.i2i_task is None:
             raise InputError(f"--task {_GIVEN} needs --i2i_task; it is one of {', '.join(I2I_TASKS)}")
-        return panel_request(args.i2i_task, prompts, args.n, ("--image_path", args.image_path), args.panel_prompt)
+        source = ("--image_path", args.image_path)
+        return replace(panel_request(args.i2i_task, prompts, args.n, source, args.panel_prompt), option=option)
     for name in ("i2i_task", "image_path", "panel_prompt"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name} {getattr(args, name)} means nothing without --task {_GIVEN}; add that, or "
                              "leave it out")  # fmt: skip
-    return Request(args.task, TASKS[args.task], prompts, args.n)
+    return Request(args.task, TASKS[args.task], prompts, args.n, option=option)
 
 
 def panel_request(

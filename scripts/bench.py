@@ -23,6 +23,7 @@ from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, resolve_device
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.measure import peak_bytes, read_bandwidth
+from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.sampling.drafts import BIRTHS
 
@@ -134,6 +135,7 @@ def check_plot(path: Path) -> None:
     matplotlib.use("Agg")
     if path.suffix != ".png" or not path.resolve().parent.is_dir():
         raise InputError(f"--plot must be a .png file in a folder that exists, got {path}")
+    OutputFolder(path.parent, overwrite=True, option="--plot").claim([path.name])
 
 
 def build_parser() -> cli.Parser:
@@ -184,5 +186,9 @@ def bench(args) -> None:
     }))  # fmt: skip
 
 
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(bench, build_parser(), argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(bench, build_parser(), None))
+    sys.exit(main())

@@ -99,5 +99,9 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(bench, build_parser(), argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(bench, build_parser(), None))
+    sys.exit(main())

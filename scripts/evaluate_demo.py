@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lumina_mgpt import cli
+from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.demo import emoji, evaluation, omni, scenes
 from lumina_mgpt.demo.evaluation import Mean, Share
 from lumina_mgpt.demo.omni import Example
@@ -30,6 +31,7 @@ from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import psnr
 from lumina_mgpt.io import write_atomic
+from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.results import Result
 
@@ -178,6 +180,10 @@ def evaluate(args: argparse.Namespace) -> None:
     few = min(args.prompts, args.shuffled)
     if few < 2:
         raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
+    SamplingConfig(cfg=args.cfg, seed=args.seed).with_seeds(args.prompts)  # a batch has the seed of its first prompt
+    sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row in TASK_ROWS]
+    output = OutputFolder(args.out_dir, overwrite=True, option="--out_dir")
+    output.claim(["text_to_image.png", "figures.json", *sheets])
     args.out_dir.mkdir(parents=True, exist_ok=True)
     emoji.fetch(args.emoji_dir)
     pictures, names = emoji.load(args.emoji_dir), emoji.known_names()

@@ -33,11 +33,9 @@ def write(args: argparse.Namespace) -> None:
 
     if min(args.pictures, args.known) < 1:
         raise InputError(f"--pictures and --known must be at least 1, got {args.pictures} and {args.known}")
-    try:
-        names = (args.model_path / "names.txt").read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"--model_path {args.model_path} holds no names.txt ({error.strerror}); give the demo "
-                         "checkpoint") from None  # fmt: skip
+    names = cli.known_names(args.model_path)
+    if not names:
+        raise InputError(f"--model_path {args.model_path} must hold names.txt, UTF-8 text; give the demo checkpoint")
     rng, folder = random.Random(args.seed), args.out_dir / "lighthouse"
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(args.pictures):

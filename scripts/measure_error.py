@@ -102,12 +102,12 @@ def round_early(model: Transformer) -> None:
             module.register_forward_hook(rounded)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="measure_error.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", default=cli.DEMO, type=Path, help="checkpoint folder")
     parser.add_argument("--prompts", default=5, type=cli.whole, help="so many of the checkpoint's own prompts")
     with torch.no_grad():
-        return cli.run(measure, parser, None)
+        return cli.run(measure, parser, argv)
 
 
 if __name__ == "__main__":

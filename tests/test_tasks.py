@@ -16,7 +16,7 @@ from lumina_mgpt import Checkpoint, Pipeline, maps
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import crop_panel, psnr
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
-from lumina_mgpt.pipeline import given_size
+from lumina_mgpt.panels import given_size
 from lumina_mgpt.prompts import I2I_TASKS, MAPS, TASKS
 
 ROOT = Path(__file__).parent.parent

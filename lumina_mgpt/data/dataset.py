@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lumina_mgpt.config import is_number
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.errors import InputError
@@ -50,9 +51,9 @@ class Source:
     def __post_init__(self) -> None:
         if not isinstance(self.type, str):
             raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
-        if not _is_number(self.ratio) or not 0 < self.ratio <= _RATIO_LIMIT:
+        if not is_number(self.ratio) or not 0 < self.ratio <= _RATIO_LIMIT:
             raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
-        if not _is_number(self.weight) or not 0 <= self.weight <= _WEIGHT_LIMIT:
+        if not is_number(self.weight) or not 0 <= self.weight <= _WEIGHT_LIMIT:
             raise InputError(f"weight of {self.path} must be a number from 0 to {_WEIGHT_LIMIT}, got {self.weight!r}")
         if not isinstance(self.given, bool):
             raise InputError(f"given of {self.path} must be true or false, got {self.given!r}")
@@ -256,10 +257,6 @@ class TokenDataset:
             raise InputError(f"{path} holds ids {lowest} to {highest}, the model has {self.vocabulary.vocab_size}; "
                              "pre-tokenize with the tokenizer of this model")  # fmt: skip
         return sequence
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _row(row: object, source: str) -> tuple[str, int, int]:
