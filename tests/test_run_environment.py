@@ -20,7 +20,8 @@ def line(tokens, tiny_checkpoint, tmp_path) -> list[str]:
 @pytest.mark.parametrize("variables, parts", [
     ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE", "'abc'"]),
     ({"WORLD_SIZE": "2", "RANK": "2"}, ["RANK must be below WORLD_SIZE", "'2'"]),
-    ({"WORLD_SIZE": "4"}, ["WORLD_SIZE is 4", "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "unset WORLD_SIZE"]),
+    ({"WORLD_SIZE": "4"}, ["RANK must be set with WORLD_SIZE", "WORLD_SIZE='4'", "unset it"]),
+    ({"WORLD_SIZE": "4", "RANK": "0"}, ["WORLD_SIZE is 4", "LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "unset WORLD_SIZE"]),
     ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
      ["MASTER_PORT", "'http'"]),
     ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE"]),
