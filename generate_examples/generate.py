@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from tqdm import tqdm
 
 from lumina_mgpt import __version__, cli, tasks
+from lumina_mgpt.launcher import process_share
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.tasks import Request, result_file
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace, read_request: Callable[[argparse.Namespace], R
     """`generate`, for any command that has its options and turns them into a request."""
     settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
     cli.quant_group(args)
-    share, request = cli.process_share(), read_request(args)
+    share, request = process_share(), read_request(args)
     output = OutputFolder(args.save_path, args.overwrite, shared=share[1] > 1)
     if request.prompts:
         output.claim(file_names(request, share), request.keep, preview_files(request, args, share))
