@@ -46,7 +46,7 @@ FORMS = {  # dtype of the inputs, and weights of an int4 group
 _SPECULATIONS = (("noise", 8), ("maximal", 8), ("maximal", 32))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="bench_large.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("floor", "peer", "whole"))
     parser.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="whole: gets the random checkpoint (16 GB, kept for the next time)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes to run at either end of the image")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="whole: of what is not int4")
-    return cli.run(bench, parser, None)
+    return cli.run(bench, parser, argv)
 
 
 def bench(args: argparse.Namespace) -> None:

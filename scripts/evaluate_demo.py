@@ -182,9 +182,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
     SamplingConfig(cfg=args.cfg, seed=args.seed).with_seeds(args.prompts)  # a batch has the seed of its first prompt
     sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row in TASK_ROWS]
+    args.out_dir.mkdir(parents=True, exist_ok=True)
     output = OutputFolder(args.out_dir, overwrite=True, option="--out_dir")
     output.claim(["text_to_image.png", "figures.json", *sheets])
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     emoji.fetch(args.emoji_dir)
     pictures, names = emoji.load(args.emoji_dir), emoji.known_names()
     rng = random.Random(args.seed)

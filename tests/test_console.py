@@ -97,6 +97,21 @@ def test_signals_run_the_clean_up(tmp_path, name, capsys):
     assert (tmp_path / "cleaned").exists() and signal.getsignal(number) == before
 
 
+def test_a_second_signal_does_not_interrupt_the_clean_up(tmp_path):
+    """At the end of a terminal both the kernel and the shell send SIGHUP."""
+
+    def work(_) -> None:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            (tmp_path / "cleaned").touch()
+
+    assert run(work) == 128 + signal.SIGHUP and (tmp_path / "cleaned").exists()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
 def test_an_ignored_signal_stays_ignored():
     """`nohup` ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
