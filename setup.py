@@ -1,22 +1,41 @@
-"""Installs the `lumina_mgpt` package: `pip install -r requirements.txt`, or `pip install -e '.[test]'` with test tools.
-
-The scripts import the package by name, so that none of them edits `sys.path`; an editable install is the intended one.
-"""
+"""Builds the package: modules, sources of the kernels, and files that commands need (configs, demo checkpoint)."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+# Folders of the checkout that a wheel carries; `lumina_mgpt.resources` finds them in either place.
+FILES = ("configs", "assets/demo")
+# The kernels are compiled against torch's stable interface of 2.10; without an upper bound pip takes a larger build of
+# torch for CUDA. requirements.txt pins the version that the tests run with.
+TORCH = "torch>=2.10,<2.14"
 SCENES = ["opencv-python-headless>=4.10"]  # edge and distance maps of the demo checkpoint's training scenes
+LORA = ["peft>=0.17"]
+PLOT = ["matplotlib>=3.8"]
+
+
+class BuildWithFiles(build_py):
+    """Copies FILES into a wheel; an editable install uses them in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for name in FILES:
+            target = Path(self.build_lib) / "lumina_mgpt" / "_files" / name
+            shutil.copytree(HERE / name, target, dirs_exist_ok=True)
 
 
 def requirements() -> list[str]:
-    """The lines of requirements.txt that name a package (its last line installs this project itself)."""
+    """The packages of requirements.txt, torch with its range (the last line there installs this project itself)."""
     text = (HERE / "requirements.txt").read_text(encoding="utf-8")
     lines = (line.split(" #")[0].strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith(("#", "-"))]
+    names = [line for line in lines if line and not line.startswith(("#", "-"))]
+    return [TORCH if name.startswith("torch==") else name for name in names]
 
 
 def version() -> str:
@@ -33,19 +52,28 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["lumina_mgpt", "lumina_mgpt.*"]),
-    package_data={"lumina_mgpt.demo": ["*.txt"], "lumina_mgpt.model": ["*.cpp", "*.h"]},
+    package_data={"lumina_mgpt": ["py.typed"], "lumina_mgpt.kernels": ["*.cpp", "*.h"]},
+    cmdclass={"build_py": BuildWithFiles},
+    entry_points={"console_scripts": ["lumina-mgpt = lumina_mgpt.cli.main:main"]},
     install_requires=requirements(),
     extras_require={
+        "canny": SCENES,  # --extract
         "demo": SCENES,
-        "lora": ["peft>=0.17"],
+        "flash": ["flash-attn>=2.6"],
+        "lora": LORA,
+        "plot": PLOT,
+        "tensorboard": ["tensorboard>=2.18"],
         "test": [
             *SCENES,
+            *LORA,
+            *PLOT,
             "pytest>=8",
             "hypothesis>=6.100",  # property tests of the image sequences
             "transformers>=5.0",  # an independent Chameleon to compare logits with
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
+            "mypy>=1.15",
+            "types-PyYAML",
             "ruff>=0.12",
-            "peft>=0.17",  # low-rank adapters
             "tensorboard>=2.18",
         ],
     },

@@ -52,7 +52,7 @@ def resolve_dtype(
 
     On a CPU fp32 is the quickest format that every processor has; only when the weights would then take more than half
     of the machine's memory does `auto` mean bf16, and says so in the log. With int4 weights it is bf16 on a CPU too:
-    torch's kernel for fp32 inputs was 40 times slower (`scripts/bench_large.py floor`).
+    torch's kernel for fp32 inputs was 40 times slower (`scripts/benchmarks/bench_large.py floor`).
 
     Raises:
         InputError: the name is unknown, or no floating-point format.
@@ -82,7 +82,7 @@ def default_window(device: torch.device, int4: bool) -> int:
     """How many drafts one forward judges where the user does not say.
 
     Seconds an image of the demo checkpoint at windows 8, 16, 32, 64, the quicker of `noise` and `maximal` by
-    `scripts/bench.py --window 8 16 32 64`, on two cores: fp32 0.70 0.54 0.57 0.67, bf16 0.48 0.39 0.37 0.41, int4 0.34
+    `bench.py --window 8 16 32 64`, on two cores: fp32 0.70 0.54 0.57 0.67, bf16 0.48 0.39 0.37 0.41, int4 0.34
     0.36 0.45 0.66, int4 with an int8 cache 0.51 0.49 0.57 0.77; int4 by `native` on two cores with AMX 0.22 0.19 0.19
     0.22. Where two are as good, the one of fewer forwards.
 

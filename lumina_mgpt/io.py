@@ -13,12 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lumina_mgpt.errors import InputError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from lumina_mgpt.errors import InputError
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write elsewhere",
@@ -287,21 +284,21 @@ def json_line(row: dict) -> str:
 
 @contextmanager
 def alone_in(folder: Path, parameter: str) -> Iterator[None]:
-    """Keeps a second process out of a folder; the system ends the lock with the process. Without effect on Windows.
+    """Keeps a second process out of a folder; the system ends the lock with the process.
 
     Raises:
         InputError: another process is at work there.
     """
-    if fcntl is None:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{parameter} {folder}: another run is at work there; stop it, or give another "
-                             "folder") from None  # fmt: skip
-        except OSError:  # a file system without locks
-            pass
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{parameter} {folder}: another run is at work there; stop it, or give another "
+                         "folder") from None  # fmt: skip
+    except (NotImplementedError, OSError):  # a file system without locks
+        pass
+    try:
         yield
+    finally:
+        lock.release()

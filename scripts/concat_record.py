@@ -1,28 +1,8 @@
-"""Checks every token shard of a pre-tokenized folder and writes one record file: see TRAIN.md."""
+"""Released name of `lumina-mgpt concat-records`: token shards to one record file."""
 
-import argparse
 import sys
 
-from lumina_mgpt import cli
-
-
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="concat_record.py", description=__doc__.split(":")[0])
-    parser.add_argument("--sub_record_dir", required=True, help="--out_dir of pre_tokenize.py, all ranks finished")
-    parser.add_argument("--save_path", required=True, help="record file to write, .json or .jsonl")
-    return parser
-
-
-def concat(args: argparse.Namespace) -> None:
-    from lumina_mgpt.data.pre_tokenize import concat_records  # torch takes seconds to import: only now
-
-    good, bad = concat_records(args.sub_record_dir, args.save_path)
-    print(f"{good} records in {args.save_path}; {bad} were left out by pre_tokenize.py")
-
-
-def main(argv: list[str] | None = None) -> int:
-    return cli.run(concat, build_parser(), argv, stopped="run the same command again")
-
+from lumina_mgpt.cli.concat_records import main
 
 if __name__ == "__main__":
     sys.exit(main())

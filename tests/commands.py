@@ -6,33 +6,35 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+
+from lumina_mgpt.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("generate_examples", "scripts")
 PATIENCE = 300  # seconds for a process that takes a few on an idle machine; only a hang takes longer
+_NAMES = {module: command for command, (module, _) in COMMANDS.items()}
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a command such as `generate`, or of a script in scripts/demo or scripts/benchmarks."""
+    return importlib.import_module(f"lumina_mgpt.cli.{name}" if name in _NAMES else name)
 
 
 def main_of(name: str) -> Callable[[list[str]], int]:
-    """`main` of a command such as `generate` or `finetune`: takes its options, returns the exit status."""
-    paths = [str(ROOT / folder) for folder in FOLDERS]
-    sys.path[:0] = paths
-    try:
-        return importlib.import_module(name).main
-    finally:
-        for path in paths:
-            sys.path.remove(path)
+    """`main` of a command or script: takes its options, returns the exit status."""
+    return module_of(name).main
 
 
 def line_of(name: str, *options: object) -> list[str]:
     """The command line of a command, for this interpreter."""
-    (path,) = (path for folder in FOLDERS if (path := ROOT / folder / f"{name}.py").exists())
-    return [sys.executable, str(path), *map(str, options)]
+    return [sys.executable, "-m", "lumina_mgpt", _NAMES[name], *map(str, options)]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process's environment with one thread and this checkout first on the path."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables
+    """This process's environment with one thread, and this checkout and interpreter first on their paths."""
+    modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": modules, "PATH": programs} | variables
 
 
 def run_process(name: str, *options: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:

@@ -20,7 +20,7 @@ from pathlib import Path
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.training import checkpoint, loss
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import Trainer
 
 

@@ -1,30 +1,20 @@
-"""What `scripts/bench.py` counts, against images that the pipeline makes; how `scripts/measure_error.py` ranks."""
+"""What `bench.py` counts, against images that the pipeline makes; how `measure_error.py` ranks."""
 
-import importlib.util
 import json
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
+from commands import module_of
 
-from lumina_mgpt import Pipeline, cli
+from lumina_mgpt import Pipeline, cli, prompt_files
 from lumina_mgpt.config import Speculation
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """Runs the script, which gives its exit status."""
-    script = load("bench")
+    script = module_of("bench")
     monkeypatch.setattr(script, "read_bandwidth", lambda device: 1e10)
     options = ("--threads", str(torch.get_num_threads()))
     return lambda *argv: cli.run(script.bench, script.build_parser(), [*options, *argv])
@@ -38,7 +28,7 @@ def test_codes_a_step_are_those_of_the_images(bench, tiny_checkpoint, capsys):
     assert {"model", "device", "dtype", "quant", "peak_gb", "bandwidth_gb_s"} < set(told) and told["images"] == 10
     plain, *rows = told["rows"]
     assert (plain["coupling"], plain["codes_a_step"], [row["window"] for row in rows]) == ("plain", 1.0, [4, 9])
-    pipeline, prompts = Pipeline.from_pretrained(tiny_checkpoint), cli.example_prompts(tiny_checkpoint)
+    pipeline, prompts = Pipeline.from_pretrained(tiny_checkpoint), prompt_files.example_prompts(tiny_checkpoint)
     layout = pipeline.checkpoint.layout(32, 64)
     for row in rows:
         steps = []
@@ -63,7 +53,7 @@ def test_bad_options_are_refused_in_one_line(bench, tiny_checkpoint, capsys, opt
 
 
 def test_errors_of_rounding_are_in_order(monkeypatch, capsys):
-    script = load("measure_error")
+    script = module_of("measure_error")
     monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "1"])
     assert script.main() == 0
     rows = {(row["weights"], row["cache"]): row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
@@ -76,7 +66,7 @@ def test_errors_of_rounding_are_in_order(monkeypatch, capsys):
 
 
 def test_a_count_of_prompts_that_is_none_is_refused(monkeypatch, capsys):
-    script = load("measure_error")
+    script = module_of("measure_error")
     monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "0"])
     assert script.main() == cli.REFUSED
     assert "--prompts must be at least 1, got 0" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lumina_mgpt import cli
+from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.outputs import OutputFolder
 
 SCRIPT = Path(__file__).parent.parent / "generate_examples" / "generate.py"
@@ -167,8 +167,8 @@ def test_built_in_prompts_and_the_base_size(script, tiny_checkpoint, tmp_path):
 
 
 def test_prompts_of_a_checkpoint_without_its_own(tmp_path):
-    assert cli.example_prompts(tmp_path) == list(cli.EXAMPLE_PROMPTS)
-    assert len(set(cli.EXAMPLE_PROMPTS)) == 5
+    assert prompt_files.example_prompts(tmp_path) == list(prompt_files.EXAMPLE_PROMPTS)
+    assert len(set(prompt_files.EXAMPLE_PROMPTS)) == 5
 
 
 def test_prompt_file_follows_the_prompts(generate, tmp_path):
@@ -240,12 +240,12 @@ def test_a_prompt_of_unknown_things_gets_a_hint(generate, capsys):
 
 def test_hints():
     known = ["hedgehog", "slice of pizza", "cat"]
-    assert cli.unknown_hint("Two Hedgehogs", known) is None
+    assert prompt_files.unknown_hint("Two Hedgehogs", known) is None
     for text in ("concatenate", "category"):
-        assert cli.unknown_hint(text, known) is not None, "a name within a word is no mention"
-    assert "slice of pizza" in cli.unknown_hint("a slize of piza", known)
-    assert "hedgehog, slice of pizza" in cli.unknown_hint("democracy", known)
-    assert cli.unknown_hint("democracy", []) is None
+        assert prompt_files.unknown_hint(text, known) is not None, "a name within a word is no mention"
+    assert "slice of pizza" in prompt_files.unknown_hint("a slize of piza", known)
+    assert "hedgehog, slice of pizza" in prompt_files.unknown_hint("democracy", known)
+    assert prompt_files.unknown_hint("democracy", []) is None
 
 
 # -- what a user can mend ----------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_a_sample_that_cannot_be_written_does_not_end_the_training(argv, capsys,
 
 
 def test_seeds_of_later_turns_are_checked_before_the_first(run, capsys, no_weights):
-    """`edit.py --seed 9223372036854775807` failed after its first turn."""
+    """`lumina-mgpt edit --seed 9223372036854775807` failed after its first turn."""
     options = ("--image_path", picture("a.png"), "--instruction", "a cat", "--instruction", "a dog")
     refused(capsys, run("edit", *options, "--seed", 2**63 - 1), "--seed must be at most 2**63 - 2", str(2**63 - 1))
     assert names() == []
@@ -255,8 +255,8 @@ def test_the_last_seed_of_all_turns_may_be_the_largest(run):
 
 
 def test_seeds_of_an_evaluation_are_checked_before_its_work(here, capsys, monkeypatch, tiny_checkpoint):
-    evaluate = main_of("evaluate_demo")
-    monkeypatch.setattr("lumina_mgpt.demo.emoji.fetch", lambda *_: pytest.fail("the work began"))
+    evaluate = main_of("evaluate")
+    monkeypatch.setattr("emoji.fetch", lambda *_: pytest.fail("the work began"))
     refused(capsys, evaluate(["--model_path", str(tiny_checkpoint), "--seed", str(2**63 - 1)]), "--seed must be")
 
 

@@ -10,14 +10,17 @@ import sys
 from pathlib import Path
 
 import cv2
+import emoji
+import evaluation
 import numpy as np
 import pytest
+import scenes
+from commands import environment, line_of
+from emoji import CELL, COLORS
 from PIL import Image
+from scenes import Scene
 
 from lumina_mgpt import maps
-from lumina_mgpt.demo import emoji, evaluation, scenes
-from lumina_mgpt.demo.emoji import CELL, COLORS
-from lumina_mgpt.demo.scenes import Scene
 from lumina_mgpt.images import psnr
 
 ROOT = Path(__file__).parent.parent
@@ -143,16 +146,18 @@ def _readme_commands() -> list[str]:
     """Commands of the README that run on the demo checkpoint."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines() if line.startswith("    ")]
-    scripts = ("python generate_examples/", "python scripts/reconstruct.py")
+    scripts = ("python generate_examples/", "lumina-mgpt reconstruct", "lumina-mgpt edit")
     return [line for line in lines if line.startswith(scripts) and "Alpha-VLLM" not in line]
 
 
 @pytest.mark.parametrize("command", _readme_commands())
 def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
     assert len(_readme_commands()) >= 10
-    script, *options = shlex.split(command)[1:]
+    program, script, *options = shlex.split(command)
+    start = [str(ROOT / script)] if program == "python" else ["-m", "lumina_mgpt", script]
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    done = subprocess.run([sys.executable, str(ROOT / script), *options], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *start, *options], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = (path for path in tmp_path.iterdir() if path.name != "assets")
     plain = "generate.py" in script and "--task" not in options
@@ -175,7 +180,7 @@ def test_python_of_the_readme_runs_as_it_stands(block, tmp_path):
 
 
 def _generate(folder: Path, *options: str) -> None:
-    command = [sys.executable, "generate_examples/generate.py", "--task", "i2i", "--save_path", str(folder), *options]
+    command = [*line_of("generate"), "--task", "i2i", "--save_path", str(folder), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -235,7 +240,7 @@ def test_a_segmentation_has_the_colours_of_the_training(tmp_path):
 def test_an_edit_does_what_it_says_with_every_way_of_sampling(sampling, tmp_path):
     command = ["--image_path", "assets/subject.png", "--save_path", str(tmp_path), *sampling.split()]
     turns = ["--instruction", "make the background red", "--instruction", "make the background navy"]
-    command = [sys.executable, "generate_examples/edit.py", *command, *turns]
+    command = [*line_of("edit"), *command, *turns]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     strip = Image.open(tmp_path / "edit_strip.png")

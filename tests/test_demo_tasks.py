@@ -1,36 +1,32 @@
 """The demo's image tasks: examples, the records that training reads, and the measures of the evaluation."""
 
-import importlib.util
 import json
 import random
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import emoji
+import evaluation
 import numpy as np
+import omni
 import pytest
+import scenes
+from commands import module_of
+from emoji import CELL
 from PIL import Image
+from scenes import Scene
 
-from lumina_mgpt import Checkpoint, Pipeline, cli
+from lumina_mgpt import Checkpoint, Pipeline, prompt_files
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings
 from lumina_mgpt.data.shards import read_sequence
-from lumina_mgpt.demo import emoji, evaluation, omni, scenes
-from lumina_mgpt.demo.emoji import CELL
-from lumina_mgpt.demo.scenes import Scene
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import IGNORED, encode_image
 from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["hedgehog", "owl", "grapes"]
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +139,7 @@ def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pic
 
 
 def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, monkeypatch, capsys):
-    script = load_script("demo_data")
+    script = module_of("make_data")
     few = {kind: replace(entry, records=5) for kind, entry in omni.KINDS.items()}
     monkeypatch.setattr(omni, "KINDS", few)
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
@@ -160,9 +156,9 @@ def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["omni.jsonl", "pairs.jsonl", "pictures"]
 
 
-@pytest.mark.parametrize("name", ["demo_data", "evaluate_demo"])
+@pytest.mark.parametrize("name", ["make_data", "evaluate"])
 def test_a_folder_that_cannot_be_made_ends_in_one_line(pictures, tmp_path, monkeypatch, capsys, name):
-    script, taken = load_script(name), tmp_path / "file"
+    script, taken = module_of(name), tmp_path / "file"
     taken.write_text("kept")
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
@@ -172,7 +168,7 @@ def test_a_folder_that_cannot_be_made_ends_in_one_line(pictures, tmp_path, monke
 
 
 def test_demo_data_writes_pictures_captions_and_a_tokenizer(pictures, tmp_path, monkeypatch, capsys):
-    script = load_script("demo_data")
+    script = module_of("make_data")
     monkeypatch.setattr(script, "LOOSE", 2)
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
@@ -188,7 +184,7 @@ def test_demo_data_writes_pictures_captions_and_a_tokenizer(pictures, tmp_path, 
     folder = tmp_path / "tokenizer"
     vocabulary = Vocabulary.from_folder(folder, ModelConfig.from_json(folder / "config.json"))
     assert all(vocabulary.encode_text(row["prompt"]) for row in rows)
-    assert len(cli.example_prompts(folder)) == 5 and cli.known_names(folder) == sorted(NAMES)
+    assert len(prompt_files.example_prompts(folder)) == 5 and prompt_files.known_names(folder) == sorted(NAMES)
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
@@ -258,7 +254,7 @@ def test_edits_must_keep_the_background_and_remove_all(pictures):
 
 
 def test_shuffling_changes_the_panel_or_the_prompt_and_nothing_else():
-    script = load_script("evaluate_demo")
+    script = module_of("evaluate")
     examples = omni.evaluation_examples("edit", NAMES, 4, random.Random(0))
     others = script.shuffled(examples)
     assert set(others) == {"panel", "prompt"}
@@ -271,7 +267,7 @@ def test_shuffling_changes_the_panel_or_the_prompt_and_nothing_else():
 
 
 def test_the_evaluation_runs_on_the_shipped_checkpoint(pictures, tmp_path, monkeypatch, capsys):
-    script = load_script("evaluate_demo")
+    script = module_of("evaluate")
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
     monkeypatch.setattr(emoji, "known_names", lambda: NAMES)
@@ -293,7 +289,7 @@ def test_the_evaluation_runs_on_the_shipped_checkpoint(pictures, tmp_path, monke
 
 
 def test_every_batch_of_an_evaluation_has_noise_of_its_own(tiny_checkpoint, monkeypatch):
-    script, asked = load_script("evaluate_demo"), []
+    script, asked = module_of("evaluate"), []
     monkeypatch.setattr(script, "_BATCH", 2)
     monkeypatch.setattr(Pipeline, "stream", lambda self, prompts, *size, **options: asked.append(options) or prompts)
     pipeline, args = Pipeline.from_pretrained(tiny_checkpoint, "cpu"), Namespace(cfg=3, seed=50)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import main_of
 from PIL import Image
 from safetensors.torch import load_file
-from training_runs import ONE, changed, metrics_of, script, weights_of
+from training_runs import ONE, changed, metrics_of, weights_of
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
@@ -16,7 +17,7 @@ from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.metrics import batch_flops
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import Trainer
 
 # -- bad steps ---------------------------------------------------------------------------------------------------------
@@ -121,10 +122,10 @@ def test_adapters_are_all_that_is_trained_saved_and_merged(settings, tiny_checkp
     ids, wide = torch.arange(40)[None], ["--dtype", "fp32"]
     with torch.no_grad():
         law = trainer.model.eval().project(trainer.model(ids))
-    assert script("export").main(["--output_dir", str(folder), "--save_path", str(tmp_path / "a"), *wide]) == 0
-    assert script("export").main(["--output_dir", str(folder), "--save_path", str(tmp_path / "b"), "--adapter"]) == 0
+    assert main_of("export")(["--output_dir", str(folder), "--save_path", str(tmp_path / "a"), *wide]) == 0
+    assert main_of("export")(["--output_dir", str(folder), "--save_path", str(tmp_path / "b"), "--adapter"]) == 0
     merge = ["--model_path", str(tiny_checkpoint), "--adapter", str(tmp_path / "b"), "--save_path", str(tmp_path / "c")]
-    assert script("merge_lora").main(merge) == 0
+    assert main_of("merge_lora")(merge) == 0
     for name in "ac":
         model = load_model(tmp_path / name, torch.float32, "cpu")
         with torch.no_grad():
@@ -160,7 +161,7 @@ def test_merge_refuses_adapters_of_another_model(tiny_checkpoint, tmp_path, caps
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4}')
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     line = ["--model_path", str(tiny_checkpoint), "--adapter", str(tmp_path / "adapter"), "--save_path"]
-    assert script("merge_lora").main([*line, str(tmp_path / "out")]) == 2
+    assert main_of("merge_lora")([*line, str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert "--adapter" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -183,12 +184,12 @@ def test_settings_that_do_not_go_together_are_named(values, message):
 def test_export_of_a_chosen_step(settings, tmp_path, capsys):
     Trainer(changed(settings, max_steps=4, save_iteration_interval=2), ONE).run()
     line = ["--output_dir", settings.output_dir, "--save_path", str(tmp_path / "two"), "--dtype", "fp32", "--step"]
-    assert script("export").main([*line, "3"]) == 2
+    assert main_of("export")([*line, "3"]) == 2
     assert "holds 2, 4" in capsys.readouterr().err
-    assert script("export").main([*line, "2"]) == 0
+    assert main_of("export")([*line, "2"]) == 0
     early, last = load_file(tmp_path / "two" / "model.safetensors"), weights_of(settings.output_dir)
     assert not torch.equal(early["lm_head.weight"], last["lm_head.weight"])
-    assert script("export").main([*line, "2"]) == 2 and "is there already" in capsys.readouterr().err
+    assert main_of("export")([*line, "2"]) == 2 and "is there already" in capsys.readouterr().err
 
 
 def test_sample_pictures_are_drawn_while_it_trains(settings):

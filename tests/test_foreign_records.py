@@ -42,7 +42,7 @@ def tokenize(folder: Path, checkpoint: Path) -> int:
 
 def concat(out: Path) -> int:
     save_path = out.parent / "all" / "all.jsonl"
-    return main_of("concat_record")(["--sub_record_dir", str(out), "--save_path", str(save_path)])
+    return main_of("concat_records")(["--sub_record_dir", str(out), "--save_path", str(save_path)])
 
 
 def refused(capsys, *parts: str) -> None:

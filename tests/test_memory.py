@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_runs import ROOT, environment, script
+from commands import module_of
+from training_runs import ROOT, environment
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.model.transformer import Transformer
@@ -66,7 +67,7 @@ def test_layers_save_what_is_reckoned(way):
 def test_the_peak_of_a_step_is_what_is_reckoned(side):
     """In a process of its own, float32; the peak is measured by the system, beyond what was there before training."""
     sizes = {"vocab": 30_000, "hidden": 512, "layers": 6, "length": 1500, "steps": 2, "threads": 1}
-    line = [sys.executable, "scripts/bench_train.py", "--side", side]
+    line = [sys.executable, "scripts/benchmarks/bench_train.py", "--side", side]
     line += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -85,12 +86,12 @@ def test_sizes_of_the_7b():
 
 
 def test_the_text_holds_the_table(capsys):
-    assert script("memory_table").main([]) == 0
+    assert module_of("memory_table").main([]) == 0
     assert capsys.readouterr().out in (ROOT / "TRAIN.md").read_text()
 
 
 def test_the_table_says_what_fits(capsys):
-    table = script("memory_table")
+    table = module_of("memory_table")
     assert table.main(["--gpus", "1", "8", "--gb", "24", "80"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 2 + 3 * 2 and {len(row) for row in rows} == {5}

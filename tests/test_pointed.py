@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import main_of
+from pointed import Pointer, loss_without, point
 from safetensors.torch import load_file, save_file
-from training_runs import script
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training.pointed import Pointer, loss_without, point
 
 SIZES = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -115,13 +115,13 @@ def own_keys(tiny_checkpoint, tmp_path) -> Path:
 
 def test_heads_that_share_keys_are_refused(tokens, tiny_checkpoint, tmp_path, capsys):
     line = ["--model_path", str(tiny_checkpoint), "--data_config", str(tokens), "--save_path", str(tmp_path / "no")]
-    assert script("point_heads").main([*line, "--heads", "0.1:9"]) == 2
+    assert main_of("point_heads")([*line, "--heads", "0.1:9"]) == 2
     assert "4 share 2" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_the_command(tokens, own_keys, tmp_path, capsys):
     line = ["--model_path", str(own_keys), "--data_config", str(tokens)]
-    main, out = script("point_heads").main, tmp_path / "out"
+    main, out = main_of("point_heads"), tmp_path / "out"
     config = ModelConfig.from_json(own_keys / "config.json")
     assert main([*line, "--heads", "0.1:9", "--save_path", str(out)]) == 0
     made = load_model(out, torch.float32, "cpu")

@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import line_of
 from PIL import Image
 
 from lumina_mgpt.config import ModelConfig
@@ -220,7 +220,7 @@ def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(24)]
     path = write_records(tmp_path, [{"image_path": names[n % 24], "prompt": f"cat {n}"} for n in range(48)])
     out, block = tmp_path / "out", ["--block", "2", "--batch_size", "2"]
-    command = [sys.executable, "scripts/pre_tokenize.py", "--in_filename", path, "--out_dir", out, *block]
+    command = [*line_of("pre_tokenize"), "--in_filename", path, "--out_dir", out, *block]
     command = list(map(str, command + ["--target_size", 64, "--model_path", tiny_checkpoint]))
     kills = 0
     for wanted in (1, 5):
@@ -272,7 +272,7 @@ def test_concat_refuses_damage(tools, tmp_path):
 @pytest.mark.parametrize("options, message", [(["--rank", "2"], "--rank"), (["--target_size", "50"], "--target_size")])
 def test_script_names_the_wrong_option(tiny_checkpoint, tmp_path, options, message):
     path = write_records(tmp_path, [{"image_path": "a.png", "prompt": "a cat"}])
-    command = [sys.executable, "scripts/pre_tokenize.py", "--in_filename", path, "--out_dir", tmp_path / "out"]
+    command = [*line_of("pre_tokenize"), "--in_filename", path, "--out_dir", tmp_path / "out"]
     command += ["--model_path", tiny_checkpoint, *options]
     run = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1

@@ -1,13 +1,13 @@
 """Int4 weights: the arithmetic, the kernels, loading and saving, and what a user meets."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from commands import main_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,7 +20,7 @@ from lumina_mgpt.model.checkpoint import load_model, save_model
 from lumina_mgpt.model.quantization import Int4, Int4Linear, dequantize, quantize
 from lumina_mgpt.model.transformer import Head, Transformer
 from lumina_mgpt.pipeline import Pipeline
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -28,17 +28,10 @@ IDS = torch.arange(40)[None]
 GROUP = 32  # the only one that divides the tiny checkpoint's 96
 
 
-def script(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 @pytest.fixture(scope="module")
 def tiny_int4(tiny_checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("int4") / "tiny"
-    main = script("scripts/quantize.py")
+    main = main_of("quantize")
     assert main(["--model_path", str(tiny_checkpoint), "--save_path", str(folder), "--group", str(GROUP)]) == 0
     return folder
 
@@ -356,7 +349,7 @@ def refused(capsys, code: int, *parts: str) -> None:
 
 def test_generate(tiny_checkpoint, tiny_int4, tmp_path, capsys):
     """The same picture from weights quantized while loading and before, with everything about them inside."""
-    main = script("generate_examples/generate.py")
+    main = main_of("generate")
     options = ["--prompt", "a cat", "--device", "cpu", "--width", "64", "--height", "32", "--save_path"]
     runs = {
         "while": [str(tiny_checkpoint), "--quant", "--quant_group", "32"], "before": [str(tiny_int4)],
@@ -385,7 +378,7 @@ def test_generate(tiny_checkpoint, tiny_int4, tmp_path, capsys):
 )
 def test_options_that_do_not_fit(tiny_checkpoint, tiny_int4, tmp_path, capsys, quantized, options, parts):
     folder = tiny_int4 if quantized else tiny_checkpoint
-    main = script("generate_examples/generate.py")
+    main = main_of("generate")
     code = main(["--prompt", "a cat", "--device", "cpu", "--save_path", str(tmp_path / "out"),
                  "--model_path", str(folder), *options])  # fmt: skip
     refused(capsys, code, *parts)
@@ -398,7 +391,7 @@ def test_the_pipeline_takes_known_groups_only(tiny_checkpoint):
 
 
 def test_quantize_refuses_what_it_cannot_do(tiny_checkpoint, tiny_int4, tmp_path, capsys):
-    main, out = script("scripts/quantize.py"), tmp_path / "new" / "folder"
+    main, out = main_of("quantize"), tmp_path / "new" / "folder"
     tiny, save = ["--model_path", str(tiny_checkpoint)], ["--save_path", str(out)]
     refused(capsys, main([*tiny, *save]), "--quant_group must divide the 64 inputs", "got 128")
     refused(capsys, main([*tiny, *save, "--group", "16"]), "--group", "16", "32, 64, 128")
@@ -416,7 +409,7 @@ def test_a_conversion_that_ends_early_leaves_nothing(tiny_checkpoint, tmp_path, 
     monkeypatch.setattr(shutil, "copyfile", end)  # by then the weights are written
     (tmp_path / "empty").mkdir()
     target = tmp_path / "empty" if how == "Ctrl-C" else tmp_path / "new" / "folder"
-    main = script("scripts/quantize.py")
+    main = main_of("quantize")
     code = main(["--model_path", str(tiny_checkpoint), "--save_path", str(target), "--group", "32"])
     last = capsys.readouterr().err.splitlines()[-1]
     if how == "Ctrl-C":

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from commands import main_of, refused, run_process
 
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 
 finetune = main_of("finetune")
 NUMBERS = [field for field in dataclasses.fields(Settings) if field.type in (int, float)]

@@ -1,6 +1,5 @@
 """Pairs, given panels, editing and reconstruction as a user meets them: files, messages, exit codes."""
 
-import importlib.util
 import struct
 import subprocess
 import zlib
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import main_of
 from PIL import Image
 from test_cli import ENVIRONMENT, PATIENCE, names, refused
 
@@ -24,45 +24,31 @@ SMALL = ("--device", "cpu", "--width", "32", "--height", "64")
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Loads a script by its path; those beside it can be imported, as when it is run."""
-
-    def load(path: str):
-        monkeypatch.syspath_prepend(str(ROOT / Path(path).parent))
-        spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
-
-
-@pytest.fixture
 def given(tiny_checkpoint, tmp_path) -> tuple[str, ...]:
     return "--model_path", str(tiny_checkpoint), "--save_path", str(tmp_path / "out")
 
 
 @pytest.fixture
-def generate(script, given):
-    main = script("generate_examples/generate.py").main
+def generate(given):
+    main = main_of("generate")
     return lambda *options: main([*SMALL, *given, *options])
 
 
 @pytest.fixture
-def single(script, given):
-    main = script("generate_examples/generate_single_prompt_with_image.py").main
+def single(given):
+    main = main_of("generate_with_image")
     return lambda *options: main([*SMALL, *given, *options])
 
 
 @pytest.fixture
-def edit(script, given):
-    main = script("generate_examples/edit.py").main
+def edit(given):
+    main = main_of("edit")
     return lambda *options: main([*SMALL, *given, *options])
 
 
 @pytest.fixture
-def reconstruct(script, given):
-    main = script("scripts/reconstruct.py").main
+def reconstruct(given):
+    main = main_of("reconstruct")
     return lambda *options: main(["--device", "cpu", *given, *options])
 
 

@@ -42,10 +42,10 @@ def test_the_commands_make_what_the_text_says(folder):
 def test_other_commands_of_the_text_name_options_that_exist():
     """What is not run (GPUs, many machines) at least says what the programs understand."""
     text = (ROOT / "TRAIN.md").read_text()
-    told = {script: set() for script in re.findall(r"scripts/(\w+)\.py", text)}
+    told = {script: set() for script in re.findall(r"scripts/([\w/]+)\.py", text)}
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         for command in block.replace("\\\n", " ").replace("train.sh", "finetune.py").split("\n"):
-            found = re.search(r"scripts/(\w+)\.py", command)
+            found = re.search(r"scripts/([\w/]+)\.py", command)
             if found:
                 options = command[found.end():]
                 told.setdefault(found[1], set()).update(re.findall(r"(?<=\s)--\w+", options))

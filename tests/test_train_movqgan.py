@@ -7,19 +7,20 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import emoji
 import numpy as np
 import pytest
+import scenes
 import torch
 from PIL import Image
+from text_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.demo import emoji, scenes
-from lumina_mgpt.demo.tokenizer import VOCABULARY, write_tokenizer
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGANConfig
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, load_state_dict
 from lumina_mgpt.prompts import text_to_image
-from lumina_mgpt.training.movqgan import MovingCodes, MoVQGANTraining, Pictures, Trainer, kmeans
+from lumina_mgpt.training.image_tokenizer import MovingCodes, MoVQGANTraining, Pictures, Trainer, kmeans
 from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGANConfig
-from lumina_mgpt.training.movqgan import MoVQGANTraining, Pictures, Trainer
+from lumina_mgpt.training.image_tokenizer import MoVQGANTraining, Pictures, Trainer
 
 CONFIG = MoVQGANConfig(ch=32, blocks=1, num_codes=16)  # of the command's --num_codes 16
 SETTINGS = MoVQGANTraining(minutes=1.0)
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_no_partial_file(folder, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("lumina_mgpt.training.movqgan.write_tensors", write)
+    monkeypatch.setattr("lumina_mgpt.training.image_tokenizer.write_tensors", write)
     with pytest.raises(InputError, match="Input/output error.*use another one"):
         trainer.save()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["training.pt"]

@@ -6,13 +6,13 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import line_of
 from safetensors.torch import load_file
 from training_runs import ONE, ROOT, changed, command, environment, metrics_of, weights_of
 
@@ -355,7 +355,7 @@ def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens,
 
 def test_the_released_command_is_understood():
     released = "--cache_ann_on_disk --num_workers 8 --unmask_image_logits --model_size 7B --epochs 2"
-    command = [sys.executable, "scripts/finetune.py", "--output_dir", "x", "--data_config", "missing.yaml",
+    command = [*line_of("finetune"), "--output_dir", "x", "--data_config", "missing.yaml",
                "--warmup_epochs", "0.01", "--batch_size", "8", "--tokenizer_path", "x", *released.split()]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "missing.yaml" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -15,7 +15,7 @@ from training_runs import ONE, ROOT, changed, environment, metrics_of, weights_o
 from lumina_mgpt.data import shards
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.training import checkpoint
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import Trainer
 
 

@@ -1,7 +1,6 @@
 """What the tests of training share: starting runs, in this process or in others, and reading what they left."""
 
 import dataclasses
-import importlib
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 
 ROOT = Path(__file__).parent.parent
 ONE = Processes(0, 1, torch.device("cpu"))
@@ -55,10 +54,3 @@ def command(settings: Settings, *options, processes: int = 1) -> list[str]:
     return [*start, "scripts/finetune.py", *values, *options]
 
 
-def script(name: str):
-    """An entry script as a module, to call its `main` without another interpreter."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)

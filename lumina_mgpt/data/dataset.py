@@ -142,7 +142,7 @@ class TokenDataset:
     def _read(self, source: Source, kind: int) -> np.ndarray:
         rows = read_rows(source.path, "path in META")
         if not rows:
-            raise InputError(f"{source.path} holds no records; see the bad items that pre_tokenize.py listed")
+            raise InputError(f"{source.path} holds no records; see the bad items that lumina-mgpt pre-tokenize listed")
         base, known, table = Path(source.path).resolve().parent, {}, []
         for row in rows:
             file, length, record = _row(row, source.path)
@@ -251,7 +251,7 @@ class TokenDataset:
         sequence = read_sequence(path, int(self.records[number]))
         if len(sequence.ids) != self.lengths[number]:
             raise InputError(f"{path}: record {self.records[number]} has {len(sequence.ids)} ids, its record file says "
-                             f"{self.lengths[number]}; run concat_record.py again")  # fmt: skip
+                             f"{self.lengths[number]}; run lumina-mgpt concat-records again")  # fmt: skip
         lowest, highest = map(int, sequence.ids.aminmax())
         if lowest < 0 or highest >= self.vocabulary.vocab_size:
             raise InputError(f"{path} holds ids {lowest} to {highest}, the model has {self.vocabulary.vocab_size}; "
@@ -266,7 +266,7 @@ def _row(row: object, source: str) -> tuple[str, int, int]:
     whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
     if not isinstance(file, str) or not whole or not numbers[0]:
         raise InputError(f"{source}: a record is {{file, len, id}}, got {str(row)[:200]}; make the file with "
-                         "scripts/concat_record.py")  # fmt: skip
+                         "lumina-mgpt concat-records")  # fmt: skip
     return file, *numbers
 
 

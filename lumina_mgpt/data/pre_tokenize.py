@@ -275,11 +275,11 @@ def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[i
         raise InputError(f"--save_path must end in .json or .jsonl, got {save_path}")
     read = sorted((_read_job(path) for path in folder.glob("*-of-*-job.json")), key=lambda job: job["rank"])
     if not read:
-        raise InputError(f"--sub_record_dir {folder} holds no work of pre_tokenize.py; give its --out_dir")
+        raise InputError(f"--sub_record_dir {folder} holds no work of lumina-mgpt pre-tokenize; give its --out_dir")
     splits = read[0]["splits"]
     ranks = [job["rank"] for job in read]
     if len(ranks) != splits or ranks != list(range(splits)):
-        raise InputError(f"--sub_record_dir {folder} holds ranks {ranks} of {splits}; run pre_tokenize.py for all")
+        raise InputError(f"--sub_record_dir {folder} holds ranks {ranks} of {splits}; run pre-tokenize for all")
     if any(job | {"rank": 0} != read[0] for job in read):
         raise InputError(f"--sub_record_dir {folder}: its ranks were made with different settings; start over")
     rows, bad = [], 0
@@ -305,13 +305,13 @@ def _read_job(path: Path) -> dict:
     numbers = [job.get(name) for name in ("rank", "splits", "records", "block")]
     whole = all(type(number) is int for number in numbers) and min(numbers) >= 0 < numbers[3]
     if not whole or path.name != f"{job['rank']}-of-{job['splits']}-job.json":
-        raise InputError(f"--sub_record_dir: {path} is damaged or renamed; run pre_tokenize.py in an empty folder")
+        raise InputError(f"--sub_record_dir: {path} is damaged or renamed; run pre-tokenize in an empty folder")
     return job
 
 
 def _check_rank(folder: Path, job: dict) -> tuple[list[dict], int]:
     name = f"{job['rank']}-of-{job['splits']}"
-    again = f"run pre_tokenize.py --rank {job['rank']} again"
+    again = f"run lumina-mgpt pre-tokenize --rank {job['rank']} again"
     first, last = (job["records"] * n // job["splits"] for n in (job["rank"], job["rank"] + 1))
     rows, bad, seen = [], 0, []
     for number in range(-(-(last - first) // job["block"])):

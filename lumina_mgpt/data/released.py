@@ -33,7 +33,7 @@ def read_released(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
         raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}") from None
     except Exception as error:  # damaged bytes lead the unpickler to raise almost anything
         raise InputError(f"{path} cannot be read as a released record ({cause(error)}); make it again with "
-                         "scripts/pre_tokenize.py") from None  # fmt: skip
+                         "lumina-mgpt pre-tokenize") from None  # fmt: skip
     ids, labels = (raw.get(key) if isinstance(raw, dict) else None for key in ("token", "label"))
     whole = all(isinstance(part, list) and all(type(value) is int for value in part) for part in (ids, labels))
     if not whole or not ids or len(ids) != len(labels):

@@ -76,17 +76,17 @@ def read_index(path: str | Path, check: bool = False) -> ShardIndex:
     Raises:
         InputError: the file is missing, half-written, damaged, or no token shard.
     """
-    again = "delete it and run pre_tokenize.py again"
+    again = "delete it and run lumina-mgpt pre-tokenize again"
     try:
         open(path, "rb").close()
     except OSError as error:
-        hint = remedy(error, "run pre_tokenize.py again")
+        hint = remedy(error, "run lumina-mgpt pre-tokenize again")
         raise InputError(f"{path} is missing or cannot be read ({cause(error)}); {hint}") from None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} is no token shard; make it with scripts/pre_tokenize.py")
+                raise InputError(f"{path} is no token shard; make it with lumina-mgpt pre-tokenize")
             slices = {name: file.get_slice(name) for name in _TENSORS}
             forms = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
             if forms != {name: (dtype, 1) for name, dtype in _TENSORS.items()}:
@@ -110,7 +110,7 @@ def _bad_items(text: str, path: str | Path) -> list[dict]:
     """What a shard's metadata says of records left out. Raises InputError where it is damaged."""
     bad = parse_json(text, f"{path}: list of records left out")
     if not isinstance(bad, list) or not all(isinstance(item, dict) and type(item.get("id")) is int for item in bad):
-        raise InputError(f"{path} is damaged: its list of records left out; delete it and run pre_tokenize.py again")
+        raise InputError(f"{path} is damaged: its list of records left out; delete it and run pre-tokenize again")
     return bad
 
 
@@ -138,7 +138,7 @@ def read_sequence(path: str | Path, record: int) -> Sequence:
         return Sequence(record, *read_released(path))
     shard = _open(str(path))
     if record not in shard.spans:
-        raise InputError(f"{path} does not hold record {record}; run concat_record.py again on its folder")
+        raise InputError(f"{path} does not hold record {record}; run lumina-mgpt concat-records again on its folder")
     start, stop = shard.spans[record]
     ids = shard.ids[start:stop].long()
     return Sequence(record, ids, ids.masked_fill(~shard.labelled[start:stop], IGNORED))

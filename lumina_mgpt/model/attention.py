@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lumina_mgpt.errors import InputError, package_error
-from lumina_mgpt.model import native
+from lumina_mgpt.kernels import native
 from lumina_mgpt.model.kv_cache import Held, KVCache, Scaled
 
 QUERY_BLOCK = 128

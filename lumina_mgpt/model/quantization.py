@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model import native
+from lumina_mgpt.kernels import native
 
 logger = logging.getLogger(__name__)
 

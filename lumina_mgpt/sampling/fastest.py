@@ -14,7 +14,7 @@ from lumina_mgpt.sampling.autoregressive import Step, sample
 from lumina_mgpt.sampling.jacobi import sample_jacobi
 from lumina_mgpt.unirep import ImageLayout
 
-# Codes a forward, by `scripts/bench.py` on the demo checkpoint at guidance 4 with all codes.
+# Codes a forward, by `scripts/benchmarks/bench.py` on the demo checkpoint at guidance 4 with all codes.
 CODES = {
     None: 1.0,
     Speculation("maximal", 8): 3.36,

@@ -17,7 +17,7 @@ from lumina_mgpt.io import cause, read_json, remedy, require_readable, write_ten
 from lumina_mgpt.model.checkpoint import disk_name, some
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.distributed import full_tensor
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ _SAYS_NOTHING = ("peft_version",)  # fields of newer versions of peft that chang
 
 
 def merge_adapter(model: Transformer, folder: Path, base: str | Path = "") -> None:
-    """Adds the adapter in `folder`, as peft or export.py wrote it, to the weights that it was trained on, by peft.
+    """Adds the adapter in `folder`, as peft or export wrote it, to the weights that it was trained on, by peft.
 
     Computed in float32, whatever the dtype of the weights, which is kept.
 
@@ -158,7 +158,7 @@ def merge_adapter(model: Transformer, folder: Path, base: str | Path = "") -> No
             raise
         except Exception as error:  # peft and torch raise many classes for what does not fit
             raise InputError(f"--adapter {folder} cannot be merged ({cause(error)}); give an adapter of this model, as "
-                             "peft or export.py wrote it") from None  # fmt: skip
+                             "peft or lumina-mgpt export wrote it") from None  # fmt: skip
     for name, module in _children(merged):
         setattr(model, name, module)
 
@@ -190,7 +190,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
     except Exception as error:  # what safetensors raises on a damaged file is no one class
         raise InputError(f"--adapter {path} is damaged or cut short ({cause(error)}); write it again") from None
     if not tensors:
-        raise InputError(f"--adapter {path} holds no tensors; give a folder that peft or export.py wrote")
+        raise InputError(f"--adapter {path} holds no tensors; give a folder that peft or lumina-mgpt export wrote")
     broken = [name for name, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
     if broken:
         raise InputError(f"--adapter {path} holds values that are infinite or not a number: {some(sorted(broken))}; "

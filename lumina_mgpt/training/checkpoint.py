@@ -24,8 +24,8 @@ from lumina_mgpt.training.adapters import choose_trained, plain_copy
 from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.lineage import checkpoints_of, name_of, newest, step_of
 from lumina_mgpt.training.optimizer import Ema
+from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.restricted import reader_and_planner
-from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.training.state import read_state, settings_of, verify
 
 __all__ = ["export", "find", "load", "newest", "read_state", "trained_model", "verified_state"]

@@ -89,7 +89,7 @@ def return_freed_memory() -> None:
     """On Linux with glibc: a tensor's memory on the CPU goes back to the system when the tensor does.
 
     glibc learns from what is freed to keep blocks of up to 32 MiB. Activations, gradients and optimizer state then lie
-    among one another's gaps: for the model of scripts/bench_train.py 0.7 GB on top of what a step needs. What is mapped
+    among one another's gaps: for the model of bench_train.py 0.7 GB on top of what a step needs. What is mapped
     anew at every step should come in large pages (torch's THP_MEM_ALLOC_ENABLE, read when it first makes a tensor):
     in pages of 4 KiB the system takes a third of a step to hand it out.
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 
 BETAS = (0.9, 0.95)  # as released
 

@@ -30,7 +30,7 @@ class Saver:
     With `beside`, `save` only copies what is to be written (in the CPU's memory: 12 bytes a trained weight, spread over
     the processes), and a thread writes it while the training goes on; a checkpoint has its name when it is whole, here
     too. Not the default: for 1.05 GB, on two cores that train as well, the loop was held 0.22 s and not 1.09, but the
-    steps beside the writing took longer: 1.46 s lost in all and not 1.17 (scripts/bench_checkpoint.py). Meant for GPUs,
+    steps beside the writing took longer: 1.46 s lost in all and not 1.17 (bench_checkpoint.py). Meant for GPUs,
     where the CPU has time; not measured there.
     """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, read_json, remedy, write_atomic
-from lumina_mgpt.training.settings import Settings
+from lumina_mgpt.training.options import Settings
 
 STATE = "trainer.json"
 CHECKSUMS = "SHA256SUMS"  # of the format of sha256sum, which can check it too

@@ -24,9 +24,9 @@ from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.loss import LossModel
 from lumina_mgpt.training.metrics import Metrics, batch_flops, peak_flops
 from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
-from lumina_mgpt.training.samples import Sampler
+from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.sample_images import Sampler
 from lumina_mgpt.training.saver import Saver
-from lumina_mgpt.training.settings import Settings
 from lumina_mgpt.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,8 @@
+"""`python -m lumina_mgpt COMMAND`: the same as `lumina-mgpt COMMAND`."""
+
+import sys
+
+from lumina_mgpt.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

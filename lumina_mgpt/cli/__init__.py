@@ -1,0 +1,39 @@
+"""Commands, one module each, and what they share. Nothing here imports torch before a command works."""
+
+from lumina_mgpt.cli.options import (
+    DEMO,
+    add_batch_size,
+    add_checkpoint_options,
+    add_output_options,
+    add_sampling_options,
+    add_speculation_options,
+    checkpoint_path,
+    load_pipeline,
+    quant_group,
+    sampling_settings,
+    speculation_settings,
+)
+from lumina_mgpt.cli.parser import Parser, number, whole
+from lumina_mgpt.cli.progress import ReadingBar, bar_interval
+from lumina_mgpt.cli.runner import REFUSED, run
+
+__all__ = [
+    "DEMO",
+    "Parser",
+    "REFUSED",
+    "ReadingBar",
+    "add_batch_size",
+    "add_checkpoint_options",
+    "add_output_options",
+    "add_sampling_options",
+    "add_speculation_options",
+    "bar_interval",
+    "checkpoint_path",
+    "load_pipeline",
+    "number",
+    "quant_group",
+    "run",
+    "sampling_settings",
+    "speculation_settings",
+    "whole",
+]

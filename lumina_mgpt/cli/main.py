@@ -1,0 +1,53 @@
+"""The console script `lumina-mgpt COMMAND [options]`: finds the command's module and runs it."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lumina_mgpt import __version__, cli
+
+# Command -> its module in this package, and what it does. Modules are imported only when their command is run.
+COMMANDS = {
+    "generate": ("generate", "make pictures of prompts, and of pictures"),
+    "generate-with-image": ("generate_with_image", "make a picture of one prompt and a control picture"),
+    "edit": ("edit", "edit a picture over several turns"),
+    "reconstruct": ("reconstruct", "show what the image tokenizer keeps of pictures"),
+    "pre-tokenize": ("pre_tokenize", "turn records into token shards"),
+    "concat-records": ("concat_records", "check token shards and list them in one record file"),
+    "finetune": ("finetune", "train or finetune a model on token records"),
+    "train-movqgan": ("train_movqgan", "train an image tokenizer"),
+    "export": ("export", "write a training checkpoint as a model folder"),
+    "merge-lora": ("merge_lora", "add adapters to the weights they were trained on"),
+    "quantize": ("quantize", "make a checkpoint with int4 weights"),
+}
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="lumina-mgpt", add_help=False, usage="lumina-mgpt COMMAND [options]   (COMMAND --help lists its options)"
+    )
+    parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND")
+    return parser
+
+
+def overview() -> str:
+    """The text of `--help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: lumina-mgpt COMMAND [options]", "", "commands:", *lines, "", "lumina-mgpt COMMAND --help lists the "
+         "options of a command; lumina-mgpt --version prints the version."]
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return cli.run(lambda _: print(overview()), cli.Parser(), [])
+    if arguments[0] == "--version":
+        return cli.run(lambda _: print(f"lumina-mgpt {__version__}"), cli.Parser(), [])
+    if arguments[0] not in COMMANDS:
+        return cli.run(lambda _: None, build_parser(), arguments[:1])
+    module = importlib.import_module(f"lumina_mgpt.cli.{COMMANDS[arguments[0]][0]}")
+    return module.main(arguments[1:])

@@ -1,0 +1,75 @@
+"""How a command runs and ends: messages on stderr and exit statuses."""
+
+import argparse
+import contextlib
+import logging
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from lumina_mgpt.cli.parser import Parser
+from lumina_mgpt.console import Stopped, safe_output, stoppable
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause, remedy
+
+REFUSED = 2
+
+
+def run(
+    work: Callable[[argparse.Namespace], int | None], parser: Parser, argv: Sequence[str] | None, stopped: str = ""
+) -> int:
+    """Parses and works; returns the exit status.
+
+    That is what `work` returns (None: 0), 2 with a one-line error on stderr for what a user can correct, and 128 + n
+    for signal n (130: Ctrl-C), whose message ends in `stopped` or the text of the KeyboardInterrupt. Other exceptions
+    are bugs and keep their traceback.
+    """
+    with safe_output(), stoppable(), _logged():
+        try:
+            return work(parser.parse_args(argv)) or 0
+        except InputError as error:
+            return _refuse(str(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            return _refuse(f"{error.filename}: {cause(error)}; {remedy(error)}")
+        except KeyboardInterrupt as stop:
+            number = _signal_of(stop)
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            print(f"stopped by {name}; {str(stop) or stopped or 'finished images are kept'}", file=sys.stderr)
+            return 128 + number
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+                raise
+            return _refuse(
+                "out of memory; try --batch_size 1, a smaller --window or --width and --height, or --dtype bf16"
+            )
+
+
+def _signal_of(stop: KeyboardInterrupt) -> int:
+    """Number of the signal behind an exception: a command may have replaced a `Stopped` to say what is kept."""
+    while stop is not None and not isinstance(stop, Stopped):
+        stop = stop.__context__
+    return signal.SIGINT if stop is None else stop.number
+
+
+@contextlib.contextmanager
+def _logged():
+    """Prints what the package logs on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("lumina_mgpt")
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+
+
+def _refuse(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return REFUSED

@@ -1,0 +1,1 @@
+"""Kernels of this project for CPUs: sources, build, and the choice between them and torch's."""

@@ -1,0 +1,84 @@
+"""Prompts in text files: those of a user, and those that a checkpoint brings."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import lines_of, read_text
+
+PROMPTS_FILE = "prompts.txt"  # of a checkpoint folder: prompts that it can do
+
+
+EXAMPLE_PROMPTS = (
+    "A red fox curled up asleep in fresh snow under a birch tree, soft morning light, close-up photograph",
+    "An old lighthouse on a rocky cape at dusk, its beam crossing a stormy violet sky, oil painting",
+    "A bowl of ramen with a soft-boiled egg and spring onions on a wooden counter, steam rising, food photography",
+    "A glass greenhouse full of giant ferns, sunbeams through the panes, a small robot watering the plants",
+    "A paper-cut landscape of mountains, a river and a hot-air balloon in shades of teal and orange",
+)
+
+
+def read_prompts(prompts: Sequence[str] | None, file: str | None, option: str = "--prompt_file") -> list[str]:
+    """Prompts of the command line, then those of the file, one a line; blank lines there mean nothing.
+
+    Args:
+        option: what messages call the file.
+
+    Raises:
+        InputError: a prompt is empty, or the file cannot be read, is not UTF-8, or holds no prompt.
+    """
+    result = list(prompts or ())
+    if any(not prompt.strip() for prompt in result):
+        raise InputError("--prompt must not be empty, got ''; say what the image should show")
+    if file is not None:
+        lines = _not_blank(read_text(file, option))
+        if not lines:
+            raise InputError(f"{option} {file} must hold at least one prompt, got none; write one a line")
+        result += lines
+    return result
+
+
+def example_prompts(folder: Path) -> list[str]:
+    """Five prompts that the checkpoint in `folder` can do: its own `prompts.txt`, else photographs and paintings.
+
+    Raises:
+        InputError: that file cannot be read, or is not UTF-8.
+    """
+    file = folder / PROMPTS_FILE
+    return (_not_blank(read_text(file)) if file.exists() else [])[:5] or list(EXAMPLE_PROMPTS)
+
+
+def known_names(folder: Path) -> list[str]:
+    """What a small checkpoint can draw, from its `names.txt`; empty for one that has no such list."""
+    try:
+        return _not_blank(read_text(folder / "names.txt"))
+    except InputError:  # only hints are made of it
+        return []
+
+
+def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
+    """A hint for a prompt that mentions nothing of `names`, with those that are spelt alike; None if it does."""
+    text = prompt.lower()
+    if not names or any(re.search(rf"\b{_plural_too(name.lower())}\b", text) for name in names):
+        return None
+    words = re.findall(r"[\w'-]+", text)
+    phrases = [" ".join(words[i : i + size]) for size in (3, 2, 1) for i in range(len(words) - size + 1)]
+    close: dict[str, float] = {}
+    for phrase in phrases:
+        for name in difflib.get_close_matches(phrase, names, n=3, cutoff=0.7):
+            close[name] = max(close.get(name, 0.0), difflib.SequenceMatcher(None, phrase, name).ratio())
+    best = sorted(close, key=lambda name: -close[name])[:3]
+    suggestion = f"did you mean {' or '.join(best)}?" if best else f"it knows {', '.join(names[:3])} and so on"
+    return f"{prompt!r} names nothing of the {len(names)} things that this checkpoint knows; {suggestion} (names.txt)"
+
+
+def _plural_too(name: str) -> str:
+    """A pattern for a name and its regular plural: cat, cats; box, boxes; cherry, cherries."""
+    stem = re.escape(name)
+    return f"(?:{stem}(?:e?s)?|{stem[:-1]}ies)" if name.endswith("y") else f"{stem}(?:e?s)?"
+
+
+def _not_blank(text: str) -> list[str]:
+    return [line.strip() for line in lines_of(text) if line.strip()]

@@ -1,0 +1,219 @@
+"""Measures the demo checkpoint on compositions and seeds that it was not trained on, and makes a contact sheet.
+
+python scripts/demo/evaluate.py --model_path assets/demo --emoji_dir work/demo/emoji --out_dir work/demo/evaluation
+
+Rows: one emoji (is the nearest of all known emoji the one asked for; is the background's colour right); two emoji of a
+pair that never occurs in training (are both right); and how well the image tokenizer reconstructs such pictures.
+The (name, colour) and the pairs that are held out come from scripts/demo/scenes.py.
+
+Then a row for each figure of the image tasks (scripts/demo/omni.py), beside what it comes to when each image is
+made with the panel, or with the prompt, of another example, and when the truth goes through the image tokenizer.
+`depth unnamed` and `canny unnamed`: the prompt says the background only, and what there is is for the panel to say.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import emoji
+import evaluation
+import numpy as np
+import omni
+import scenes
+from evaluation import Mean, Share
+from omni import Example
+from tqdm import tqdm
+
+from lumina_mgpt import cli
+from lumina_mgpt.config import SamplingConfig
+from lumina_mgpt.devices import resolve_device
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import psnr
+from lumina_mgpt.io import write_atomic
+from lumina_mgpt.outputs import OutputFolder
+from lumina_mgpt.pipeline import Checkpoint, Pipeline
+from lumina_mgpt.results import Result
+
+_BATCH = 30
+_ON_SHEET = 24
+_EXAMPLES_ON_SHEET = 12
+TEXT_ROWS = ("one emoji", "two emoji")
+UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # the prompt says the background only
+TASK_ROWS = (*omni.KINDS, *UNNAMED)
+ROWS = (*TEXT_ROWS, *TASK_ROWS)
+
+
+def drawn(pipeline: Pipeline, prompts: list[str], size: tuple[int, int], args: argparse.Namespace,
+          panels: list | None = None, **options) -> Iterator[Result]:  # fmt: skip
+    """A result each prompt. Noise is one for all images of a seed, so every batch has a seed of its own."""
+    for start in range(0, len(prompts), _BATCH):
+        part = slice(start, start + _BATCH)
+        yield from pipeline.stream(
+            prompts[part], *size, cfg=args.cfg, seed=args.seed + start, batch_size=_BATCH,
+            panel=panels and panels[part], **options,
+        )  # fmt: skip
+
+
+def generate(pipeline: Pipeline, todo: list[scenes.Scene], rng: random.Random, args) -> list[tuple]:
+    """(scene, caption, picture) for each scene; scenes of one size are made together."""
+    made = []
+    with tqdm(total=len(todo), desc="pictures", unit="picture", mininterval=cli.bar_interval()) as bar:
+        for size in sorted({scene.size for scene in todo}):
+            chosen = [scene for scene in todo if scene.size == size]
+            captions = [scenes.caption(scene, rng) for scene in chosen]
+            results = drawn(pipeline, captions, size, args)
+            for scene, caption, result in zip(chosen, captions, results, strict=True):
+                made.append((scene, caption, result.image))
+                bar.update()
+    return made
+
+
+def judge(made: list[tuple], pictures: dict) -> dict[str, Share]:
+    """Shares of pictures with every object right, each object right, and the background right."""
+    whole = objects = colors = 0
+    for scene, _, image in made:
+        found = [evaluation.nearest_emoji(cell, scene.color, pictures) for cell in evaluation.cells(image, scene)]
+        right = [got == wanted for got, wanted in zip(found, scene.names, strict=True)]
+        whole, objects = whole + all(right), objects + sum(right)
+        colors += evaluation.nearest_color(image) == scene.color
+    count = len(made)
+    return {
+        "all objects": Share(whole, count),
+        "each object": Share(objects, sum(len(scene.names) for scene, _, _ in made)),
+        "background": Share(colors, count),
+    }
+
+
+def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict) -> np.ndarray:
+    """PSNR in dB of each scene through codes and back."""
+    values = []
+    for scene in tqdm(todo, desc="reconstruction", unit="picture"):
+        image = scenes.render(scene, pictures)
+        tokenizer = pipeline.image_tokenizer
+        values.append(psnr(tokenizer.decode(tokenizer.encode([image]))[0], image))
+    return np.array(values)
+
+
+def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, object]:
+    """Prints a row of text to image each, writes one contact sheet, and returns the figures."""
+    figures: dict[str, object] = {}
+    if not rows:
+        return figures
+    print("| row | prompts | all objects right | each object right | background right | reconstruction |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    images, captions = [], []
+    for name, todo in rows.items():
+        made = generate(pipeline, todo, rng, args)
+        shares = judge(made, pictures)
+        decibels = reconstruction(pipeline, todo, pictures)
+        error = decibels.std(ddof=1) / len(decibels) ** 0.5
+        cells = " | ".join(map(str, shares.values()))
+        print(f"| {name} | {len(made)} | {cells} | {decibels.mean():.2f} ± {error:.2f} dB |", flush=True)
+        figures[name] = {key: [share.value, share.error] for key, share in shares.items()}
+        figures[name]["reconstruction"] = [decibels.mean(), error]
+        shown = rng.sample(made, min(_ON_SHEET, len(made)))
+        images, captions = images + [m[2] for m in shown], captions + [m[1] for m in shown]
+    evaluation.contact_sheet(images, captions, 8).save(args.out_dir / "text_to_image.png", optimize=True)
+    return figures
+
+
+def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, row: str, args) -> list:
+    """The dual-panel picture of each example, made from its upper panel, if it is given, and its prompt."""
+    task = asked[0].task
+    given = [omni.panels(example, pictures)[0] for example in asked] if task.given_panels else None
+    results = drawn(pipeline, [example.prompt for example in asked], omni.SIZE, args, given, task=task)
+    bar = tqdm(results, total=len(asked), desc=row, unit="picture", mininterval=cli.bar_interval())
+    return [result.image for result in bar]
+
+
+def judge_examples(truth: list[Example], images: list, pictures: dict) -> list[Share | Mean]:
+    """One summary a score of the kind; images[i] is judged by what truth[i] asked for."""
+    scores = [evaluation.scores(example, image, pictures) for example, image in zip(truth, images, strict=True)]
+    return [evaluation.summary(column) for column in zip(*scores, strict=True)]
+
+
+def shuffled(examples: list[Example]) -> dict[str, list[Example]]:
+    """The same with the panel, and with the prompt, of the next example, where there is such a thing."""
+    pairs = list(zip(examples, examples[1:] + examples[:1], strict=True))
+    others = {}
+    if examples[0].task.given_panels:
+        others["panel"] = [replace(example, upper=other.upper) for example, other in pairs]
+    if len({example.prompt for example in examples}) > 1:
+        others["prompt"] = [replace(example, prompt=other.prompt) for example, other in pairs]
+    return others
+
+
+def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures: dict, args) -> dict[str, object]:
+    """Prints a line a score of each row, writes a contact sheet each, and returns the figures."""
+    figures: dict[str, object] = {}
+    if not rows:
+        return figures
+    print("\n| task | figure | prompts | value | panel shuffled | prompt shuffled | truth through image tokenizer |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    tokenizer, parts = pipeline.image_tokenizer, pipeline.checkpoint.config.parts(panels=2)
+    for row in rows:
+        kind, otherwise = (UNNAMED[row], 1.0) if row in UNNAMED else (row, 0.0)
+        rng = random.Random(f"{args.seed} {kind}")
+        examples = omni.evaluation_examples(kind, names, args.prompts, rng, otherwise)
+        few = examples[: args.shuffled]
+        images = generate_examples(pipeline, examples, pictures, row, args)
+        columns = {"value": judge_examples(examples, images, pictures)}
+        for which, asked in shuffled(few).items():
+            made = generate_examples(pipeline, asked, pictures, f"{row}, {which} shuffled", args)
+            columns[which] = judge_examples(few, made, pictures)
+        again = [tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)], parts), parts)[0]
+                 for example in examples]  # fmt: skip
+        columns["tokenizer"] = judge_examples(examples, again, pictures)
+        for n, figure in enumerate(evaluation.SCORES[kind]):
+            found = {name: column[n] for name, column in columns.items()}
+            cells = " | ".join(str(found.get(name, "–")) for name in ("value", "panel", "prompt", "tokenizer"))
+            print(f"| {row} | {figure} | {len(examples)} | {cells} |", flush=True)
+            figures[f"{row}: {figure}"] = {name: [cell.value, cell.error] for name, cell in found.items()}
+        captions = [example.prompt for example in examples[:_EXAMPLES_ON_SHEET]]
+        sheet = evaluation.contact_sheet(images[:_EXAMPLES_ON_SHEET], captions, _EXAMPLES_ON_SHEET)
+        sheet.save(args.out_dir / f"{row.replace(' ', '_')}.png", optimize=True)
+    return figures
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    few = min(args.prompts, args.shuffled)
+    if few < 2:
+        raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
+    SamplingConfig(cfg=args.cfg, seed=args.seed).with_seeds(args.prompts)  # a batch has the seed of its first prompt
+    sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row in TASK_ROWS]
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    output = OutputFolder(args.out_dir, overwrite=True, option="--out_dir")
+    output.claim(["text_to_image.png", "figures.json", *sheets])
+    emoji.fetch(args.emoji_dir)
+    pictures, names = emoji.load(args.emoji_dir), emoji.known_names()
+    rng = random.Random(args.seed)
+    todo = dict(zip(TEXT_ROWS, scenes.evaluation_scenes(names, args.prompts, rng), strict=True))
+    checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+    pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
+    told = ("model_path", "cfg", "seed", "prompts", "shuffled", "quant", "dtype", "cache_dtype")
+    figures: dict[str, object] = {name: getattr(args, name) for name in told}
+    figures |= report(pipeline, {row: todo[row] for row in TEXT_ROWS if row in args.rows}, pictures, rng, args)
+    figures |= report_tasks(pipeline, [row for row in TASK_ROWS if row in args.rows], names, pictures, args)
+    write_atomic(args.out_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
+    print(f"contact sheets and figures.json in {args.out_dir}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(prog="evaluate_demo.py", description=__doc__.split("\n")[0])
+    cli.add_checkpoint_options(parser)
+    parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="fetched there if missing")
+    parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"), help="for sheets and figures")
+    parser.add_argument("--prompts", type=cli.whole, default=300, help="prompts a row")
+    parser.add_argument("--shuffled", type=cli.whole, default=60, help="of them, with another's panel or prompt")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--cfg", type=cli.number, default=4.0, help="guidance scale")
+    parser.add_argument("--seed", type=cli.whole, default=20_000, help="of the scenes, and of the noise")
+    return cli.run(evaluate, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""What the demo checkpoint's pictures are judged by: the nearest of all emoji in pixels, and the nearest colour."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import cv2
+import numpy as np
+from emoji import CELL, COLORS
+from omni import Example, draw_panel
+from PIL import Image, ImageDraw, ImageFont
+from scenes import SLOT_COLORS, Scene, background
+
+from lumina_mgpt.maps import canny
+
+_NEAR = 60  # grey value: a shape's rim has 0.45 of white and more (scenes.depth)
+_BORDER = 4  # pixels: emoji leave the rim of their cell free, or nearly so
+
+
+Pictures = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of `count` were right."""
+
+    right: int
+    count: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.count
+
+    @property
+    def error(self) -> float:
+        """Standard error of the share, after one right and one wrong more, so that 300 of 300 is not certain."""
+        p = (self.right + 1) / (self.count + 2)
+        return math.sqrt(p * (1 - p) / self.count)
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} ± {100 * self.error:.1f} %"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of numbers in [-1, 1], and its standard error."""
+
+    values: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def error(self) -> float:
+        return float(np.std(self.values, ddof=1)) / math.sqrt(len(self.values))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.error:.3f}"
+
+
+def summary(values: Sequence[bool | float]) -> Share | Mean:
+    """What many scores of one kind come to: yes or no, or numbers."""
+    return Share(sum(values), len(values)) if isinstance(values[0], bool) else Mean(tuple(values))
+
+
+def cells(image: Image.Image, scene: Scene) -> list[np.ndarray]:
+    """The square of each object in a picture of `scene.size`, (CELL, CELL, 3) in [0, 1]."""
+    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    return [pixels[top : top + CELL, left : left + CELL] for left, top in scene.offsets]
+
+
+def nearest_emoji(cell: np.ndarray, color: str, pictures: Pictures) -> str:
+    """The emoji that, on that background, differs least from the cell in mean squared error of pixels."""
+    names = list(pictures)
+    stack = np.stack([pictures[name] for name in names])
+    alpha = stack[..., 3:]
+    on_color = stack[..., :3] * alpha + background(color) * (1 - alpha)
+    return names[int(((on_color - cell) ** 2).mean((1, 2, 3)).argmin())]
+
+
+def nearest_color(image: Image.Image) -> str:
+    """The name of the background: of COLORS, the nearest to the median pixel of the rim."""
+    pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+    rim = np.ones(pixels.shape[:2], bool)
+    rim[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
+    median = np.median(pixels[rim], axis=0)
+    return min(COLORS, key=lambda color: float(((background(color) - median) ** 2).sum()))
+
+
+def edge_f1(edges: Image.Image, truth: Image.Image) -> float:
+    """F1 of white lines on black; a pixel is found where the other picture has one at most 1 pixel away."""
+    found, wanted = (np.asarray(picture.convert("L")) > 127 for picture in (edges, truth))
+    if not found.any() or not wanted.any():
+        return float(found.any() == wanted.any())
+    near_found, near_wanted = (cv2.dilate(lines.astype(np.uint8), np.ones((3, 3))) > 0 for lines in (found, wanted))
+    precision, recall = (found & near_wanted).sum() / found.sum(), (wanted & near_found).sum() / wanted.sum()
+    return float(2 * precision * recall / max(precision + recall, 1e-9))
+
+
+def correlation(image: Image.Image, truth: Image.Image) -> float:
+    """Pearson's, of grey values; 0 where one of them is a single grey."""
+    return _pearson(*(np.asarray(picture.convert("L"), np.float64) for picture in (image, truth)))
+
+
+def shape_correlation(image: Image.Image, truth: Image.Image) -> float:
+    """`correlation` of the pixels that are near in either depth map.
+
+    Over the whole picture the maps of any two emoji have 0.54 in common, as all stand in the middle; here 0.01.
+    """
+    ours, theirs = (np.asarray(picture.convert("L"), np.float64) for picture in (image, truth))
+    near = np.maximum(ours, theirs) > _NEAR
+    return _pearson(ours[near], theirs[near])
+
+
+def _pearson(ours: np.ndarray, theirs: np.ndarray) -> float:
+    if not ours.size:
+        return 0.0
+    ours, theirs = ours - ours.mean(), theirs - theirs.mean()
+    return float((ours * theirs).sum() / max(math.sqrt((ours**2).sum() * (theirs**2).sum()), 1e-9))
+
+
+def mean_iou(image: Image.Image, truth: Image.Image) -> float:
+    """Mean intersection over union of the classes in `truth`; a pixel has the class whose colour is nearest.
+
+    Any two emoji have 0.59, as all stand in the middle: `outline_f1` is for telling them apart.
+    """
+    palette = np.array([(0, 0, 0), *SLOT_COLORS], np.float32)
+    ours, theirs = (
+        ((np.asarray(picture.convert("RGB"), np.float32)[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
+        for picture in (image, truth)
+    )
+    shares = [((ours == n) & (theirs == n)).sum() / ((ours == n) | (theirs == n)).sum() for n in np.unique(theirs)]
+    return float(np.mean(shares))
+
+
+def outline_f1(image: Image.Image, truth: Image.Image) -> float:
+    """`edge_f1` of the edges of two maps."""
+    return edge_f1(canny(image), canny(truth))
+
+
+# -- image tasks -------------------------------------------------------------------------------------------------------
+
+Score = Callable[[Example, Image.Image, Image.Image, Pictures], "bool | float"]  # of the upper and the lower panel
+
+
+def shows(scene: Scene, panel: Image.Image, pictures: Pictures) -> bool:
+    """Whether the nearest of all emoji, and of none at all, on the scene's background is the scene's."""
+    known = pictures | {"": np.zeros((CELL, CELL, 4), np.float32)}
+    cell = np.asarray(panel, np.float32) / 255
+    return nearest_emoji(cell, scene.color, known) == "".join(scene.names)
+
+
+def _emoji(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return shows(example.lower, lower, pictures)
+
+
+def _emoji_above(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return shows(example.upper, upper, pictures)
+
+
+def _on_its_background(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return nearest_color(lower) == example.lower.color
+
+
+def _edited(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
+    return all(right(example, upper, lower, pictures) for right in (_emoji, _on_its_background))
+
+
+def _same_edges(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> float:
+    return edge_f1(canny(lower), draw_panel(example.upper, "canny", pictures))
+
+
+def _map(shown: str, measure: Callable[[Image.Image, Image.Image], float]) -> Score:
+    """How near the lower panel is to the map of the scene."""
+    return lambda example, upper, lower, pictures: measure(lower, draw_panel(example.lower, shown, pictures))
+
+
+_DEPTH = {"correlation": _map("depth", correlation), "correlation in the shapes": _map("depth", shape_correlation)}
+# Kind of example (omni.KINDS) -> what is measured of it.
+SCORES: Mapping[str, Mapping[str, Score]] = MappingProxyType(
+    {
+        "pair_depth": {"right emoji above": _emoji_above} | _DEPTH,
+        "pair_canny": {"right emoji above": _emoji_above, "edge F1": _map("canny", edge_f1)},
+        "depth": {"right emoji": _emoji},
+        "canny": {"edge F1": _same_edges},
+        "subject": {"same emoji": _emoji, "right background": _on_its_background},
+        "edit": {"change done, rest kept": _edited},
+        "predict_depth": _DEPTH,
+        "predict_canny": {"edge F1": _map("canny", edge_f1)},
+        "predict_segmentation": {
+            "mean IoU": _map("segmentation", mean_iou), "outline F1": _map("segmentation", outline_f1),
+        },
+    }
+)
+
+
+def scores(example: Example, image: Image.Image, pictures: Pictures) -> list[bool | float]:
+    """The scores of a dual-panel image of omni.SIZE, in the order of SCORES."""
+    upper, lower = (image.crop((0, top, CELL, top + CELL)) for top in (0, CELL))
+    return [score(example, upper, lower, pictures) for score in SCORES[example.kind].values()]
+
+
+# -- pictures of pictures ----------------------------------------------------------------------------------------------
+
+
+def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
+    """Pictures with their captions below, white ground; wide ones first, `columns` of the narrowest side by side."""
+    font, gap, words = ImageFont.load_default(10), 12, 42
+    whole = columns * (min(image.width for image in images) + gap)
+    order = sorted(range(len(images)), key=lambda n: (images[n].height, -images[n].width))
+    places, left, top, row = {}, 0, 0, 0
+    for n in order:
+        width, height = images[n].width + gap, images[n].height + words
+        if left and left + width > whole:
+            left, top, row = 0, top + row, 0
+        places[n] = (left + gap // 2, top + gap // 2)
+        left, row = left + width, max(row, height)
+    sheet = Image.new("RGB", (max(whole, max(image.width for image in images) + gap), top + row), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (x, y) in places.items():
+        sheet.paste(images[n], (x, y))
+        for line, text in enumerate(_wrapped(captions[n], draw, font, images[n].width + gap - 4, lines=3)):
+            draw.text((x, y + images[n].height + 2 + 11 * line), text, fill="black", font=font)
+    return sheet
+
+
+def _wrapped(text: str, draw: ImageDraw.ImageDraw, font, width: int, lines: int) -> list[str]:
+    out = [""]
+    for word in text.split():
+        longer = f"{out[-1]} {word}".strip()
+        if draw.textlength(longer, font) <= width or not out[-1]:
+            out[-1] = longer
+        else:
+            out.append(word)
+    return out[:lines]

@@ -1,0 +1,69 @@
+"""Gives heads of a checkpoint a fixed distance to look back, before it is finetuned on tasks with two panels.
+
+    python scripts/demo/point_heads.py --model_path work/demo/export-text --save_path work/demo/pointed \\
+        --heads 1:155 1:154 --data_config configs/data/demo_omni.yaml
+
+LAYER:DISTANCE takes the head of a layer that is missed least, LAYER.HEAD:DISTANCE the one named; what it did before is
+lost. An id predicts the next code: of an upper panel of 12 rows of 12 codes and an end of line, the same cell is
+12 * 13 - 1 = 155 back, the one right of it 154, the one below it 142.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from lumina_mgpt import cli
+from lumina_mgpt.errors import InputError
+
+_SEQUENCES = 60  # of the data, to see hidden states and losses of
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="point_heads.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model_path", required=True, help="checkpoint folder, or hub id, to start from")
+    parser.add_argument("--data_config", required=True, type=Path, help="YAML of the records to be trained on")
+    parser.add_argument(
+        "--heads", nargs="+", required=True, metavar="HEAD", help="LAYER:DISTANCE or LAYER.HEAD:DISTANCE each, from 0"
+    )
+    parser.add_argument("--save_path", required=True, type=Path, help="folder for the new checkpoint, not there yet")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    from lumina_mgpt.config import ModelConfig
+    from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
+    from lumina_mgpt.model.convert import check_target, copy_companions
+    from lumina_mgpt.training import pointed
+
+    pointers = [pointed.Pointer.parse(text) for text in args.heads]
+    check_target(args.save_path)
+    source = resolve(cli.checkpoint_path(args.model_path))
+    if ModelConfig.from_json(source / "config.json").int4_group:
+        raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
+    ids = _sequences(source, args.data_config)
+    model = load_model(source, None, "cpu")
+    dtype = model.embed_tokens.weight.dtype
+    made = pointed.point(model.float(), pointers, ids)
+    save_model(model, args.save_path, dtype)
+    copy_companions(source, args.save_path)
+    print(f"pointed {', '.join(map(str, made))} in {args.save_path}; give it to finetune.py as --init_from")
+
+
+def _sequences(source: Path, data_config: Path) -> list:
+    """Some of the training sequences, the same ones each time."""
+    from lumina_mgpt.data.dataset import TokenDataset, read_sources
+    from lumina_mgpt.pipeline import Checkpoint
+
+    dataset = TokenDataset(read_sources(data_config), Checkpoint.open(source).vocabulary)
+    order = dataset.epoch(0)
+    chosen = random.Random(0).sample(range(len(order)), min(_SEQUENCES, len(order)))
+    return [dataset.read(int(order[number]), 0)[0] for number in chosen]
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(run, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
