@@ -3,7 +3,8 @@
 import json
 import math
 import operator
-from dataclasses import asdict, dataclass, fields, replace
+import os
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause, read_json, read_text
 
 INT4_GROUPS = (32, 64, 128)
 DEFAULT_INT4_GROUP = 128
@@ -32,7 +34,7 @@ class ModelConfig:
     `quantization_config` is the recipe of int4 weights (`int4_recipe`; other programs know the key, and refuse it).
 
     Raises:
-        InputError: a size is not positive, or two sizes do not fit each other.
+        InputError: a value is of another type or out of its range, or two sizes do not fit each other.
     """
 
     vocab_size: int
@@ -44,7 +46,7 @@ class ModelConfig:
     max_position_embeddings: int = 10240
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"type": "linear" | "dynamic", "factor": float >= 1}
+    rope_scaling: dict | None = None  # {"type" or "rope_type": "linear" | "dynamic", "factor": float >= 1}
     attention_bias: bool = False
     mlp_bias: bool = False
     model_parallel_size: int = 1
@@ -60,35 +62,27 @@ class ModelConfig:
     quantization_config: dict | None = None
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "model_parallel_size", "num_image_codes", "base_size",
-        )  # fmt: skip
-        for name in positive:
+        for field in fields(self):
+            _require_type(field.name, getattr(self, field.name), field.type)
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            _require(isinstance(value, int) and value > 0, name, value, "must be a positive integer")
+            _require(0 < value <= most, name, value, f"must be a positive integer of at most {most}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(self.hidden_size % (2 * heads) == 0, "hidden_size", self.hidden_size,
                  f"must give each of the {heads} heads an even width")  # fmt: skip
         _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
         _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "must be silu")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
-        _require(math.isfinite(self.rope_theta) and self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
+        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
+        _require(self.z_loss_weight >= 0, "z_loss_weight", self.z_loss_weight, "must be at least 0")
         _require(0 < self.rms_norm_eps < 1, "rms_norm_eps", self.rms_norm_eps, "must be in (0, 1)")
         _require(0 <= self.image_code_offset <= self.vocab_size - self.num_image_codes, "image_code_offset",
                  self.image_code_offset,
                  f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
         _require(self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
-        _require(isinstance(self.panels_apart, bool), "panels_apart", self.panels_apart, "must be true or false")
-        if self.rope_scaling is not None:
-            kind = self.rope_scaling.get("type", self.rope_scaling.get("rope_type"))
-            factor = self.rope_scaling.get("factor", 1.0)
-            _require(kind in ("linear", "dynamic"), "rope_scaling", self.rope_scaling, "must be null, linear, dynamic")
-            _require(isinstance(factor, int | float) and factor >= 1, "rope_scaling", self.rope_scaling,
-                     "must have a factor of at least 1")  # fmt: skip
-        recipes = [int4_recipe(group) for group in INT4_GROUPS]
-        _require(self.quantization_config in (None, *recipes), "quantization_config", self.quantization_config,
-                 f"must be absent or {recipes[-1]} (or with group_size 32 or 64)")  # fmt: skip
+        object.__setattr__(self, "rope_scaling", _checked_rope(self.rope_scaling))
+        if self.quantization_config is not None:
+            _check_recipe(self.quantization_config)
 
     @property
     def int4_group(self) -> int | None:
@@ -110,31 +104,43 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":
-        """Reads a `config.json`; keys that mean nothing to this model are ignored (released files carry many)."""
+        """Reads a `config.json`; null stands for the default.
+
+        Keys that change no computation of this model are ignored; released files carry many (`vq_config`,
+        `vocabulary_map`, `mask_image_logits`, `attention_dropout`, ids of bos and eos). Those that would are refused.
+
+        Raises:
+            InputError: the file cannot be read, is of another kind of model, or holds what this one does not compute.
+        """
         path = Path(path)
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
+        if not os.path.lexists(path) and os.path.isdir(path.parent):
             rule = "a checkpoint folder holds config.json, safetensors and a tokenizer"
-            raise InputError(f"{path} is missing; {rule}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from None
-        if not isinstance(raw, dict) or raw.get("model_type") != "chameleon":
-            kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise InputError(f"{path}: model_type must be chameleon, got {kind!r}; this is another kind of checkpoint")
+            raise InputError(f"{path} is missing; {rule}")
+        raw = read_json(path)
+        if raw.get("model_type") != "chameleon":
+            kind = excerpt(raw.get("model_type"))
+            raise InputError(f"{path}: model_type must be chameleon, got {kind}; this is another kind of checkpoint")
         known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in raw.items() if key in known}
-        return cls._build(_rope_of_transformers_5(raw.get("rope_parameters")) | values, path)
+        values = {key: value for key, value in raw.items() if key in known and value is not None}
+        values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+        try:
+            _check_others(raw, values)
+            values = _with_rope_of_transformers_5(values, raw.get("rope_parameters"))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        return cls._build(values, path)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "ModelConfig":
         """Reads one of our own YAML files, where an unknown key is an error."""
         path = Path(path)
+        text = read_text(path)
         try:
-            raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path} cannot be read as YAML ({reason}); see configs/model/ for examples") from None
+            raw = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        except RecursionError:
+            raise InputError(f"{path} is nested too deeply; see configs/model/ for examples") from None
+        except (ValueError, OmegaConfBaseException, YAMLError) as error:
+            raise InputError(f"{path} is not YAML ({cause(error)}); see configs/model/ for examples") from None
         if not isinstance(raw, dict):
             raise InputError(f"{path} must hold a mapping of model sizes, got {type(raw).__name__}; see configs/model/")
         unknown = sorted(set(map(str, raw)) - {field.name for field in fields(cls)})
@@ -144,9 +150,12 @@ class ModelConfig:
 
     @classmethod
     def _build(cls, values: dict, path: Path) -> "ModelConfig":
+        missing = [field.name for field in fields(cls) if field.default is MISSING and values.get(field.name) is None]
+        if missing:
+            raise InputError(f"{path} lacks {', '.join(missing)}; a model has these sizes")
         try:
             return cls(**values)
-        except (InputError, TypeError, AttributeError) as error:
+        except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
     def to_json(self, path: str | Path) -> None:
@@ -269,14 +278,109 @@ def whole_number(name: str, value: object, low: int | None, high: int | None, ru
     return number
 
 
-def _rope_of_transformers_5(parameters: dict | None) -> dict:
-    """`rope_theta` and `rope_scaling` out of the one entry that transformers 5 writes in their place."""
-    if not isinstance(parameters, dict):
-        return {}
-    values = {"rope_theta": parameters["rope_theta"]} if "rope_theta" in parameters else {}
-    if parameters.get("rope_type", "default") != "default":
-        values["rope_scaling"] = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    return values
+# -- checks of a model's configuration ---------------------------------------------------------------------------------
+
+# The largest sizes that are taken; each is many times that of the 34B.
+_MOST = {
+    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**20, "num_hidden_layers": 1024,
+    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "max_position_embeddings": 2**31 - 1,
+    "model_parallel_size": 2**16, "num_image_codes": 2**24, "base_size": 2**16,
+}  # fmt: skip
+
+# Keys of `config.json` that change what a transformer computes, in ways that this one does not; and the values that
+# change nothing, besides null.
+_OTHERS: dict[str, tuple] = {
+    "partial_rotary_factor": (1,),
+    "sliding_window": (),
+    "layer_types": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "pruned_heads": ({},),
+    "add_cross_attention": (False,),
+    "compression_config": (),
+}
+
+
+def _check_others(raw: dict, values: dict) -> None:
+    """Refuses keys that would change the result and mean nothing to this model."""
+    for name, neutral in _OTHERS.items():
+        value = raw.get(name)
+        _require(value is None or value in neutral, name, value, "must be null, since this model does not support it")
+    width, hidden, heads = raw.get("head_dim"), values.get("hidden_size"), values.get("num_attention_heads")
+    if width is not None and is_number(width) and is_number(hidden) and is_number(heads):
+        _require(width * heads == hidden, "head_dim", width, "must be hidden_size / num_attention_heads")
+
+
+def _with_rope_of_transformers_5(values: dict, parameters: object) -> dict:
+    """Adds `rope_theta` and `rope_scaling` from the one entry that transformers 5 writes in their place."""
+    if parameters is None:
+        return values
+    _require(isinstance(parameters, dict), "rope_parameters", parameters, "must be an object")
+    told = {key: value for key, value in parameters.items() if value is not None}
+    theta = told.pop("rope_theta", None)
+    _require(theta is None or values.get("rope_theta", theta) == theta, "rope_parameters", parameters,
+             f"must have the rope_theta of the file, {excerpt(values.get('rope_theta'))}")  # fmt: skip
+    scaling = _checked_rope(told, "rope_scaling (of rope_parameters)")
+    own = _checked_rope(values.get("rope_scaling"))
+    _require(own is None or own == scaling, "rope_parameters", parameters, f"must equal rope_scaling, {own}")
+    return values | ({} if theta is None else {"rope_theta": theta}) | {"rope_scaling": scaling}
+
+
+def _checked_rope(scaling: object, name: str = "rope_scaling") -> dict | None:
+    """The scaling of position angles; None where there is none, in whatever spelling.
+
+    Raises:
+        InputError: it is of a kind, or has a setting, that is not supported.
+    """
+    if scaling is None:
+        return None
+    _require(isinstance(scaling, dict), name, scaling, "must be null or an object")
+    told = {key: value for key, value in scaling.items() if value is not None}
+    kinds = [told.pop(key) for key in ("type", "rope_type") if key in told]
+    if not kinds and not told:
+        return None
+    same = all(kind == kinds[0] for kind in kinds)
+    known = bool(kinds) and same and kinds[0] in ("default", "linear", "dynamic")
+    _require(known, name, scaling, "must be null, default, linear or dynamic")
+    factor = told.pop("factor", 1 if kinds[0] == "default" else None)
+    _require(not told, name, scaling, f"must not have {', '.join(map(str, told))}, which is not supported")
+    _require(is_number(factor) and factor >= 1, name, scaling, "must have a factor of at least 1")
+    return None if kinds[0] == "default" else scaling
+
+
+def _check_recipe(recipe: dict) -> None:
+    """Refuses int4 weights of another program, and settings that this one does not know."""
+    own, method = int4_recipe(DEFAULT_INT4_GROUP), recipe.get("quant_method")
+    if method != own["quant_method"]:
+        name = f"quant_method {excerpt(method)}" if method else "no quant_method"
+        raise InputError(f"quantization_config must be absent or of quant_method {own['quant_method']}, got {name}; "
+                         "give the checkpoint that these weights were made of, with --quant")  # fmt: skip
+    extra = sorted(map(str, recipe.keys() - own.keys()))
+    _require(not extra, "quantization_config", recipe, f"must not have {', '.join(extra)}, which is not known")
+    _require(recipe in [int4_recipe(group) for group in INT4_GROUPS], "quantization_config", recipe,
+             f"must be {own} (or with group_size 32 or 64)")  # fmt: skip
+
+
+_RULES = {int: "must be a positive integer", float: "must be a finite number", bool: "must be true or false",
+          str: "must be text"}  # fmt: skip
+
+
+def _require_type(name: str, value: object, kind: object) -> None:
+    if kind is float:
+        right = is_number(value)
+    elif kind is int:
+        right = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, kind)
+    _require(right, name, value, _RULES.get(kind, "must be null or an object"))
 
 
 def is_number(value: object) -> bool:

@@ -1,6 +1,6 @@
 """Every special id and its name: text <-> ids, image code <-> id, grid size <-> id. No other file knows a number."""
 
-import json
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause, read_json, read_text
 
 # Names of the released tokenizer (the reserved ones are leftovers of Chameleon's vocabulary, put to a new use there).
 END_OF_TEXT = "<|endoftext|>"
@@ -88,12 +89,13 @@ class Vocabulary:
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.lexists(path) and os.path.isdir(folder):
             raise InputError(f"{path} is missing; a checkpoint folder holds config.json, safetensors and a tokenizer")
+        text = read_text(path)
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception for whatever it cannot parse
-            raise InputError(f"{path} is not a tokenizer file ({error}); fetch the checkpoint again") from None
+            raise InputError(f"{path} is not a tokenizer file ({cause(error)}); fetch the checkpoint again") from None
         # Settings of whoever trained the tokenizer; either would change a prompt without a word.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -204,7 +206,10 @@ class Vocabulary:
     # -- construction --------------------------------------------------------------------------------------------------
 
     def _id_of(self, name: str) -> int:
-        id_ = self._tokenizer.token_to_id(name)
+        try:
+            id_ = self._tokenizer.token_to_id(name)
+        except UnicodeEncodeError:  # lone surrogates in a file
+            id_ = None
         if id_ is None:
             raise InputError(f"{self._source} has no token named {name}; use the tokenizer the checkpoint came with")
         return id_
@@ -246,14 +251,9 @@ def _bos_name(folder: Path) -> str:
     settings: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as JSON ({error}); fetch the checkpoint again") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch it again")
+        content = read_json(path)
         settings |= {key: value for key, value in content.items() if value is not None}
     for key in ("bos_token", "eos_token"):
         token = settings.get(key)

@@ -414,14 +414,14 @@ def test_a_save_that_fails_leaves_the_old_model_whole(tmp_path, monkeypatch, cal
     before = sorted(os.listdir(tmp_path))
     calls = []
 
-    def full(tensors, path, metadata):
+    def full(path, tensors):
         calls.append(path)
         if len(calls) > call:
             path.write_bytes(b"half a file")
             raise OSError(28, "No space left on device")
-        save_file(tensors, path, metadata)
+        save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     message = error_of(lambda: save_model(make(hidden_size=64), tmp_path, max_shard_bytes=4000))
     assert "cannot be written" in message and "No space left on device" in message
     assert sorted(os.listdir(tmp_path)) == before

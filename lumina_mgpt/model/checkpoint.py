@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lumina_mgpt.config import DEFAULT_INT4_GROUP, INT4_GROUPS, ModelConfig, int4_recipe
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import write_tensors
+from lumina_mgpt.io import cause, read_json, remedy, require_readable, write_tensors
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.transformer import HeadNorm, Transformer
@@ -34,7 +34,8 @@ _HEAD = "lm_head.weight"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WEIGHT_FILES = (_INDEX, _SINGLE, "pytorch_model.bin.index.json", "pytorch_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[\w]")
-# What belongs to a checkpoint besides its config and its weights.
+# What belongs to a checkpoint besides its config and its weights. generation_config.json is there for other programs:
+# nothing here reads it, and codes are drawn as the command line says.
 COMPANIONS = (
     "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "names.txt", "prompts.txt", "movqgan*.safetensors", "*movqgan*.ckpt",
@@ -50,7 +51,13 @@ def resolve(source: str | Path) -> Path:
         InputError: neither a checkpoint folder nor a hub id that can be fetched.
     """
     folder = Path(os.path.expanduser(source))
-    if os.path.isdir(folder):  # False, and no error, where it may not be looked at
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        raise InputError(f"{source} cannot be read ({cause(error)}); {remedy(error)}") from None
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise InputError(f"{source} is no checkpoint folder: it holds no config.json; give the folder that does")
         _find_weights(folder)
@@ -66,7 +73,7 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # half a second to import, and only needed here
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    remedy = "give a local folder, or `hf download` it first"
+    instead = "give a local folder, or `hf download` it first"
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
         if not any(folder.glob("model*.safetensors")):
@@ -77,10 +84,10 @@ def _fetch(hub_id: str) -> Path:
             "correct the name, or give a local folder"
         ) from None
     except OfflineModeIsEnabled:
-        raise InputError(f"{hub_id}: no such folder, and HF_HUB_OFFLINE forbids to fetch it; {remedy}") from None
+        raise InputError(f"{hub_id}: no such folder, and HF_HUB_OFFLINE forbids to fetch it; {instead}") from None
     except (OSError, HTTPError) as error:
-        reason = _first_line(error)
-        raise InputError(f"{hub_id}: no such folder, and it cannot be fetched ({reason}); {remedy}") from None
+        reason = f"no such folder, and it cannot be fetched ({_first_line(error)})"
+        raise InputError(f"{hub_id}: {reason}; {remedy(error, instead)}") from None
     return resolve(folder)
 
 
@@ -213,14 +220,14 @@ def _find_weights(folder: Path) -> list[Path]:
 
 
 def _read_index(path: Path) -> list[Path]:
-    try:
-        named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no index of shards ({_first_line(error)}); fetch it again") from None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{path} is no index of shards (it holds no weight_map); fetch it again")
+    named = list(dict.fromkeys(map(str, weight_map.values())))
     suffix = ".bin" if ".bin." in path.name else ".safetensors"
     for name in named:
         # A name with a folder in it could point anywhere on this machine.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(suffix):
+        if Path(name).name != name or not name.endswith(suffix):
             raise InputError(f"{path} names the shard {name!r}, which is no {suffix} file beside it; fetch it again")
     shards = [path.parent / name for name in sorted(named)]
     missing = [shard.name for shard in shards if not shard.is_file()]
@@ -270,8 +277,9 @@ def _open(shard: Path) -> Iterator[Reader]:
     """Names with shapes of one weight file, and a function that reads one tensor of it.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file cannot be read, or is damaged.
     """
+    require_readable(shard)
     try:
         if shard.suffix == ".safetensors":
             with safe_open(shard, framework="pt") as file:
@@ -280,6 +288,8 @@ def _open(shard: Path) -> Iterator[Reader]:
             state = _unpickle(shard)
             yield {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__
     except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+        if remedy(error, ""):
+            raise InputError(f"{shard} cannot be read ({cause(error)}); {remedy(error)}") from None
         raise InputError(
             f"{shard} is damaged or cut short ({_first_line(error)}); fetch it again (with git: `git lfs pull`)"
         ) from None
@@ -289,7 +299,11 @@ def _unpickle(shard: Path) -> dict[str, Tensor]:
     """A pickled state dict. Only tensors are read from it: a pickle may otherwise run any code."""
     try:
         state = torch.load(shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard))
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes torch's reader raise anything, KeyError and struct.error too
+        if remedy(error, ""):  # too many open files, a device with errors
+            raise
         raise pickle.UnpicklingError(_first_line(error)) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise pickle.UnpicklingError("it holds something else than named tensors")
@@ -332,8 +346,8 @@ def save_model(
         for path in stale:  # an index or shards of a former save would be read instead of these
             path.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        reason = _first_line(error)
-        raise InputError(f"{folder} cannot be written ({reason}); free some space, or save elsewhere") from None
+        full = "free some space, or save elsewhere"  # safetensors gives no error number
+        raise InputError(f"{folder} cannot be written ({cause(error)}); {remedy(error, full)}") from None
     finally:
         for temporary in written:
             temporary.unlink(missing_ok=True)

@@ -195,6 +195,8 @@ class Int4Linear(nn.Module):
         wanted = getattr(self, leaf).dtype
         if tensor.dtype != wanted:
             raise InputError(f"must hold {wanted}, got {tensor.dtype}")
+        if wanted.is_floating_point and not tensor.isfinite().all():
+            raise InputError("holds values that are infinite or not a number")
         # A copy of its own: what safetensors returns is a view of the file.
         setattr(self, leaf, torch.empty(tensor.shape, dtype=wanted, device=device).copy_(tensor))
 

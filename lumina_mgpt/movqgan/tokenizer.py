@@ -1,6 +1,5 @@
 """Pictures <-> code grids with a MoVQGAN file: finding it, loading it, converting."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_images, to_pixels, upright
+from lumina_mgpt.io import cause, remedy, require_readable
 from lumina_mgpt.movqgan.model import MoVQGAN
 
 RELEASED_NAME = "movqgan_270M.ckpt"
@@ -23,11 +23,10 @@ def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -
     """The MoVQGAN file to use: `explicit`, else one in the model folder, else the place for the released file.
 
     Raises:
-        InputError: there is none, there are several, or `explicit` is no file.
+        InputError: there is none, there are several, or `explicit` cannot be read.
     """
     if explicit is not None:
-        if not os.path.isfile(explicit):  # False, and no error, where it may not be looked at
-            raise InputError(f"--movqgan_path {explicit} is not a file; give the path of {RELEASED_NAME}")
+        require_readable(explicit, "--movqgan_path")
         return Path(explicit)
     found = sorted(path for pattern in _PATTERNS for path in Path(model_folder).glob(pattern))
     if len(found) > 1:  # two sizes may have as many codes, and the wrong one draws noise
@@ -46,9 +45,10 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Reads a `.safetensors` file or a pickled state dict (never running code from it).
 
     Raises:
-        InputError: the file is damaged, or holds anything but tensors.
+        InputError: the file cannot be read, is damaged, or holds anything but tensors.
     """
     path = Path(path)
+    require_readable(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -56,9 +56,12 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError):  # files of the older, unzipped format cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # the unpickler meets arbitrary bytes and raises whatever they lead it to
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read as MoVQGAN weights ({reason}); download it again") from None
+        if remedy(error, ""):
+            raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}") from None
+        raise InputError(f"{path} is damaged, or no MoVQGAN file ({cause(error)}); download it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} holds no state dict of tensors; it is not a MoVQGAN file")
