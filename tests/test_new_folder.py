@@ -46,6 +46,29 @@ def test_a_full_disk_leaves_no_half_checkpoint(command, tiny_checkpoint, adapter
     assert not (tmp_path / "new").exists()
 
 
+def test_adapters_on_a_full_disk_are_one_line(settings, tmp_path, capsys, monkeypatch):
+    """export.py --adapter ended in a traceback: safetensors raises an error of its own."""
+    pytest.importorskip("peft")
+    import safetensors.torch
+    from safetensors import SafetensorError
+    from training_runs import ONE, changed
+
+    import lumina_mgpt.training.adapters as adapters
+    from lumina_mgpt.training.trainer import Trainer
+
+    Trainer(changed(settings, lora_rank=2, max_steps=1), ONE).run()
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(adapters, "save_file", full, raising=False)
+    target = tmp_path / "adapter"
+    assert main_of("export")(["--output_dir", settings.output_dir, "--save_path", str(target), "--adapter"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "No space left on device" in error and "free some space" in error
+
+
 def test_a_name_that_is_too_long_is_refused_before_the_work(tiny_checkpoint, adapter, tmp_path, capsys, monkeypatch):
     """A long name had "free some space" as its remedy."""
     import lumina_mgpt.model.checkpoint as checkpoint
