@@ -1,7 +1,6 @@
 """`generate_examples/generate.py` as a user meets it: files, messages, exit codes, and nothing left after an error."""
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import module_of
 from PIL import Image
 
 from lumina_mgpt import cli, prompt_files
@@ -31,10 +31,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of("generate")
 
 
 @pytest.fixture

@@ -31,10 +31,11 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    import pointed
+
     from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
     from lumina_mgpt.model.convert import check_target, copy_companions
-    from lumina_mgpt.training import pointed
 
     pointers = [pointed.Pointer.parse(text) for text in args.heads]
     check_target(args.save_path)
