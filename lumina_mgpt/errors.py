@@ -1,12 +1,22 @@
-"""The one exception that means: the user gave something that cannot work, and can mend it."""
+"""The exception for everything that a user can cause and correct."""
 
 
 class InputError(ValueError):
-    """What a user can cause and mend: an option, a file, a folder, a missing device.
+    """An error that a user can correct: a parameter, a file, a folder, a missing device.
 
-    The message names the option or file, the value got, the rule and a remedy, in one line. Entry points print it on
-    stderr and exit with status 2; everything else that goes wrong is a bug and keeps its traceback.
+    One line with the parameter or file, the rule, the value got and a remedy:
+    `width must be a multiple of 32, got 100; try 96 or 128`. Other parameters are named as in Python, `device=cpu`.
+    Commands print the same line with their options, `--width ...; use --device cpu`, and exit with status 2. All other
+    exceptions are bugs and keep their traceback.
+
+    Attributes:
+        parameter: name of the parameter at fault, None where it is a file or something else.
+        message: the text after the parameter's name.
     """
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(f"{parameter} {message}" if parameter else message)
+        self.parameter, self.message = parameter, message
 
 
 def package_error(

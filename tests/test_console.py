@@ -11,6 +11,7 @@ from commands import environment
 
 from lumina_mgpt import cli
 from lumina_mgpt.console import SafeStream, safe_output
+from lumina_mgpt.errors import InputError
 
 
 def run(work, argv=()) -> int:
@@ -129,3 +130,23 @@ def test_exit_statuses(capsys):
     assert cli.run(interrupted, cli.Parser(), [], stopped="run it again") == 130
     assert "stopped by Ctrl-C; run it again" in capsys.readouterr().err
     assert run(lambda _: 0, ["--unknown"]) == 2
+
+
+@pytest.mark.parametrize("error, line", [
+    (InputError("must be even, got 3; try 2", "width"), "--width must be even, got 3; try 2"),
+    (InputError("needs a GPU; give device=cpu, quant=True", "attn"), "attn needs a GPU; give --device cpu, --quant"),
+    (InputError("must be a picture, got x", "panel"), "--image_path must be a picture, got x"),
+    (InputError("a/device=3/x.png is missing, other=2; see n=4"), "a/device=3/x.png is missing, other=2; see -n 4"),
+])  # fmt: skip
+def test_errors_name_options_on_the_command_line(capsys, error, line):
+    """The library names parameters; a command names its options."""
+    parser = cli.Parser(prog="test", aliases={"panel": "--image_path"})
+    for option in ("--width", "--device", "-n", "--image_path"):
+        parser.add_argument(option)
+    parser.add_argument("--quant", action="store_true")
+
+    def work(_) -> None:
+        raise error
+
+    assert cli.run(work, parser, []) == 2 and capsys.readouterr().err == f"error: {line}\n"
+    assert "--" not in str(error)

@@ -1,10 +1,10 @@
 """The argument parser of all commands, and types of options."""
 
 import argparse
+import re
+from collections.abc import Mapping
 
-from lumina_mgpt.config import (
-    excerpt,
-)
+from lumina_mgpt.config import excerpt
 from lumina_mgpt.errors import InputError
 
 
@@ -17,14 +17,38 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of printing its usage, and takes no abbreviated options."""
+    """An argument parser that raises InputError instead of printing its usage, and takes no abbreviated options.
 
-    def __init__(self, **kwargs) -> None:
+    Attributes:
+        aliases: parameter of the library -> option of this command, where the names differ.
+    """
+
+    def __init__(self, aliases: Mapping[str, str] | None = None, **kwargs) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
+        self.aliases = dict(aliases or {})
 
     def error(self, message: str):
         message = message.removeprefix("argument ").replace(": must", " must", 1)
         raise InputError(f"{message}; --help lists every option")
+
+    def option(self, parameter: str) -> str:
+        """The option that sets a parameter, `--width` for width; the parameter where this command has none."""
+        return self.aliases.get(parameter) or self._options().get(parameter, parameter)
+
+    def render(self, error: InputError) -> str:
+        """The message of an error with options in place of parameters: `device=cpu` becomes `--device cpu`."""
+        options = self._options() | self.aliases
+        text = re.sub(r"(?<![\w/.-])([a-z]\w*)=(\S)", lambda found: _option_value(options, found), error.message)
+        text = re.sub(r"(--?\w+) True\b", r"\1", text)
+        return f"{self.option(error.parameter)} {text}" if error.parameter else text
+
+    def _options(self) -> dict[str, str]:
+        return {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+
+
+def _option_value(options: Mapping[str, str], found: re.Match) -> str:
+    name, first = found.groups()
+    return f"{options[name]} {first}" if name in options else found[0]
 
 
 def whole(text: str) -> int:

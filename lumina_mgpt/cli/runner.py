@@ -29,7 +29,7 @@ def run(
         try:
             return work(parser.parse_args(argv)) or 0
         except InputError as error:
-            return _refuse(str(error))
+            return _refuse(parser.render(error))
         except OSError as error:
             if error.filename is None:
                 raise
