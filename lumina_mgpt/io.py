@@ -290,8 +290,12 @@ def json_line(row: dict) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path, parameter: str) -> Iterator[None]:
+def alone_in(folder: Path, parameter: str, name: str = ".lock") -> Iterator[None]:
     """Keeps a second process out of a folder; the system ends the lock with the process. Without effect on Windows.
+
+    Args:
+        parameter: what the folder was given as, for messages.
+        name: of the lock's file; processes with other names may work in the folder at the same time.
 
     Raises:
         InputError: another process is at work there.
@@ -300,7 +304,7 @@ def alone_in(folder: Path, parameter: str) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / name, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
