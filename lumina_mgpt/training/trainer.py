@@ -278,17 +278,22 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
-        handlers = {}
+        """Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand; a second one ends it at once.
+
+        Not a second SIGHUP: at the end of a terminal both the kernel and the shell send it. One that was ignored before
+        (`nohup`) stays ignored.
+        """
+        handlers, hangup = {}, getattr(signal, "SIGHUP", None)  # None on Windows
 
         def note(number, frame) -> None:
-            if self.stop:
+            if self.stop and number != hangup:
                 raise KeyboardInterrupt
-            self.stop = number
+            self.stop = self.stop or number
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
             with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
-                handlers[number] = signal.signal(number, note)
+                if number != hangup or signal.getsignal(number) != signal.SIG_IGN:
+                    handlers[number] = signal.signal(number, note)
         try:
             yield
         finally:
