@@ -161,7 +161,8 @@ class Trainer:
                              "--output_dir")  # fmt: skip
         base.check(self.frozen, wanted, f"--init_from {self.settings.init_from}")
         if lineage.belongs(path, self.output_dir) and lineage.step_of(path.resolve()) != state["step"]:
-            raise InputError(f"{path} is of step {state['step']}; rename it to {lineage.name_of(state['step'])}")
+            raise InputError(f"{path} holds step {state['step']}, which is not its name; give an "
+                             "unmodified checkpoint")  # fmt: skip
         checkpoint.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
