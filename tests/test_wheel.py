@@ -13,7 +13,7 @@ import pytest
 from commands import PATIENCE, ROOT
 from PIL import Image
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # one process, one environment
 PARTS = ("lumina_mgpt", "configs", "assets", "setup.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
 PROMPT = "a hedgehog on a sky blue background"
 SKY_BLUE = (135, 206, 235)
