@@ -7,19 +7,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from commands import main_of
-from PIL import Image
+from tar_records import command, picture
 
 from lumina_mgpt.data.archive import Archive
 from lumina_mgpt.errors import InputError
 
 BLOCK = tarfile.BLOCKSIZE
-
-
-def picture(color: str = "red", form: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), color).save(buffer, form)
-    return buffer.getvalue()
 
 
 def member(name: str, data: bytes = b"", **values) -> tuple[tarfile.TarInfo, bytes]:
@@ -52,11 +45,6 @@ def rows_of(path: Path, data: bytes) -> list[dict] | None:
         return Archive(path).rows
     except InputError:
         return None
-
-
-def command(in_filename: Path, out: Path, checkpoint: Path) -> int:
-    return main_of("pre_tokenize")(["--in_filename", str(in_filename), "--out_dir", str(out), "--model_path",
-                                    str(checkpoint), "--target_size", "64", "--device", "cpu"])  # fmt: skip
 
 
 FORMS = pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

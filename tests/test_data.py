@@ -3,41 +3,24 @@
 import json
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sources import make_source
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, collate, corrupt, pack, plan_epoch
-from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
+from lumina_mgpt.data.dataset import TokenDataset, read_sources
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_index, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.unirep import encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
 def vocabulary(tiny_checkpoint) -> Vocabulary:
     return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
-
-
-def make_source(folder: Path, vocabulary: Vocabulary, count: int, name: str = "a", **source) -> Source:
-    """`count` sequences of three sizes, in two shards."""
-    sequences = []
-    for n in range(count):
-        codes = torch.full((4, 4 * (1 + n % 3)), n % 64)
-        ids, labels = encode_conversation([("human", [f"a cat {n}"]), ("assistant", [codes])], vocabulary)
-        sequences.append(Sequence(n, torch.tensor(ids), torch.tensor(labels)))
-    rows = []
-    for part, half in enumerate((sequences[: count // 2], sequences[count // 2 :])):
-        file = f"{name}{part}.safetensors"
-        rows += write_shard(folder / file, half, []).rows(file)
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Source(str(path), **source)
 
 
 @pytest.fixture(scope="module")

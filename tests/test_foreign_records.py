@@ -10,7 +10,7 @@ import torch
 from commands import main_of
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_damaged_tars import command, picture
+from tar_records import command, picture
 
 from lumina_mgpt.data.batches import BatchSize, Feed
 from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources

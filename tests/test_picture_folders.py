@@ -9,7 +9,7 @@ import pytest
 from commands import main_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_damaged_tars import command, picture
+from tar_records import command, picture
 
 from lumina_mgpt.data.folder import read_folder
 from lumina_mgpt.errors import InputError

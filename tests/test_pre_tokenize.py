@@ -7,14 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from commands import line_of
-from PIL import Image
+from record_files import picture, rows_of, tokenize, write_records
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings, concat_records
+from lumina_mgpt.data.pre_tokenize import concat_records
 from lumina_mgpt.data.records import conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
@@ -25,36 +24,6 @@ from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-@pytest.fixture(scope="module")
-def tools(tiny_checkpoint):
-    vocabulary = Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
-    return vocabulary, ImageTokenizer.from_checkpoint(tiny_checkpoint / "movqgan_270M.ckpt")
-
-
-def picture(path: Path, size=(64, 64), seed=0) -> str:
-    values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(values).save(path)
-    return str(path)
-
-
-def write_records(folder: Path, records: list, name="in.jsonl") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    lines = [json.dumps(record) for record in records]
-    path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else "[" + ",".join(lines) + "]")
-    return path
-
-
-def tokenize(tools, path: Path, out: Path, **options) -> PreTokenizer:
-    job = PreTokenizer(Settings(str(path), str(out), **({"target_size": 64} | options)), *tools)
-    job.run()
-    return job
-
-
-def rows_of(out: Path, name="0-of-1-record.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
 def test_oracle_items(oracle_dir, oracle_movqgan, tmp_path):

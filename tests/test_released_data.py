@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import make_source
-from test_pre_tokenize import picture, rows_of, tokenize, tools, write_records  # noqa: F401  (a fixture among them)
+from record_files import picture, rows_of, tokenize, write_records
+from sources import make_source
 from training_runs import ROOT, environment, path_with_python
 
 from lumina_mgpt.config import ModelConfig

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import PROMPTS, near_tie
+from near_ties import PROMPTS, near_tie
 
 from lumina_mgpt import Pipeline
 from lumina_mgpt.config import BIRTHS, Speculation

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_checks import ENVIRONMENT, PATIENCE, names, refused
 from commands import main_of
 from PIL import Image
-from test_cli import ENVIRONMENT, PATIENCE, names, refused
 
 from lumina_mgpt import Checkpoint, Pipeline, maps
 from lumina_mgpt.errors import InputError
