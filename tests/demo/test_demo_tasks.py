@@ -25,7 +25,7 @@ from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import IGNORED, encode_image
 from lumina_mgpt.vocabulary import Vocabulary
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ["hedgehog", "owl", "grapes"]
 
 

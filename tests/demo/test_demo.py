@@ -23,7 +23,7 @@ from scenes import Scene
 from lumina_mgpt import maps
 from lumina_mgpt.images import psnr
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo"
 
 

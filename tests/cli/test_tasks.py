@@ -19,7 +19,7 @@ from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.panels import given_size
 from lumina_mgpt.prompts import I2I_TASKS, MAPS, TASKS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ("--device", "cpu", "--width", "32", "--height", "64")
 
 

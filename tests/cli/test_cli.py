@@ -22,7 +22,7 @@ from PIL import Image
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.outputs import OutputFolder
 
-SCRIPT = Path(__file__).parent.parent / "generate_examples" / "generate.py"
+SCRIPT = Path(__file__).parents[2] / "generate_examples" / "generate.py"
 BASE = ("--device", "cpu", "--width", "32", "--height", "32")
 @pytest.fixture(scope="module")
 def script():
