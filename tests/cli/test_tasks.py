@@ -416,6 +416,7 @@ def test_the_file_given_is_never_replaced(request, command, tmp_path, photo, cap
 # -- the shipped checkpoint --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "folder", "options"),
     [("sample.sh", "t2i", []), ("sample_i2i.sh", "i2i", [str(ROOT / "assets" / "demo"), "--seed", "1"])],

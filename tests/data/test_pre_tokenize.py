@@ -184,6 +184,7 @@ def test_splits_together_hold_every_record_once(tools, tmp_path):
         assert torch.equal(one.ids, read_sequence(whole / other["file"], other["id"]).ids)
 
 
+@pytest.mark.slow
 def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
     """SIGKILL at several moments, a torn record line, a partial file: nothing lost, nothing doubled."""
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(24)]

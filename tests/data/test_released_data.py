@@ -220,6 +220,7 @@ def test_the_mixtures_that_come_along_can_be_read(monkeypatch):
     assert sum(source.weight for source in omni) == pytest.approx(1) and omni[0].path.startswith("here/")
 
 
+@pytest.mark.slow
 def test_stages_follow_one_another(vocabulary, tiny_checkpoint, tmp_path):
     """Two stages of one step; the second begins with the first's export, and a finished stage is not done again."""
     for size in ("32", "64"):

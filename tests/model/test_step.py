@@ -13,6 +13,7 @@ from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, 
 from lumina_mgpt.model.transformer import Transformer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_steps_give_the_same_logits():
     """One id, two, and windows padded to their shape, whose rows stand at positions of their own.

@@ -43,6 +43,7 @@ def speculations() -> list[Speculation]:
     return [Speculation("noise", draw([1, 3, 8, 17, 40, 200]), draw(BIRTHS)) for _ in mixed_requests()]
 
 
+@pytest.mark.slow
 def test_over_two_hundred_images_are_the_plain_samplers(exact, plain_images):
     """In float64 a window and a single step of the transformer differ by too little to matter, so equality is exact."""
     count = codes = forwards = 0
@@ -55,6 +56,7 @@ def test_over_two_hundred_images_are_the_plain_samplers(exact, plain_images):
     assert forwards < 0.9 * codes, "hardly a draft was ever right: this shows nothing"
 
 
+@pytest.mark.slow
 def test_in_float32_each_divergence_is_a_near_tie(exact, tiny_checkpoint, plain_images):
     single = Pipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32")
     for (request, plain), speculation in zip(plain_images, speculations(), strict=True):

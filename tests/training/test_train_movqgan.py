@@ -122,6 +122,7 @@ def _stop_after(draw, count: int):
     return batch
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_and_the_file_loads(folder, tmp_path):
     settings = replace(SETTINGS, continuous_steps=30, lr=3e-3)
     trainer = train(folder, tmp_path, 90, settings)

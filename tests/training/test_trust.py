@@ -18,6 +18,8 @@ from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_forked(tmp_path_factory):
