@@ -1,0 +1,73 @@
+"""What `bench.py` counts, against images that the pipeline makes; how `measure_error.py` ranks."""
+
+import json
+from statistics import fmean
+
+import pytest
+import torch
+from commands import module_of
+
+from lumina_mgpt import Pipeline, cli, prompt_files
+from lumina_mgpt.config import Speculation
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Runs the script, which gives its exit status."""
+    script = module_of("bench")
+    monkeypatch.setattr(script, "read_bandwidth", lambda device: 1e10)
+    options = ("--threads", str(torch.get_num_threads()))
+    return lambda *argv: cli.run(script.bench, script.build_parser(), [*options, *argv])
+
+
+def test_codes_a_step_are_those_of_the_images(bench, tiny_checkpoint, capsys):
+    options = ("--model_path", str(tiny_checkpoint), "--width", "32", "--height", "64", "-n", "2", "--seed", "3")
+    assert bench("--coupling", "plain", "maximal", "--window", "4", "9", *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert {"model", "device", "dtype", "quant", "peak_gb", "bandwidth_gb_s"} < set(told) and told["images"] == 10
+    plain, *rows = told["rows"]
+    assert (plain["coupling"], plain["codes_a_step"], [row["window"] for row in rows]) == ("plain", 1.0, [4, 9])
+    pipeline, prompts = Pipeline.from_pretrained(tiny_checkpoint), prompt_files.example_prompts(tiny_checkpoint)
+    layout = pipeline.checkpoint.layout(32, 64)
+    for row in rows:
+        steps = []
+        for prompt in prompts:
+            results = pipeline.stream(prompt, 32, 64, 2, seed=3, batch_size=1,
+                                      speculation=Speculation("maximal", row["window"]))  # fmt: skip
+            steps += [pipeline.forwards - 1 for _ in results]
+        assert row["codes_a_step"] == pytest.approx((layout.num_codes - 1) / fmean(steps))
+        assert 0 < row["codes_error"] < row["codes_a_step"] / 2
+        assert row["ms_a_step"] * (fmean(steps) + 1) == pytest.approx(1000 * row["seconds_an_image"])
+    assert lines[-3].startswith("| 9 | ") and f"{rows[1]['codes_a_step']:.2f} ±" in lines[-3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--threads", "0"], "--threads must be in 1 ... 1024, got 0"), (["-n", "0"], "-n must be"),
+     (["--plot", "plot.pdf"], "--plot"), (["--window", "0"], "--window must be")],
+)  # fmt: skip
+def test_bad_options_are_refused_in_one_line(bench, tiny_checkpoint, capsys, options, message):
+    assert bench("--model_path", str(tiny_checkpoint), *options) == cli.REFUSED
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_errors_of_rounding_are_in_order(monkeypatch, capsys):
+    script = module_of("measure_error")
+    monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "1"])
+    assert script.main() == 0
+    rows = {(row["weights"], row["cache"]): row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
+    exact, cached, head = rows["fp32", "fp32"], rows["fp32", "int8"], rows["fp32, int8 head", "fp32"]
+    ints = [rows[f"int4 in groups of {group}", "fp32"] for group in (32, 64, 128)]
+    assert exact["error"] == exact["kl"] == 0
+    assert 0 < cached["error"] < ints[0]["error"] < ints[1]["error"] < ints[2]["error"] < 0.5
+    assert 0 < head["error"] < ints[0]["error"] and head["head_mb"] < exact["head_mb"] / 3.9
+    assert cached["cache_mb"] < exact["cache_mb"] / 3 and ints[2]["layers_mb"] < ints[0]["layers_mb"]
+
+
+def test_a_count_of_prompts_that_is_none_is_refused(monkeypatch, capsys):
+    script = module_of("measure_error")
+    monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "0"])
+    assert script.main() == cli.REFUSED
+    assert "--prompts must be at least 1, got 0" in capsys.readouterr().err

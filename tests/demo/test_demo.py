@@ -1,0 +1,255 @@
+"""The demo's scenes, captions, maps and measures; and the shipped checkpoint itself."""
+
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import emoji
+import evaluation
+import numpy as np
+import pytest
+import scenes
+from commands import environment, line_of
+from emoji import CELL, COLORS
+from PIL import Image
+from scenes import Scene
+
+from lumina_mgpt import maps
+from lumina_mgpt.images import psnr
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "assets" / "demo"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict[str, np.ndarray]:
+    """Discs of different colours and sizes under three real names: the emoji themselves are not shipped."""
+    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
+    made = {}
+    for n, name in enumerate(["hedgehog", "owl", "grapes"]):
+        rgba = np.zeros((CELL, CELL, 4), np.float32)
+        rgba[..., n] = 0.8
+        rgba[..., 3] = np.hypot(x, y) < 20 + 8 * n
+        made[name] = rgba
+    return made
+
+
+def test_captions_name_every_object_and_the_colour():
+    rng = random.Random(0)
+    for scene in (Scene(("hedgehog",), "orange"), Scene(("owl", "grapes"), "sky blue", "beside")):
+        captions = {scenes.caption(scene, rng) for _ in range(100)}
+        assert len(captions) > 5
+        for text in captions:
+            assert all(part in text.lower() for part in (scene.color, *scene.names)), text
+            assert " a o" not in f" {text.lower()}" and "a grapes" not in text, text
+
+
+def test_left_and_above_are_where_the_caption_says(pictures):
+    beside = scenes.render(Scene(("owl", "hedgehog"), "white", "beside"), pictures)
+    above = scenes.render(Scene(("owl", "hedgehog"), "white", "above"), pictures)
+    assert beside.size == (2 * CELL, CELL) and above.size == (CELL, 2 * CELL)
+    middle = CELL // 2
+    owl, hedgehog = (0, 204, 0), (204, 0, 0)
+    assert [beside.getpixel(p) for p in ((middle, middle), (CELL + middle, middle))] == [owl, hedgehog]
+    assert [above.getpixel(p) for p in ((middle, middle), (middle, CELL + middle))] == [owl, hedgehog]
+    rng = random.Random(0)
+    for _ in range(50):
+        text = scenes.caption(Scene(("owl", "hedgehog"), "white", "beside"), rng).lower()
+        first, second = ("hedgehog", "owl") if "right of" in text else ("owl", "hedgehog")
+        assert text.index(first) < text.index(second)
+
+
+def test_held_out_compositions_never_reach_training():
+    names = emoji.known_names()
+    rng = random.Random(0)
+    training, held = scenes.random_pairs(names, 500, False, rng), scenes.random_pairs(names, 200, True, rng)
+    pairs = [{frozenset(scene.names) for scene in part} for part in (training, held)]
+    assert not pairs[0] & pairs[1]
+    singles = scenes.all_singles(names)
+    share = sum(scene.held_out for scene in singles) / len(singles)
+    assert 0.08 < share < 0.12
+    trained, (evaluated, _) = scenes.training_scenes(names, 50, rng), scenes.evaluation_scenes(names, 300, rng)
+    assert not set(trained) & set(evaluated) and len(evaluated) == 300
+    assert len({scene.key for scene in singles}) == len(singles)
+
+
+def test_maps_follow_the_layers(pictures):
+    scene = Scene(("hedgehog", "grapes"), "white", "beside")
+    depth = np.asarray(scenes.depth(scene, pictures))[..., 0]
+    middle, rim = CELL // 2, CELL // 2 - 18
+    assert depth[0, 0] == 0 and depth[middle, middle] > depth[middle, rim] > 0  # rounded, on a far background
+    assert depth[middle, middle] > depth[middle, CELL + middle] > 0  # the first object is nearer
+    segmented = np.asarray(scenes.segmentation(scene, pictures))
+    slots = [tuple(segmented[middle, x]) for x in (middle, CELL + middle)]
+    assert slots == list(scenes.SLOT_COLORS) and not segmented[0, 0].any()
+    edges = np.asarray(maps.canny(scenes.render(scene, pictures)))[..., 0]
+    assert set(np.unique(edges)) == {0, 255}
+    distance = np.abs(np.hypot(*(np.argwhere(edges[:, :CELL]) - (CELL - 1) / 2).T) - 20)
+    assert len(distance) > 50 and distance.max() < 3  # the outline of the first disc, and nothing else
+
+
+def test_the_measures_find_what_was_rendered_and_notice_what_was_not(pictures):
+    for name in pictures:
+        for color in COLORS:
+            scene = Scene((name,), color)
+            image = scenes.render(scene, pictures)
+            noisy = np.asarray(image) + np.random.default_rng(0).normal(0, 12, (CELL, CELL, 3))
+            image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+            assert evaluation.nearest_color(image) == color
+            (cell,) = evaluation.cells(image, scene)
+            assert evaluation.nearest_emoji(cell, color, pictures) == name
+    assert psnr(image, image) == 100 and psnr(image, scenes.render(scene, pictures)) < 30
+    assert str(evaluation.Share(150, 300)) == "50.0 ± 2.9 %"
+
+
+def test_loose_pictures_are_a_function_of_the_seed(pictures):
+    first, again, other = (scenes.loose(random.Random(seed), pictures) for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+# -- the shipped checkpoint --------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_checkpoint_is_complete_and_small():
+    names = (DEMO / "names.txt").read_text().split("\n")[:-1]
+    assert set(emoji.known_names()) <= set(names)
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 40e6
+    config = json.loads((DEMO / "config.json").read_text())
+    assert config["model_type"] == "chameleon" and config["base_size"] == CELL
+
+
+def test_it_draws_what_is_asked_for():
+    """Backgrounds by colour; and the picture of a prompt is nearer to another seed's than to another prompt's."""
+    from lumina_mgpt import Pipeline
+
+    pipeline = Pipeline.from_pretrained(DEMO)
+    prompts = {"a hedgehog on a sky blue background": "sky blue", "an owl on a black background": "black",
+               "a cactus on a pink background": "pink"}  # fmt: skip
+    results = pipeline.generate(list(prompts), n=2, seed=3)
+    images = [[r.image for r in results if r.job.prompt_index == n] for n in range(len(prompts))]
+    for (first, second), color in zip(images, prompts.values(), strict=True):
+        assert evaluation.nearest_color(first) == color
+        assert evaluation.nearest_color(second) == color
+    centre = [[np.asarray(i, float)[24:72, 24:72] for i in pair] for pair in images]
+    for n, (first, second) in enumerate(centre):
+        others = [((first - other[0]) ** 2).mean() for m, other in enumerate(centre) if m != n]
+        assert ((first - second) ** 2).mean() < 0.7 * min(others)
+
+
+def _readme_commands() -> list[str]:
+    """Commands of the README that run on the demo checkpoint."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines() if line.startswith("    ")]
+    scripts = ("python generate_examples/", "lumina-mgpt reconstruct", "lumina-mgpt edit")
+    return [line for line in lines if line.startswith(scripts) and "Alpha-VLLM" not in line]
+
+
+@pytest.mark.parametrize("command", _readme_commands())
+def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
+    assert len(_readme_commands()) >= 10
+    program, script, *options = shlex.split(command)
+    start = [str(ROOT / script)] if program == "python" else ["-m", "lumina_mgpt", script]
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    done = subprocess.run([sys.executable, *start, *options], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (path for path in tmp_path.iterdir() if path.name != "assets")
+    plain = "generate.py" in script and "--task" not in options
+    written = [folder / "0_0.png"] if plain else list(folder.glob("*.png"))
+    assert len(written) > 0
+    for path in written:
+        Image.open(path).verify()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def test_python_of_the_readme_runs_as_it_stands(block, tmp_path):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    written = list(tmp_path.glob("*.png"))
+    assert written
+    for path in written:
+        Image.open(path).verify()
+
+
+def _generate(folder: Path, *options: str) -> None:
+    command = [*line_of("generate"), "--task", "i2i", "--save_path", str(folder), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _silhouette(picture: Image.Image) -> np.ndarray:
+    """Where a picture differs from the colour of its rim."""
+    pixels = np.asarray(picture.convert("RGB"), np.float32)
+    rim = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3)])
+    return np.abs(pixels - np.median(rim, axis=0)).sum(-1) > 60
+
+
+@pytest.mark.slow
+def test_a_control_panel_is_followed_where_the_words_say_nothing_of_it(tmp_path):
+    """Of two depth maps, each result has the outline of its own; the backgrounds are those of the prompts."""
+    shown = _silhouette(Image.open(ROOT / "assets/subject.png").resize((CELL, CELL))).astype(np.uint8)
+    outline, _ = cv2.findContours(shown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    penguin = cv2.drawContours(shown, outline, -1, 1, cv2.FILLED)  # its belly is as white as the background
+    rounded = np.sqrt(np.clip(cv2.distanceTransform(penguin, cv2.DIST_L2, 5) / (CELL / 4), 0, 1))
+    near = np.where(penguin > 0, 0.45 + 0.55 * rounded, 0)  # as in scenes.depth
+    Image.fromarray((near * 255).astype(np.uint8)).save(tmp_path / "penguin.png")
+    panels = {"hedgehog": str(ROOT / "assets/depth.png"), "penguin": str(tmp_path / "penguin.png")}
+    small = {name: Image.open(path).convert("L").resize((CELL, CELL)) for name, path in panels.items()}
+    shapes = {name: np.asarray(panel) > 60 for name, panel in small.items()}
+    for name, path in panels.items():
+        words = ("--image_path", path, "--image_prompt", "on a sky blue background", "-n", "4")
+        _generate(tmp_path / name, "--i2i_task", "depth", *words)
+        results = [Image.open(tmp_path / name / f"depth_0_{n}_result.png") for n in range(4)]
+        assert all(evaluation.nearest_color(result) == "sky blue" for result in results)
+        found = {other: np.mean([_overlap(_silhouette(result), shape) for result in results])
+                 for other, shape in shapes.items()}  # fmt: skip
+        assert max(found, key=found.get) == name, found
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union."""
+    return (one & other).sum() / (one | other).sum()
+
+
+@pytest.mark.slow
+def test_a_subject_comes_again_on_another_background(tmp_path):
+    """In the middle, where the emoji is, the result is far nearer to the panel than to the panel upside down."""
+    words = ("--image_path", "assets/subject.png", "--image_prompt", "the same on a navy background")
+    _generate(tmp_path, "--i2i_task", "subject", *words)
+    result, given = (Image.open(tmp_path / f"subject_{name}.png") for name in ("result", "ref_center_crop"))
+    assert evaluation.nearest_color(result) == "navy"
+    middles = [np.asarray(image, np.float32)[24:72, 24:72] for image in (result, given)]
+    assert np.abs(middles[0] - middles[1]).mean() < 0.7 * np.abs(middles[0] - middles[1][:, ::-1, ::-1]).mean()
+
+
+@pytest.mark.slow
+def test_a_segmentation_has_the_colours_of_the_training(tmp_path):
+    _generate(tmp_path, "--i2i_task", "predict_segmentation", "--image_path", "assets/subject.png")
+    pixels = np.asarray(Image.open(tmp_path / "predict_segmentation_result.png"), np.float32)
+    known = np.array([(0, 0, 0), scenes.SLOT_COLORS[0]], np.float32)
+    distances = np.abs(pixels[..., None, :] - known).sum(-1)
+    assert (distances.min(-1) < 120).mean() > 0.9 and 0.1 < (distances.argmin(-1) == 1).mean() < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["", "--speculative_jacobi", "--speculative_jacobi --quant --cache_dtype int8"])
+def test_an_edit_does_what_it_says_with_every_way_of_sampling(sampling, tmp_path):
+    command = ["--image_path", "assets/subject.png", "--save_path", str(tmp_path), *sampling.split()]
+    turns = ["--instruction", "make the background red", "--instruction", "make the background navy"]
+    command = [*line_of("edit"), *command, *turns]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    strip = Image.open(tmp_path / "edit_strip.png")
+    assert strip.size == (3 * CELL, CELL)
+    for turn, color in ((1, "red"), (2, "navy")):
+        result = Image.open(tmp_path / f"edit_{turn}_result.png")
+        assert evaluation.nearest_color(result) == color
+        assert strip.crop((CELL * turn, 0, CELL * turn + CELL, CELL)).tobytes() == result.tobytes()
