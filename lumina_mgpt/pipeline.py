@@ -24,8 +24,9 @@ from lumina_mgpt.config import (
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
-from lumina_mgpt.model.checkpoint import load_model, resolve
+from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, has_compiler, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
@@ -209,14 +210,10 @@ class Pipeline:
         if attn == "flash" and cache_dtype == torch.int8:
             raise InputError("--attn flash reads no int8 cache; use --attn sdpa, or leave out --cache_dtype int8")
         image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)
-        if image_tokenizer.num_codes != checkpoint.config.num_image_codes:
-            raise InputError(
-                f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "
-                f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
-            )
+        image_tokenizer.require_codes(checkpoint.config, checkpoint.movqgan_path)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read)
         if not checkpoint.config.tie_word_embeddings:
-            model.lm_head.keep(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
+            model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
 
     def generate(

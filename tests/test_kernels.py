@@ -1,8 +1,6 @@
 """The operators built for CPUs with AMX, against formulas in float64; and what happens where they cannot be had."""
 
-import os
 import platform
-import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -13,7 +11,7 @@ from test_attention import formula, heads
 from test_step import CALLS, CONFIG
 
 from lumina_mgpt.config import INT4_GROUPS
-from lumina_mgpt.kernels import native
+from lumina_mgpt.kernels import build, dispatch, ops
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.attention import Span, sdpa
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
@@ -21,7 +19,7 @@ from lumina_mgpt.model.quantization import Int4Linear, dequantize
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 
-needed = pytest.mark.skipif(not native.ready(), reason="a processor without AMX, or no C++ compiler")
+needed = pytest.mark.skipif(not build.machine_supports(), reason="no AMX, no C++ compiler, or kernels switched off")
 
 
 def int4(outputs: int, inputs: int, group: int) -> Int4Linear:
@@ -70,7 +68,7 @@ def test_products_of_int8(shape):
     scale = heads(shape[0], seed=1, dtype=torch.bfloat16)
     for rows in range(1, 9):
         x = heads(1, rows, shape[1], seed=rows, dtype=torch.bfloat16)
-        assert native.multiplies_int8(x[0], numbers)
+        assert dispatch.serves_int8(x[0], numbers)
         y, expected = quantization.int8_linear(x, numbers, scale), x.double() @ (numbers.double().T * scale.double())
         assert y.dtype == torch.bfloat16 and y.shape == expected.shape
         assert ((y.double() - expected).abs() < 0.005 * expected.abs() + 1e-3).all()
@@ -86,7 +84,7 @@ def test_other_matrices_and_inputs_go_to_torch():
 
 @needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("width", native.WIDTHS)
+@pytest.mark.parametrize("width", ops.HEAD_WIDTHS)
 @pytest.mark.parametrize("size", [0.1, 1, 60, 1e15])
 def test_attention_of_one_query(dtype, width, size):
     """Rows of their own lengths, heads that share keys, weights from even to one-hot; what lies behind is not seen."""
@@ -100,7 +98,7 @@ def test_attention_of_one_query(dtype, width, size):
         k, v = cache.layers[0].update(*new, positions, 100)
         span = _span(positions, cache)
         q = heads(B, 1, N, width, seed=5).mul(size).bfloat16()
-        assert native.attends(q, k.codes if isinstance(k, Scaled) else k)
+        assert dispatch.serves_one_query(q, k.codes if isinstance(k, Scaled) else k)
         wide = [(x.codes * x.scales[..., None] if isinstance(x, Scaled) else x).double() for x in (k, v)]
         expected = formula(q.double(), *wide, positions)
         torch.testing.assert_close(sdpa(q, k, v, span, True).double(), expected, rtol=0.005, atol=0.002)
@@ -140,9 +138,9 @@ def test_compiled_steps_use_them():
 def anew(monkeypatch, tmp_path):
     """As in a process that has built nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._works.cache_clear()
+    dispatch._works.cache_clear()
     yield tmp_path / "lumina_mgpt"
-    native._works.cache_clear()
+    dispatch._works.cache_clear()
 
 
 def test_sources_compile(tmp_path):
@@ -152,25 +150,25 @@ def test_sources_compile(tmp_path):
     version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
     if int(version.split(".")[0]) < 11:
         pytest.skip(f"g++ {version.strip()} does not know AMX")
-    assert native._built(["g++"], tmp_path / "native.so").stat().st_size
+    assert build.compile_library(["g++"], tmp_path / "native.so").stat().st_size
 
 
 @needed
 def test_built_once(anew, monkeypatch):
-    assert native.ready()
+    assert dispatch.ready()
     (built,) = anew.iterdir()
-    native._works.cache_clear()
-    monkeypatch.setattr(native.subprocess, "run", lambda *args, **options: pytest.fail("built again"))
-    assert native.ready() and list(anew.iterdir()) == [built]
+    dispatch._works.cache_clear()
+    monkeypatch.setattr(build.subprocess, "run", lambda *args, **options: pytest.fail("built again"))
+    assert dispatch.ready() and list(anew.iterdir()) == [built]
 
 
 @needed
 def test_a_damaged_library_is_built_anew(anew):
     """The machine went down while it was written, say."""
-    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
-    path = native._path(compiler)
+    compiler = build.compiler()
+    path = build.library_path(compiler)
     path.touch(0o700)
-    assert native.ready() and path.stat().st_size and list(anew.iterdir()) == [path]
+    assert dispatch.ready() and path.stat().st_size and list(anew.iterdir()) == [path]
 
 
 @needed
@@ -183,7 +181,7 @@ def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, c
         slow.write_text("#!/bin/sh\necho at it >&2\nexec sleep 30\n")
         slow.chmod(0o700)
         monkeypatch.setenv("CXX", f"{slow} -m64")
-        monkeypatch.setattr(native, "_SECONDS", 0.5)
+        monkeypatch.setattr(build, "_COMPILE_SECONDS", 0.5)
     elif how == "folder":
         anew.write_text("a file")
     elif how == "open":
@@ -191,15 +189,15 @@ def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, c
         anew.chmod(0o777)
     else:  # a damaged source; or one that packs numbers otherwise, as another version of torch might
         old, new = {"source": ("void block(", "void block{"), "answer": ("(lane & 15) - 8", "(lane & 15) - 7")}[how]
-        sources = [tmp_path / path.name for path in native._SOURCES]
-        for copy, path in zip(sources, native._SOURCES, strict=True):
+        sources = [tmp_path / path.name for path in build._SOURCES]
+        for copy, path in zip(sources, build._SOURCES, strict=True):
             copy.write_text(path.read_text().replace(old, new))
         shutil.copy(path.with_name("native.h"), tmp_path)
-        monkeypatch.setattr(native, "_SOURCES", tuple(sources))
+        monkeypatch.setattr(build, "_SOURCES", tuple(sources))
     module = int4(64, 128, 32)
     weight = dequantize(module.matrix)
     module.pack(torch.bfloat16)
-    assert module.kernel == "cpu" and not module.native and not native.ready()
+    assert module.kernel == "cpu" and not module.native and not dispatch.ready()
     assert "cannot be used" in caplog.text and "\n" not in caplog.records[-1].getMessage()
     assert not [path for path in anew.glob("*") if how != "answer"], "nothing half-made is left"
     x = heads(2, 128, dtype=torch.bfloat16)
@@ -235,4 +233,4 @@ def test_what_they_cannot_take_is_refused():
 
 def test_can_be_switched_off(anew, monkeypatch):
     monkeypatch.setenv("LUMINA_MGPT_NATIVE", "0")
-    assert not native.ready() and not anew.exists()
+    assert not dispatch.ready() and not anew.exists()

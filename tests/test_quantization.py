@@ -16,9 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from lumina_mgpt.config import INT4_GROUPS, ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import quantization
-from lumina_mgpt.model.checkpoint import load_model, save_model
 from lumina_mgpt.model.quantization import Int4, Int4Linear, dequantize, quantize
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Head, Transformer
+from lumina_mgpt.model.writing import save_model
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import build_model
@@ -167,7 +168,7 @@ def test_a_head_in_int8(dtype, limit, size):
     head.weight.data, columns = weight, slice(8, 80)
     x = normal(2, 3, 96, seed=1).to(dtype)
     plain = head(x, columns).float()
-    head.keep(columns, int8=True)
+    head.slice_columns(columns, int8=True)
     assert head.weight.dtype == torch.int8 and head.weight.shape == (72, 96)
     stored = head.weight.float() * head.scale.float()[:, None]
     steps = weight[columns].float().abs().amax(1, keepdim=True) / 127
@@ -334,7 +335,7 @@ def test_weights_that_are_no_numbers(tiny_checkpoint, tmp_path):
 
 def test_int4_weights_are_not_trained(tiny_int4, tmp_path):
     settings = Settings(data_config="none.yaml", output_dir=str(tmp_path), init_from=str(tiny_int4), max_steps=1)
-    with pytest.raises(InputError, match="--init_from .* int4 weights, which cannot be trained"):
+    with pytest.raises(InputError, match="init_from .* holds int4 weights, which cannot be trained"):
         build_model(settings)
 
 
@@ -386,7 +387,7 @@ def test_options_that_do_not_fit(tiny_checkpoint, tiny_int4, tmp_path, capsys, q
 
 
 def test_the_pipeline_takes_known_groups_only(tiny_checkpoint):
-    with pytest.raises(InputError, match="--quant_group must be 32, 64 or 128, got 16"):
+    with pytest.raises(InputError, match="quant must be 32, 64 or 128, got 16"):
         Pipeline.from_pretrained(tiny_checkpoint, "cpu", quant=16)
 
 
@@ -395,7 +396,7 @@ def test_quantize_refuses_what_it_cannot_do(tiny_checkpoint, tiny_int4, tmp_path
     tiny, save = ["--model_path", str(tiny_checkpoint)], ["--save_path", str(out)]
     refused(capsys, main([*tiny, *save]), "--quant_group must divide the 64 inputs", "got 128")
     refused(capsys, main([*tiny, *save, "--group", "16"]), "--group", "16", "32, 64, 128")
-    refused(capsys, main(["--model_path", str(tiny_int4), *save]), "--model_path", "int4 weights already")
+    refused(capsys, main(["--model_path", str(tiny_int4), *save]), "--model_path", "int4 weights, which cannot be quantized again")
     refused(capsys, main(["--model_path", str(tmp_path), *save]), "--model_path", "no config.json")
     refused(capsys, main([*tiny, "--save_path", str(tiny_checkpoint)]), "--save_path", "is kept")
     assert not any(tmp_path.iterdir()), "nothing stays of a failure"

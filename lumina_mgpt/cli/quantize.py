@@ -26,8 +26,8 @@ def build_parser() -> cli.Parser:
 
 def quantize(args: argparse.Namespace) -> None:
     """Checks, then reads, quantizes and writes with a bar, and says what came out."""
-    from lumina_mgpt.model.checkpoint import resolve  # torch takes seconds to import: only now
     from lumina_mgpt.model.convert import check_target, quantize_checkpoint
+    from lumina_mgpt.model.hub import resolve  # torch takes seconds to import: only now
 
     check_target(args.save_path)
     try:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lumina_mgpt.errors import InputError, package_error
-from lumina_mgpt.kernels import native
+from lumina_mgpt.kernels import dispatch
 from lumina_mgpt.model.kv_cache import Held, KVCache, Scaled
 
 QUERY_BLOCK = 128
@@ -63,7 +63,7 @@ def sdpa(q: Tensor, k: Held, v: Held, span: Span, cached: bool) -> Tensor:
     if span.documents:  # one by one: no mask to hold, and no score that a mask would throw away
         alone, parts = replace(span, documents=()), (part.split(span.documents, 1) for part in (q, k, v))
         return torch.cat([sdpa(*document, alone, cached) for document in zip(*parts, strict=True)], 1)
-    if cached and native.attends(q, k.codes if isinstance(k, Scaled) else k):
+    if cached and dispatch.serves_one_query(q, k.codes if isinstance(k, Scaled) else k):
         return _native(q, k, v, span)
     few = INT8_QUERIES if isinstance(k, Scaled) else 1
     if q.shape[1] <= few and (isinstance(k, Scaled) or _reads_badly(q, cached)):

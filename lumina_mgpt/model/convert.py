@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import new_folder, require_new
-from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, save_model
+from lumina_mgpt.model.names import COMPANIONS
+from lumina_mgpt.model.reading import load_model, require_plain_weights
+from lumina_mgpt.model.writing import save_model
 
 
 def quantize_checkpoint(
@@ -21,8 +21,7 @@ def quantize_checkpoint(
     Raises:
         InputError: the source is int4 already or cannot be quantized so, or the target is taken or cannot be written.
     """
-    if ModelConfig.from_json(source / "config.json").int4_group:
-        raise InputError(f"--model_path {source} holds int4 weights already; give the checkpoint they were made of")
+    require_plain_weights(source, "model_path", "quantized again")
     with new_folder(target, "--save_path") as part:
         save_model(load_model(source, None, "cpu", quant=group, on_read=on_read), part)
         copy_companions(source, part)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.kernels import native
+from lumina_mgpt.kernels import dispatch, ops
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
     Shapes: x (..., K), numbers (N, K), scale (N,) -> (..., N).
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    own = not x.requires_grad and native.multiplies_int8(rows, numbers)
+    own = dispatch.serves_int8(rows, numbers)
     multiply = torch.ops.lumina_mgpt.int8_linear if own else getattr(torch.ops.aten, _INT8_OP)
     return multiply(rows, numbers, scale).unflatten(0, x.shape[:-1])
 
@@ -212,9 +212,9 @@ class Int4Linear(nn.Module):
             tiles = next(count for count in (8, 4, 2) if 2 * weight.shape[1] % (16 * count) == 0)
             packed = getattr(torch.ops.aten, _CUDA_OPS[0])(weight, tiles)
         pairs = torch.stack((self.weight_scale, self.weight_zero), -1).transpose(0, 1).to(dtype)  # (K/group, N, 2)
-        self.native = self.kernel == "cpu" and native.multiplies(dtype, N, self.group)
+        self.native = self.kernel == "cpu" and dispatch.serves_int4(weight.device, dtype, N, self.group)
         if self.native:
-            pairs = native.in_order(pairs)
+            pairs = ops.blocked_scales(pairs)
         del self.weight_int4, self.weight_scale, self.weight_zero
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", pairs.contiguous())

@@ -149,19 +149,19 @@ class Layer(nn.Module):
 class Head(Linear):
     """The output projection, to the whole vocabulary or to a slice of it."""
 
-    kept: slice | None = None
+    columns: slice | None = None  # of the vocabulary, None for all
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("scale", None, persistent=False)  # of int8 columns
 
-    def keep(self, columns: slice, int8: bool = False) -> None:
+    def slice_columns(self, columns: slice, int8: bool = False) -> None:
         """Lets go of all other columns: the text of a large vocabulary, for a model that is to write images only.
 
         `int8` rounds what is left, with a scale a column, where a kernel multiplies by it: beside int4 layers a bf16
         head is a large part of a step.
         """
-        weight, self.kept = self.weight[columns].detach(), columns
+        weight, self.columns = self.weight[columns].detach(), columns
         if int8 and quantization.has_int8_kernel(weight.device, weight.dtype):
             weight, self.scale = quantization.to_int8(weight)
         else:
@@ -169,10 +169,10 @@ class Head(Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        assert self.kept in (None, columns), f"columns {columns} of a head that kept {self.kept}"
+        assert self.columns in (None, columns), f"columns {columns} of a head sliced to {self.columns}"
         if self.scale is not None:
             return quantization.int8_linear(hidden, self.weight, self.scale.to(hidden.dtype))
-        return linear(hidden, self.weight if self.kept == columns else self.weight[columns])
+        return linear(hidden, self.weight if self.columns == columns else self.weight[columns])
 
 
 class Transformer(nn.Module):

@@ -20,8 +20,8 @@ from lumina_mgpt.config import INT4_GROUPS, SamplingConfig
 from lumina_mgpt.devices import cache_bytes
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import quantization
-from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> None:
     for name, group, kind, int8_head in FORMS:
         model = load_model(checkpoint.folder, None, "cpu", quant=group)  # int4 stays in its portable form
         dequantize(model)
-        model.float().lm_head.keep(columns, int8_head)
+        model.float().lm_head.slice_columns(columns, int8_head)
         if kind == EARLY:
             round_early(model)
         cache_dtype = torch.int8 if kind == "int8" else torch.float32
