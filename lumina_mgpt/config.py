@@ -2,16 +2,15 @@
 
 import json
 import math
-import operator
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from numbers import Real
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lumina_mgpt.checks import excerpt, is_number, real_number, require, whole_number
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, read_json, read_text
 
@@ -66,20 +65,20 @@ class ModelConfig:
             _require_type(field.name, getattr(self, field.name), field.type)
         for name, most in _MOST.items():
             value = getattr(self, name)
-            _require(0 < value <= most, name, value, f"must be a positive integer of at most {most}")
+            require(0 < value <= most, name, value, f"must be a positive integer of at most {most}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _require(self.hidden_size % (2 * heads) == 0, "hidden_size", self.hidden_size,
+        require(self.hidden_size % (2 * heads) == 0, "hidden_size", self.hidden_size,
                  f"must give each of the {heads} heads an even width")  # fmt: skip
-        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
-        _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "must be silu")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
-        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
-        _require(self.z_loss_weight >= 0, "z_loss_weight", self.z_loss_weight, "must be at least 0")
-        _require(0 < self.rms_norm_eps < 1, "rms_norm_eps", self.rms_norm_eps, "must be in (0, 1)")
-        _require(0 <= self.image_code_offset <= self.vocab_size - self.num_image_codes, "image_code_offset",
+        require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
+        require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "must be silu")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
+        require(self.z_loss_weight >= 0, "z_loss_weight", self.z_loss_weight, "must be at least 0")
+        require(0 < self.rms_norm_eps < 1, "rms_norm_eps", self.rms_norm_eps, "must be in (0, 1)")
+        require(0 <= self.image_code_offset <= self.vocab_size - self.num_image_codes, "image_code_offset",
                  self.image_code_offset,
                  f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
-        _require(self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
+        require(self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
         object.__setattr__(self, "rope_scaling", _checked_rope(self.rope_scaling))
         if self.quantization_config is not None:
             _check_recipe(self.quantization_config)
@@ -181,14 +180,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How codes are drawn. `cfg` is the guidance scale (1.0: no guidance, no unconditional row).
+    """How image codes are sampled. NumPy and torch scalars become plain Python numbers.
 
-    Ranges: cfg in 0 ... 1000; temperature > 0; top_k >= 1 (more than the number of codes means all of them).
-
-    NumPy and torch scalars are converted, so that the fields are plain Python numbers.
+    Args:
+        cfg: scale of classifier-free guidance, 0 to 1000; 1.0 means no guidance and no unconditional row.
+        top_k: number of most probable codes to sample from, at least 1; above the number of codes it means all.
+        temperature: divisor of the logits, above 0.
+        seed: seed of the noise, 0 to 2**63 - 1.
 
     Raises:
-        InputError: naming the command line option that is out of its range.
+        InputError: a value has another type or is out of range.
     """
 
     cfg: float = 4.0
@@ -197,26 +198,23 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        cfg, temperature = _real(self.cfg), _real(self.temperature)
-        _require(0 <= cfg <= 1000, "--cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
-        _require(math.isfinite(temperature) and temperature > 0, "--temperature", self.temperature,
-                 "must be a finite number > 0; try 1.0, or --top_k 1 for the likeliest codes")  # fmt: skip
-        plain = {
-            "cfg": cfg, "temperature": temperature,
-            "top_k": whole_number("--top_k", self.top_k, 1, None, "must be a whole number of at least 1; try 4096"),
-            "seed": whole_number("--seed", self.seed, 0, 2**63 - 1, "must be a whole number in 0 ... 2**63 - 1"),
-        }  # fmt: skip
-        for name, value in plain.items():
+        cfg, temperature = real_number(self.cfg), real_number(self.temperature)
+        require(0 <= cfg <= 1000, "cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
+        rule = "must be a finite number > 0; try 1.0, or top_k=1 for the most probable codes"
+        require(math.isfinite(temperature) and temperature > 0, "temperature", self.temperature, rule)
+        top_k = whole_number("top_k", self.top_k, 1, None, "must be a whole number of at least 1; try 4096")
+        seed = whole_number("seed", self.seed, 0, 2**63 - 1, "must be a whole number in 0 ... 2**63 - 1")
+        for name, value in (("cfg", cfg), ("top_k", top_k), ("temperature", temperature), ("seed", seed)):
             object.__setattr__(self, name, value)  # the class is frozen
 
     def with_seeds(self, count: int) -> list["SamplingConfig"]:
-        """The same settings with `count` seeds one after another, this one's first.
+        """Returns `count` copies with consecutive seeds, starting with this one's.
 
         Raises:
             InputError: the last seed is out of range.
         """
-        _require(self.seed + count <= 2**63, "--seed", self.seed,
-                 f"must be at most 2**63 - {count}, as {count} seeds from it on are used")  # fmt: skip
+        rule = f"must be at most 2**63 - {count}, because {count} consecutive seeds are used"
+        require(self.seed + count <= 2**63, "seed", self.seed, rule)
         return [replace(self, seed=self.seed + number) for number in range(count)]
 
 
@@ -226,12 +224,16 @@ BIRTHS = ("uniform", "above")
 
 @dataclass(frozen=True)
 class Speculation:
-    """How codes are drafted and judged: the coupling, the number of drafts `window`, and the law of a new draft.
+    """Settings of speculative Jacobi sampling.
 
-    A pipeline takes `devices.default_window` where `window` is None; samplers want a number.
+    Args:
+        coupling: how drafts are verified against the target distribution, one of COUPLINGS.
+        window: drafts that one forward verifies, 1 to 4096. A pipeline replaces None by `devices.default_window`;
+            samplers need a number.
+        birth: proposal distribution of a new draft, one of BIRTHS.
 
     Raises:
-        InputError: naming the command line option that is out of its range.
+        InputError: a value is out of range.
     """
 
     coupling: str = "noise"
@@ -239,55 +241,11 @@ class Speculation:
     birth: str = "above"
 
     def __post_init__(self) -> None:
-        _require(self.coupling in COUPLINGS, "--coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
-        _require(self.birth in BIRTHS, "--birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
+        require(self.coupling in COUPLINGS, "coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
+        require(self.birth in BIRTHS, "birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
         if self.window is not None:
             rule = "must be a whole number in 1 ... 4096; try 32"
-            object.__setattr__(self, "window", whole_number("--window", self.window, 1, 4096, rule))
-
-
-def check_counts(n: int, batch_size: int | None) -> tuple[int, int | None]:
-    """Images of a prompt, and images made at once (None: to be chosen), as plain numbers.
-
-    Raises:
-        InputError: one of them is no whole number of 1 ... 100,000; each image costs names and memory beforehand.
-    """
-    rule = "must be a whole number in 1 ... 100000; try 1"
-    n = whole_number("-n", n, 1, 100_000, rule)
-    return n, batch_size if batch_size is None else whole_number("--batch_size", batch_size, 1, 100_000, rule)
-
-
-def check_share(share: tuple[int, int]) -> tuple[int, int]:
-    """This process's number and how many processes there are, as plain numbers.
-
-    Raises:
-        InputError: these are not two whole numbers, the first from 0 to below the second.
-    """
-    rule = "must be two whole numbers (r, count) with 0 <= r < count"
-    _require(isinstance(share, list | tuple) and len(share) == 2, "share", share, rule)
-    count = whole_number("share", share[1], 1, None, rule)
-    return whole_number("share", share[0], 0, count - 1, rule), count
-
-
-def whole_number(name: str, value: object, low: int | None, high: int | None, rule: str) -> int:
-    """`value` as an int: an int, or a NumPy or torch scalar of an integer type.
-
-    Args:
-        name: what messages call it.
-        low, high: its range; None: no limit.
-        rule: what messages say of the range.
-
-    Raises:
-        InputError: it is of another type (bool included), or out of range.
-    """
-    plain = _plain(value)
-    try:
-        number = None if isinstance(plain, bool) else operator.index(plain)
-    except TypeError:
-        number = None
-    fits = number is not None and (low is None or low <= number) and (high is None or number <= high)
-    _require(fits, name, value, rule)
-    return number
+            object.__setattr__(self, "window", whole_number("window", self.window, 1, 4096, rule))
 
 
 # -- checks of a model's configuration ---------------------------------------------------------------------------------
@@ -325,24 +283,24 @@ def _check_others(raw: dict, values: dict) -> None:
     """Refuses keys that would change the result and mean nothing to this model."""
     for name, neutral in _OTHERS.items():
         value = raw.get(name)
-        _require(value is None or value in neutral, name, value, "must be null, since this model does not support it")
+        require(value is None or value in neutral, name, value, "must be null, since this model does not support it")
     width, hidden, heads = raw.get("head_dim"), values.get("hidden_size"), values.get("num_attention_heads")
     if width is not None and is_number(width) and is_number(hidden) and is_number(heads):
-        _require(width * heads == hidden, "head_dim", width, "must be hidden_size / num_attention_heads")
+        require(width * heads == hidden, "head_dim", width, "must be hidden_size / num_attention_heads")
 
 
 def _with_rope_of_transformers_5(values: dict, parameters: object) -> dict:
     """Adds `rope_theta` and `rope_scaling` from the one entry that transformers 5 writes in their place."""
     if parameters is None:
         return values
-    _require(isinstance(parameters, dict), "rope_parameters", parameters, "must be an object")
+    require(isinstance(parameters, dict), "rope_parameters", parameters, "must be an object")
     told = {key: value for key, value in parameters.items() if value is not None}
     theta = told.pop("rope_theta", None)
-    _require(theta is None or values.get("rope_theta", theta) == theta, "rope_parameters", parameters,
+    require(theta is None or values.get("rope_theta", theta) == theta, "rope_parameters", parameters,
              f"must have the rope_theta of the file, {excerpt(values.get('rope_theta'))}")  # fmt: skip
     scaling = _checked_rope(told, "rope_scaling (of rope_parameters)")
     own = _checked_rope(values.get("rope_scaling"))
-    _require(own is None or own == scaling, "rope_parameters", parameters, f"must equal rope_scaling, {own}")
+    require(own is None or own == scaling, "rope_parameters", parameters, f"must equal rope_scaling, {own}")
     return values | ({} if theta is None else {"rope_theta": theta}) | {"rope_scaling": scaling}
 
 
@@ -354,17 +312,17 @@ def _checked_rope(scaling: object, name: str = "rope_scaling") -> dict | None:
     """
     if scaling is None:
         return None
-    _require(isinstance(scaling, dict), name, scaling, "must be null or an object")
+    require(isinstance(scaling, dict), name, scaling, "must be null or an object")
     told = {key: value for key, value in scaling.items() if value is not None}
     kinds = [told.pop(key) for key in ("type", "rope_type") if key in told]
     if not kinds and not told:
         return None
     same = all(kind == kinds[0] for kind in kinds)
     known = bool(kinds) and same and kinds[0] in ("default", "linear", "dynamic")
-    _require(known, name, scaling, "must be null, default, linear or dynamic")
+    require(known, name, scaling, "must be null, default, linear or dynamic")
     factor = told.pop("factor", 1 if kinds[0] == "default" else None)
-    _require(not told, name, scaling, f"must not have {', '.join(map(str, told))}, which is not supported")
-    _require(is_number(factor) and factor >= 1, name, scaling, "must have a factor of at least 1")
+    require(not told, name, scaling, f"must not have {', '.join(map(str, told))}, which is not supported")
+    require(is_number(factor) and factor >= 1, name, scaling, "must have a factor of at least 1")
     return None if kinds[0] == "default" else scaling
 
 
@@ -376,8 +334,8 @@ def _check_recipe(recipe: dict) -> None:
         raise InputError(f"quantization_config must be absent or of quant_method {own['quant_method']}, got {name}; "
                          "give the checkpoint that these weights were made of, with --quant")  # fmt: skip
     extra = sorted(map(str, recipe.keys() - own.keys()))
-    _require(not extra, "quantization_config", recipe, f"must not have {', '.join(extra)}, which is not known")
-    _require(recipe in [int4_recipe(group) for group in INT4_GROUPS], "quantization_config", recipe,
+    require(not extra, "quantization_config", recipe, f"must not have {', '.join(extra)}, which is not known")
+    require(recipe in [int4_recipe(group) for group in INT4_GROUPS], "quantization_config", recipe,
              f"must be {own} (or with group_size 32 or 64)")  # fmt: skip
 
 
@@ -392,45 +350,19 @@ def _require_type(name: str, value: object, kind: object) -> None:
         right = isinstance(value, int) and not isinstance(value, bool)
     else:
         right = isinstance(value, kind)
-    _require(right, name, value, _RULES.get(kind, "must be null or an object"))
+    require(right, name, value, _RULES.get(kind, "must be null or an object"))
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number that a float can hold; true and false are none."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
+def check_counts(n: int, batch_size: int | None) -> tuple[int, int | None]:
+    """Returns the images of each prompt and the batch size as plain numbers."""
+    rule = "must be a whole number in 1 ... 100000; try 1"
+    n = whole_number("n", n, 1, 100_000, rule)
+    return n, batch_size if batch_size is None else whole_number("batch_size", batch_size, 1, 100_000, rule)
 
 
-def _plain(value: object) -> object:
-    """A NumPy or torch scalar as the Python number that it holds; anything else unmodified."""
-    try:
-        return value.item()
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # no scalar; the last two: of several numbers
-        return value
-
-
-def _real(value: object) -> float:
-    """A real number as a float; NaN for anything else, bool included."""
-    plain = _plain(value)
-    if isinstance(plain, bool) or not isinstance(plain, Real):
-        return math.nan
-    try:
-        return float(plain)
-    except OverflowError:
-        return math.inf
-
-
-def excerpt(value: object) -> str:
-    """`value` for a message: its representation, shortened over 200 characters."""
-    try:
-        text = repr(_plain(value))
-    except ValueError:  # Python prints no integer of over 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:60]}... ({len(text)} characters)"
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise InputError(f"{name} {rule}, got {excerpt(value)}")
+def check_share(share: tuple[int, int]) -> tuple[int, int]:
+    """Returns the number of this process and the number of processes as plain numbers."""
+    rule = "must be two whole numbers (r, count) with 0 <= r < count"
+    require(isinstance(share, list | tuple) and len(share) == 2, "share", share, rule)
+    count = whole_number("share", share[1], 1, None, rule)
+    return whole_number("share", share[0], 0, count - 1, rule), count

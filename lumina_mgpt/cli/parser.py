@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Mapping
 
-from lumina_mgpt.config import excerpt
+from lumina_mgpt.checks import excerpt
 from lumina_mgpt.errors import InputError
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lumina_mgpt.config import is_number
+from lumina_mgpt.checks import is_number
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.io import cause, read_json, remedy, require_readable, write_tensors
 from lumina_mgpt.model.names import disk_name, listed

@@ -25,13 +25,14 @@ def build_parser() -> cli.Parser:
 
 
 def table(args: argparse.Namespace) -> None:
-    from lumina_mgpt.config import ModelConfig, whole_number
+    from lumina_mgpt.checks import whole_number
+    from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.training.memory import Plan
 
     for name in ("size", "gpus", "gb", "lora_rank"):
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
-            whole_number(f"--{name}", value, 1, 1_000_000, "must be a whole number in 1 ... 1000000")
+            whole_number(name, value, 1, 1_000_000, "must be a whole number in 1 ... 1000000")
     config, cells = ModelConfig.from_yaml(args.model_config), args.size // 8
     ids = cells * (cells + 1) + 4 + TEXT
     ways = {"all weights": {}, "all weights, `--cpu_offload`": {"offload": True},
