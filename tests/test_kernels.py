@@ -14,8 +14,9 @@ from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.kernels import build, dispatch, ops
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.attention import Span, sdpa
+from lumina_mgpt.model.int4 import dequantize
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
-from lumina_mgpt.model.quantization import Int4Linear, dequantize
+from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 
@@ -25,7 +26,7 @@ needed = pytest.mark.skipif(not build.machine_supports(), reason="no AMX, no C++
 def int4(outputs: int, inputs: int, group: int) -> Int4Linear:
     module = Int4Linear(inputs, outputs, group)
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs))
-    module.take("weight", weight, "cpu")
+    module.load("weight", weight, "cpu")
     return module
 
 
@@ -55,7 +56,7 @@ def test_products_of_several_matrices_in_one_call():
         module.pack(torch.bfloat16)
     for rows in (1, 20, 300):
         x = heads(1, rows, 128, seed=rows, dtype=torch.bfloat16)
-        for module, y in zip(modules, quantization.products(x, *modules), strict=True):
+        for module, y in zip(modules, quantization.apply_all(x, *modules), strict=True):
             assert torch.equal(y, module(x)) and y.shape == (1, rows, len(module.scale_and_zero) * 64)
     with pytest.raises(RuntimeError, match="no gradient"):
         modules[0](x.requires_grad_())
@@ -98,8 +99,8 @@ def test_attention_of_one_query(dtype, width, size):
         k, v = cache.layers[0].update(*new, positions, 100)
         span = _span(positions, cache)
         q = heads(B, 1, N, width, seed=5).mul(size).bfloat16()
-        assert dispatch.serves_one_query(q, k.codes if isinstance(k, Scaled) else k)
-        wide = [(x.codes * x.scales[..., None] if isinstance(x, Scaled) else x).double() for x in (k, v)]
+        assert dispatch.serves_one_query(q, k.integers if isinstance(k, Scaled) else k)
+        wide = [(x.integers * x.scales[..., None] if isinstance(x, Scaled) else x).double() for x in (k, v)]
         expected = formula(q.double(), *wide, positions)
         torch.testing.assert_close(sdpa(q, k, v, span, True).double(), expected, rtol=0.005, atol=0.002)
         if last == [99, 99, 99]:  # all alike: as an int, too
@@ -116,11 +117,11 @@ def test_compiled_steps_use_them():
     config = replace(CONFIG, hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2)
     model = Transformer(config).bfloat16().eval().requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))
-    quantization.swap(model, 32)
+    quantization.replace_linears(model, 32)
     for module in model.modules():
         if isinstance(module, Int4Linear):
-            module.take("weight", torch.randn(len(module.weight_int4), 2 * module.weight_int4.shape[1]) / 16, "cpu")
-    quantization.pack(model, torch.bfloat16)
+            module.load("weight", torch.randn(len(module.weight_int4), 2 * module.weight_int4.shape[1]) / 16, "cpu")
+    quantization.pack_weights(model, torch.bfloat16)
     assert model.layers[0].mlp.up_proj.native
     compiled, answers = compile_forward(model), []
     prompt = (torch.randint(0, 96, (2, 9)), torch.arange(9).expand(2, 9), torch.tensor([[8], [6]]))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumina_mgpt import resources
-from lumina_mgpt.cli.parser import number, whole
+from lumina_mgpt.cli.parser import Parser, number, whole
 from lumina_mgpt.cli.progress import ReadingBar
 from lumina_mgpt.config import (
     COUPLINGS,
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 DEMO = "assets/demo"
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_options(parser: Parser) -> None:
     """Options that say which weights run, and where."""
+    parser.aliases["quant"] = "--quant_group"
     group = parser.add_argument_group("checkpoint and device")
     group.add_argument("--model_path", default=DEMO, help="checkpoint folder, or hub id")
     group.add_argument("--movqgan_path", help="MoVQGAN weights, where the checkpoint folder holds none")

@@ -70,12 +70,12 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config, attn)
     if config.int4_group:
-        quantization.swap(model, config.int4_group)
+        quantization.replace_linears(model, config.int4_group)
     shards = find_weights(folder)
     shapes = _shapes(shards)
     _check(folder, model, shapes)
     if group and not config.int4_group:  # after the check, because the file has plain matrices
-        quantization.swap(model, group)
+        quantization.replace_linears(model, group)
         model.config = replace(config, quantization_config=int4_recipe(group))
         if dtype:
             logger.info("making int4 weights in groups of %d while loading", group)
@@ -83,7 +83,7 @@ def load_model(
     if config.tie_word_embeddings:
         _tie(model, folder)
     if group and dtype:
-        quantization.pack(model, dtype)
+        quantization.pack_weights(model, dtype)
     return model.eval()
 
 
@@ -123,12 +123,12 @@ def _load_tensor(
     name = disk.removeprefix("model.")
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    int4 = isinstance(module, Int4Linear)
-    if not (int4 and leaf == "weight_int4") and not tensor.is_floating_point():
+    packed = isinstance(module, Int4Linear) and leaf == "weight_int4"
+    if not packed and not tensor.is_floating_point():
         raise InputError(f"{shard}: {disk} must hold floating-point numbers, got {tensor.dtype}")
-    if int4 and leaf != "bias":
+    if isinstance(module, Int4Linear) and leaf != "bias":
         try:
-            module.take(leaf, tensor, device)
+            module.load(leaf, tensor, device)
         except InputError as error:
             raise InputError(f"{shard}: {disk} {error}; fetch the checkpoint again") from None
     else:

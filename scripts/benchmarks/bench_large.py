@@ -87,10 +87,10 @@ def random_model(config: ModelConfig, dtype: torch.dtype, group: int | None = No
             setattr(module, name, nn.Parameter(fresh, requires_grad=False))
     if group:
         plain = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
-        quantization.swap(model, group)
+        quantization.replace_linears(model, group)
         for name, linear in plain.items():
-            model.layers.get_submodule(name).take("weight", linear.weight, "cpu")
-        quantization.pack(model, dtype)
+            model.layers.get_submodule(name).load("weight", linear.weight, "cpu")
+        quantization.pack_weights(model, dtype)
     return model.eval()
 
 
