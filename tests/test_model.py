@@ -339,15 +339,6 @@ def test_init_weights_fills_every_parameter():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("size", "billions"), [("demo", 0.013), ("2B", 1.92), ("7B", 7.88)])
-def test_configurations(size, billions):
-    config = ModelConfig.from_yaml(f"configs/model/{size}.yaml")
-    with torch.device("meta"):
-        model = Transformer(config)
-    count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    assert count == pytest.approx(billions, rel=0.01 if billions > 1 else 0.2)  # the demo's vocabulary may change
-
-
 @pytest.mark.parametrize("rows", [(2,), (3, 1), (4,), (2, 33)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("outputs", [80, 12_000])

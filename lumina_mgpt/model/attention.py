@@ -98,7 +98,7 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     if span.documents:  # one call a document needs no mask, and computes no scores between documents
         assert isinstance(k, Tensor) and isinstance(v, Tensor)
         single, parts = replace(span, documents=()), [part.split(span.documents, 1) for part in (q, k, v)]
-        return torch.cat([sdpa(*qkv, span=single, cached=cached) for qkv in zip(*parts, strict=True)], 1)
+        return torch.cat([sdpa(q, k, v, single, cached) for q, k, v in zip(*parts, strict=True)], 1)
     if cached and dispatch.serves_one_query(q, k.integers if isinstance(k, Scaled) else k):
         return _native(q, k, v, span)
     if _outside_torch_kernel(q, k, cached):
