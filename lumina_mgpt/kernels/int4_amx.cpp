@@ -1,8 +1,8 @@
 // Products of bf16 rows and matrices of 4-bit numbers, for x86 with AMX and AVX-512 (Sapphire Rapids and later).
 //
-// For one or two rows, torch's kernel reads the matrix at less than half of the memory bandwidth; for more rows its time
-// is proportional to their number. This kernel converts 32 x 64 numbers at a time to bf16 in the first-level cache, and
-// the tile unit multiplies up to sixteen rows by them.
+// For one or two rows, torch's kernel reads the matrix at less than half of the memory bandwidth; for more rows, its
+// time is proportional to their number. This kernel converts 32 x 64 numbers at a time to bf16 in the first-level
+// cache, and the tile unit multiplies up to sixteen rows by them.
 
 #include <algorithm>
 #include <cstring>
@@ -100,7 +100,8 @@ struct Rows {
   }
 };
 
-// Computes one block of outputs for all rows. `totals` (chunks * height, 64) and `tiles` (one group) are scratch buffers.
+// Computes one block of outputs for all rows. `totals` (chunks * height, 64) and `tiles` (one group) are scratch
+// buffers.
 void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, uint16_t* out, long N, float* totals,
            uint16_t* tiles) {
   alignas(64) float sum[PARTS][TILE][TILE];

@@ -44,9 +44,9 @@ void int4_amx(const uint16_t* x, const Int4Matrix* matrices, long count, long M,
 void int8_rows(const uint16_t* x, const int8_t* numbers, const uint16_t* scale, uint16_t* out, long M, long N, long K,
                long threads);
 
-// Attention of one query a row. query and out (B, N, H) are bf16; row b reads its first slots[b] slots. `row` and `apart`
-// are the strides of the first two dimensions of keys and values (B, K, slots, H); `scale_row` and `scale_apart` are
-// those of the scales (B, K, slots), which are null for bf16. H is 64 or 128.
+// Attention of one query a row. query and out (B, N, H) are bf16; row b reads its first slots[b] slots. `row` and
+// `apart` are the strides of the first two dimensions of keys and values (B, K, slots, H); `scale_row` and
+// `scale_apart` are those of the scales (B, K, slots), which are null for bf16. H is 64 or 128.
 void one_query(const uint16_t* query, const void* keys, const void* values, const float* key_scales,
                const float* value_scales, const int64_t* slots, uint16_t* out, long B, long N, long K, long H, long row,
                long apart, long scale_row, long scale_apart, float scale, long threads);

@@ -22,7 +22,7 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(sum, n);
 }
 
-// weights[0 ... slots) become their softmax; beyond them, up to a multiple of 16, is room.
+// Replaces weights[0 ... slots) by their softmax; the buffer extends to the next multiple of 16.
 void softmax(float* weights, long slots) {
   for (long s = slots; s % 16; ++s) weights[s] = -__builtin_inff();
   __m512 largest = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();

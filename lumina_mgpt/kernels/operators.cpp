@@ -1,5 +1,5 @@
-// The operators of ops.py: they check dtypes, shapes and strides, so no memory outside a tensor is accessed, and call the
-// kernels. They use torch's stable interface, whose headers compile in a second.
+// The operators of ops.py. They check dtypes, shapes and strides, so that no memory outside a tensor is accessed, and
+// call the kernels. They use torch's stable interface, whose headers compile in a second.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
