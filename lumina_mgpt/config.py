@@ -339,18 +339,3 @@ def _require_type(name: str, value: object, kind: object) -> None:
     else:
         right = isinstance(value, kind)
     require(right, name, value, _RULES.get(kind, "must be null or an object"))
-
-
-def check_counts(n: int, batch_size: int | None) -> tuple[int, int | None]:
-    """Returns the images of each prompt and the batch size as plain numbers."""
-    rule = "must be a whole number in 1 ... 100000; try 1"
-    n = whole_number("n", n, 1, 100_000, rule)
-    return n, batch_size if batch_size is None else whole_number("batch_size", batch_size, 1, 100_000, rule)
-
-
-def check_share(share: tuple[int, int]) -> tuple[int, int]:
-    """Returns the number of this process and the number of processes as plain numbers."""
-    rule = "must be two whole numbers (r, count) with 0 <= r < count"
-    require(isinstance(share, list | tuple) and len(share) == 2, "share", share, rule)
-    count = whole_number("share", share[1], 1, None, rule)
-    return whole_number("share", share[0], 0, count - 1, rule), count

@@ -112,20 +112,21 @@ def upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def open_panel(option: str, path: str | os.PathLike) -> Image.Image:
-    """Opens the picture that an option names, to be cropped to a panel later.
+def open_panel(parameter: str, path: str | os.PathLike) -> Image.Image:
+    """Opens the picture that a parameter names, to be cropped to a panel later.
 
     Raises:
-        InputError: as `open_image`, naming the option; also for a side below 32 pixels.
+        InputError: as `open_image`, naming the parameter; also for a side below 32 pixels.
     """
     try:
         image = open_image(path)
     except InputError as error:
-        raise InputError(f"{option} {error}") from None
+        raise InputError(str(error), parameter) from None
     if min(image.size) < _UNIT:
         raise InputError(
-            f"{option} {path} must be at least {_UNIT} pixels on each side, got {image.width}x{image.height}; give "
-            "another picture"
+            f"{path} must be at least {_UNIT} pixels on each side, got {image.width}x{image.height}; give another "
+            "picture",
+            parameter,
         )
     return image
 

@@ -92,7 +92,7 @@ def test_fast_takes_what_is_quickest_here(generate, tmp_path, monkeypatch):
     """By seconds a forward over codes a forward: once windows cost nothing more, once they cost all."""
     cases = ("wide", "64", lambda choice: 1.0), ("plain", None, lambda choice: 99.0 if choice else 1.0)
     for name, window, costs in cases:
-        monkeypatch.setattr("lumina_mgpt.sampling.fastest._forward_seconds", lambda *args, c=costs: c(args[4]))
+        monkeypatch.setattr("lumina_mgpt.autotune._forward_seconds", lambda *args, c=costs: c(args[4]))
         assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / name)) == 0
         with Image.open(tmp_path / name / "0_0.png") as image:
             assert image.text.get("window") == window
@@ -106,16 +106,16 @@ def test_fast_takes_what_is_quickest_here(generate, tmp_path, monkeypatch):
 def test_fast_compiles_where_that_pays(generate, tmp_path, monkeypatch, gain, long, kept):
     """Where a run takes long, and compiled steps are quicker; else the compiler is not even asked."""
     compiled = []
-    monkeypatch.setattr("lumina_mgpt.pipeline._COMPILING_MAY_PAY", 10.0 if long else 30.0)  # 16 codes of a second each
-    monkeypatch.setattr("lumina_mgpt.pipeline.has_compiler", lambda device: True)
-    monkeypatch.setattr("lumina_mgpt.pipeline.compile_forward", lambda model: compiled.append(1) or model.forward)
+    monkeypatch.setattr("lumina_mgpt.autotune._COMPILING_MAY_PAY", 10.0 if long else 30.0)  # 16 codes of a second each
+    monkeypatch.setattr("lumina_mgpt.autotune.has_compiler", lambda device: True)
+    monkeypatch.setattr("lumina_mgpt.autotune.compile_forward", lambda model: compiled.append(1) or model.forward)
 
     def costs(step, *args):
         if step.compiled and gain is None:
             raise RuntimeError("no headers\nand more")
         return (gain if step.compiled else 1.0) * (99.0 if args[3] else 1.0)
 
-    monkeypatch.setattr("lumina_mgpt.sampling.fastest._forward_seconds", costs)
+    monkeypatch.setattr("lumina_mgpt.autotune._forward_seconds", costs)
     assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / "made")) == 0
     with Image.open(tmp_path / "made" / "0_0.png") as image:
         assert image.text.get("compile") == ("True" if kept else None)

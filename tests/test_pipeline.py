@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumina_mgpt import Checkpoint, Pipeline, devices
+from lumina_mgpt import Checkpoint, GenerationRequest, Pipeline, devices
 from lumina_mgpt import pipeline as pipeline_module
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.devices import resolve_device, resolve_dtype, weight_count
@@ -171,7 +171,8 @@ def test_rows_are_reported_in_order_and_are_final(pipeline):
 
 def test_results_come_batch_by_batch(pipeline):
     events = []
-    stream = pipeline.stream(["a cat", "a snowman"], 32, 32, batch_size=1, on_row=events.append)
+    request = GenerationRequest(["a cat", "a snowman"], 32, 32, batch_size=1)
+    stream = pipeline.stream(request, on_row=events.append)
     assert not events
     assert next(stream).job.prompt_index == 0
     assert len(events) == 4, "the second batch must not have begun"
@@ -180,28 +181,28 @@ def test_results_come_batch_by_batch(pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prompts=[]), "--prompt"),
-        (dict(n=0), "-n must be a whole number in 1 ... 100000; try 1, got 0"),
-        (dict(n=10**9), "-n must be a whole number in 1 ... 100000"),
-        (dict(batch_size=0), "--batch_size must be a whole number in 1 ... 100000; try 1, got 0"),
-        (dict(cfg=float("nan")), "--cfg"),
-        (dict(temperature=0.0), "--temperature"),
-        (dict(top_k=0), "--top_k"),
-        (dict(seed=-1), "--seed"),
+        (dict(prompts=[]), "^prompts must hold at least one text"),
+        (dict(n=0), "^n must be a whole number in 1 ... 100000; try 1, got 0"),
+        (dict(n=10**9), "^n must be a whole number in 1 ... 100000"),
+        (dict(batch_size=0), "^batch_size must be a whole number in 1 ... 100000; try 1, got 0"),
+        (dict(cfg=float("nan")), "^cfg must"),
+        (dict(temperature=0.0), "^temperature must"),
+        (dict(top_k=0), "^top_k must"),
+        (dict(seed=-1), "^seed must"),
         (dict(width=100), "--width must be a multiple of 32, got 100; try 96 or 128"),
         (dict(height=0), "--height must be 32 to 2048 pixels, got 0; try 32"),
         (dict(width=512, height=512), "this model sees 2048"),
-        (dict(prompts=["a cat", "an <eoss>"]), r"--prompt \(number 1\): .*<eoss>"),
+        (dict(prompts=["a cat", "an <eoss>"]), r"^prompts \(number 1\): .*<eoss>"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(pipeline, monkeypatch, arguments, message):
     monkeypatch.setattr(pipeline.model, "forward", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(InputError, match=message):
-        pipeline.stream(**{"prompts": "a cat"} | arguments)
+        pipeline.stream(GenerationRequest.of(**{"prompts": "a cat"} | arguments))
 
 
 def test_a_movqgan_of_another_size_is_refused(tiny_checkpoint, oracle_movqgan):
-    with pytest.raises(InputError, match="16384 codes.*64.*--movqgan_path"):
+    with pytest.raises(InputError, match="^movqgan_path .*16384 codes.*64"):
         Pipeline.from_pretrained(tiny_checkpoint, "cpu", movqgan_path=oracle_movqgan)
 
 
@@ -222,7 +223,7 @@ def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
         pipeline.checkpoint.folder, SEVEN_B, pipeline.checkpoint.vocabulary, pipeline.checkpoint.movqgan_path
     ))  # fmt: skip
     assert pipeline.batch_size(9400, layout, SamplingConfig()) == 1
-    monkeypatch.setattr(pipeline_module, "_CACHE_BUDGET", 9 << 30)
+    monkeypatch.setattr(pipeline_module, "_CACHE_LIMIT", 9 << 30)
     settings = SamplingConfig(cfg=1.0)
     assert pipeline.batch_size(3000, layout, settings) == 2  # 1 MiB an id in fp32
     monkeypatch.setattr(pipeline, "cache_dtype", torch.int8)
@@ -291,7 +292,7 @@ def test_auto_dtype_on_a_cpu_is_fp32_unless_that_takes_half_of_the_memory(monkey
 
 @pytest.mark.parametrize("name", ["gpu", "tpu:0", "meta", "cuda:99"])
 def test_devices_that_are_not_there_are_refused(name):
-    with pytest.raises(InputError, match="--device"):
+    with pytest.raises(InputError, match="^device "):
         resolve_device(name)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lumina_mgpt import Pipeline
+from lumina_mgpt import GenerationRequest, Pipeline
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import I2I_TASKS
@@ -35,22 +35,22 @@ def test_whole_numbers_of_numpy_and_torch(pipeline, number):
 
 
 @pytest.mark.parametrize(
-    ("values", "option"),
+    ("values", "parameter"),
     [
-        (dict(seed=True), "--seed"), (dict(seed=np.bool_(True)), "--seed"), (dict(seed=torch.tensor(True)), "--seed"),
-        (dict(seed=7.0), "--seed"), (dict(seed="7"), "--seed"), (dict(seed=np.array([1, 2])), "--seed"),
-        (dict(seed=10**5000), "--seed"), (dict(top_k=True), "--top_k"), (dict(cfg=True), "--cfg"),
-        (dict(cfg="4"), "--cfg"), (dict(cfg=None), "--cfg"), (dict(temperature=10**400), "--temperature"),
-        (dict(n=True), "-n"), (dict(batch_size=2.0), "--batch_size"), (dict(width=32.0), "--width"),
-        (dict(height="32"), "--height"), (dict(share="01"), "share"), (dict(share=(2, 2)), "share"),
-        (dict(share=(0, 0)), "share"), (dict(task="t2i"), "task"), (dict(prompts=b"cat"), "--prompt"),
-        (dict(prompts=["a cat", 3]), "--prompt"), (dict(prompts=[None]), "--prompt"), (dict(shown=3), "--panel_prompt"),
+        (dict(seed=True), "seed"), (dict(seed=np.bool_(True)), "seed"), (dict(seed=torch.tensor(True)), "seed"),
+        (dict(seed=7.0), "seed"), (dict(seed="7"), "seed"), (dict(seed=np.array([1, 2])), "seed"),
+        (dict(seed=10**5000), "seed"), (dict(top_k=True), "top_k"), (dict(cfg=True), "cfg"),
+        (dict(cfg="4"), "cfg"), (dict(cfg=None), "cfg"), (dict(temperature=10**400), "temperature"),
+        (dict(n=True), "n"), (dict(batch_size=2.0), "batch_size"), (dict(width=32.0), "width"),
+        (dict(height="32"), "height"), (dict(share="01"), "share"), (dict(share=(2, 2)), "share"),
+        (dict(share=(0, 0)), "share"), (dict(task="t2i"), "task"), (dict(prompts=b"cat"), "prompts"),
+        (dict(prompts=["a cat", 3]), "prompts"), (dict(prompts=[None]), "prompts"), (dict(shown=3), "shown"),
     ],
 )  # fmt: skip
-def test_values_of_other_types_are_refused_by_name(pipeline, values, option):
+def test_values_of_other_types_are_refused_by_name(pipeline, values, parameter):
     """True counted as 1, b"cat" as the prompts "99", "97" and "116"; others ended in a TypeError."""
-    with pytest.raises(InputError, match=f"^{option} ") as error:
-        pipeline.stream(**{"prompts": "a cat", "width": 32, "height": 32} | values)
+    with pytest.raises(InputError, match=f"^{parameter} ") as error:
+        pipeline.stream(GenerationRequest.of(**{"prompts": "a cat", "width": 32, "height": 32} | values))
     assert len(str(error.value)) < 500
 
 
@@ -72,12 +72,12 @@ def test_a_panel_may_be_the_path_of_a_picture(pipeline, tmp_path, kind):
 def test_panels_of_other_types_are_refused(pipeline, panel):
     """bytes, arrays and nested lists were counted as panels."""
     with pytest.raises(InputError, match=r"^panel \(number 0\) must be a picture .*, got \w+; convert it"):
-        pipeline.stream("a cat", **DEPTH, panel=panel)
+        pipeline.stream(GenerationRequest.of("a cat", **DEPTH, panel=panel))
 
 
 def test_a_panel_that_is_not_there(pipeline):
     with pytest.raises(InputError, match=r"^panel no/such\.png"):
-        pipeline.stream("a cat", **DEPTH, panel="no/such.png")
+        pipeline.stream(GenerationRequest.of("a cat", **DEPTH, panel="no/such.png"))
 
 
 def test_one_text_is_not_a_sequence_of_letters(pipeline):

@@ -12,7 +12,7 @@ from commands import main_of
 from PIL import Image
 from test_cli import ENVIRONMENT, PATIENCE, names, refused
 
-from lumina_mgpt import Checkpoint, Pipeline, maps
+from lumina_mgpt import Checkpoint, GenerationRequest, Pipeline, maps
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import crop_panel, psnr
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
@@ -104,7 +104,7 @@ def test_the_panel_matters(exact):
 @pytest.mark.parametrize(
     ("task", "panel", "parts"),
     [
-        (I2I_TASKS["depth"], None, ["--image_path must give 1 or 2", "got 0"]),
+        (I2I_TASKS["depth"], None, ["panel must give 1 or 2", "got 0"]),
         (I2I_TASKS["depth"], [Image.new("L", (32, 32))] * 3, ["got 3"]),
         (TASKS["depth"], Image.new("L", (32, 32)), ["must give none", "got 1"]),
         (I2I_TASKS["depth"], torch.zeros(4, 8, dtype=torch.long), ["32x32", "(4, 4)", "(4, 8)"]),
@@ -114,7 +114,7 @@ def test_the_panel_matters(exact):
 )
 def test_panels_that_do_not_fit(exact, task, panel, parts):
     with pytest.raises(InputError) as error:
-        exact.stream(["a cat", "a dog"], 32, 64, task=task, panel=panel)
+        exact.stream(GenerationRequest.of(["a cat", "a dog"], 32, 64, task=task, panel=panel))
     assert all(part in str(error.value) for part in parts), error.value
 
 
@@ -214,9 +214,9 @@ def test_extract_without_opencv(single, tmp_path, photo, capsys, no_weights, mon
 def test_each_turn_goes_on_from_the_codes_of_the_last(edit, tmp_path, photo, monkeypatch):
     done, stream = [], Pipeline.stream
 
-    def watch(self, *args, **options):
-        for result in stream(self, *args, **options):
-            done.append((options["panel"], result))
+    def watch(self, request, on_row=None):
+        for result in stream(self, request, on_row):
+            done.append((request.panels[0], result))
             yield result
 
     monkeypatch.setattr(Pipeline, "stream", watch)
@@ -237,14 +237,14 @@ def test_each_turn_goes_on_from_the_codes_of_the_last(edit, tmp_path, photo, mon
 
 @pytest.mark.parametrize("stop, done", [("one", 0), ("two", 1)])
 def test_ctrl_c_keeps_finished_turns_and_nothing_else(edit, tmp_path, photo, capsys, monkeypatch, stop, done):
-    generate = Pipeline.generate
+    stream = Pipeline.stream
 
-    def stopping(self, instruction, *args, **options):
-        if instruction == stop:
+    def stopping(self, prepared, on_row=None):
+        if prepared.request.prompts == (stop,):
             raise KeyboardInterrupt
-        return generate(self, instruction, *args, **options)
+        return stream(self, prepared, on_row)
 
-    monkeypatch.setattr(Pipeline, "generate", stopping)
+    monkeypatch.setattr(Pipeline, "stream", stopping)
     assert edit("--image_path", str(photo), "--instruction", "one", "--instruction", "two") == 130
     assert f"{done} of 2 turns" in capsys.readouterr().err
     kept = ["edit_1.png", "edit_1_result.png", "edit_ref_center_crop.png", "edit_strip.png"]

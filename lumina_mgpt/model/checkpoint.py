@@ -98,6 +98,7 @@ def load_model(
     attn: str = "sdpa",
     quant: int | None = None,
     on_read: Callable[[int, int], None] | None = None,
+    config: ModelConfig | None = None,
 ) -> Transformer:
     """The model of a checkpoint folder, in evaluation mode.
 
@@ -111,7 +112,7 @@ def load_model(
         InputError: files are missing, damaged or of another model, or it cannot be quantized so; the message says why.
     """
     folder = Path(folder)
-    config = ModelConfig.from_json(folder / "config.json")
+    config = config or ModelConfig.from_json(folder / "config.json")
     group = _group(folder, config, quant)
     if group and dtype:
         quantization.require_kernel(device)

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 # Compiled steps come in few shapes, each of which is compiled once: one id, two (a code and a row's end), or a multiple
 # of _IDS; and a cache that is filled to so many of _PARTS equal parts.
 _IDS, _PARTS = 8, 4
+_SHAPES = 64  # limit of compiled shapes; torch's own, 8, is below what windows need
 COMPILED_SPARE = _IDS - 1  # cache slots that the pads of a compiled step may write junk into
 
 
@@ -78,13 +79,18 @@ def compile_forward(model: Transformer):
     """
     device = next(model.parameters()).device
     logger.info("--compile: the first steps of each kind wait a minute or more for the compiler")
-    torch._dynamo.config.recompile_limit = 64  # shapes; beyond them it would silently compile no more
     options = {
         "triton.cudagraphs": device.type == "cuda",  # as the mode "reduce-overhead" does
         # Whether any of several hundred weights has been replaced is asked at every step else: 0.3 ms for eight layers.
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
     }
-    return torch.compile(_own(model.forward), options=options, dynamic=False, fullgraph=True)
+    compiled = torch.compile(_own(model.forward), options=options, dynamic=False, fullgraph=True)
+
+    @torch._dynamo.config.patch(recompile_limit=_SHAPES)  # of this function alone, not of the process
+    def forward(*args, **kwargs):
+        return compiled(*args, **kwargs)
+
+    return forward
 
 
 def _own(method: MethodType) -> MethodType:

@@ -25,6 +25,7 @@ from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.measure import peak_bytes, read_bandwidth
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
+from lumina_mgpt.request import image_count
 from lumina_mgpt.sampling.drafts import BIRTHS
 
 
@@ -135,7 +136,7 @@ def check_plot(path: Path) -> None:
     matplotlib.use("Agg")
     if path.suffix != ".png" or not path.resolve().parent.is_dir():
         raise InputError(f"--plot must be a .png file in a folder that exists, got {path}")
-    OutputFolder(path.parent, overwrite=True, option="--plot").claim([path.name])
+    OutputFolder(path.parent, overwrite=True, parameter="plot").claim([path.name])
 
 
 def build_parser() -> cli.Parser:
@@ -160,6 +161,8 @@ def build_parser() -> cli.Parser:
 
 def bench(args) -> None:
     settings = cli.sampling_settings(args)
+    for name in ("n", "batch_size"):
+        image_count(name, getattr(args, name))
     todo = [None] if "plain" in args.coupling else []
     todo += [Speculation(coupling, window, birth) for coupling in args.coupling if coupling != "plain"
              for birth in args.birth for window in args.window]  # fmt: skip
