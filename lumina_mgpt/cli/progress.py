@@ -26,7 +26,7 @@ class ReadingBar(contextlib.AbstractContextManager):
 
     def __init__(self, words: str, delay: float = 0) -> None:
         self.words, self.delay = words, delay
-        self.bar: "tqdm | None" = None
+        self.bar: tqdm | None = None
 
     def __call__(self, done: int, total: int) -> None:
         from tqdm import tqdm
