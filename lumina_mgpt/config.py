@@ -92,6 +92,18 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def layer_weight_count(self) -> int:
+        """Number of weights in the matrices of one layer."""
+        attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights in all matrices; norms and biases, under 0.1 %, are not counted."""
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return embeddings + self.num_hidden_layers * self.layer_weight_count
+
     def parts(self, panels: int) -> int:
         """How many parts, one above another, the image tokenizer makes of a picture of so many panels.
 

@@ -76,7 +76,7 @@ def resolve_dtype(
         return torch.float16
     if quant or config.int4_group:
         return torch.bfloat16
-    needed, memory = 4 * weight_count(config), _physical_memory()
+    needed, memory = 4 * config.weight_count, _physical_memory()
     if memory is not None and 2 * needed > memory:
         logger.info("weights in bf16: fp32 would take %.1f of %.1f GB of memory", needed / 1e9, memory / 1e9)
         return torch.bfloat16
@@ -103,14 +103,6 @@ def default_window(device: torch.device, int4: bool) -> int:
     if device.type != "cpu":
         return 64
     return 16 if int4 else 32
-
-
-def weight_count(config: ModelConfig) -> int:
-    """Returns the number of weights in the matrices; norms and biases, under 0.1 %, are not counted."""
-    D, H = config.hidden_size, config.head_dim
-    attention = 2 * D * D + 2 * D * config.num_key_value_heads * H
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * D
-    return embeddings + config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
 
 
 def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:

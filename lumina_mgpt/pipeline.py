@@ -13,8 +13,8 @@ from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
-from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
@@ -108,15 +108,10 @@ class Pipeline:
         if attn == "flash":
             _check_flash(device, dtype, cache_dtype)
         image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)
-        if image_tokenizer.num_codes != config.num_image_codes:
-            raise InputError(
-                f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "
-                f"on {config.num_image_codes}; give the MoVQGAN of this checkpoint",
-                "movqgan_path",
-            )
+        image_tokenizer.require_codes(config, checkpoint.movqgan_path)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
         if not config.tie_word_embeddings:
-            model.lm_head.keep(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
+            model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
 
     def generate(

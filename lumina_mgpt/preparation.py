@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import resolve
+from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.movqgan.tokenizer import find_movqgan
 from lumina_mgpt.panels import fit_panels, pixel_size
 from lumina_mgpt.prompts import TASKS, Task

@@ -13,7 +13,7 @@ from training_runs import ONE, changed, metrics_of, weights_of
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.metrics import batch_flops

@@ -11,9 +11,9 @@ from torch import nn
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.linear import Linear
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import HeadNorm, Transformer
 
 IMAGE_START = 151665

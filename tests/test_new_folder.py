@@ -71,9 +71,9 @@ def test_adapters_on_a_full_disk_are_one_line(settings, tmp_path, capsys, monkey
 
 def test_a_name_that_is_too_long_is_refused_before_the_work(tiny_checkpoint, adapter, tmp_path, capsys, monkeypatch):
     """A long name had "free some space" as its remedy."""
-    import lumina_mgpt.model.checkpoint as checkpoint
+    from lumina_mgpt.model import convert
 
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(convert, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
     line = ["--model_path", str(tiny_checkpoint), "--save_path", str(tmp_path / ("n" * 300)), "--group", "32"]
     assert main_of("quantize")(line) == 2
     assert "File name too long); use a shorter name" in capsys.readouterr().err

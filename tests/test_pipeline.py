@@ -11,7 +11,7 @@ import torch
 from lumina_mgpt import Checkpoint, GenerationRequest, Pipeline, devices
 from lumina_mgpt import pipeline as pipeline_module
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
-from lumina_mgpt.devices import resolve_device, resolve_dtype, weight_count
+from lumina_mgpt.devices import resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import CachedStep
@@ -280,7 +280,7 @@ SEVEN_B = ModelConfig(
 
 def test_auto_dtype_on_a_cpu_is_fp32_unless_that_takes_half_of_the_memory(monkeypatch):
     cpu = torch.device("cpu")
-    assert 7.5e9 < weight_count(SEVEN_B) < 8.0e9
+    assert 7.5e9 < SEVEN_B.weight_count < 8.0e9
     monkeypatch.setattr(devices, "_physical_memory", lambda: 24 << 30)
     assert resolve_dtype("auto", cpu, SEVEN_B) == torch.bfloat16
     monkeypatch.setattr(devices, "_physical_memory", lambda: 256 << 30)

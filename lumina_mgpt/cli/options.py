@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumina_mgpt import resources
-from lumina_mgpt.cli.parser import number, whole
+from lumina_mgpt.cli.parser import Parser, number, whole
 from lumina_mgpt.cli.progress import ReadingBar
 from lumina_mgpt.config import (
     COUPLINGS,
@@ -26,8 +26,9 @@ DEMO = "assets/demo"
 ALIASES = {"prompts": "--prompt", "panel": "--image_path", "shown": "--panel_prompt"}
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_options(parser: Parser) -> None:
     """Adds the options that select weights, device and number formats."""
+    parser.aliases["quant"] = "--quant_group"
     group = parser.add_argument_group("checkpoint and device")
     group.add_argument("--model_path", default=DEMO, help="checkpoint folder or hub id")
     group.add_argument("--movqgan_path", help="MoVQGAN weights (default: those in the checkpoint folder)")

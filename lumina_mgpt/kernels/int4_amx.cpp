@@ -4,9 +4,6 @@
 // proportion to them beyond. Here 32 x 64 numbers at a time become bf16 in the first-level cache, where the tile unit
 // multiplies up to sixteen rows by them.
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -21,7 +18,6 @@ constexpr long SLAB = 256;    // rows worked on at once: their sums stay in the 
 constexpr long MAX_GROUP = 128;
 constexpr long PART = TILE * STEP;  // bf16 numbers of one tile of weights
 constexpr int PARTS = OUTPUTS / TILE;
-constexpr long DATA_STATE = 18, ASK_PERMISSION = 0x1023;  // Linux: documentation of arch/x86, "XSTATE features"
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -153,8 +149,6 @@ void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, 
 }
 
 }  // namespace
-
-bool int4_amx_allowed() { return syscall(SYS_arch_prctl, ASK_PERMISSION, DATA_STATE) == 0; }
 
 void int4_amx(const uint16_t* x, const Int4Matrix* matrices, long count, long M, long K, long group, long threads) {
   long blocks = 0;

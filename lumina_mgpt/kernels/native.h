@@ -36,9 +36,6 @@ struct Int4Matrix {
   long outputs;
 };
 
-// Whether the system lets this process use the tile unit; to be asked before the first product.
-bool int4_amx_allowed();
-
 // The products x (M, K) @ W.T of so many matrices; x in bf16, and group 32, 64 or 128.
 void int4_amx(const uint16_t* x, const Int4Matrix* matrices, long count, long M, long K, long group, long threads);
 

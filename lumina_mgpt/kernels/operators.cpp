@@ -108,7 +108,6 @@ Tensor attend(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key_sc
 // Makes them torch's operators, whose signatures native.py has declared. False where the tile unit may not be used, or
 // torch does not take them. Not done while the library is merely loaded, as an error would end the process there.
 extern "C" bool lumina_mgpt_register() {
-  if (!int4_amx_allowed()) return false;
   try {
     using torch::stable::detail::StableLibrary;
     static StableLibrary* library = nullptr;

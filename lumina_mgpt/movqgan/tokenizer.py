@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_images, to_pixels, upright
 from lumina_mgpt.io import cause, remedy, require_readable
@@ -93,6 +94,20 @@ class ImageTokenizer:
     def cell(self) -> int:
         """Pixels along a side of one code (8)."""
         return self.model.config.cell
+
+    def require_codes(self, config: ModelConfig, path: str | Path) -> None:
+        """Refuses an image tokenizer whose codebook has another size than that of the model.
+
+        Args:
+            config: configuration of the model.
+            path: file of this image tokenizer, for the message.
+
+        Raises:
+            InputError: the sizes differ.
+        """
+        if self.num_codes != config.num_image_codes:
+            rule = f"must have the model's {config.num_image_codes} codes, but {path} has {self.num_codes}"
+            raise InputError(f"{rule}; give the MoVQGAN that the model was trained with", "movqgan_path")
 
     def encode(self, images: Sequence[Image.Image], parts: int = 1) -> Tensor:
         """Images of any mode and of one size when upright, sides multiples of 8 -> codes (B, rows, cols) on the CPU.

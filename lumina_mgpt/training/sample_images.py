@@ -41,11 +41,7 @@ class Sampler:
         self.images = None
         if processes.first:
             self.images = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, processes.device)
-            if self.images.num_codes != model.config.num_image_codes:
-                raise InputError(
-                    f"{self.checkpoint.movqgan_path} has {self.images.num_codes} codes, the model "
-                    f"{model.config.num_image_codes}; give the one of the data with --movqgan_path"
-                )
+            self.images.require_codes(model.config, self.checkpoint.movqgan_path)
         self.checkpoint.prompt_ids(self.prompts, self.checkpoint.layout(), parameter=named)
 
     @torch.no_grad()

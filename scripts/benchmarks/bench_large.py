@@ -27,8 +27,9 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_tensors
 from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds
 from lumina_mgpt.model import quantization
-from lumina_mgpt.model.checkpoint import disk_name, load_model
 from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.names import disk_name
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.sampling.autoregressive import sample
@@ -86,10 +87,10 @@ def random_model(config: ModelConfig, dtype: torch.dtype, group: int | None = No
             setattr(module, name, nn.Parameter(fresh, requires_grad=False))
     if group:
         plain = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
-        quantization.swap(model, group)
+        quantization.replace_linears(model, group)
         for name, linear in plain.items():
-            model.layers.get_submodule(name).take("weight", linear.weight, "cpu")
-        quantization.pack(model, dtype)
+            model.layers.get_submodule(name).load("weight", linear.weight, "cpu")
+        quantization.pack_weights(model, dtype)
     return model.eval()
 
 
@@ -144,7 +145,7 @@ def peer(args: argparse.Namespace) -> dict:
     for weights, group in (("fp32", None), ("int4, int8 head, bf16 inputs", 128)):
         if group:
             model = random_model(config, torch.bfloat16, group)
-        model.lm_head.keep(vocabulary.code_slice, int8=bool(group))
+        model.lm_head.slice_columns(vocabulary.code_slice, int8=bool(group))
         choices = [(None, None), *((Speculation(*choice), None) for choice in _SPECULATIONS)]
         if args.compile:
             choices.append((None, compile_forward(model)))
@@ -222,7 +223,7 @@ def whole(args: argparse.Namespace) -> dict:
     with peak_anonymous() as loading, cli.ReadingBar("int4 while loading") as bar:
         model = load_model(folder, dtype, "cpu", quant=128, on_read=bar)
         vocabulary = Vocabulary.from_folder(TOKENIZER, config)
-        model.lm_head.keep(vocabulary.code_slice, int8=True)
+        model.lm_head.slice_columns(vocabulary.code_slice, int8=True)
     taken = time.perf_counter() - began
     layout = ImageLayout.from_pixels(vocabulary, 768, 768)
     prompt, ends = generation_prompt(PROMPT, vocabulary), {}

@@ -65,7 +65,7 @@ def chameleon(model):
     """transformers' model of the same weights, those of its image tokenizer taken out."""
     from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
-    from lumina_mgpt.model.checkpoint import disk_name
+    from lumina_mgpt.model.names import disk_name
 
     raw = {key: value for key, value in asdict(model.config).items() if not key.startswith("rope")}
     image = dict(embed_dim=8, num_embeddings=8, base_channels=32, channel_multiplier=[1], num_res_blocks=1,

@@ -19,9 +19,9 @@ from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.config import INT4_GROUPS, SamplingConfig
 from lumina_mgpt.devices import cache_bytes
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model import quantization
-from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model import int4, quantization
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace) -> None:
     for name, group, kind, int8_head in FORMS:
         model = load_model(checkpoint.folder, None, "cpu", quant=group)  # int4 stays in its portable form
         dequantize(model)
-        model.float().lm_head.keep(columns, int8_head)
+        model.float().lm_head.slice_columns(columns, int8_head)
         if kind == EARLY:
             round_early(model)
         cache_dtype = torch.int8 if kind == "int8" else torch.float32
@@ -84,7 +84,7 @@ def dequantize(model: Transformer) -> None:
     """Puts what each int4 matrix stands for in its place: the same weights, without a kernel that rounds its inputs."""
     for name, module in list(model.layers.named_modules()):
         if isinstance(module, quantization.Int4Linear):
-            weight = quantization.dequantize(module.matrix)
+            weight = int4.dequantize(module.matrix)
             linear = torch.nn.Linear(*weight.shape[::-1], bias=module.bias is not None)
             linear.weight, linear.bias = torch.nn.Parameter(weight), module.bias
             owner, _, leaf = name.rpartition(".")
@@ -95,7 +95,7 @@ def round_early(model: Transformer) -> None:
     """Rounds keys and values as an int8 cache does, but keys before their rotation; the cache itself stays fp32."""
 
     def rounded(module: torch.nn.Module, inputs: tuple, out: Tensor) -> Tensor:
-        return Scaled.of(out.unflatten(-1, (-1, model.config.head_dim))).numbers(out.dtype).view(out.shape)
+        return Scaled.quantize(out.unflatten(-1, (-1, model.config.head_dim))).dequantize(out.dtype).view(out.shape)
 
     for layer in model.layers:
         for module in (layer.self_attn.k_norm, layer.self_attn.v_proj):
