@@ -209,12 +209,13 @@ class SamplingConfig:
 
 
 COUPLINGS = ("noise", "maximal", "independent")
-BIRTHS = ("uniform", "above")
+PROPOSALS = ("uniform", "above")
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """How codes are drafted and judged: the coupling, the number of drafts `window`, and the law of a new draft.
+    """How codes are drafted and verified: the coupling, the number of drafts `window`, and the proposal
+    distribution of a new draft.
 
     A pipeline takes `devices.default_window` where `window` is None; samplers want a number.
 
@@ -224,11 +225,11 @@ class Speculation:
 
     coupling: str = "noise"
     window: int | None = None
-    birth: str = "above"
+    proposal: str = "above"
 
     def __post_init__(self) -> None:
         _require(self.coupling in COUPLINGS, "--coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
-        _require(self.birth in BIRTHS, "--birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
+        _require(self.proposal in PROPOSALS, "--proposal", self.proposal, f"must be one of {', '.join(PROPOSALS)}")
         if self.window is not None:
             rule = "must be a whole number in 1 ... 4096; try 32"
             object.__setattr__(self, "window", whole_number("--window", self.window, 1, 4096, rule))

@@ -101,17 +101,17 @@ class ImageLayout:
         return torch.cat([torch.tensor(header), body.flatten(), torch.tensor([vocabulary.image_end_id])])
 
     @cached_property
-    def code_slots(self) -> Tensor:
+    def code_offsets(self) -> Tensor:
         """Slot of each code in reading order. (rows * cols,)"""
         return (self.ids < 0).nonzero().flatten()
 
     @property
     def prefix_length(self) -> int:
         """Slots before the first code to be sampled: what the model reads before it writes."""
-        return self.slot_of(self.given) if self.given < self.num_codes else self.length
+        return self.offset_of(self.given) if self.given < self.num_codes else self.length
 
-    def slot_of(self, code: int) -> int:
-        """Slot of the code with that index in reading order; the same as `code_slots[code]`, without a tensor."""
+    def offset_of(self, code: int) -> int:
+        """Slot of the code with that index in reading order; the same as `code_offsets[code]`, without a tensor."""
         return HEADER + code + code // self.cols
 
     def fill(self, codes: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ class ImageLayout:
         Shapes: codes (..., n) with n in 0 ... rows · cols, values in [0, num_image_codes) -> ids (..., m).
         """
         n = codes.shape[-1]
-        stop = self.slot_of(n) if n < self.num_codes else self.length
+        stop = self.offset_of(n) if n < self.num_codes else self.length
         ids = self.ids[:stop].to(codes.device).expand(*codes.shape[:-1], stop).clone()
-        ids[..., self.code_slots[:n].to(codes.device)] = self.vocabulary.code_to_id(codes)
+        ids[..., self.code_offsets[:n].to(codes.device)] = self.vocabulary.code_to_id(codes)
         return ids
 
 
@@ -157,7 +157,7 @@ def decode_image(ids: Sequence[int] | Tensor, vocabulary: Vocabulary) -> Tensor:
         raise UniRepError(len(ids), f"the image breaks off: {_expected(layout, len(ids))} should follow; {whole}")
     if len(ids) > layout.length:
         raise UniRepError(layout.length, f"{vocabulary.describe(int(ids[layout.length]))} after the image's end")
-    return vocabulary.id_to_code(ids[layout.code_slots.to(ids.device)]).view(layout.rows, layout.cols)
+    return vocabulary.id_to_code(ids[layout.code_offsets.to(ids.device)]).view(layout.rows, layout.cols)
 
 
 def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampling import RememberingStep
 
-from lumina_mgpt.config import COUPLINGS, ModelConfig, SamplingConfig, Speculation
+from lumina_mgpt.config import COUPLINGS, PROPOSALS, ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings, jacobi, sample
-from lumina_mgpt.sampling.drafts import BIRTHS
 from lumina_mgpt.sampling.jacobi import sample_jacobi
+from lumina_mgpt.sampling.proposals import PROPOSAL_FUNCTIONS
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -34,7 +34,7 @@ images = st.fixed_dictionaries({
     "grid": st.tuples(st.integers(1, 3), st.integers(1, 3)), "given": st.integers(0, 1),
     "cfg": st.sampled_from([0.5, 1.0, 4.0]), "top_k": st.sampled_from([1, 2, 7, 4096]),
     "temperature": st.sampled_from([0.2, 1.0, 3.0]), "batch": st.integers(1, 3), "seed": st.integers(0, 2**40),
-    "window": st.sampled_from([1, 2, 5, 16, 33, 200]), "birth": st.sampled_from(sorted(BIRTHS)),
+    "window": st.sampled_from([1, 2, 5, 16, 33, 200]), "proposal": st.sampled_from(sorted(PROPOSALS)),
     "settled": st.booleans(),
 })  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_common_noise_gives_the_plain_samplers_image(vocabulary, drawn):
     known = torch.randint(0, 64, (len(prompts), layout.given), generator=torch.Generator().manual_seed(0))
     kind = SettledStep if drawn["settled"] else RememberingStep
     plain = sample(kind(64), prompts, layout, config, keys, given=known)
-    speculation = Speculation("noise", drawn["window"], drawn["birth"])
+    speculation = Speculation("noise", drawn["window"], drawn["proposal"])
     step = kind(64)
     assert torch.equal(sample_jacobi(step, prompts, layout, config, keys, speculation, given=known), plain)
     assert len(step.calls) <= layout.num_codes - layout.given
@@ -126,7 +126,7 @@ def exact_law(vocabulary, layout, config) -> dict[tuple, float]:
     return laws
 
 
-def misfit(vocabulary, coupling, window, birth, sampled=SAMPLED, kept=KEPT) -> float:
+def misfit(vocabulary, coupling, window, proposal, sampled=SAMPLED, kept=KEPT) -> float:
     """How many standard deviations chi-squared lies above its mean (Wilson and Hilferty's normal approximation)."""
     config = SamplingConfig(cfg=1.0, top_k=kept)
     layout = ImageLayout(vocabulary, 1, 1, given=16 - sampled)
@@ -138,7 +138,7 @@ def misfit(vocabulary, coupling, window, birth, sampled=SAMPLED, kept=KEPT) -> f
         known = torch.zeros((batch, layout.given), dtype=torch.long)
         prompt = generation_prompt("a cat", vocabulary)
         codes = sample_jacobi(TableStep(), [prompt] * batch, layout, config, keys,
-                              Speculation(coupling, window, birth), given=known)  # fmt: skip
+                              Speculation(coupling, window, proposal), given=known)  # fmt: skip
         for outcome in map(tuple, codes.view(batch, -1)[:, layout.given :].tolist()):
             stray += outcome not in counts
             counts[outcome] = counts.get(outcome, 0) + 1
@@ -154,9 +154,9 @@ def misfit(vocabulary, coupling, window, birth, sampled=SAMPLED, kept=KEPT) -> f
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize(("window", "birth"), [(4, "uniform"), (3, "above"), (5, "above")])
-def test_images_have_the_law_of_the_model(vocabulary, coupling, window, birth):
-    assert abs(misfit(vocabulary, coupling, window, birth)) < 4
+@pytest.mark.parametrize(("window", "proposal"), [(4, "uniform"), (3, "above"), (5, "above")])
+def test_images_have_the_law_of_the_model(vocabulary, coupling, window, proposal):
+    assert abs(misfit(vocabulary, coupling, window, proposal)) < 4
 
 
 @pytest.mark.parametrize(("coupling", "window"), [("maximal", 2), ("independent", 3)])
@@ -252,11 +252,11 @@ def test_drafts_that_are_always_sometimes_and_never_right(vocabulary, coupling, 
     def forwards(window: int, right: float) -> int:
         """Of an image whose drafts are born right so often, from the law of all places, and else impossible."""
 
-        def birth(above):
+        def proposal(above):
             impossible = torch.zeros_like(above).index_fill(-1, torch.tensor([outside]), 1.0)
             return torch.lerp(impossible, above.exp(), right).log()
 
-        monkeypatch.setitem(BIRTHS, "uniform", birth)
+        monkeypatch.setitem(PROPOSAL_FUNCTIONS, "uniform", proposal)
         step = FlatStep()
         codes = sample_jacobi(step, [generation_prompt("a cat", vocabulary)], layout, config, [(1, 0)],
                               Speculation(coupling, window, "uniform"))  # fmt: skip

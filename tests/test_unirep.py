@@ -134,7 +134,7 @@ def test_a_known_beginning_is_the_beginning_of_the_whole(vocabulary, grid_rows, 
     codes = random_codes(grid_rows, grid_cols).flatten()
     whole, known = layout.fill(codes).tolist(), layout.fill(codes[:n]).tolist()
     assert known == whole[: len(known)]
-    assert len(known) == (int(layout.code_slots[n]) if n < layout.num_codes else layout.length)
+    assert len(known) == (int(layout.code_offsets[n]) if n < layout.num_codes else layout.length)
     assert ImageLayout(vocabulary, grid_rows, grid_cols, given=n).prefix_length == len(known)
     batch = layout.fill(torch.stack([codes[:n], codes[:n]]))
     assert batch.tolist() == [known, known]
@@ -143,8 +143,8 @@ def test_a_known_beginning_is_the_beginning_of_the_whole(vocabulary, grid_rows, 
 def test_layout_of_the_released_size(vocabulary):
     layout = ImageLayout.from_pixels(vocabulary, 768, 768)
     assert (layout.rows, layout.cols, layout.length) == (96, 96, 9316)
-    assert (layout.ids < 0).sum() == 9216 == len(layout.code_slots)
-    assert [layout.slot_of(n) for n in range(9216)] == layout.code_slots.tolist()
+    assert (layout.ids < 0).sum() == 9216 == len(layout.code_offsets)
+    assert [layout.offset_of(n) for n in range(9216)] == layout.code_offsets.tolist()
     wide = ImageLayout.from_pixels(vocabulary, 64, 32)
     assert (wide.rows, wide.cols) == (4, 8)  # height before width
     assert wide.ids[1:3].tolist() == [vocabulary.grid_id(1), vocabulary.grid_id(2)]

@@ -72,11 +72,11 @@ def sample(
     """
     B, C = len(prompts), layout.vocabulary.num_image_codes
     assert B == len(keys), (B, len(keys))
-    given = known_codes(given, layout, B)
+    given = check_given(given, layout, B)
     if layout.given == layout.num_codes:
         return given.view(B, layout.rows, layout.cols).clone()
 
-    call, origin = opening(prompts, layout, given, guided=settings.cfg != 1.0)
+    call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0)
     codes: Tensor | None = None
     for index in range(layout.given, layout.num_codes):
         logits = step(*call)
@@ -87,17 +87,17 @@ def sample(
         law = code_log_probs(logits, settings)[:, 0]  # (B, C)
         codes[:, index] = code = draw(law, settings, keys, [index] * B)
         if (index + 1) % layout.cols == 0:
-            check_numbers(law)
+            check_not_nan(law)
             if on_row is not None:
                 rows = (index + 1) // layout.cols
                 on_row(rows - 1, codes[:, : index + 1].reshape(B, rows, layout.cols).clone())
         if index + 1 < layout.num_codes:
-            call = following(code, index, layout, origin)
+            call = next_call(code, index, layout, origin)
     assert codes is not None
     return codes.view(B, layout.rows, layout.cols)
 
 
-def known_codes(given: Tensor | None, layout: ImageLayout, B: int) -> Tensor:
+def check_given(given: Tensor | None, layout: ImageLayout, B: int) -> Tensor:
     """The given codes (B, layout.given), checked; none where there are none."""
     given = torch.empty((B, 0), dtype=torch.long) if given is None else given
     assert given.shape == (B, layout.given), (given.shape, B, layout.given)
@@ -117,7 +117,7 @@ def draw(law: Tensor, settings: SamplingConfig, keys: Sequence[tuple[int, int]],
     return (law + noise.to(law.device, non_blocking=True)).argmax(-1)
 
 
-def opening(
+def first_call(
     prompts: Sequence[Sequence[int]], layout: ImageLayout, given: Tensor, *, guided: bool
 ) -> tuple[Call, Tensor]:
     """The first call: each prompt with the known beginning of its image, then, with guidance, that beginning alone.
@@ -135,12 +135,12 @@ def opening(
     return Call(ids, positions, lengths[:, None] - 1), lengths - layout.prefix_length
 
 
-def following(code: Tensor, index: int, layout: ImageLayout, origin: Tensor) -> Call:
+def next_call(code: Tensor, index: int, layout: ImageLayout, origin: Tensor) -> Call:
     """The call after the code with that index: it, and the forced ids up to the next code.
 
     Shapes: code (B,), origin (R,) with R a multiple of B -> a call of R rows.
     """
-    first, stop = layout.slot_of(index), layout.slot_of(index + 1)
+    first, stop = layout.offset_of(index), layout.offset_of(index + 1)
     R, T = len(origin), stop - first
     ids = code.new_empty((R, T))
     ids[:, 0] = (code + layout.vocabulary.code_slice.start).repeat(R // len(code))
@@ -149,7 +149,7 @@ def following(code: Tensor, index: int, layout: ImageLayout, origin: Tensor) -> 
     return Call(ids, origin[:, None] + torch.arange(first, stop), torch.full((R, 1), T - 1))
 
 
-def check_numbers(law: Tensor) -> None:
+def check_not_nan(law: Tensor) -> None:
     """Raises InputError where there is none. Once a row is enough: what is not a number in the cache stays there."""
     if law.isnan().any():
         raise InputError("--dtype gives logits that are not numbers; try bf16 or fp32, or fetch the checkpoint again")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings
-from lumina_mgpt.sampling.autoregressive import Call, OnRow, Step, check_numbers, draw, known_codes, opening
-from lumina_mgpt.sampling.drafts import BIRTHS
+from lumina_mgpt.sampling.autoregressive import Call, OnRow, Step, check_not_nan, check_given, draw, first_call
 from lumina_mgpt.sampling.logits import code_log_probs
 from lumina_mgpt.sampling.noise import gumbel_rows, uniform_rows
+from lumina_mgpt.sampling.proposals import PROPOSAL_FUNCTIONS
 from lumina_mgpt.unirep import ImageLayout
 
 
@@ -51,11 +51,11 @@ def sample_jacobi(
     """
     B = len(prompts)
     assert B == len(keys), (B, len(keys))
-    given = known_codes(given, layout, B)
+    given = check_given(given, layout, B)
     if layout.given == layout.num_codes:
         return given.view(B, layout.rows, layout.cols).clone()
 
-    call, origin = opening(prompts, layout, given, guided=settings.cfg != 1.0)
+    call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0)
     law = code_log_probs(step(*call), settings)[:, 0]
     state = _Images(layout, settings, keys, speculation, origin, law)
     state.start(given, law)
@@ -63,7 +63,7 @@ def sample_jacobi(
     while True:
         done = state.rows_done()
         if done > told:
-            check_numbers(law)
+            check_not_nan(law)
             for row in range(told, done) if on_row is not None else ():
                 on_row(row, state.codes[:, : (row + 1) * layout.cols].reshape(B, row + 1, layout.cols).clone())
             told = done
@@ -99,7 +99,7 @@ class _Images:
         noisy = self.speculation.coupling == "noise" and self.settings.top_k > 1
         self.noise = self.like.new_zeros((B, self.W + 1, C)) if noisy else None
         self.visit = 0
-        self.forced, self.code_slots = layout.ids.to(device), layout.code_slots.to(device)
+        self.forced, self.code_offsets = layout.ids.to(device), layout.code_offsets.to(device)
         self.rows = torch.arange(B, device=device)[:, None]
 
     def start(self, given: Tensor, law: Tensor) -> None:
@@ -118,15 +118,15 @@ class _Images:
 
     def window_call(self) -> Call:
         """The code before each window, the drafts but the last, and the forced ids between them."""
-        layout, slot_of = self.layout, self.layout.code_slots
+        layout, offset_of = self.layout, self.layout.code_offsets
         W = min(self.W, self.N - int(self.done.min()))
-        places = (self.done[:, None] + torch.arange(W)).clamp(max=self.N - 1)  # beyond: read, and then ignored
-        first = slot_of[self.done - 1]
-        reads = (slot_of[places] - 1 - first[:, None]).clamp(min=0)  # an image that is finished looks at its last code
+        places = (self.done[:, None] + torch.arange(W)).clamp(max=self.N - 1)  # beyond: read, ignored
+        first = offset_of[self.done - 1]
+        reads = (offset_of[places] - 1 - first[:, None]).clamp(min=0)  # an image that is finished looks at its last code
         slots = first[:, None] + torch.arange(int(reads.max()) + 1)
         inside = slots.clamp(max=layout.length - 1).to(self.codes.device, non_blocking=True)
         ids = self.forced.expand(len(first), -1).clone()
-        ids[:, self.code_slots] = self.codes[:, : self.N] + layout.vocabulary.code_slice.start
+        ids[:, self.code_offsets] = self.codes[:, : self.N] + layout.vocabulary.code_slice.start
         copies = len(self.origin) // len(first)
         positions = self.origin[:, None] + slots.repeat(copies, 1)
         return Call(ids.gather(1, inside).repeat(copies, 1), positions, reads.repeat(copies, 1))
@@ -166,7 +166,7 @@ class _Images:
         above = places - self.layout.cols * (1 + ahead // self.layout.cols)
         above_law = self.laws[self.rows, self._ring(above.clamp(min=0), self.laws)]
         known = (above >= self.layout.given).to(left.device, non_blocking=True)
-        law = BIRTHS[self.speculation.birth](torch.where(known[..., None], above_law, left[:, None]))
+        law = PROPOSAL_FUNCTIONS[self.speculation.proposal](torch.where(known[..., None], above_law, left[:, None]))
         at = places.to(left.device, non_blocking=True)
         self.codes[self.rows, at] = self._first_codes(law, places)
         self.laws[self.rows, self._ring(places, self.laws)] = law

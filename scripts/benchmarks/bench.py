@@ -19,13 +19,12 @@ import torch
 from tqdm import tqdm
 
 from lumina_mgpt import cli, prompt_files
-from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
+from lumina_mgpt.config import COUPLINGS, PROPOSALS, SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, resolve_device
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.measure import peak_bytes, read_bandwidth
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
-from lumina_mgpt.sampling.drafts import BIRTHS
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Row:
 
     coupling: str
     window: int
-    birth: str
+    proposal: str
     seconds_an_image: float
     codes_a_step: float
     codes_error: float  # its standard error
@@ -62,7 +61,7 @@ def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, sp
     return Row(
         coupling=speculation.coupling if speculation else "plain",
         window=speculation.window if speculation else 1,
-        birth=speculation.birth if speculation else "-",
+        proposal=speculation.proposal if speculation else "-",
         seconds_an_image=seconds / len(jobs),
         codes_a_step=codes,
         codes_error=error,
@@ -86,7 +85,7 @@ def print_tables(rows: list[Row]) -> None:
     print("| coupling | window | drafts from | s an image | codes a step | ms a step | of bandwidth |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        print(f"| {row.coupling} | {row.window} | {row.birth} | {row.seconds_an_image:.2f} | {codes_of(row)} | "
+        print(f"| {row.coupling} | {row.window} | {row.proposal} | {row.seconds_an_image:.2f} | {codes_of(row)} | "
               f"{row.ms_a_step:.1f} | {100 * row.bytes_over_bandwidth:.0f} % |")  # fmt: skip
     found = {(row.window, way_of(row)): codes_of(row) for row in rows if row.coupling != "plain"}
     if found:
@@ -98,7 +97,7 @@ def print_tables(rows: list[Row]) -> None:
 
 
 def way_of(row: Row) -> str:
-    return row.coupling if row.birth == Speculation.birth else f"{row.coupling}, drafts from {row.birth}"
+    return row.coupling if row.proposal == Speculation.proposal else f"{row.coupling}, drafts from {row.proposal}"
 
 
 def codes_of(row: Row) -> str:
@@ -106,7 +105,7 @@ def codes_of(row: Row) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Codes a step over the window, one line a coupling and birth, with standard errors."""
+    """Codes a step over the window, one line a coupling and proposal, with standard errors."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -144,7 +143,8 @@ def build_parser() -> cli.Parser:
     couplings = ("plain", *COUPLINGS)
     group.add_argument("--coupling", nargs="+", choices=couplings, default=list(couplings), help="ways of sampling")
     group.add_argument("--window", nargs="+", type=cli.whole, default=[16, 32, 64], help="drafts a forward")
-    group.add_argument("--birth", nargs="+", choices=sorted(BIRTHS), default=[Speculation.birth], help="first drafts")
+    group.add_argument("--proposal", nargs="+", choices=sorted(PROPOSALS), default=[Speculation.proposal],
+                       help="distribution that drafts are initialized from")  # fmt: skip
     group.add_argument("-n", type=cli.whole, default=1, help="images of each prompt (plain sampling makes one)")
     group.add_argument("--prompt_file", help="one prompt a line (default: the checkpoint's own)")
     for side in ("--width", "--height"):
@@ -161,8 +161,8 @@ def build_parser() -> cli.Parser:
 def bench(args) -> None:
     settings = cli.sampling_settings(args)
     todo = [None] if "plain" in args.coupling else []
-    todo += [Speculation(coupling, window, birth) for coupling in args.coupling if coupling != "plain"
-             for birth in args.birth for window in args.window]  # fmt: skip
+    todo += [Speculation(coupling, window, proposal) for coupling in args.coupling if coupling != "plain"
+             for proposal in args.proposal for window in args.window]  # fmt: skip
     if not 1 <= args.threads <= 1024:
         raise InputError(f"--threads must be in 1 ... 1024, got {args.threads}; try {torch.get_num_threads()}")
     if args.plot:

@@ -51,8 +51,8 @@ def measure(args: argparse.Namespace) -> None:
     prompts, layout = prompt_files.example_prompts(checkpoint.folder)[: args.prompts], checkpoint.layout()
     starts = checkpoint.prompt_ids(prompts, layout)
     codes = pipeline.sample(starts, layout, SamplingConfig(top_k=layout.vocabulary.num_image_codes), [0] * len(starts))
-    rows = layout.fill(codes.flatten(1))[:, : layout.slot_of(layout.num_codes - 1) + 1]  # without a prompt: all alike
-    read = layout.code_slots - 1
+    rows = layout.fill(codes.flatten(1))[:, : layout.offset_of(layout.num_codes - 1) + 1]  # without a prompt: all alike
+    read = layout.code_offsets - 1
     columns, exact, figures = checkpoint.vocabulary.code_slice, None, []
     print("| weights | cache | MB of layers | MB of head | MB of cache | error | KL |\n"
           "| --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip

@@ -26,4 +26,4 @@ def from_above(above: Tensor) -> Tensor:
     return above
 
 
-BIRTHS: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "above": from_above}
+PROPOSAL_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "above": from_above}
