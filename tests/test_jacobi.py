@@ -166,38 +166,41 @@ def test_images_longer_than_the_rings_have_the_law_of_the_model(vocabulary, coup
 
 
 def test_a_ring_too_short_for_the_window_shows(vocabulary, monkeypatch):
-    ring = jacobi._Images._ring
-    monkeypatch.setattr(jacobi._Images, "_ring", lambda self, places, held: torch.where(
-        places < self.N, places % 3, ring(self, places, held)))  # fmt: skip
+    ring = jacobi._State._ring_index
+    monkeypatch.setattr(jacobi._State, "_ring_index", lambda self, positions, held: torch.where(
+        positions < self.N, positions % 3, ring(self, positions, held)))  # fmt: skip
     assert misfit(vocabulary, "maximal", 5, "above", sampled=10, kept=2) > 8
 
 
-def plant_law_for_residual(monkeypatch):
-    monkeypatch.setattr(couplings, "_redrawn", lambda law, drafted, drafts, u: couplings.by_inversion(law.exp(), u))
+def plant_target_for_residual(monkeypatch):
+    def sample_target(target, proposal, drafts, uniform):
+        return couplings.sample_by_inversion(target.exp(), uniform)
+
+    monkeypatch.setattr(couplings, "sample_residual", sample_target)
 
 
-def plant_old_law(monkeypatch):
-    judge = jacobi._Images.judge
+def plant_old_proposal(monkeypatch):
+    verify = jacobi._State.verify
 
-    def keep_old(self, law):
-        places = self.done[:, None] + torch.arange(law.shape[1])
-        at, ring = places.clamp(max=self.N), self._ring(places, self.laws)
-        drafts, drafted = self.codes.gather(1, at), self.laws[self.rows, ring]
-        judge(self, law)
-        same = self.codes.gather(1, at) == drafts
-        rows = self.rows.expand_as(at)[same]
-        self.laws[rows, ring[same]] = drafted[same]
+    def keep_old(self, target):
+        positions = self.final[:, None] + torch.arange(target.shape[1])
+        columns, ring = positions.clamp(max=self.N), self._ring_index(positions, self.proposals)
+        drafts, proposal = self.codes.gather(1, columns), self.proposals[self.rows, ring]
+        verify(self, target)
+        same = self.codes.gather(1, columns) == drafts
+        rows = self.rows.expand_as(columns)[same]
+        self.proposals[rows, ring[same]] = proposal[same]
 
-    monkeypatch.setattr(jacobi._Images, "judge", keep_old)
+    monkeypatch.setattr(jacobi._State, "verify", keep_old)
 
 
 def plant_filter(monkeypatch):
     original = jacobi.code_log_probs
 
     def filtered(logits, config):
-        law = original(logits, config)
-        unlikely = law < law.amax(-1, keepdim=True) - 1.0
-        return law.masked_fill(unlikely, -torch.inf).log_softmax(-1)
+        log_probs = original(logits, config)
+        unlikely = log_probs < log_probs.amax(-1, keepdim=True) - 1.0
+        return log_probs.masked_fill(unlikely, -torch.inf).log_softmax(-1)
 
     monkeypatch.setattr(jacobi, "code_log_probs", filtered)
 
@@ -206,14 +209,14 @@ def plant_one_too_many(monkeypatch):
     original = couplings.maximal
 
     def one_more(*args):
-        codes, confirmed = original(*args)
-        before = torch.cat([torch.ones_like(confirmed[:, :1]), confirmed[:, :-1]], 1).cumprod(-1).bool()
-        return couplings.Judged(codes, confirmed | before)
+        codes, accepted = original(*args)
+        before = torch.cat([torch.ones_like(accepted[:, :1]), accepted[:, :-1]], 1).cumprod(-1).bool()
+        return couplings.Verified(codes, accepted | before)
 
     monkeypatch.setattr(couplings, "maximal", one_more)
 
 
-@pytest.mark.parametrize("plant", [plant_law_for_residual, plant_old_law, plant_filter, plant_one_too_many])
+@pytest.mark.parametrize("plant", [plant_target_for_residual, plant_old_proposal, plant_filter, plant_one_too_many])
 def test_the_law_of_the_image_shows_planted_faults(vocabulary, monkeypatch, plant):
     plant(monkeypatch)
     assert misfit(vocabulary, "maximal", 5, "above") > 8
@@ -227,13 +230,13 @@ def test_inversion_by_blocks_is_inversion(count):
     weights[weights.sum(-1) == 0] = 1
     uniform = torch.linspace(0, 1, 402, dtype=torch.float64)[1:-1]
     uniform[:2], uniform[-2:] = 2.0**-53, 1 - 2.0**-53
-    found = couplings.by_inversion(weights, uniform)
+    found = couplings.sample_by_inversion(weights, uniform)
     assert (weights.gather(-1, found[:, None]) > 0).all()
     sums = weights.cumsum(-1)
     target = uniform * sums[:, -1]
     below = torch.where(found > 0, sums.gather(-1, (found - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     assert (below <= target + 1e-9).all() and (target <= sums.gather(-1, found[:, None])[:, 0] + 1e-9).all()
-    single = couplings.by_inversion(weights.float(), uniform)
+    single = couplings.sample_by_inversion(weights.float(), uniform)
     assert (weights.gather(-1, single[:, None]) > 0).all()
 
 
