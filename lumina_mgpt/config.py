@@ -219,7 +219,7 @@ class SamplingConfig:
 
 
 COUPLINGS = ("noise", "maximal", "independent")
-BIRTHS = ("uniform", "above")
+PROPOSALS = ("uniform", "above")
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class Speculation:
         coupling: how drafts are verified against the target distribution, one of COUPLINGS.
         window: drafts that one forward verifies, 1 to 4096. A pipeline replaces None by `devices.default_window`;
             samplers need a number.
-        birth: proposal distribution of a new draft, one of BIRTHS.
+        proposal: proposal distribution of a new draft, one of PROPOSALS.
 
     Raises:
         InputError: a value is out of range.
@@ -238,11 +238,11 @@ class Speculation:
 
     coupling: str = "noise"
     window: int | None = None
-    birth: str = "above"
+    proposal: str = "above"
 
     def __post_init__(self) -> None:
         require(self.coupling in COUPLINGS, "coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
-        require(self.birth in BIRTHS, "birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
+        require(self.proposal in PROPOSALS, "proposal", self.proposal, f"must be one of {', '.join(PROPOSALS)}")
         if self.window is not None:
             rule = "must be a whole number in 1 ... 4096; try 32"
             object.__setattr__(self, "window", whole_number("window", self.window, 1, 4096, rule))

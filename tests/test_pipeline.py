@@ -15,7 +15,7 @@ from lumina_mgpt.devices import resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import CachedStep
-from lumina_mgpt.sampling.autoregressive import opening
+from lumina_mgpt.sampling.autoregressive import first_call
 from lumina_mgpt.sampling.logits import code_log_probs
 from lumina_mgpt.sampling.noise import gumbel
 from lumina_mgpt.unirep import ImageLayout, decode_image
@@ -69,7 +69,7 @@ def margin(exact: Pipeline, prompt: str, codes: torch.Tensor, at: int, rival: in
     config = SamplingConfig(seed=key[0], **settings)
     layout = ImageLayout(vocabulary, codes.shape[0] // 4, codes.shape[1] // 4, given=at)
     starts = exact.checkpoint.prompt_ids([prompt], layout)
-    call, _ = opening(starts, layout, flat[None, :at], guided=config.cfg != 1.0)
+    call, _ = first_call(starts, layout, flat[None, :at], guided=config.cfg != 1.0)
     cache = KVCache(exact.checkpoint.config, len(call.ids), call.ids.shape[1], torch.float64, "cpu")
     with torch.no_grad():
         law = code_log_probs(CachedStep(exact.model, cache, vocabulary.code_slice)(*call), config)[0, 0]
@@ -189,8 +189,8 @@ def test_results_come_batch_by_batch(pipeline):
         (dict(temperature=0.0), "^temperature must"),
         (dict(top_k=0), "^top_k must"),
         (dict(seed=-1), "^seed must"),
-        (dict(width=100), "--width must be a multiple of 32, got 100; try 96 or 128"),
-        (dict(height=0), "--height must be 32 to 2048 pixels, got 0; try 32"),
+        (dict(width=100), "^width must be a multiple of 32, got 100; try 96 or 128"),
+        (dict(height=0), "^height must be 32 to 2048 pixels, got 0; try 32"),
         (dict(width=512, height=512), "this model sees 2048"),
         (dict(prompts=["a cat", "an <eoss>"]), r"^prompts \(number 1\): .*<eoss>"),
     ],
@@ -262,7 +262,7 @@ def test_an_int8_cache_stays_near(tiny_checkpoint, exact):
     """The law of each code, given the same codes before it, moves by little, and not by nothing."""
     rounded = Pipeline.from_pretrained(tiny_checkpoint, "cpu", torch.float64, cache_dtype=torch.int8)
     layout, laws = exact.checkpoint.layout(64, 64), []
-    call, _ = opening(exact.checkpoint.prompt_ids(PROMPTS, layout), layout, torch.empty(4, 0).long(), guided=False)
+    call, _ = first_call(exact.checkpoint.prompt_ids(PROMPTS, layout), layout, torch.empty(4, 0).long(), guided=False)
     for pipeline in (exact, rounded):
         cache = KVCache(exact.checkpoint.config, 4, call.ids.shape[1], pipeline.cache_dtype, "cpu")
         with torch.no_grad():

@@ -128,7 +128,7 @@ def test_sizes_of_dual_panel_images(tiny_checkpoint):
     assert released.base_size() == (768, 768) and released.base_size(2) == (512, 1024)
     layout = checkpoint.layout(768, 768, I2I_TASKS["depth"])
     assert given_size(layout) == (768, 384) and given_size(checkpoint.layout()) == (64, 0)
-    with pytest.raises(InputError, match="--height must be a multiple of 64, got 96"):
+    with pytest.raises(InputError, match="^height must be a multiple of 64, got 96"):
         checkpoint.layout(64, 96, TASKS["depth"])
 
 
