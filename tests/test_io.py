@@ -33,7 +33,7 @@ def test_other_encodings_are_named(tmp_path, data, seems):
 
 
 @pytest.mark.parametrize("name", ["missing", "folder", "with\0null", "x" * 300])
-def test_what_cannot_be_read_is_refused(tmp_path, name):
+def test_unreadable_files_are_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="cannot be read"):
         io.read_text(tmp_path / name)
@@ -41,7 +41,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("text", ["[" * 20000, '{"a": ' * 20000, "1" * 5000, '{"a": ' + "9" * 5000 + "}", "{", "\0"])
 def test_json_that_cannot_be_parsed(text):
-    """Depth ended in a RecursionError, digits in a ValueError."""
+    """Deep nesting raised a RecursionError, long numbers a ValueError."""
     with pytest.raises(InputError, match="^rows.json, line 3 is"):
         io.parse_json(text, "rows.json, line 3")
 

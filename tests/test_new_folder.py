@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(command, tiny_checkpoint, adapter
 
 
 def test_adapters_on_a_full_disk_are_one_line(settings, tmp_path, capsys, monkeypatch):
-    """export.py --adapter ended in a traceback: safetensors raises an error of its own."""
+    """`export --adapter` printed a traceback, because safetensors raises its own error class."""
     pytest.importorskip("peft")
     import safetensors.torch
     from safetensors import SafetensorError

@@ -23,7 +23,7 @@ def pipeline(tiny_checkpoint) -> Pipeline:
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
 def test_whole_numbers_of_numpy_and_torch(pipeline, number):
-    """They were refused: `--seed must be a whole number ..., got 7`."""
+    """They were refused: `seed must be a whole number ..., got 7`."""
     settings = SamplingConfig(cfg=number(2), top_k=number(5), temperature=np.float32(0.5), seed=number(7))
     assert asdict(settings) == dict(cfg=2.0, top_k=5, temperature=0.5, seed=7)
     assert {type(value) for value in asdict(settings).values()} == {int, float}
@@ -48,7 +48,7 @@ def test_whole_numbers_of_numpy_and_torch(pipeline, number):
     ],
 )  # fmt: skip
 def test_values_of_other_types_are_refused_by_name(pipeline, values, parameter):
-    """True counted as 1, b"cat" as the prompts "99", "97" and "116"; others ended in a TypeError."""
+    """True counted as 1, b"cat" as the prompts "99", "97" and "116"; others raised a TypeError."""
     with pytest.raises(InputError, match=f"^{parameter} ") as error:
         pipeline.stream(GenerationRequest.of(**{"prompts": "a cat", "width": 32, "height": 32} | values))
     assert len(str(error.value)) < 500
@@ -56,7 +56,7 @@ def test_values_of_other_types_are_refused_by_name(pipeline, values, parameter):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_panel_may_be_the_path_of_a_picture(pipeline, tmp_path, kind):
-    """`panel="a.png"` was taken as as many panels as it has letters."""
+    """`panel="a.png"` counted as a panel for each letter."""
     picture = Image.new("RGB", (40, 50), "red")
     picture.save(tmp_path / "a.png")
     (by_path,) = pipeline.generate("a cat", **DEPTH, panel=kind(tmp_path / "a.png"))
@@ -75,11 +75,11 @@ def test_panels_of_other_types_are_refused(pipeline, panel):
         pipeline.stream(GenerationRequest.of("a cat", **DEPTH, panel=panel))
 
 
-def test_a_panel_that_is_not_there(pipeline):
+def test_a_missing_panel(pipeline):
     with pytest.raises(InputError, match=r"^panel no/such\.png"):
         pipeline.stream(GenerationRequest.of("a cat", **DEPTH, panel="no/such.png"))
 
 
-def test_one_text_is_not_a_sequence_of_letters(pipeline):
+def test_a_str_is_one_prompt(pipeline):
     layout = pipeline.checkpoint.layout(32, 32)
     assert pipeline.checkpoint.prompt_ids("a cat", layout) == pipeline.checkpoint.prompt_ids(["a cat"], layout)
