@@ -128,6 +128,7 @@ def test_an_int8_cache_is_in_the_text_of_the_picture(generate, tmp_path, capsys)
         assert image.text["cache_dtype"] == "int8"
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_pictures_of_one(generate, tiny_checkpoint, tmp_path):
     """The processes are started by torchrun, as by `accelerate launch`."""
     prompts = ["--prompt", "a cat", "--prompt", "a snowman", "-n", "2", "--batch_size", "1", "--preview"]
