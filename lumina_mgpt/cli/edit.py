@@ -10,7 +10,6 @@ edit_ref_center_crop.png, and all results side by side.
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -80,7 +79,7 @@ def read_plan(args: argparse.Namespace) -> OutputPlan:
         "batch_size": 1,
     }
     source = ("image_path", args.image_path)
-    return replace(tasks.panel_plan("edit", args.instruction, source, None, settings), prompts_from="--instruction")
+    return tasks.panel_plan("edit", args.instruction, source, None, settings)
 
 
 def make(

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _GIVEN = "i2i"  # value of --task for every task with a given panel
-_PROMPT = "--prompt"
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class OutputPlan:
 
     Attributes:
         label: name of the task in a picture's text.
-        prompts_from: options or file of the prompts, for errors.
+        prompts_from: parameter, options or file of the prompts, for errors.
         examples: whether the prompts are still to be read from the checkpoint; `request` has a placeholder until then.
         name: first part of the files' names; without it they are numbered.
         image_path: file of the picture for the given panel.
@@ -36,7 +35,7 @@ class OutputPlan:
 
     request: GenerationRequest
     label: str
-    prompts_from: str = _PROMPT
+    prompts_from: str = "prompts"
     examples: bool = False
     name: str | None = None
     image_path: str | None = None
@@ -141,8 +140,9 @@ def read_plan(args: argparse.Namespace) -> OutputPlan:
     """
     settings = request_settings(args)
     prompts = prompt_files.read_prompts(args.prompt, args.prompt_file)
-    given = ((_PROMPT, args.prompt), (f"--prompt_file {args.prompt_file}", args.prompt_file))
-    source = " and ".join(name for name, value in given if value is not None) or _PROMPT
+    source = "prompts"
+    if args.prompt_file is not None:
+        source = f"{'--prompt and ' if args.prompt else ''}--prompt_file {args.prompt_file}"
     if args.task == _GIVEN:
         if args.i2i_task is None:
             raise InputError(f"--task {_GIVEN} needs --i2i_task; it is one of {', '.join(I2I_TASKS)}")
