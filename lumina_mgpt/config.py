@@ -222,7 +222,7 @@ class SamplingConfig:
 
 
 COUPLINGS = ("noise", "maximal", "independent")
-BIRTHS = ("uniform", "above")
+PROPOSALS = ("uniform", "above")
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class Speculation:
         coupling: how drafts are verified against the target distribution, one of COUPLINGS.
         window: drafts that one forward verifies, 1 to 4096. A pipeline replaces None by `devices.default_window`;
             samplers need a number.
-        birth: proposal distribution of a new draft, one of BIRTHS.
+        proposal: proposal distribution of a new draft, one of PROPOSALS.
 
     Raises:
         InputError: a value is out of range.
@@ -241,26 +241,11 @@ class Speculation:
 
     coupling: str = "noise"
     window: int | None = None
-    birth: str = "above"
+    proposal: str = "above"
 
     def __post_init__(self) -> None:
         require(self.coupling in COUPLINGS, "coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
-        require(self.birth in BIRTHS, "birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
+        require(self.proposal in PROPOSALS, "proposal", self.proposal, f"must be one of {', '.join(PROPOSALS)}")
         if self.window is not None:
             rule = "must be a whole number in 1 ... 4096; try 32"
             object.__setattr__(self, "window", whole_number("window", self.window, 1, 4096, rule))
-
-
-def check_counts(n: int, batch_size: int | None) -> tuple[int, int | None]:
-    """Returns the images of each prompt and the batch size as plain numbers."""
-    rule = "must be a whole number in 1 ... 100000; try 1"
-    n = whole_number("n", n, 1, 100_000, rule)
-    return n, batch_size if batch_size is None else whole_number("batch_size", batch_size, 1, 100_000, rule)
-
-
-def check_share(share: tuple[int, int]) -> tuple[int, int]:
-    """Returns the number of this process and the number of processes as plain numbers."""
-    rule = "must be two whole numbers (r, count) with 0 <= r < count"
-    require(isinstance(share, list | tuple) and len(share) == 2, "share", share, rule)
-    count = whole_number("share", share[1], 1, None, rule)
-    return whole_number("share", share[0], 0, count - 1, rule), count

@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from peers import IMAGE_TOKENIZER
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -114,9 +115,7 @@ def test_transformers_chameleon_reads_what_is_saved(tmp_path):
                 owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
                 setattr(owner, leaf, torch.nn.Parameter(parameter.repeat(4, 1)))
     save_model(model, tmp_path)
-    image = dict(embed_dim=8, num_embeddings=8, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
-                 latent_channels=8, resolution=16)  # fmt: skip
-    config = ChameleonConfig.from_pretrained(tmp_path, vocabulary_map={"<image>": 47}, vq_config=image)
+    config = ChameleonConfig.from_pretrained(tmp_path, vocabulary_map={"<image>": 47}, vq_config=dict(IMAGE_TOKENIZER))
     theirs, report = ChameleonForConditionalGeneration.from_pretrained(
         tmp_path, config=config, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )

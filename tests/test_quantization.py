@@ -399,7 +399,7 @@ def test_quantize_refuses_what_it_cannot_do(tiny_checkpoint, tiny_int4, tmp_path
     refused(capsys, main([*tiny, *save, "--group", "16"]), "--group", "16", "32, 64, 128")
     refused(capsys, main(["--model_path", str(tiny_int4), *save]), "--model_path", "which cannot be quantized again")
     refused(capsys, main(["--model_path", str(tmp_path), *save]), "--model_path", "no config.json")
-    refused(capsys, main([*tiny, "--save_path", str(tiny_checkpoint)]), "--save_path", "is kept")
+    refused(capsys, main([*tiny, "--save_path", str(tiny_checkpoint)]), "--save_path", "already exists")
     assert not any(tmp_path.iterdir()), "nothing stays of a failure"
 
 

@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
     return folder / "work" / "example"
 
 
+@pytest.mark.slow
 def test_the_commands_make_what_the_text_says(folder):
     records = {part: read_rows(folder / f"tokens/{part}/records.jsonl", "") for part in ("lighthouse", "known")}
     assert {part: len(rows) for part, rows in records.items()} == {"lighthouse": 112, "known": 2}

@@ -221,7 +221,7 @@ def test_two_runs_in_one_folder_are_one_too_many(settings):
 
     def step_beside_another(began):
         if first.at == 3:
-            with pytest.raises(InputError, match="--output_dir .* another run is at work there"):
+            with pytest.raises(InputError, match="--output_dir .* is in use by another run"):
                 second.run()
         step(began)
 

@@ -27,7 +27,7 @@ def quantize_checkpoint(
             written.
     """
     require_plain_weights(source, "model_path", "quantized again")
-    with new_folder(target, "--save_path") as part:
+    with new_folder(target, "save_path") as part:
         save_model(load_model(source, None, "cpu", quant=group, on_read=on_read), part)
         copy_companions(source, part)
 
@@ -48,4 +48,4 @@ def check_target(target: Path) -> None:
     Raises:
         InputError: the folder is not empty, or cannot be examined.
     """
-    require_new(target, "--save_path")
+    require_new(target, "save_path")

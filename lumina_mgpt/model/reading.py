@@ -45,6 +45,7 @@ def load_model(
     attn: str = "sdpa",
     quant: int | None = None,
     on_read: Callable[[int, int], None] | None = None,
+    config: ModelConfig | None = None,
 ) -> Transformer:
     """Returns the model of a checkpoint folder, in evaluation mode.
 
@@ -58,12 +59,13 @@ def load_model(
         quant: 32, 64 or 128 quantizes the layers' matrices to int4 while they are read, in groups of this size, from
             the numbers in the file whatever `dtype` is. `model.config` then has the recipe.
         on_read: called with the number of weights read and the total, after each tensor.
+        config: configuration of the checkpoint, if it is already read.
 
     Raises:
         InputError: files are missing, damaged or of another model, or the matrices do not divide into the groups.
     """
     folder = Path(folder)
-    config = ModelConfig.from_json(folder / "config.json")
+    config = config or ModelConfig.from_json(folder / "config.json")
     group = _int4_group(folder, config, quant)
     if group and dtype:
         quantization.require_kernel(device)

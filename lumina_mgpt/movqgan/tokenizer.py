@@ -27,7 +27,7 @@ def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -
         InputError: no file or several files are found, or `explicit` cannot be read.
     """
     if explicit is not None:
-        require_readable(explicit, "--movqgan_path")
+        require_readable(explicit, "movqgan_path")
         return Path(explicit)
     found = sorted(path for pattern in _PATTERNS for path in Path(model_folder).glob(pattern))
     if len(found) > 1:  # sizes with equal numbers of codes cannot be told apart, and the wrong one decodes to noise
