@@ -1,4 +1,4 @@
-"""Released name of `lumina-mgpt generate`: pictures of prompts, and of pictures."""
+"""Runs `lumina-mgpt generate` under its released name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Released name of `lumina-mgpt generate-with-image`: a picture of one prompt and a control picture."""
+"""Runs `lumina-mgpt generate-with-image` under its released name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m lumina_mgpt COMMAND`: the same as `lumina-mgpt COMMAND`."""
+"""Runs `python -m lumina_mgpt COMMAND` as `lumina-mgpt COMMAND`."""
 
 import sys
 

@@ -2,25 +2,32 @@
 
 import json
 import math
-import operator
 import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from numbers import Real
 from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lumina_mgpt.checks import excerpt, real_number, require, whole_number
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, read_json, read_text
+from lumina_mgpt.model_config_checks import (
+    check_foreign_keys,
+    check_recipe,
+    check_sizes,
+    check_type,
+    checked_rope,
+    with_rope_parameters,
+)
 
 INT4_GROUPS = (32, 64, 128)
 DEFAULT_INT4_GROUP = 128
 
 
 def int4_recipe(group: int) -> dict[str, object]:
-    """What `config.json` says of int4 weights in groups of `group`."""
+    """Returns the `quantization_config` of int4 weights in groups of `group`."""
     return {"quant_method": "lumina_mgpt_int4", "bits": 4, "group_size": group}
 
 
@@ -28,10 +35,13 @@ def int4_recipe(group: int) -> dict[str, object]:
 class ModelConfig:
     """Shape of the decoder-only transformer; field names are those of the released `config.json`.
 
-    The last five fields are this project's own, absent from released files (where the defaults are right): image code
-    `c` has the id `image_code_offset + c`, `base_size` is the side in pixels the weights were made for, `panels_apart`
-    says that the image tokenizer reads and writes each panel of a picture on its own (`parts`), and
-    `quantization_config` is the recipe of int4 weights (`int4_recipe`; other programs know the key, and refuse it).
+    Released files lack the following fields, and their defaults fit the released models.
+
+    Args:
+        image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
+        base_size: side in pixels of the images that the weights were trained on.
+        panels_apart: whether the image tokenizer encodes and decodes each panel of an image separately (`parts`).
+        quantization_config: `int4_recipe` for int4 weights; other programs know the key and refuse the recipe.
 
     Raises:
         InputError: a value is of another type or out of its range, or two sizes do not fit each other.
@@ -63,54 +73,54 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _require_type(field.name, getattr(self, field.name), field.type)
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            _require(0 < value <= most, name, value, f"must be a positive integer of at most {most}")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _require(self.hidden_size % (2 * heads) == 0, "hidden_size", self.hidden_size,
-                 f"must give each of the {heads} heads an even width")  # fmt: skip
-        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"must divide num_attention_heads = {heads}")
-        _require(self.hidden_act == "silu", "hidden_act", self.hidden_act, "must be silu")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "must be in [0, 1)")
-        _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be > 0")
-        _require(self.z_loss_weight >= 0, "z_loss_weight", self.z_loss_weight, "must be at least 0")
-        _require(0 < self.rms_norm_eps < 1, "rms_norm_eps", self.rms_norm_eps, "must be in (0, 1)")
-        _require(0 <= self.image_code_offset <= self.vocab_size - self.num_image_codes, "image_code_offset",
-                 self.image_code_offset,
-                 f"must leave {self.num_image_codes} codes below vocab_size = {self.vocab_size}")  # fmt: skip
-        _require(self.base_size % 32 == 0, "base_size", self.base_size, "must be n x 32")
-        object.__setattr__(self, "rope_scaling", _checked_rope(self.rope_scaling))
+            check_type(field.name, getattr(self, field.name), field.type)
+        check_sizes(self)
+        object.__setattr__(self, "rope_scaling", checked_rope(self.rope_scaling))
         if self.quantization_config is not None:
-            _check_recipe(self.quantization_config)
+            groups = (DEFAULT_INT4_GROUP, *INT4_GROUPS)
+            check_recipe(self.quantization_config, [int4_recipe(group) for group in groups])
 
     @property
     def int4_group(self) -> int | None:
-        """Weights that share a scale; None where nothing is quantized."""
-        return self.quantization_config and self.quantization_config["group_size"]
+        """Number of int4 weights that share a scale; None for weights without quantization."""
+        return None if self.quantization_config is None else self.quantization_config["group_size"]
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
-    def parts(self, panels: int) -> int:
-        """How many parts, one above another, the image tokenizer makes of a picture of so many panels.
+    @property
+    def layer_weight_count(self) -> int:
+        """Number of weights in the matrices of one layer."""
+        attention = 2 * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        return self.hidden_size * (attention + 3 * self.intermediate_size)
 
-        A MoVQGAN's norms and attention go over the whole picture, so the codes of a panel depend on the other one: in
-        half of them, for the demo. The released models were trained so, though a given panel comes alone when they are
-        used. With `panels_apart` its codes are those that training saw, and those of the same picture without a panel.
+    @property
+    def weight_count(self) -> int:
+        """Number of weights in all matrices; norms and biases, under 0.1 %, are not counted."""
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return embeddings + self.num_hidden_layers * self.layer_weight_count
+
+    def parts(self, panels: int) -> int:
+        """Returns into how many parts, from top to bottom, the image tokenizer cuts an image of some panels.
+
+        Norms and attention of a MoVQGAN span the whole image, so the codes of one panel depend on the other: for the
+        demo, half of them. The released models were trained on codes of whole images, but get a given panel alone in
+        inference. With `panels_apart`, the codes of a panel are the same in training, in inference and for the panel as
+        a separate image.
         """
         return panels if self.panels_apart else 1
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":
-        """Reads a `config.json`; null stands for the default.
+        """Reads a `config.json`; null means the default.
 
-        Keys that change no computation of this model are ignored; released files carry many (`vq_config`,
-        `vocabulary_map`, `mask_image_logits`, `attention_dropout`, ids of bos and eos). Those that would are refused.
+        Keys that do not affect this model are ignored, such as `vq_config`, `vocabulary_map`, `mask_image_logits`,
+        `attention_dropout` and the ids of bos and eos in released files.
 
         Raises:
-            InputError: the file cannot be read, is of another kind of model, or holds what this one does not compute.
+            InputError: the file cannot be read, is of another type of model, or has settings that are not supported.
         """
         path = Path(path)
         if not os.path.lexists(path) and os.path.isdir(path.parent):
@@ -119,20 +129,24 @@ class ModelConfig:
         raw = read_json(path)
         if raw.get("model_type") != "chameleon":
             kind = excerpt(raw.get("model_type"))
-            raise InputError(f"{path}: model_type must be chameleon, got {kind}; this is another kind of checkpoint")
+            raise InputError(f"{path}: model_type must be chameleon, got {kind}; give a checkpoint of this model")
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in raw.items() if key in known and value is not None}
         values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
         try:
-            _check_others(raw, values)
-            values = _with_rope_of_transformers_5(values, raw.get("rope_parameters"))
+            check_foreign_keys(raw, values)
+            values = with_rope_parameters(values, raw.get("rope_parameters"))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         return cls._build(values, path)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "ModelConfig":
-        """Reads one of our own YAML files, where an unknown key is an error."""
+        """Reads a YAML file of this project; unknown keys are errors.
+
+        Raises:
+            InputError: the file cannot be read, or a key or value is wrong.
+        """
         path = Path(path)
         text = read_text(path)
         try:
@@ -159,24 +173,26 @@ class ModelConfig:
             raise InputError(f"{path}: {error}") from None
 
     def to_json(self, path: str | Path) -> None:
-        """Writes a `config.json` that the released code and this one both read."""
+        """Writes a `config.json` that both the released code and this project read."""
         extra = {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_type": "chameleon"}
         values = asdict(self)
-        if self.quantization_config is None:  # other programs take a null for a recipe
+        if self.quantization_config is None:  # other programs take null for a recipe
             del values["quantization_config"]
         Path(path).write_text(json.dumps(extra | values, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How codes are drawn. `cfg` is the guidance scale (1.0: no guidance, no unconditional row).
+    """How image codes are sampled. NumPy and torch scalars become plain Python numbers.
 
-    Ranges: cfg in 0 ... 1000; temperature > 0; top_k >= 1 (more than the number of codes means all of them).
-
-    NumPy and torch scalars are converted, so that the fields are plain Python numbers.
+    Args:
+        cfg: scale of classifier-free guidance, 0 to 1000; 1.0 means no guidance and no unconditional row.
+        top_k: number of most probable codes to sample from, at least 1; above the number of codes it means all.
+        temperature: divisor of the logits, above 0.
+        seed: seed of the noise, 0 to 2**63 - 1.
 
     Raises:
-        InputError: naming the command line option that is out of its range.
+        InputError: a value has another type or is out of range.
     """
 
     cfg: float = 4.0
@@ -185,240 +201,51 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        cfg, temperature = _real(self.cfg), _real(self.temperature)
-        _require(0 <= cfg <= 1000, "--cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
-        _require(math.isfinite(temperature) and temperature > 0, "--temperature", self.temperature,
-                 "must be a finite number > 0; try 1.0, or --top_k 1 for the likeliest codes")  # fmt: skip
-        plain = {
-            "cfg": cfg, "temperature": temperature,
-            "top_k": whole_number("--top_k", self.top_k, 1, None, "must be a whole number of at least 1; try 4096"),
-            "seed": whole_number("--seed", self.seed, 0, 2**63 - 1, "must be a whole number in 0 ... 2**63 - 1"),
-        }  # fmt: skip
-        for name, value in plain.items():
+        cfg, temperature = real_number(self.cfg), real_number(self.temperature)
+        require(0 <= cfg <= 1000, "cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
+        rule = "must be a finite number > 0; try 1.0, or top_k=1 for the most probable codes"
+        require(math.isfinite(temperature) and temperature > 0, "temperature", self.temperature, rule)
+        top_k = whole_number("top_k", self.top_k, 1, None, "must be a whole number of at least 1; try 4096")
+        seed = whole_number("seed", self.seed, 0, 2**63 - 1, "must be a whole number in 0 ... 2**63 - 1")
+        for name, value in (("cfg", cfg), ("top_k", top_k), ("temperature", temperature), ("seed", seed)):
             object.__setattr__(self, name, value)  # the class is frozen
 
     def with_seeds(self, count: int) -> list["SamplingConfig"]:
-        """The same settings with `count` seeds one after another, this one's first.
+        """Returns `count` copies with consecutive seeds, starting with this one's.
 
         Raises:
             InputError: the last seed is out of range.
         """
-        _require(self.seed + count <= 2**63, "--seed", self.seed,
-                 f"must be at most 2**63 - {count}, as {count} seeds from it on are used")  # fmt: skip
+        rule = f"must be at most 2**63 - {count}, because {count} consecutive seeds are used"
+        require(self.seed + count <= 2**63, "seed", self.seed, rule)
         return [replace(self, seed=self.seed + number) for number in range(count)]
 
 
 COUPLINGS = ("noise", "maximal", "independent")
-BIRTHS = ("uniform", "above")
+PROPOSALS = ("uniform", "above")
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """How codes are drafted and judged: the coupling, the number of drafts `window`, and the law of a new draft.
+    """Settings of speculative Jacobi sampling.
 
-    A pipeline takes `devices.default_window` where `window` is None; samplers want a number.
+    Args:
+        coupling: how drafts are verified against the target distribution, one of COUPLINGS.
+        window: drafts that one forward verifies, 1 to 4096. A pipeline replaces None by `devices.default_window`;
+            samplers need a number.
+        proposal: proposal distribution of a new draft, one of PROPOSALS.
 
     Raises:
-        InputError: naming the command line option that is out of its range.
+        InputError: a value is out of range.
     """
 
     coupling: str = "noise"
     window: int | None = None
-    birth: str = "above"
+    proposal: str = "above"
 
     def __post_init__(self) -> None:
-        _require(self.coupling in COUPLINGS, "--coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
-        _require(self.birth in BIRTHS, "--birth", self.birth, f"must be one of {', '.join(BIRTHS)}")
+        require(self.coupling in COUPLINGS, "coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
+        require(self.proposal in PROPOSALS, "proposal", self.proposal, f"must be one of {', '.join(PROPOSALS)}")
         if self.window is not None:
             rule = "must be a whole number in 1 ... 4096; try 32"
-            object.__setattr__(self, "window", whole_number("--window", self.window, 1, 4096, rule))
-
-
-def check_counts(n: int, batch_size: int | None) -> tuple[int, int | None]:
-    """Images of a prompt, and images made at once (None: to be chosen), as plain numbers.
-
-    Raises:
-        InputError: one of them is no whole number of 1 ... 100,000; each image costs names and memory beforehand.
-    """
-    rule = "must be a whole number in 1 ... 100000; try 1"
-    n = whole_number("-n", n, 1, 100_000, rule)
-    return n, batch_size if batch_size is None else whole_number("--batch_size", batch_size, 1, 100_000, rule)
-
-
-def check_share(share: tuple[int, int]) -> tuple[int, int]:
-    """This process's number and how many processes there are, as plain numbers.
-
-    Raises:
-        InputError: these are not two whole numbers, the first from 0 to below the second.
-    """
-    rule = "must be two whole numbers (r, count) with 0 <= r < count"
-    _require(isinstance(share, list | tuple) and len(share) == 2, "share", share, rule)
-    count = whole_number("share", share[1], 1, None, rule)
-    return whole_number("share", share[0], 0, count - 1, rule), count
-
-
-def whole_number(name: str, value: object, low: int | None, high: int | None, rule: str) -> int:
-    """`value` as an int: an int, or a NumPy or torch scalar of an integer type.
-
-    Args:
-        name: what messages call it.
-        low, high: its range; None: no limit.
-        rule: what messages say of the range.
-
-    Raises:
-        InputError: it is of another type (bool included), or out of range.
-    """
-    plain = _plain(value)
-    try:
-        number = None if isinstance(plain, bool) else operator.index(plain)
-    except TypeError:
-        number = None
-    fits = number is not None and (low is None or low <= number) and (high is None or number <= high)
-    _require(fits, name, value, rule)
-    return number
-
-
-# -- checks of a model's configuration ---------------------------------------------------------------------------------
-
-# The largest sizes that are taken; each is many times that of the 34B.
-_MOST = {
-    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**20, "num_hidden_layers": 1024,
-    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "max_position_embeddings": 2**31 - 1,
-    "model_parallel_size": 2**16, "num_image_codes": 2**24, "base_size": 2**16,
-}  # fmt: skip
-
-# Keys of `config.json` that change what a transformer computes, in ways that this one does not; and the values that
-# change nothing, besides null.
-_OTHERS: dict[str, tuple] = {
-    "partial_rotary_factor": (1,),
-    "sliding_window": (),
-    "layer_types": (),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "logit_scale": (1,),
-    "logits_scaling": (1,),
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "attention_multiplier": (),
-    "query_pre_attn_scalar": (),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "pruned_heads": ({},),
-    "add_cross_attention": (False,),
-    "compression_config": (),
-}
-
-
-def _check_others(raw: dict, values: dict) -> None:
-    """Refuses keys that would change the result and mean nothing to this model."""
-    for name, neutral in _OTHERS.items():
-        value = raw.get(name)
-        _require(value is None or value in neutral, name, value, "must be null, since this model does not support it")
-    width, hidden, heads = raw.get("head_dim"), values.get("hidden_size"), values.get("num_attention_heads")
-    if width is not None and is_number(width) and is_number(hidden) and is_number(heads):
-        _require(width * heads == hidden, "head_dim", width, "must be hidden_size / num_attention_heads")
-
-
-def _with_rope_of_transformers_5(values: dict, parameters: object) -> dict:
-    """Adds `rope_theta` and `rope_scaling` from the one entry that transformers 5 writes in their place."""
-    if parameters is None:
-        return values
-    _require(isinstance(parameters, dict), "rope_parameters", parameters, "must be an object")
-    told = {key: value for key, value in parameters.items() if value is not None}
-    theta = told.pop("rope_theta", None)
-    _require(theta is None or values.get("rope_theta", theta) == theta, "rope_parameters", parameters,
-             f"must have the rope_theta of the file, {excerpt(values.get('rope_theta'))}")  # fmt: skip
-    scaling = _checked_rope(told, "rope_scaling (of rope_parameters)")
-    own = _checked_rope(values.get("rope_scaling"))
-    _require(own is None or own == scaling, "rope_parameters", parameters, f"must equal rope_scaling, {own}")
-    return values | ({} if theta is None else {"rope_theta": theta}) | {"rope_scaling": scaling}
-
-
-def _checked_rope(scaling: object, name: str = "rope_scaling") -> dict | None:
-    """The scaling of position angles; None where there is none, in whatever spelling.
-
-    Raises:
-        InputError: it is of a kind, or has a setting, that is not supported.
-    """
-    if scaling is None:
-        return None
-    _require(isinstance(scaling, dict), name, scaling, "must be null or an object")
-    told = {key: value for key, value in scaling.items() if value is not None}
-    kinds = [told.pop(key) for key in ("type", "rope_type") if key in told]
-    if not kinds and not told:
-        return None
-    same = all(kind == kinds[0] for kind in kinds)
-    known = bool(kinds) and same and kinds[0] in ("default", "linear", "dynamic")
-    _require(known, name, scaling, "must be null, default, linear or dynamic")
-    factor = told.pop("factor", 1 if kinds[0] == "default" else None)
-    _require(not told, name, scaling, f"must not have {', '.join(map(str, told))}, which is not supported")
-    _require(is_number(factor) and factor >= 1, name, scaling, "must have a factor of at least 1")
-    return None if kinds[0] == "default" else scaling
-
-
-def _check_recipe(recipe: dict) -> None:
-    """Refuses int4 weights of another program, and settings that this one does not know."""
-    own, method = int4_recipe(DEFAULT_INT4_GROUP), recipe.get("quant_method")
-    if method != own["quant_method"]:
-        name = f"quant_method {excerpt(method)}" if method else "no quant_method"
-        raise InputError(f"quantization_config must be absent or of quant_method {own['quant_method']}, got {name}; "
-                         "give the checkpoint that these weights were made of, with --quant")  # fmt: skip
-    extra = sorted(map(str, recipe.keys() - own.keys()))
-    _require(not extra, "quantization_config", recipe, f"must not have {', '.join(extra)}, which is not known")
-    _require(recipe in [int4_recipe(group) for group in INT4_GROUPS], "quantization_config", recipe,
-             f"must be {own} (or with group_size 32 or 64)")  # fmt: skip
-
-
-_RULES = {int: "must be a positive integer", float: "must be a finite number", bool: "must be true or false",
-          str: "must be text"}  # fmt: skip
-
-
-def _require_type(name: str, value: object, kind: object) -> None:
-    if kind is float:
-        right = is_number(value)
-    elif kind is int:
-        right = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        right = isinstance(value, kind)
-    _require(right, name, value, _RULES.get(kind, "must be null or an object"))
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number that a float can hold; true and false are none."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _plain(value: object) -> object:
-    """A NumPy or torch scalar as the Python number that it holds; anything else unmodified."""
-    try:
-        return value.item()
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # no scalar; the last two: of several numbers
-        return value
-
-
-def _real(value: object) -> float:
-    """A real number as a float; NaN for anything else, bool included."""
-    plain = _plain(value)
-    if isinstance(plain, bool) or not isinstance(plain, Real):
-        return math.nan
-    try:
-        return float(plain)
-    except OverflowError:
-        return math.inf
-
-
-def excerpt(value: object) -> str:
-    """`value` for a message: its representation, shortened over 200 characters."""
-    try:
-        text = repr(_plain(value))
-    except ValueError:  # Python prints no integer of over 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 200 else f"{text[:60]}... ({len(text)} characters)"
-
-
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
-        raise InputError(f"{name} {rule}, got {excerpt(value)}")
+            object.__setattr__(self, "window", whole_number("window", self.window, 1, 4096, rule))

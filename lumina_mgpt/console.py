@@ -1,17 +1,17 @@
-"""What a command prints and how it is stopped: neither a lost reader nor an encoding ends its work."""
+"""Output streams that never raise, and signals as exceptions."""
 
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 _SIGNALS = ("SIGTERM", "SIGHUP", "SIGBREAK")  # besides SIGINT, which Python turns into KeyboardInterrupt; as available
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal other than Ctrl-C that asks the program to end; `number` is the signal's."""
+    """Raised for a signal other than Ctrl-C that ends the program; `number` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -19,13 +19,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class SafeStream:
-    """A text stream that never raises: what it cannot encode is escaped, what it cannot write is dropped.
+    """A text stream that never raises. It escapes what it cannot encode and drops what it cannot write.
 
-    A reader that leaves (`| head -1`), a closed stream and a full disk behind a redirection are no reason to end a run.
+    So a pipe whose reader exits (`| head -1`), a closed stream or a full disk does not end a run.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        """`stream` None stands for a stream that was closed before Python started."""
+        """Wraps a stream; None is a stream that was closed before Python started."""
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -45,7 +45,7 @@ class SafeStream:
 
     def isatty(self) -> bool:
         with suppress(OSError, ValueError, AttributeError):
-            return self._stream.isatty()
+            return self._stream is not None and self._stream.isatty()
         return False
 
     @property
@@ -56,8 +56,10 @@ class SafeStream:
         return getattr(self._stream, name)
 
     def _give_up(self) -> None:
-        """Sends what is buffered, and everything later, to the null device; else Python complains when it exits."""
+        """Redirects buffered and later output to the null device; otherwise Python reports an error at exit."""
         stream, self._stream = self._stream, None
+        if stream is None:
+            return
         with suppress(OSError, ValueError, AttributeError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
@@ -65,8 +67,10 @@ class SafeStream:
 
 
 def _open_closed_descriptors() -> None:
-    """Opens the null device where descriptor 0, 1 or 2 is closed, or the next file opened would receive what libraries
-    print there."""
+    """Opens the null device for closed descriptors 0, 1 and 2.
+
+    Otherwise the next file that is opened gets the number, and libraries print into it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -75,13 +79,13 @@ def _open_closed_descriptors() -> None:
 
 
 def _escaped(text: str, encoding: str) -> str:
-    """`text` with backslash escapes for what `encoding` does not have."""
+    """Returns `text` with backslash escapes for characters that are not in `encoding`."""
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """Replaces sys.stdout and sys.stderr by streams that never raise."""
+    """Replaces sys.stdout and sys.stderr by streams that never raise, until the block ends."""
     _open_closed_descriptors()
     with ExitStack() as stack:
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
@@ -93,12 +97,12 @@ def safe_output() -> Iterator[None]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raises `Stopped` in the main thread at SIGTERM and SIGHUP, so that a command removes what it has not finished.
+    """Raises `Stopped` in the main thread at SIGTERM and SIGHUP, so that a command can remove unfinished files.
 
-    A signal that was ignored before (`nohup`) stays ignored. Further ones are ignored while the command cleans up: at
-    the end of a terminal both the kernel and the shell send SIGHUP. Ctrl-C still interrupts the clean-up.
+    A signal that is ignored before (`nohup`) stays ignored. After the first signal, further ones are ignored, because
+    both the kernel and the shell send SIGHUP when a terminal closes. Ctrl-C still interrupts the clean-up.
     """
-    handlers = {}
+    handlers: dict[int, Any] = {}
 
     def stop(number: int, frame: object) -> None:
         for other in handlers:

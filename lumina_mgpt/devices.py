@@ -1,4 +1,4 @@
-"""Which device and which number format to use: explicit, checked before anything is loaded, never a hidden default."""
+"""Devices, number formats and the defaults that depend on them, checked before anything is loaded."""
 
 import logging
 import os
@@ -14,33 +14,34 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
-    """`auto` is the GPU if there is one (CUDA before Apple's), else the CPU; any other name must be usable here.
+    """Returns the device of a name; `auto` is a CUDA GPU if there is one, else an Apple GPU, else the CPU.
 
     Raises:
-        InputError: the name means nothing to torch, or such a device is not there.
+        InputError: the name is unknown, or this machine has no device of that name.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device must be auto, cpu, cuda or mps, got {name!r}; try auto") from None
+        raise InputError(f"must be auto, cpu, cuda or mps, got {name!r}; try auto", "device") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise InputError(
-                f"--device {device} needs a CUDA GPU, but torch {torch.__version__} sees {count} here; "
-                "use --device cpu, or install a CUDA driver and a CUDA build of torch"
+                f"{device} needs a CUDA GPU, but torch {torch.__version__} finds {count} here; use device=cpu, or "
+                "install a CUDA driver and a CUDA build of torch",
+                "device",
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps needs an Apple GPU, and torch sees none here; use --device cpu")
+        raise InputError("mps needs an Apple GPU, but torch finds none here; use device=cpu", "device")
     elif device.type not in ("cpu", "mps"):
-        raise InputError(f"--device must be auto, cpu, cuda or mps, got {device}; try auto")
+        raise InputError(f"must be auto, cpu, cuda or mps, got {device}; try auto", "device")
     return device
 
 
 def own_device(name: str) -> torch.device:
-    """`resolve_device`, but of several GPUs the one that a launcher meant for this process."""
+    """Returns the device of a name; of several GPUs the one that a launcher assigned to this process."""
     device, local = resolve_device(name), os.environ.get("LOCAL_RANK", "")
     return resolve_device(f"cuda:{local}") if device.type == "cuda" and local.isdecimal() else device
 
@@ -48,30 +49,34 @@ def own_device(name: str) -> torch.device:
 def resolve_dtype(
     name: str | torch.dtype, device: torch.device, config: ModelConfig, quant: int | None = None
 ) -> torch.dtype:
-    """`auto` is bf16 on CUDA (fp16 where the GPU lacks it), fp16 on Apple's GPUs, and fp32 on a CPU.
+    """Returns the number format of a name.
 
-    On a CPU fp32 is the quickest format that every processor has; only when the weights would then take more than half
-    of the machine's memory does `auto` mean bf16, and says so in the log. With int4 weights it is bf16 on a CPU too:
-    torch's kernel for fp32 inputs was 40 times slower (`scripts/benchmarks/bench_large.py floor`).
+    `auto` is bf16 on CUDA (fp16 on GPUs without bf16), fp16 on Apple GPUs and fp32 on a CPU, where fp32 is the fastest
+    format that every processor supports. On a CPU it is bf16, with a line in the log, if fp32 weights exceed half of
+    the memory. With int4 weights it is bf16 on a CPU, because torch's kernel is 40 times slower with fp32 inputs
+    (measured by `scripts/benchmarks/bench_large.py floor`).
+
+    Args:
+        quant: group size of int4 weights that are made while loading.
 
     Raises:
-        InputError: the name is unknown, or no floating-point format.
+        InputError: the name is unknown or not a floating-point format.
     """
     if isinstance(name, torch.dtype):
         if not name.is_floating_point:
-            raise InputError(f"--dtype must be a floating-point format, got {name}; try fp32")
+            raise InputError(f"must be a floating-point format, got {name}; try fp32", "dtype")
         return name
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise InputError(f"--dtype must be auto, fp32, bf16 or fp16, got {name!r}; try auto")
+        raise InputError(f"must be auto, fp32, bf16 or fp16, got {name!r}; try auto", "dtype")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
         return torch.float16
     if quant or config.int4_group:
         return torch.bfloat16
-    needed, memory = 4 * weight_count(config), _physical_memory()
+    needed, memory = 4 * config.weight_count, _physical_memory()
     if memory is not None and 2 * needed > memory:
         logger.info("weights in bf16: fp32 would take %.1f of %.1f GB of memory", needed / 1e9, memory / 1e9)
         return torch.bfloat16
@@ -79,37 +84,36 @@ def resolve_dtype(
 
 
 def default_window(device: torch.device, int4: bool) -> int:
-    """How many drafts one forward judges where the user does not say.
+    """Returns the default number of drafts that one forward verifies: the fastest measured, or the wider of equals.
 
-    Seconds an image of the demo checkpoint at windows 8, 16, 32, 64, the quicker of `noise` and `maximal` by
-    `bench.py --window 8 16 32 64`, on two cores: fp32 0.70 0.54 0.57 0.67, bf16 0.48 0.39 0.37 0.41, int4 0.34
-    0.36 0.45 0.66, int4 with an int8 cache 0.51 0.49 0.57 0.77; int4 by `native` on two cores with AMX 0.22 0.19 0.19
-    0.22. Where two are as good, the one of fewer forwards.
+    Seconds per image of the demo checkpoint on two cores, the better of the couplings `noise` and `maximal`
+    (`scripts/benchmarks/bench.py --window 8 16 32 64`):
 
-    Not measured: a GPU. One that multiplies by 150 rows while it reads its weights once (A100, bf16: 312 TFLOP/s over
-    2.0 TB/s) takes 64 drafts with guidance, 128 rows, for the price of one; wider windows hardly give more codes.
+    | window | fp32 | bf16 | int4 | int4, int8 cache | int4, AMX kernel |
+    | --- | --- | --- | --- | --- | --- |
+    | 8 | 0.70 | 0.48 | 0.34 | 0.51 | 0.22 |
+    | 16 | 0.54 | 0.39 | 0.36 | 0.49 | 0.19 |
+    | 32 | 0.57 | 0.37 | 0.45 | 0.57 | 0.19 |
+    | 64 | 0.67 | 0.41 | 0.66 | 0.77 | 0.22 |
+
+    The value for GPUs is an estimate. An A100 in bf16 (312 TFLOP/s, 2.0 TB/s) multiplies about 150 rows in the time
+    that it takes to read the weights, so 64 drafts with guidance (128 rows) cost about as much as one code. Wider
+    windows accept hardly more codes.
     """
     if device.type != "cpu":
         return 64
     return 16 if int4 else 32
 
 
-def weight_count(config: ModelConfig) -> int:
-    """Number of weights in the matrices of the model (norms and biases, under 0.1 %, are left out)."""
-    D, H = config.hidden_size, config.head_dim
-    attention = 2 * D * D + 2 * D * config.num_key_value_heads * H
-    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * D
-    return embeddings + config.num_hidden_layers * (attention + 3 * D * config.intermediate_size)
-
-
 def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one row of `slots` ids takes; int8 ones have a float32 scale a token and head."""
+    """Returns the bytes of keys and values of one row of `slots` ids; int8 adds a float32 scale per token and head."""
     vector = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
     return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * vector
 
 
 def _physical_memory() -> int | None:
+    """Returns the bytes of physical memory, None where the system does not report them."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows does not tell this way
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None

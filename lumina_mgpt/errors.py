@@ -1,4 +1,4 @@
-"""The exception for everything that a user can cause and correct."""
+"""InputError: the exception for everything that a user can cause and correct."""
 
 
 class InputError(ValueError):

@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and text and JSON read with errors that a user can act on.
+"""Atomic files and folders, locks, and reading of text and JSON.
 
-Everything that a user or another program may have written is read through this module: a byte order mark is removed,
-and what cannot be read becomes an InputError that names the file.
+All text and JSON from users or other programs is read through this module: it removes a byte order mark, and raises an
+InputError with the name of a file that cannot be read.
 """
 
 import errno
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -31,152 +32,176 @@ _REMEDIES = {
 
 
 def cause(error: BaseException) -> str:
-    """What went wrong, in the words of the system, on one line of at most 200 characters."""
+    """Returns the system's description of an error, one line of at most 200 characters."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__
 
 
 def remedy(error: BaseException, otherwise: str = "check the path") -> str:
-    """What a user can do about an error of the operating system; `otherwise` where the error number says nothing."""
-    return _REMEDIES.get(getattr(error, "errno", None), otherwise)
+    """Returns advice for an error of the operating system, `otherwise` if the error number is not in the table."""
+    return _REMEDIES.get(getattr(error, "errno", None) or 0, otherwise)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def decode_text(data: bytes, where: str) -> str:
-    """Text of UTF-8 bytes, without byte order marks: files that are joined have one at the start of several lines.
+def decode_text(data: bytes, where: str, parameter: str = "") -> str:
+    """Returns the text of UTF-8 bytes, without byte order marks; joined files have one at the start of several lines.
+
+    Args:
+        where: source of the bytes, for errors.
+        parameter: parameter that named the source, for errors.
 
     Raises:
-        InputError: the bytes are not UTF-8, or hold a zero byte; names `where` and the encoding that they seem to have.
+        InputError: the bytes are not UTF-8, or contain a zero byte; names the encoding that they seem to have.
     """
     try:
         text = re.sub("^\ufeff", "", data.decode("utf-8"), flags=re.MULTILINE)
         if "\0" in text:  # UTF-16 without a mark is valid UTF-8 where all letters are ASCII
             raise InputError(f"{where} must be UTF-8 text, got a zero byte, as in UTF-16 and binary data, at byte "
-                             f"{data.index(0)}; save it as UTF-8, or replace it")  # fmt: skip
+                             f"{data.index(0)}; save it as UTF-8, or replace it", parameter or None)  # fmt: skip
         return text
     except UnicodeDecodeError as error:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         seems = "UTF-16" if wide else f"another encoding, perhaps Windows-1252: byte {data[error.start]:#04x}"
-        raise InputError(f"{where} must be UTF-8 text, got {seems} at byte {error.start}; save it as UTF-8") from None
+        message = f"{where} must be UTF-8 text, got {seems} at byte {error.start}; save it as UTF-8"
+        raise InputError(message, parameter or None) from None
 
 
 def read_text(path: str | Path, parameter: str = "") -> str:
-    """Text of a UTF-8 file, without byte order marks; line ends are left unmodified.
+    """Returns the text of a UTF-8 file, without byte order marks and with unmodified line ends.
 
     Args:
-        parameter: what the file was given as, for messages.
+        parameter: parameter that named the file, for errors.
 
     Raises:
-        InputError: the file is missing, may not be read, or is not UTF-8.
+        InputError: the file is missing, cannot be read, or is not UTF-8.
     """
-    where = f"{parameter} {path}".strip()
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{where} cannot be read ({cause(error)}); {remedy(error)}") from None
-    return decode_text(data, where)
+        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter or None) from None
+    return decode_text(data, str(path), parameter)
 
 
 def require_readable(path: str | Path, parameter: str = "") -> None:
-    """Refuses a file that cannot be opened, for libraries whose own errors do not say why.
+    """Checks that a file can be opened, for libraries whose errors do not name the reason.
 
     Raises:
-        InputError: the file is missing, a folder, may not be read, or lies on a device with errors.
+        InputError: the file is missing, is a folder, or cannot be read.
     """
     try:
         with open(path, "rb") as file:
             file.read(1)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{parameter} {path} cannot be read ({cause(error)}); {remedy(error)}".strip()) from None
+        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter or None) from None
 
 
 def lines_of(text: str) -> list[str]:
-    r"""Lines of a text, without their ends.
+    r"""Returns the lines of a text without their ends.
 
-    Only \n, \r\n and \r end a line: `str.splitlines` also splits at a form feed, U+0085 and U+2028, which may occur
+    Only \n, \r\n and \r end a line. `str.splitlines` also splits at a form feed, U+0085 and U+2028, which may occur
     inside a sentence.
     """
     return re.split(r"\r\n|\n|\r", text)
 
 
-def parse_json(text: str, where: str) -> object:
-    """The value of a JSON text.
+def parse_json(text: str, where: str, parameter: str = "") -> object:
+    """Returns the value of a JSON text.
+
+    Args:
+        where: source of the text, for errors.
+        parameter: parameter that named the source, for errors.
 
     Raises:
-        InputError: the text is not JSON, or nested too deeply, or holds a number of too many digits; names `where`.
+        InputError: the text is not JSON, is nested too deeply, or has a number with too many digits.
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise InputError(f"{where} is nested too deeply for JSON; correct or remove it") from None
-    except ValueError as error:  # JSONDecodeError is one; a number of over 4,300 digits raises another
-        raise InputError(f"{where} is not JSON ({cause(error)}); correct or remove it") from None
+        raise InputError(f"{where} is nested too deeply for JSON; correct or remove it", parameter or None) from None
+    except ValueError as error:  # JSONDecodeError, or a number with over 4,300 digits
+        raise InputError(f"{where} is not JSON ({cause(error)}); correct or remove it", parameter or None) from None
 
 
 def read_json(path: str | Path, parameter: str = "") -> dict:
-    """The mapping that a JSON file holds.
+    """Returns the mapping in a JSON file.
 
     Raises:
-        InputError: the file cannot be read, is not JSON, or holds something else.
+        InputError: the file cannot be read, is not JSON, or holds another type.
     """
-    where = f"{parameter} {path}".strip()
-    value = parse_json(read_text(path, parameter), where)
+    value = parse_json(read_text(path, parameter), str(path), parameter)
     if not isinstance(value, dict):
-        raise InputError(f"{where} must hold a JSON object, got a {type(value).__name__}; correct or replace it")
+        message = f"{path} must hold a JSON object, got a {type(value).__name__}; correct or replace it"
+        raise InputError(message, parameter or None)
     return value
 
 
 def read_rows(path: str | Path, parameter: str) -> list:
-    """All rows of a `.json` (a list) or `.jsonl` (one value a line) file.
+    """Returns the rows of a `.json` file (a list) or a `.jsonl` file (one value per line).
 
     Raises:
-        InputError: naming `parameter`, and the line that is damaged.
+        InputError: the file cannot be read; names the damaged line.
     """
     path = Path(path)
     if path.suffix not in (".json", ".jsonl"):
-        raise InputError(f"{parameter} must end in .json or .jsonl, got {path}")
+        raise InputError(f"must end in .json or .jsonl, got {path}", parameter)
     text = read_text(path, parameter)
     if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
-        return [parse_json(line, f"{parameter} {path}, line {n}") for n, line in lines if line.strip()]
-    rows = parse_json(text, f"{parameter} {path}")
+        lines = enumerate(text.split("\n"), 1)  # not splitlines: a JSON string may contain U+2028
+        return [parse_json(line, f"{path}, line {n}", parameter) for n, line in lines if line.strip()]
+    rows = parse_json(text, str(path), parameter)
     if not isinstance(rows, list):
-        raise InputError(f"{parameter} {path} must hold a list of records, got a {type(rows).__name__}")
+        raise InputError(f"{path} must hold a list of records, got a {type(rows).__name__}", parameter)
     return rows
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Writes a file so that a reader, or a run after a kill, sees all of it or the one before.
+def partial_path(path: Path) -> Path:
+    """Returns the temporary name of a file that is being written, in the same folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yields a temporary file that replaces `path` atomically when the block ends, and is removed if it raises.
 
     Raises:
-        InputError: the file cannot be written; the one before is kept.
+        OSError: the file cannot be written; the previous one is kept.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = partial_path(path)
     try:
         with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
+    except BaseException:  # also Ctrl-C
+        with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> None:
+    """Replaces the content of a file; readers see either all of the new content or all of the old.
+
+    Raises:
+        InputError: the file cannot be written; the previous one is kept.
+    """
+    try:
+        with replacing(Path(path)) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
         raise InputError(f"{path} cannot be written ({cause(error)}); {remedy(error)}") from None
 
 
 def write_tensors(path: str | Path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file under its name, with the access rights that the umask gives.
-
-    safetensors makes files that no other user can read (mode 0600), whatever the umask.
+    """Writes a safetensors file with the access rights of the umask; safetensors itself always sets mode 0600.
 
     Raises:
-        OSError, SafetensorError: the file cannot be written; what is there is not whole.
+        OSError, SafetensorError: the file cannot be written and may be incomplete.
     """
     from safetensors.torch import save_file  # imports torch, which takes seconds
 
@@ -187,10 +212,10 @@ def write_tensors(path: str | Path, tensors: Mapping, metadata: Mapping[str, str
 
 
 def require_new(target: str | Path, parameter: str) -> None:
-    """Refuses a path where something is already; an empty folder is allowed.
+    """Checks that a path is free or an empty folder.
 
     Raises:
-        InputError: something is there, or the path cannot be examined.
+        InputError: the path is taken or cannot be examined.
     """
     try:
         os.stat(target)
@@ -198,46 +223,47 @@ def require_new(target: str | Path, parameter: str) -> None:
     except FileNotFoundError:
         taken = False
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{parameter} {target} cannot be used ({cause(error)}); {remedy(error)}") from None
+        raise InputError(f"{target} cannot be used ({cause(error)}); {remedy(error)}", parameter) from None
     if taken:
-        raise InputError(f"{parameter} {target} is there already, and is kept; give a new folder")
+        raise InputError(f"{target} already exists and is not replaced; give a new folder", parameter)
 
 
 @contextmanager
 def new_folder(target: str | Path, parameter: str) -> Iterator[Path]:
-    """Yields a hidden folder to write to; `target` gets its content when the block ends, and nothing if it raises.
+    """Yields a hidden folder to write to; its content becomes `target` when the block ends, or is removed if it raises.
 
-    A folder that is not there yet is renamed in one step. An empty one that is there is kept, since it may be a mount
-    point: the files are moved into it.
+    A new folder appears in one step. An existing empty folder may be a mount point, so files are moved into it.
 
     Args:
-        parameter: what the folder was given as, for messages.
+        parameter: parameter that named the folder, for errors.
 
     Raises:
         InputError: `target` is taken or cannot be written.
     """
     require_new(target, parameter)
-    place = Path(os.path.realpath(target))
-    there = place.is_dir()
-    hidden = (place if there else place.parent) / f".{place.name[:50]}.{os.getpid()}.part"
-    parents = [folder for folder in place.parents if not folder.exists()]
+    resolved = Path(os.path.realpath(target))
+    exists = resolved.is_dir()
+    hidden = (resolved if exists else resolved.parent) / f".{resolved.name[:50]}.{os.getpid()}.part"
+    parents = [folder for folder in resolved.parents if not folder.exists()]
     done = False
     try:
         hidden.mkdir(parents=True)
         yield hidden
-        if there:
+        if exists:
             for file in sorted(hidden.iterdir()):
-                file.rename(place / file.name)
+                file.rename(resolved / file.name)
         else:
-            hidden.rename(place)
+            hidden.rename(resolved)
         done = True
     except InputError as error:
-        raise InputError(str(error).replace(str(hidden), f"{parameter} {target}")) from None
+        if str(hidden) not in str(error):
+            raise
+        raise InputError(str(error).replace(str(hidden), str(target)), parameter) from None
     except OSError as error:
         names = [Path(name) for name in (error.filename, error.filename2) if name is not None]
         if names and not any(hidden in (name, *name.parents) or name in hidden.parents for name in names):
-            raise  # of another file, such as one that is read
-        raise InputError(f"{parameter} {target} cannot be written ({cause(error)}); {remedy(error)}") from None
+            raise  # about another file, such as one that is read
+        raise InputError(f"{target} cannot be written ({cause(error)}); {remedy(error)}", parameter) from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         for folder in parents if not done else ():
@@ -246,7 +272,7 @@ def new_folder(target: str | Path, parameter: str) -> Iterator[Path]:
 
 
 def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
-    """Appends JSON lines and waits until they are on the disk.
+    """Appends JSON lines and flushes them to the disk.
 
     Raises:
         InputError: the file cannot be written.
@@ -264,14 +290,14 @@ def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Removes lines of later steps, which a resumed run does again, and what a kill or a power loss has damaged.
+    """Removes the lines of later steps, which a resumed run repeats, and damaged lines.
 
-    Only whole lines with a whole number as their `step` are kept.
+    It keeps complete lines whose `step` is an integer of at most `step`.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().split(b"\n"):  # a power loss may leave zero bytes or half a line
+    for line in path.read_bytes().split(b"\n"):  # a power loss may leave zero bytes or part of a line
         try:
             row = parse_json(decode_text(line, str(path)), str(path))
         except InputError:
@@ -282,28 +308,27 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def json_line(row: dict) -> str:
-    """One line of JSON in ASCII: a path may hold bytes that UTF-8 cannot represent."""
+    """Returns a line of JSON in ASCII, since a path may contain bytes that are not UTF-8."""
     return json.dumps(row) + "\n"
 
 
 @contextmanager
 def alone_in(folder: Path, parameter: str, name: str = ".lock") -> Iterator[None]:
-    """Keeps a second process out of a folder; the system ends the lock with the process.
+    """Locks a folder against other processes; the system releases the lock when the process ends.
 
     Args:
-        parameter: what the folder was given as, for messages.
-        name: of the lock's file; processes with other names may work in the folder at the same time.
+        parameter: parameter that named the folder, for errors.
+        name: file name of the lock; processes that use other names can work in the folder at the same time.
 
     Raises:
-        InputError: another process is at work there.
+        InputError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"{parameter} {folder}: another run is at work there; stop it, or give another "
-                         "folder") from None  # fmt: skip
+        raise InputError(f"{folder} is in use by another run; stop it, or give another folder", parameter) from None
     except (NotImplementedError, OSError):  # a file system without locks
         pass
     try:

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, accelerate) tells a process by environment variables."""
+"""Reads the environment variables that a launcher (torchrun, accelerate) sets."""
 
 import os
 
@@ -6,23 +6,23 @@ from lumina_mgpt.errors import InputError
 
 
 def process_share() -> tuple[int, int]:
-    """This process's number and how many there are, as `accelerate launch` and torchrun tell; (0, 1) when alone.
+    """Returns the rank of this process and the number of processes; (0, 1) without a launcher.
 
     Raises:
-        InputError: the numbers in the environment mean nothing, or there is a number of processes only.
+        InputError: a number is invalid, or only the number of processes is set.
     """
-    told = {name: os.environ.get(name, alone) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    if "RANK" not in os.environ and told["WORLD_SIZE"] != "1":
+    values = {name: os.environ.get(name, alone) for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    if "RANK" not in os.environ and values["WORLD_SIZE"] != "1":
         raise InputError("RANK must be set with WORLD_SIZE, as a launcher does, got WORLD_SIZE={WORLD_SIZE!r} alone; "
-                         "unset it, or start with torchrun or accelerate launch".format(**told))  # fmt: skip
-    if not all(_is_whole(text) for text in told.values()) or not int(told["RANK"]) < int(told["WORLD_SIZE"]):
+                         "unset it, or start with torchrun or accelerate launch".format(**values))  # fmt: skip
+    if not all(_is_whole(text) for text in values.values()) or not int(values["RANK"]) < int(values["WORLD_SIZE"]):
         raise InputError("RANK must be below WORLD_SIZE, both whole numbers, got {RANK!r} and {WORLD_SIZE!r}; a "
-                         "launcher sets them, unset them otherwise".format(**told))  # fmt: skip
-    return int(told["RANK"]), int(told["WORLD_SIZE"])
+                         "launcher sets them, unset them otherwise".format(**values))  # fmt: skip
+    return int(values["RANK"]), int(values["WORLD_SIZE"])
 
 
 def meeting_point() -> None:
-    """Checks what many processes need in order to find each other.
+    """Checks the variables that several processes need to connect to each other.
 
     Raises:
         InputError: a variable is missing or out of its range.

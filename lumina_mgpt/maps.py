@@ -1,4 +1,4 @@
-"""Control maps computed from a picture, by libraries that need neither weights nor a network."""
+"""Computes control maps of a picture without a trained network."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,14 +10,16 @@ from lumina_mgpt.errors import package_error
 
 
 def canny(image: Image.Image) -> Image.Image:
-    """Canny edges of a picture, white on black (OpenCV; thresholds 100 and 200, as is usual for control images).
+    """Returns the Canny edges of a picture, white on black.
+
+    The thresholds are 100 and 200, the defaults of ControlNet's Canny annotator.
 
     Raises:
-        InputError: OpenCV is not installed, or fails to import; nothing else here needs it.
+        InputError: OpenCV is not installed or fails to import.
     """
     try:
         import cv2
-    except Exception as error:  # whatever one of its own imports raises
+    except Exception as error:  # any error of its own imports
         raise package_error(error, "canny (OpenCV)", "opencv-python-headless", ("cv2",)) from None
     from lumina_mgpt.images import to_rgb  # imports torch, which takes seconds
 
@@ -25,5 +27,5 @@ def canny(image: Image.Image) -> Image.Image:
     return Image.fromarray(cv2.Canny(grey, 100, 200)).convert("RGB")
 
 
-# Depth, pose and the others need trained networks: the model itself predicts them.
+# The other maps need trained networks; the model itself predicts them.
 EXTRACTORS: Mapping[str, Callable[[Image.Image], Image.Image]] = MappingProxyType({"canny": canny})

@@ -1,4 +1,4 @@
-"""What benchmarks measure with: the machine's memory, and this process's."""
+"""Measures time, memory bandwidth and memory use; for benchmarks."""
 
 import sys
 import threading
@@ -11,7 +11,7 @@ import torch
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """The median of several runs, after one that is not counted."""
+    """Returns the median seconds of several runs, after one that is not counted."""
     work()
     taken = []
     for _ in range(repeats):
@@ -22,7 +22,7 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) -> float:
-    """Bytes a second of going through `size` float32 numbers: of a sum, and of a product with a vector; the best."""
+    """Returns the bytes per second of reading `size` float32 numbers: the best of sums and matrix-vector products."""
     data = torch.ones(size // 4096, 4096, device=device)
     vector, best = torch.ones(4096, device=device), 0.0
     for work in (data.sum, lambda: (data @ vector)[0]) * repeats:
@@ -33,7 +33,7 @@ def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) 
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory that was in use at once: of the GPU, or of this process (None where that is not told)."""
+    """Returns the peak memory in bytes of the GPU, or of this process on Linux; None on other systems."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform != "linux":
@@ -45,9 +45,12 @@ def peak_bytes(device: torch.device) -> int | None:
 
 @contextmanager
 def peak_anonymous(every: float = 0.05) -> Iterator[list[int]]:
-    """Yields a list whose one number becomes the most anonymous memory of this process, in bytes (Linux only).
+    """Yields a list whose only number becomes the peak of this process's anonymous memory in bytes (Linux only).
 
-    Pages of mapped files do not count: the system takes them back where it needs room. Looks every so many seconds.
+    Pages of mapped files do not count, since the system can reclaim them.
+
+    Args:
+        every: seconds between two readings.
     """
     peak, stop = [0], threading.Event()
 

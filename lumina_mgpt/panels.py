@@ -1,4 +1,4 @@
-"""Panels that the user gives: pictures, or their paths or codes, as codes of the right size."""
+"""Given panels: pictures, their paths or their codes, fitted to a layout and encoded."""
 
 import os
 from collections.abc import Sequence
@@ -16,48 +16,65 @@ Panel = Image.Image | Tensor | str | os.PathLike  # a picture of any size and mo
 
 
 def pixel_size(layout: ImageLayout) -> tuple[int, int]:
-    """Width and height in pixels of the image that a layout describes."""
+    """Returns width and height in pixels of the whole image."""
     return layout.cols * CODE_CELL, layout.rows * CODE_CELL
 
 
 def given_size(layout: ImageLayout) -> tuple[int, int]:
-    """Width and height in pixels of the panel that is given; its height is 0 where there is none."""
+    """Returns width and height in pixels of the given panel; the height is 0 where no panel is given."""
     return layout.cols * CODE_CELL, layout.given // layout.cols * CODE_CELL
 
 
-def given_codes(
-    panel: Panel | Sequence[Panel] | None, layout: ImageLayout, count: int, tokenizer: ImageTokenizer
-) -> Tensor:
-    """Codes of the given panel of each of `count` prompts, in reading order.
+def fit_panels(
+    panels: Sequence[Panel], layout: ImageLayout, count: int, num_codes: int
+) -> tuple[Image.Image | Tensor, ...]:
+    """Returns the panels at the size that the layout gives them; opens paths, crops pictures and checks codes.
 
-    Shapes: -> (count, layout.given).
+    Args:
+        count: number of prompts.
+        num_codes: number of codes of the image tokenizer.
 
     Raises:
-        InputError: a panel is of a type that is not supported, a picture cannot be read, there are too many or too few
-            panels for the task and the prompts, or codes do not fit the layout.
+        InputError: a panel has an unsupported type, a picture cannot be read, the number of panels does not fit the
+            task and the prompts, or codes do not fit the layout.
     """
-    panels = [] if panel is None else list(panel) if isinstance(panel, list | tuple) else [panel]
-    for number, one in enumerate(panels):
-        if not isinstance(one, Panel):
-            raise InputError(f"panel (number {number}) must be a picture (PIL.Image), its path or its codes "
-                             f"(torch.Tensor), got {type(one).__name__}; convert it")  # fmt: skip
+    for number, panel in enumerate(panels):
+        if not isinstance(panel, Panel):
+            kinds = "a picture (PIL.Image), its path or its codes (torch.Tensor)"
+            raise InputError(f"(number {number}) must be {kinds}, got {type(panel).__name__}; convert it", "panel")
     if len(panels) not in ((1, count) if layout.given else (0,)):
-        rule = f"1 or {count} (one a prompt)" if layout.given else "none, as this task generates every panel"
-        raise InputError(f"--image_path must give {rule}, got {len(panels)}; or choose another task")
-    if not panels:
-        return torch.empty((count, 0), dtype=torch.long)
-    return torch.stack([_codes(one, layout, tokenizer).flatten() for one in panels]).expand(count, -1)
+        rule = f"1 or {count} (one for each prompt)" if layout.given else "none, as this task generates every panel"
+        raise InputError(f"must give {rule}, got {len(panels)}; or choose another task", "panel")
+    return tuple(_fit(panel, layout, num_codes) for panel in panels)
 
 
-def _codes(panel: Panel, layout: ImageLayout, tokenizer: ImageTokenizer) -> Tensor:
-    size = given_size(layout)
+def _fit(panel: Panel, layout: ImageLayout, num_codes: int) -> Image.Image | Tensor:
+    width, height = given_size(layout)
     if isinstance(panel, str | os.PathLike):
         panel = open_panel("panel", panel)
-    codes = tokenizer.encode([crop_panel(panel, size)])[0] if isinstance(panel, Image.Image) else panel
-    if codes.shape != (size[1] // CODE_CELL, layout.cols):
-        raise InputError(f"the codes of a panel of {size[0]}x{size[1]} must have the shape "
-                         f"{(size[1] // CODE_CELL, layout.cols)}, got {tuple(codes.shape)}")  # fmt: skip
-    if codes.dtype != torch.long or not 0 <= codes.min() <= codes.max() < tokenizer.num_codes:
-        raise InputError(f"the codes of a panel must be int64 in 0 ... {tokenizer.num_codes - 1}, "
-                         f"got {codes.dtype} in {codes.min()} ... {codes.max()}")  # fmt: skip
-    return codes
+    if isinstance(panel, Image.Image):
+        return crop_panel(panel, (width, height))
+    shape = height // CODE_CELL, layout.cols
+    if panel.shape != shape:
+        rule = f"must have codes of the shape {shape} for {width}x{height} pixels"
+        raise InputError(f"{rule}, got {tuple(panel.shape)}", "panel")
+    if panel.dtype != torch.long or not 0 <= panel.min() <= panel.max() < num_codes:
+        found = f"{panel.dtype} in {panel.min()} ... {panel.max()}"
+        raise InputError(f"must have codes of type int64 in 0 ... {num_codes - 1}, got {found}", "panel")
+    return panel
+
+
+def encode_panels(
+    panels: Sequence[Image.Image | Tensor], layout: ImageLayout, count: int, tokenizer: ImageTokenizer
+) -> Tensor:
+    """Returns the codes of the given panel of each of `count` prompts, in reading order.
+
+    Args:
+        panels: what `fit_panels` returns.
+
+    Shapes: -> (count, layout.given).
+    """
+    if not panels:
+        return torch.empty((count, 0), dtype=torch.long)
+    codes = [tokenizer.encode([panel])[0] if isinstance(panel, Image.Image) else panel for panel in panels]
+    return torch.stack([grid.flatten() for grid in codes]).expand(count, -1)

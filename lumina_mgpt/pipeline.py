@@ -1,161 +1,58 @@
-"""From a prompt to a picture: the only place where vocabulary, sampler, model and image tokenizer meet."""
+"""From a request to images: the only module where vocabulary, sampler, model and image tokenizer meet."""
 
-import logging
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lumina_mgpt.config import (
-    ModelConfig,
-    SamplingConfig,
-    Speculation,
-    check_counts,
-    check_share,
-    excerpt,
-    whole_number,
-)
+from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
-from lumina_mgpt.model.checkpoint import load_model, resolve
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, has_compiler, require_compiler
+from lumina_mgpt.model.reading import load_model
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
-from lumina_mgpt.panels import Panel, given_codes, pixel_size
-from lumina_mgpt.prompts import TASKS, Task
-from lumina_mgpt.results import Job, Result, RowsDone
+from lumina_mgpt.panels import encode_panels, pixel_size
+from lumina_mgpt.preparation import Checkpoint, PreparedRequest
+from lumina_mgpt.request import GenerationRequest, ImageJob
+from lumina_mgpt.results import Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
-from lumina_mgpt.sampling.fastest import fastest
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
-from lumina_mgpt.unirep import CODE_CELL, GRID_UNIT, ImageLayout, encode_image, generation_prompt
-from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image
 
-logger = logging.getLogger(__name__)
-
-# Batches are sized so that their keys and values stay below this: one image of the 7B, eight of the demo checkpoint.
-_CACHE_BUDGET = 1 << 30
+_CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
 _LARGEST_AUTO_BATCH = 8
-_COMPILING_MAY_PAY = 1800  # seconds that sampling takes: a tenth of it is about what compiling takes
-_OTHER_SHAPES = 6  # are compiled on the way, at most, for each that was in a trial
-
+_UNKNOWN = (128, 128, 128)  # color of a preview where no codes are sampled yet
 
 OnRow = Callable[[RowsDone], None]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint folder whose small files were read and found good; no weights are loaded yet."""
-
-    folder: Path
-    config: ModelConfig
-    vocabulary: Vocabulary
-    movqgan_path: Path
-
-    @classmethod
-    def open(cls, path: str | Path, movqgan_path: str | Path | None = None) -> "Checkpoint":
-        """Opens a local folder, or fetches a hub id.
-
-        Raises:
-            InputError: there is no such checkpoint, it is incomplete, or MoVQGAN weights are missing.
-        """
-        _require_utf8("--model_path", path)
-        try:
-            folder = resolve(path)
-            config = ModelConfig.from_json(folder / "config.json")
-            vocabulary = Vocabulary.from_folder(folder, config)
-        except InputError as error:
-            raise InputError(f"--model_path {error}") from None
-        movqgan = find_movqgan(folder, movqgan_path)
-        if movqgan.suffix == ".safetensors":
-            _require_utf8("--movqgan_path", movqgan)
-        return cls(folder, config, vocabulary, movqgan)
-
-    def base_size(self, panels: int = 1) -> tuple[int, int]:
-        """Width and height in pixels where the user gives none: square panels, one above the other, of the base size.
-
-        Where the model does not see that many codes, the largest whose pixels together are no more than one image's of
-        the base size: 512 × 1024 for the released weights, as in their examples.
-        """
-        side = self.config.base_size
-        if panels > 1 and panels * (side // CODE_CELL) ** 2 > self.config.max_position_embeddings:
-            side = max(GRID_UNIT, math.isqrt(side**2 // panels) // GRID_UNIT * GRID_UNIT)
-        return side, panels * side
-
-    def layout(
-        self, width: int | None = None, height: int | None = None, task: Task = TASKS["t2i"]
-    ) -> ImageLayout:
-        """Where forced ids and codes go in an image of that size in pixels, all panels together (default: `base_size`).
-
-        Raises:
-            InputError: a side is not a multiple of 32 (the height: of 32 · panels), or too long; or `task` is no Task.
-        """
-        if not isinstance(task, Task):
-            raise InputError(f"task must be one of prompts.TASKS or prompts.I2I_TASKS, got {excerpt(task)}")
-        base, rule = self.base_size(task.panels), "must be a whole number of pixels"
-        width = base[0] if width is None else whole_number("--width", width, None, None, rule)
-        height = base[1] if height is None else whole_number("--height", height, None, None, rule)
-        return ImageLayout.from_pixels(
-            self.vocabulary, width, height, panels=task.panels, given_panels=task.given_panels
-        )
-
-    def prompt_ids(
-        self, texts: Sequence[str], layout: ImageLayout, task: Task = TASKS["t2i"], shown: str | None = None,
-        option: str = "--prompt",
-    ) -> list[list[int]]:
-        """The ids that each generation starts from, up to image start; `shown` as in `Task.instruction`.
-
-        `option` is what messages call the texts.
-
-        Raises:
-            InputError: a text holds a special name, or prompt and image are longer than the model can see.
-        """
-        texts = [texts] if isinstance(texts, str) else texts
-        for name, text in (*((option, text) for text in texts), ("--panel_prompt", shown or "")):
-            if not isinstance(text, str):
-                raise InputError(f"{name} must be text, got {type(text).__name__}; give a str")
-        try:
-            self.vocabulary.encode_text(shown or "")
-        except InputError as error:
-            raise InputError(f"--panel_prompt: {error}") from None
-        size = pixel_size(layout)
-        limit = self.config.max_position_embeddings
-        of = "" if option == "--prompt" else f" of {option}"
-        encoded = []
-        for index, text in enumerate(texts):
-            try:
-                ids = generation_prompt(task.instruction(text, *size, shown), self.vocabulary)
-            except InputError as error:
-                raise InputError(f"{option} (number {index}): {error}") from None
-            if len(ids) + layout.length > limit:
-                raise InputError(
-                    f"--width {size[0]} --height {size[1]} take {layout.length} ids and the prompt "
-                    f"(number {index}{of}) {len(ids)}, but this model sees {limit}; "
-                    "make the image smaller or the prompt shorter"
-                )
-            encoded.append(ids)
-        return encoded
-
-
 class Pipeline:
-    """A loaded checkpoint that makes pictures.
+    """A loaded checkpoint that generates images.
 
-        pipeline = Pipeline.from_pretrained("assets/demo")
-        results = pipeline.generate("a hedgehog on a sky blue background", n=4)
-        results[0].image.save("hedgehog.png")
+    pipeline = Pipeline.from_pretrained("assets/demo")
+    results = pipeline.generate("a hedgehog on a sky blue background", n=4)
+    results[0].image.save("hedgehog.png")
+
+    Attributes:
+        compiled: the compiled forward, None where steps run eagerly.
+        forwards: number of steps of the last `sample`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, model: Transformer, image_tokenizer: ImageTokenizer,
-        cache_dtype: torch.dtype | None = None, compile: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        model: Transformer,
+        image_tokenizer: ImageTokenizer,
+        cache_dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.image_tokenizer = image_tokenizer
@@ -163,12 +60,12 @@ class Pipeline:
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
-        self.forwards = 0  # of the last `sample`: what it cost
+        self.forwards = 0
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path | Checkpoint,
+        model_path: str | Path | Checkpoint,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         movqgan_path: str | Path | None = None,
@@ -179,102 +76,98 @@ class Pipeline:
         compile: bool = False,
         on_read: Callable[[int, int], None] | None = None,
     ) -> "Pipeline":
-        """Loads a local folder or a hub id in the released layout (or a checkpoint that was opened before).
+        """Loads a checkpoint.
 
-        `quant` 32, 64 or 128 makes int4 weights of the layers' matrices while they are read, in groups of so many;
-        a checkpoint of int4 weights needs no telling. `pipeline.model.config.int4_group` says what there is.
-        `cache_dtype` torch.int8 holds keys and values in half the room of bf16 (default: the model's own).
-        `movqgan_dtype`: decoding is a small part of the work, and in float32 (default) a picture depends on its codes
-        alone; bf16 and fp16 halve the memory that it takes. `compile` compiles the steps, for each shape at its first
-        use, which takes a minute or more; on CUDA they become graphs. `on_read` is told how many of the transformer's
-        weights are read, and of how many.
+        Args:
+            model_path: a local folder in the released layout, a hub id, or an opened checkpoint.
+            attn: attention backend, `sdpa` or `flash`.
+            quant: group size, 32, 64 or 128, to quantize the layers' matrices to int4 while they are read. A checkpoint
+                with int4 weights needs no value. `pipeline.model.config.int4_group` is the group size in use.
+            cache_dtype: type of keys and values (default: the model's). torch.int8 takes half the memory of bf16.
+            movqgan_dtype: type of the image tokenizer. With float32 the image is a function of its codes alone; bf16
+                and fp16 take half the memory.
+            compile: compile the steps, each shape at its first use, which takes a minute or more. On CUDA they are
+                captured as graphs.
+            on_read: called with the number of weights read so far and their total.
 
         Raises:
-            InputError: the device is not there, the checkpoint is none, a file is damaged or does not fit the others,
-                or it cannot be quantized so.
+            InputError: the device is missing, there is no checkpoint, a file is damaged or does not fit the others, or
+                the weights cannot be quantized with these settings.
         """
         device = resolve_device(device)
-        attention.backend(attn)  # asked for here only to have its error before any weights are read
+        attention.backend(attn)  # raises before any weights are read
         if compile:
             require_compiler(device)
-        if not isinstance(path, Checkpoint):
-            checkpoint = Checkpoint.open(path, movqgan_path)
+        if not isinstance(model_path, Checkpoint):
+            checkpoint = Checkpoint.open(model_path, movqgan_path)
         else:
-            checkpoint = replace(path, movqgan_path=find_movqgan(path.folder, movqgan_path or path.movqgan_path))
-        dtype = resolve_dtype(dtype, device, checkpoint.config, quant)
-        if attn == "flash" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
-            raise InputError(
-                f"--attn flash needs --device cuda and --dtype bf16 or fp16, got {device} and {dtype}; use --attn sdpa"
-            )
-        if attn == "flash" and cache_dtype == torch.int8:
-            raise InputError("--attn flash reads no int8 cache; use --attn sdpa, or leave out --cache_dtype int8")
+            movqgan = find_movqgan(model_path.folder, movqgan_path or model_path.movqgan_path)
+            checkpoint = replace(model_path, movqgan_path=movqgan)
+        config = checkpoint.config
+        dtype = resolve_dtype(dtype, device, config, quant)
+        if attn == "flash":
+            _check_flash(device, dtype, cache_dtype)
         image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)
-        if image_tokenizer.num_codes != checkpoint.config.num_image_codes:
-            raise InputError(
-                f"{checkpoint.movqgan_path} has {image_tokenizer.num_codes} codes, but {checkpoint.folder} was trained "
-                f"on {checkpoint.config.num_image_codes}; give the MoVQGAN that belongs to it with --movqgan_path"
-            )
-        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read)
-        if not checkpoint.config.tie_word_embeddings:
-            model.lm_head.keep(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
+        image_tokenizer.require_codes(config, checkpoint.movqgan_path)
+        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
+        if not config.tie_word_embeddings:
+            model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
 
     def generate(
-        self, prompts: str | Sequence[str], width: int | None = None, height: int | None = None, **settings
-    ) -> list[Result]:
-        """Makes `n` images of each prompt; the settings are those of `stream`. Results are ordered by prompt."""
-        return list(self.stream(prompts, width, height, **settings))
-
-    def stream(
         self,
         prompts: str | Sequence[str],
         width: int | None = None,
         height: int | None = None,
-        n: int = 1,
-        cfg: float = SamplingConfig.cfg,
-        top_k: int = SamplingConfig.top_k,
-        temperature: float = SamplingConfig.temperature,
-        seed: int = SamplingConfig.seed,
-        batch_size: int | None = None,
+        *,
         on_row: OnRow | None = None,
-        speculation: Speculation | None = None,
-        share: tuple[int, int] = (0, 1),
-        task: Task = TASKS["t2i"],
-        panel: Panel | Sequence[Panel] | None = None,
-        shown: str | None = None,
-    ) -> Iterator[Result]:
-        """Makes `n` images of each prompt and yields them batch by batch, as soon as they are done.
+        **settings: Any,
+    ) -> list[Result]:
+        """Returns `n` images of each prompt, ordered by prompt; the arguments are those of `GenerationRequest.of`."""
+        return list(self.stream(GenerationRequest.of(prompts, width, height, **settings), on_row))
 
-        An image depends on its prompt, its repeat (0 to n - 1), the seed and the settings; neither on the other
-        prompts and their order, nor on `batch_size` (default: what keeps the cache within 1 GiB, at most 8).
-        `width` and `height` are pixels, multiples of 32 (default: the checkpoint's base size). With `speculation`
-        several codes come of one forward: the same image where its coupling is `noise`, else one of the same law.
-        `share` (r, count) makes every count-th image from the r-th on, for one of several processes.
+    def stream(self, request: GenerationRequest | PreparedRequest, on_row: OnRow | None = None) -> Iterator[Result]:
+        """Yields the images of a request, each batch as soon as it is decoded.
 
-        `task` is one of prompts.TASKS, or of prompts.I2I_TASKS where the upper panel is given: `panel`, one for all
-        prompts or one a prompt, is a picture or its path, which is cropped to it, or codes, which are kept as they are.
-        `shown` says what the panel that the instruction describes displays, in place of the task's own words.
+        Args:
+            on_row: called when a row of a batch is final.
 
         Raises:
-            InputError: before any work, when a prompt or a setting is out of its range.
+            InputError: before any work, where the request does not fit the checkpoint.
         """
-        texts = [prompts] if isinstance(prompts, str | bytes) else list(prompts)
-        if not texts:
-            raise InputError("--prompt must be given at least once")
-        n, batch_size = check_counts(n, batch_size)
-        first, every = check_share(share)
-        settings = SamplingConfig(cfg=cfg, top_k=top_k, temperature=temperature, seed=seed)
-        layout = self.checkpoint.layout(width, height, task)
-        encoded = self.checkpoint.prompt_ids(texts, layout, task, shown)
-        given = given_codes(panel, layout, len(texts), self.image_tokenizer)
-        jobs = [Job(text, index, repeat) for index, text in enumerate(texts) for repeat in range(n)]
-        jobs = jobs[first::every]
-        size = batch_size or self.batch_size(max(map(len, encoded)), layout, settings, speculation)
+        prepared = request if isinstance(request, PreparedRequest) else self.checkpoint.prepare(request)
+        request = prepared.request
+        size = request.batch_size or self.batch_size(
+            max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
+        )
+        given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
+        jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        return self._run(batches, encoded, layout, settings, on_row, speculation, given)
+        return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+
+    def _batch(
+        self, jobs: Sequence[ImageJob], prepared: PreparedRequest, given: Tensor, on_row: OnRow | None
+    ) -> Iterator[Result]:
+        """Yields the images of one batch. Shapes: given (prompts, layout.given)."""
+        layout, sampling = prepared.layout, prepared.request.sampling
+        prompts = [job.prompt_index for job in jobs]
+        codes = self.sample(
+            [prepared.starts[prompt] for prompt in prompts],
+            layout,
+            sampling,
+            [job.repeat for job in jobs],
+            given=given[prompts],
+            on_row=None if on_row is None else lambda row, rows: on_row(RowsDone(tuple(jobs), rows, layout)),
+            speculation=prepared.request.speculation,
+        )
+        parts = self.checkpoint.config.parts(layout.panels)
+        for job, grid in zip(jobs, codes, strict=True):
+            # One image at a time: decoding has the highest peak of memory, and results stay independent of the batch.
+            image = self.image_tokenizer.decode(grid[None], parts)[0]
+            yield Result(job, sampling.seed, image, grid, encode_image(grid, self.checkpoint.vocabulary), layout.panels)
 
     def with_window(self, speculation: Speculation | None) -> Speculation | None:
-        """The same, with a window that suits this device and precision where none was chosen."""
+        """Returns the settings with the default window of this device and precision where `window` is None."""
         if speculation is None or speculation.window is not None:
             return speculation
         return replace(speculation, window=default_window(self.device, bool(self.model.config.int4_group)))
@@ -282,27 +175,17 @@ class Pipeline:
     def batch_size(
         self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
     ) -> int:
-        """How many images behind a start of so many ids make one batch when the caller does not say."""
+        """Returns the automatic batch size: as many images as fit the cache limit, at most 8.
+
+        Args:
+            start: ids of the longest prompt.
+        """
         config, slots = self.checkpoint.config, start + layout.length
         image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        speculation = self.with_window(speculation)
         if speculation:
-            image += ring_bytes(layout, self.with_window(speculation))
-        return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_BUDGET // image))
-
-    def _run(self, batches, encoded, layout, settings, on_row, speculation, given) -> Iterator[Result]:
-        parts = self.checkpoint.config.parts(layout.panels)
-        for batch in batches:
-            report = None if on_row is None else _reporter(on_row, batch, layout)
-            prompts, repeats = [job.prompt_index for job in batch], [job.repeat for job in batch]
-            codes = self.sample(
-                [encoded[prompt] for prompt in prompts], layout, settings, repeats, given=given[prompts],
-                on_row=report, speculation=speculation,
-            )  # fmt: skip
-            for job, grid in zip(batch, codes, strict=True):
-                # One by one: decoding needs by far the most memory a pixel, and a picture must not feel its neighbours.
-                image = self.image_tokenizer.decode(grid[None], parts)[0]
-                ids = encode_image(grid, self.checkpoint.vocabulary)
-                yield Result(job, settings.seed, image, grid, ids, layout.panels)
+            image += ring_bytes(layout, speculation)
+        return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_LIMIT // image))
 
     def sample(
         self,
@@ -315,13 +198,18 @@ class Pipeline:
         on_row: Callable[[int, Tensor], None] | None = None,
         speculation: Speculation | None = None,
     ) -> Tensor:
-        """Continues each of B starts (ids up to the image) with an image, all in one batch.
+        """Returns the codes of one image for each of B starts, sampled in one batch.
 
-        `given` are the codes of panels that are not to be sampled, (B, layout.given).
-        Shapes: -> codes (B, rows, cols) int64 on the CPU. Afterwards `self.forwards` tells how many steps it took.
+        Args:
+            starts: ids up to image start.
+            repeats: repeat of each image, part of the key of its noise.
+            given: codes of the given panels (B, layout.given).
+            on_row: called with the index of a row that is final and the codes so far.
+
+        Shapes: -> (B, rows, cols) int64 on the CPU.
         """
         speculation = self.with_window(speculation)
-        step = self._step(starts, layout, settings, speculation)
+        step = self.make_step(starts, layout, settings, speculation)
         keys = [(settings.seed, repeat) for repeat in repeats]
         if speculation:
             codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given)
@@ -330,62 +218,40 @@ class Pipeline:
         self.forwards = step.calls
         return codes.cpu()
 
-    def _step(
-        self, starts: Sequence[Sequence[int]], layout: ImageLayout, settings: SamplingConfig,
+    def make_step(
+        self,
+        starts: Sequence[Sequence[int]],
+        layout: ImageLayout,
+        settings: SamplingConfig,
         speculation: Speculation | None,
-    ) -> CachedStep:  # fmt: skip
+    ) -> CachedStep:
+        """Returns a step with an empty cache for one batch; `speculation` must have a window."""
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
-        spare = spare_slots(layout, speculation.window) if speculation else 0
+        spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
         spare += COMPILED_SPARE if self.compiled else 0
         cache = KVCache(self.checkpoint.config, rows, length, self.cache_dtype, self.device, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
-    def fastest(
-        self, start: Sequence[int], layout: ImageLayout, settings: SamplingConfig, images: int = 1, batches: int = 1
-    ) -> Speculation | None:
-        """The way of sampling with the most codes a second here for batches of `images` (None: one code a forward).
-
-        It times a few forwards of each; what it returns is exact, and no setting that changes the weights. Where all
-        `batches` would take so long that compiling may pay, it tries that too, and keeps to it if that saves more than
-        what is left to compile will take.
-        """
-        given = torch.zeros((images, layout.given), dtype=torch.long)
-        trial = partial(fastest, partial(self._step, [start] * images, layout, settings), [start] * images, layout,
-                        settings, given)  # fmt: skip
-        choice, seconds = trial()
-        whole = seconds[choice] * (layout.num_codes - layout.given) * batches
-        if self.compiled is None and whole > _COMPILING_MAY_PAY and has_compiler(self.device):
-            self.compiled, began = compile_forward(self.model), time.perf_counter()
-            try:
-                _, compiled = trial(choices=[choice])
-            except (RuntimeError, OSError) as error:  # an option's option must not end a run
-                logger.warning("--fast goes on without --compile: %s", str(error).strip().split("\n")[0])
-                compiled = {choice: math.inf}
-            still = _OTHER_SHAPES * (time.perf_counter() - began)
-            if whole * (1 - compiled[choice] / seconds[choice]) < still:
-                self.compiled = None
-                torch.compiler.reset()
-        return choice
-
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
-        """Pictures of full size from the first rows of their codes (B, rows so far, cols); the rest is grey."""
-        pictures, whole = [], layout.rows // self.checkpoint.config.parts(layout.panels)
+        """Returns pictures of full size from the first rows of their codes; the rest is grey.
+
+        Shapes: codes (B, rows so far, cols).
+        """
+        pictures, panel_rows = [], layout.rows // self.checkpoint.config.parts(layout.panels)
         for grid in codes:
-            picture = Image.new("RGB", pixel_size(layout), (128, 128, 128))
-            for part, rows in enumerate(grid.split(whole)):
-                picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, part * whole * CODE_CELL))
+            picture = Image.new("RGB", pixel_size(layout), _UNKNOWN)
+            for part, rows in enumerate(grid.split(panel_rows)):
+                picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, part * panel_rows * CODE_CELL))
             pictures.append(picture)
         return pictures
 
 
-def _reporter(on_row: OnRow, batch: Sequence[Job], layout: ImageLayout) -> Callable[[int, Tensor], None]:
-    return lambda row, codes: on_row(RowsDone(tuple(batch), codes, layout))
-
-
-def _require_utf8(option: str, path: str | Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{option} {path} must be UTF-8, which the libraries that read weights and tokenizers need; "
-                         "rename the folder, or give a link to it") from None  # fmt: skip
+def _check_flash(device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
+    """Raises InputError where flash attention cannot run."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        raise InputError(
+            f"flash needs device=cuda and dtype=bf16 or dtype=fp16, got {device} and {dtype}; use attn=sdpa", "attn"
+        )
+    if cache_dtype == torch.int8:
+        raise InputError("flash does not read an int8 cache; use attn=sdpa, or leave cache_dtype out", "attn")

@@ -1,4 +1,4 @@
-"""Prompts in text files: those of a user, and those that a checkpoint brings."""
+"""Reads prompts from text files of users and checkpoints, and suggests corrections."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import lines_of, read_text
 
-PROMPTS_FILE = "prompts.txt"  # of a checkpoint folder: prompts that it can do
+PROMPTS_FILE = "prompts.txt"  # in a checkpoint folder: example prompts
 
 
 EXAMPLE_PROMPTS = (
@@ -20,46 +20,46 @@ EXAMPLE_PROMPTS = (
 )
 
 
-def read_prompts(prompts: Sequence[str] | None, file: str | None, option: str = "--prompt_file") -> list[str]:
-    """Prompts of the command line, then those of the file, one a line; blank lines there mean nothing.
+def read_prompts(prompts: Sequence[str] | None, file: str | None, parameter: str = "prompt_file") -> list[str]:
+    """Returns `prompts`, then the prompts in a file: one per line, blank lines ignored.
 
     Args:
-        option: what messages call the file.
+        parameter: name of the file in errors.
 
     Raises:
-        InputError: a prompt is empty, or the file cannot be read, is not UTF-8, or holds no prompt.
+        InputError: a prompt is empty, or the file cannot be read, is not UTF-8, or has no prompt.
     """
     result = list(prompts or ())
     if any(not prompt.strip() for prompt in result):
-        raise InputError("--prompt must not be empty, got ''; say what the image should show")
+        raise InputError("must not be empty, got ''; say what the image should show", "prompts")
     if file is not None:
-        lines = _not_blank(read_text(file, option))
+        lines = _not_blank(read_text(file, parameter))
         if not lines:
-            raise InputError(f"{option} {file} must hold at least one prompt, got none; write one a line")
+            raise InputError(f"{file} must hold at least one prompt, got none; write one per line", parameter)
         result += lines
     return result
 
 
 def example_prompts(folder: Path) -> list[str]:
-    """Five prompts that the checkpoint in `folder` can do: its own `prompts.txt`, else photographs and paintings.
+    """Returns five example prompts: those in the checkpoint's `prompts.txt`, else EXAMPLE_PROMPTS.
 
     Raises:
-        InputError: that file cannot be read, or is not UTF-8.
+        InputError: the file exists but cannot be read or is not UTF-8.
     """
     file = folder / PROMPTS_FILE
     return (_not_blank(read_text(file)) if file.exists() else [])[:5] or list(EXAMPLE_PROMPTS)
 
 
 def known_names(folder: Path) -> list[str]:
-    """What a small checkpoint can draw, from its `names.txt`; empty for one that has no such list."""
+    """Returns the names in a small checkpoint's `names.txt`, which it can draw; empty without that file."""
     try:
         return _not_blank(read_text(folder / "names.txt"))
-    except InputError:  # only hints are made of it
+    except InputError:  # only hints need the names
         return []
 
 
 def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
-    """A hint for a prompt that mentions nothing of `names`, with those that are spelt alike; None if it does."""
+    """Returns a hint with similar names for a prompt that contains none of `names`; None if it contains one."""
     text = prompt.lower()
     if not names or any(re.search(rf"\b{_plural_too(name.lower())}\b", text) for name in names):
         return None
@@ -71,14 +71,15 @@ def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
             close[name] = max(close.get(name, 0.0), difflib.SequenceMatcher(None, phrase, name).ratio())
     best = sorted(close, key=lambda name: -close[name])[:3]
     suggestion = f"did you mean {' or '.join(best)}?" if best else f"it knows {', '.join(names[:3])} and so on"
-    return f"{prompt!r} names nothing of the {len(names)} things that this checkpoint knows; {suggestion} (names.txt)"
+    return f"{prompt!r} contains none of the {len(names)} names that this checkpoint knows; {suggestion} (names.txt)"
 
 
 def _plural_too(name: str) -> str:
-    """A pattern for a name and its regular plural: cat, cats; box, boxes; cherry, cherries."""
+    """Returns a pattern for a name and its regular plural: cat, cats; box, boxes; cherry, cherries."""
     stem = re.escape(name)
     return f"(?:{stem}(?:e?s)?|{stem[:-1]}ies)" if name.endswith("y") else f"{stem}(?:e?s)?"
 
 
 def _not_blank(text: str) -> list[str]:
+    """Returns the lines that are not blank, stripped."""
     return [line.strip() for line in lines_of(text) if line.strip()]

@@ -1,4 +1,4 @@
-"""Task -> instruction. The model was trained on these very strings; a new task is one entry in the table."""
+"""Tasks and their instructions, as data. The model is trained on exactly these strings. A new task is one entry."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ _UPPER_SHOWS = (
     "Generate a dual-panel image of {width}x{height} where the <upper half> displays a <{shown}>, "
     "while the <lower half> retains the original image for direct visual comparison:\n{prompt}"
 )
-# What the released code writes for any subject picture whatever.
+# The released code uses this text for every subject picture.
 _SUBJECT = "Bubbly and effervescent with a sparkling allure."
 
 MAPS: Mapping[str, str] = MappingProxyType(
@@ -23,7 +23,7 @@ MAPS: Mapping[str, str] = MappingProxyType(
         "canny": "canny edge map",
         "hed": "hed edge map",
         "openpose": "pose estimation map",
-        "normal": "normal map",  # from here on, not in the released code: worded in the same manner
+        "normal": "normal map",  # this and later entries are not in the released code; same wording
         "segmentation": "segmentation map",
     }
 )
@@ -31,15 +31,15 @@ MAPS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of request.
+    """A kind of request.
 
     Attributes:
-        template: instruction with `{width} {height}` (pixels of the whole image), `{prompt}`, and `{shown}` if it names
-            what a panel displays.
-        shown: what goes into `{shown}` unless the caller says otherwise.
-        panels: panels of the image, one above the other; the height is a multiple of 32 · panels.
-        given_panels: how many of them, from the top, the user gives.
-        wordless: whether it makes sense without a prompt.
+        template: instruction with `{width}` and `{height}` (pixels of the whole image), `{prompt}` and optionally
+            `{shown}`, what a panel displays.
+        shown: default of `{shown}`.
+        panels: number of panels of the image, one above the other; the height is a multiple of 32 · panels.
+        given_panels: number of panels, from the top, that the user gives.
+        wordless: whether the prompt may be empty.
     """
 
     template: str
@@ -49,20 +49,25 @@ class Task:
     wordless: bool = False
 
     def instruction(self, prompt: str, width: int, height: int, shown: str | None = None) -> str:
-        """The human turn; width and height in pixels of the whole image."""
+        """Returns the text of the human turn.
+
+        Args:
+            width, height: pixels of the whole image.
+            shown: what the described panel displays (default: the task's `shown`).
+        """
         shown = self.shown if shown is None else shown
         return self.template.format(width=width, height=height, prompt=prompt, shown=shown)
 
 
-# Everything is generated.
+# All panels are generated.
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
         "t2i": Task(_TEXT_TO_IMAGE),
         **{name: Task(_LOWER_SHOWS, shown, panels=2) for name, shown in MAPS.items()},
     }
 )
-# The upper panel is given. Predicting a map is the pair's instruction with the picture given: the only wording for it
-# that released weights have met. Editing has none in the released code; its prompt is what to change.
+# The upper panel is given. Predicting a map has the instruction of TASKS, the only wording of it that released weights
+# are trained on. The released code has no instruction for editing; its prompt is what to change.
 I2I_TASKS: Mapping[str, Task] = MappingProxyType(
     {
         **{name: Task(_UPPER_SHOWS, shown, panels=2, given_panels=1) for name, shown in MAPS.items()},
@@ -77,10 +82,10 @@ I2I_TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def text_to_image(prompt: str, width: int, height: int) -> str:
-    """Instruction for an image of that size in pixels."""
+    """Returns the instruction for an image of that size in pixels."""
     return TASKS["t2i"].instruction(prompt, width, height)
 
 
 def text_to_image_plain(prompt: str) -> str:
-    """Instruction without a size: one in ten of the training sequences has this one."""
+    """Returns the instruction without a size, which one in ten training sequences has."""
     return _TEXT_TO_IMAGE_PLAIN.format(prompt=prompt)

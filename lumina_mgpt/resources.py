@@ -1,6 +1,6 @@
-"""Files that come with the package: model configurations and the demo checkpoint.
+"""Finds the model configurations and the demo checkpoint.
 
-In a checkout they lie at its top level, in an installed package inside it.
+A checkout has them at its top level, an installed package inside the package.
 """
 
 from pathlib import Path
@@ -9,12 +9,12 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def configs() -> Path:
-    """Folder of the YAML files of models and data sets."""
+    """Returns the folder of the YAML files of models and data sets."""
     return _find("configs")
 
 
 def demo_checkpoint() -> Path:
-    """Folder of the demo checkpoint."""
+    """Returns the folder of the demo checkpoint."""
     return _find("assets/demo")
 
 

@@ -1,27 +1,25 @@
-"""What a request to the pipeline is made of, and what comes of it."""
+"""What a pipeline returns and reports."""
 
 from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
 
+from lumina_mgpt.request import ImageJob
 from lumina_mgpt.unirep import ImageLayout
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image to make: `prompt_index` counts the prompts, `repeat` the images of one prompt, both from 0."""
-
-    prompt: str
-    prompt_index: int
-    repeat: int
-
-
-@dataclass(frozen=True)
 class Result:
-    """One image, its codes (rows, cols), its ids from image start to image end, and the number of its panels."""
+    """One generated image.
 
-    job: Job
+    Attributes:
+        codes: image codes (rows, cols).
+        ids: ids from image start to image end.
+        panels: number of equal panels, one above the other.
+    """
+
+    job: ImageJob
     seed: int
     image: Image.Image
     codes: Tensor
@@ -30,20 +28,20 @@ class Result:
 
     @property
     def panel(self) -> Image.Image:
-        """The lowest panel alone: what was asked for, where the image has several."""
+        """The lowest panel, which is the result of a task with several panels."""
         width, height = self.image.size
         return self.image.crop((0, height - height // self.panels, width, height))
 
     @property
     def panel_codes(self) -> Tensor:
-        """Its codes (rows / panels, cols), which may be given to the next request as they are."""
+        """Codes of the lowest panel, (rows / panels, cols). They can be the given panel of the next request."""
         return self.codes.chunk(self.panels)[-1]
 
 
 @dataclass(frozen=True)
 class RowsDone:
-    """What `on_row` is told: the first rows of a batch, codes (B, rows so far, cols), are final."""
+    """The first rows of a batch are final: codes (B, rows so far, cols)."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[ImageJob, ...]
     codes: Tensor
     layout: ImageLayout

@@ -1,7 +1,8 @@
-"""Uni-Rep: images and text as one sequence of ids, and the layout that says which slot is forced and which is sampled.
+"""Uni-Rep: images and text as one sequence of ids, and the layout of an image in it.
 
-An image is `start, grid_rows, grid_cols, then for each row its codes and a row end, end`. A conversation is
-`bos turn turn_end turn turn_end ...`, human and assistant in turn, without role names.
+An image is `start grid_rows grid_cols row row ... end`; a row is its codes and a row end. A conversation is
+`bos turn turn_end turn turn_end ...`, human and assistant alternately, without role names.
+
 Source: Lumina-mGPT (arXiv 2408.02657), section 2; Lumina-mGPT 2.0 (arXiv 2507.17801).
 """
 
@@ -15,20 +16,20 @@ from torch import Tensor
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.vocabulary import Vocabulary
 
-GRID_UNIT = 32  # pixels a grid unit
-CODE_CELL = 8  # pixels an image code
-CELLS = GRID_UNIT // CODE_CELL  # codes a grid unit
+GRID_UNIT = 32  # side of a grid unit, pixels
+CODE_CELL = 8  # side of the square that one code stands for, pixels
+CELLS = GRID_UNIT // CODE_CELL  # codes along the side of a grid unit
 HEADER = 3  # start, grid_rows, grid_cols
-IGNORED = -100  # label of an id that carries no loss
+IGNORED = -100  # label of an id without a loss; the default of torch's cross entropy
 
-Turn = tuple[str, Sequence["str | Tensor"]]  # ("human" | "assistant", text and (rows, cols) code grids in order)
+Turn = tuple[str, Sequence["str | Tensor"]]  # role, "human" or "assistant", and its texts and (rows, cols) code grids
 
 
 class UniRepError(ValueError):
-    """A sequence that is no image.
+    """An error in the ids or codes of an image.
 
     Attributes:
-        position: index in the sequence of the first id that is wrong (its length, where ids are missing).
+        position: index of the first wrong id; the length of the sequence where ids are missing.
     """
 
     def __init__(self, position: int, reason: str) -> None:
@@ -38,15 +39,18 @@ class UniRepError(ValueError):
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Which slots of one image's sequence are forced, which are given and which are sampled.
+    """The ids of one image: which are forced, and which are codes, given or sampled.
 
-    Slots are counted from image start (slot 0). The codes come in reading order; the first `given` of them are known
-    (the reference panel of image-to-image), the others are to be sampled.
+    A position is the index of a code in reading order, an offset the distance of an id from image start. The first
+    `given` codes are known, as the upper panel of an image-to-image task; the others are sampled.
 
     Args:
         grid_rows, grid_cols: size in grid units, 1 ... vocabulary.max_grid.
         given: number of given codes, 0 ... rows · cols.
-        panels: equal parts of the image, one above another; nothing in the sequence tells of them.
+        panels: number of equal panels, one above another; the ids do not depend on it.
+
+    Raises:
+        InputError: the tokenizer has no name for the size.
     """
 
     vocabulary: Vocabulary
@@ -56,21 +60,22 @@ class ImageLayout:
     panels: int = 1
 
     def __post_init__(self) -> None:
-        self.vocabulary.grid_id(self.grid_rows), self.vocabulary.grid_id(self.grid_cols)  # InputError if there is none
+        self.vocabulary.grid_id(self.grid_rows), self.vocabulary.grid_id(self.grid_cols)
         assert 0 <= self.given <= self.num_codes, self.given
 
     @classmethod
     def from_pixels(
         cls, vocabulary: Vocabulary, width: int, height: int, *, panels: int = 1, given_panels: int = 0
     ) -> "ImageLayout":
-        """Layout of an image of `width` × `height` pixels made of equal panels, the first `given_panels` of them known.
+        """Layout of an image of `width` × `height` pixels with equal panels, the first `given_panels` of them given.
 
         Raises:
-            InputError: width is not a multiple of 32 or height not of 32 · panels, or the tokenizer has no name for it.
+            InputError: width is not a multiple of 32, height is not a multiple of 32 · panels, or the tokenizer has no
+                name for one of them.
         """
         largest = vocabulary.max_grid * GRID_UNIT
-        _check_side("--width", width, GRID_UNIT, largest)
-        _check_side("--height", height, GRID_UNIT * panels, largest)
+        _check_side("width", width, GRID_UNIT, largest)
+        _check_side("height", height, GRID_UNIT * panels, largest)
         given = (height // CODE_CELL) * (width // CODE_CELL) * given_panels // panels
         return cls(vocabulary, height // GRID_UNIT, width // GRID_UNIT, given, panels)
 
@@ -88,12 +93,12 @@ class ImageLayout:
 
     @property
     def length(self) -> int:
-        """Ids of the whole image, start and end included."""
+        """Number of ids of the image, start and end included."""
         return HEADER + self.rows * (self.cols + 1) + 1
 
     @cached_property
     def ids(self) -> Tensor:
-        """The forced ids, and -1 where there is a code, given or sampled. (length,)"""
+        """The forced ids, and -1 for each code. Shapes: (length,)."""
         vocabulary = self.vocabulary
         header = [vocabulary.image_start_id, vocabulary.grid_id(self.grid_rows), vocabulary.grid_id(self.grid_cols)]
         body = torch.full((self.rows, self.cols + 1), -1)
@@ -101,49 +106,48 @@ class ImageLayout:
         return torch.cat([torch.tensor(header), body.flatten(), torch.tensor([vocabulary.image_end_id])])
 
     @cached_property
-    def code_slots(self) -> Tensor:
-        """Slot of each code in reading order. (rows * cols,)"""
+    def code_offsets(self) -> Tensor:
+        """Offset of each code in reading order. Shapes: (rows · cols,)."""
         return (self.ids < 0).nonzero().flatten()
 
     @property
     def prefix_length(self) -> int:
-        """Slots before the first code to be sampled: what the model reads before it writes."""
-        return self.slot_of(self.given) if self.given < self.num_codes else self.length
+        """Number of ids before the first sampled code."""
+        return self.offset_of(self.given) if self.given < self.num_codes else self.length
 
-    def slot_of(self, code: int) -> int:
-        """Slot of the code with that index in reading order; the same as `code_slots[code]`, without a tensor."""
-        return HEADER + code + code // self.cols
+    def offset_of(self, position: int) -> int:
+        """Offset of the code at a position: `code_offsets[position]` without a tensor."""
+        return HEADER + position + position // self.cols
 
     def fill(self, codes: Tensor) -> Tensor:
-        """Ids of the image's beginning, as far as it is known from its first codes.
+        """Ids from image start up to the first code that is not in `codes`; with all codes, the ids of the whole image.
 
-        That is every slot up to the next unknown code, forced ones included; with all the codes, the whole image.
-
-        Shapes: codes (..., n) with n in 0 ... rows · cols, values in [0, num_image_codes) -> ids (..., m).
+        Shapes: codes (..., n), the first n in reading order, n in 0 ... rows · cols -> ids (..., m).
+        Ranges: codes in [0, num_image_codes).
         """
         n = codes.shape[-1]
-        stop = self.slot_of(n) if n < self.num_codes else self.length
+        stop = self.offset_of(n) if n < self.num_codes else self.length
         ids = self.ids[:stop].to(codes.device).expand(*codes.shape[:-1], stop).clone()
-        ids[..., self.code_slots[:n].to(codes.device)] = self.vocabulary.code_to_id(codes)
+        ids[..., self.code_offsets[:n].to(codes.device)] = self.vocabulary.code_to_id(codes)
         return ids
 
 
 def encode_image(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
-    """Ids of an image.
+    """Ids of the image with these codes.
 
-    Shapes: codes (rows, cols), multiples of 4, values in [0, num_image_codes).
+    Shapes: codes (rows, cols), multiples of 4. Ranges: codes in [0, num_image_codes).
 
     Raises:
-        UniRepError: the grid has another shape, or a code is out of range.
+        UniRepError: the shape is not that of a grid, or a code is out of range.
     """
     return _layout_of(codes, vocabulary).fill(_flat(codes, vocabulary)).tolist()
 
 
 def decode_image(ids: Sequence[int] | Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Codes (rows, cols) of the ids of exactly one image, from its start to its end.
+    """Codes (rows, cols) of the ids of one image, from image start to image end.
 
     Raises:
-        UniRepError: says where the sequence stops being an image, what should stand there and what does.
+        UniRepError: the ids are not those of one image; with the first wrong id and the expected one.
     """
     ids = torch.as_tensor(ids, dtype=torch.long).flatten()
     layout = _read_header(ids, vocabulary)
@@ -154,26 +158,26 @@ def decode_image(ids: Sequence[int] | Tensor, vocabulary: Vocabulary) -> Tensor:
         raise _mismatch(layout, int(wrong[0]), int(ids[wrong[0]]))
     if len(ids) < layout.length:
         whole = f"a grid of {layout.grid_rows}×{layout.grid_cols} has {layout.length} ids"
-        raise UniRepError(len(ids), f"the image breaks off: {_expected(layout, len(ids))} should follow; {whole}")
+        raise UniRepError(len(ids), f"the image is incomplete: expected {_expected(layout, len(ids))}; {whole}")
     if len(ids) > layout.length:
         raise UniRepError(layout.length, f"{vocabulary.describe(int(ids[layout.length]))} after the image's end")
-    return vocabulary.id_to_code(ids[layout.code_slots.to(ids.device)]).view(layout.rows, layout.cols)
+    return vocabulary.id_to_code(ids[layout.code_offsets.to(ids.device)]).view(layout.rows, layout.cols)
 
 
 def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation: bos, then the turns, each closed by a turn end.
+    """Ids and labels of a conversation: bos, then the turns, each with a turn end.
 
-    Labels are the ids of assistant turns, their closing turn end included, and -100 elsewhere.
+    The label of an id in an assistant turn is that id, turn end included; all others are -100.
 
     Raises:
-        InputError: roles do not alternate from human on, or a text holds a control name.
-        UniRepError: a code grid is none.
+        InputError: roles do not alternate, starting with the human, or a text contains a control name.
+        UniRepError: the shape of a code grid is wrong, or a code is out of range.
     """
     ids, labels = [vocabulary.bos_id], [IGNORED]
     for index, (role, parts) in enumerate(turns):
         expected = ("human", "assistant")[index % 2]
         if role != expected:
-            raise InputError(f"turn {index + 1} must be the {expected}'s, got {role!r}; human and assistant take turns")
+            raise InputError(f"turn {index + 1} must be the {expected}'s, got {role!r}; human and assistant alternate")
         turn = [id_ for part in parts for id_ in _encode_part(part, vocabulary)] + [vocabulary.turn_end_id]
         ids += turn
         labels += turn if role == "assistant" else [IGNORED] * len(turn)
@@ -181,28 +185,28 @@ def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[
 
 
 def generation_prompt(text: str | Sequence[Turn], vocabulary: Vocabulary) -> list[int]:
-    """Ids that generation starts from: a text, or turns of which the last is the human's. Then comes the answer.
+    """Ids of the prompt that the assistant's answer follows: a text, or turns of which the last is the human's.
 
     Raises:
-        InputError: as `encode_conversation`, or the last turn is the assistant's.
+        InputError: as for `encode_conversation`, or the last turn is the assistant's.
     """
     turns: Sequence[Turn] = [("human", [text])] if isinstance(text, str) else text
     if len(turns) % 2 == 0:
-        raise InputError(f"a prompt must end in a turn of the human, got {len(turns)} turns; leave the answer out")
+        raise InputError(f"a prompt must end with a turn of the human, got {len(turns)} turns; remove the answer")
     return encode_conversation(turns, vocabulary)[0]
 
 
 def drop_context(ids: list[int], labels: list[int], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """What an unconditional row sees: the answer's image alone, without context and closing turn end.
+    """Ids and labels of an unconditional training sample: the answer's image alone, without prompt and turn end.
 
-    Only a sequence that ends in an image, its only one, can lose its context; any other is returned as it is. Training
-    does this to one sequence in ten, and guidance relies on it.
+    Returns other sequences unmodified: those with several images, or with text in the answer. Training drops the
+    context of 10 % of the sequences, which classifier-free guidance needs.
     """
     ends_in_image = ids[-2:] == [vocabulary.image_end_id, vocabulary.turn_end_id]
     if not ends_in_image or ids.count(vocabulary.image_end_id) != 1:
         return ids, labels
     kept = [(id_, label) for id_, label in zip(ids[:-1], labels[:-1], strict=True) if label != IGNORED]
-    if not kept or kept[0][0] != vocabulary.image_start_id:  # an answer with words before its image
+    if not kept or kept[0][0] != vocabulary.image_start_id:  # the answer has text before its image
         return ids, labels
     return [id_ for id_, _ in kept], [label for _, label in kept]
 
@@ -210,15 +214,15 @@ def drop_context(ids: list[int], labels: list[int], vocabulary: Vocabulary) -> t
 # -- details -----------------------------------------------------------------------------------------------------------
 
 
-def _check_side(option: str, pixels: int, unit: int, largest: int) -> None:
+def _check_side(parameter: str, pixels: int, unit: int, largest: int) -> None:
     largest -= largest % unit
     if pixels > 0 and pixels % unit:
         below, above = pixels - pixels % unit, pixels - pixels % unit + unit
         nearby = [str(side) for side in (below, above) if unit <= side <= largest] or [str(largest)]
-        raise InputError(f"{option} must be a multiple of {unit}, got {pixels}; try {' or '.join(nearby)}")
+        raise InputError(f"must be a multiple of {unit}, got {pixels}; try {' or '.join(nearby)}", parameter)
     if not unit <= pixels <= largest:
         nearest = min(max(pixels, unit), largest)
-        raise InputError(f"{option} must be {unit} to {largest} pixels, got {pixels}; try {nearest}")
+        raise InputError(f"must be {unit} to {largest} pixels, got {pixels}; try {nearest}", parameter)
 
 
 def _encode_part(part: str | Tensor, vocabulary: Vocabulary) -> list[int]:
@@ -227,7 +231,7 @@ def _encode_part(part: str | Tensor, vocabulary: Vocabulary) -> list[int]:
 
 def _layout_of(codes: Tensor, vocabulary: Vocabulary) -> ImageLayout:
     if codes.dim() != 2:
-        raise UniRepError(0, f"a code grid has rows and columns, got the shape {tuple(codes.shape)}")
+        raise UniRepError(0, f"a code grid must have the shape (rows, cols), got {tuple(codes.shape)}")
     rows, cols = codes.shape
     limit = vocabulary.max_grid * CELLS
     for position, what, cells in ((1, "rows", rows), (2, "columns", cols)):
@@ -248,7 +252,7 @@ def _read_header(ids: Tensor, vocabulary: Vocabulary) -> ImageLayout:
     sizes = []
     for position, expected in enumerate(("image start", "grid rows", "grid columns")):
         if position >= len(ids):
-            raise UniRepError(position, f"the image breaks off: {expected} should follow")
+            raise UniRepError(position, f"the image is incomplete: expected {expected}")
         found = int(ids[position])
         try:
             if position:
@@ -260,24 +264,24 @@ def _read_header(ids: Tensor, vocabulary: Vocabulary) -> ImageLayout:
     return ImageLayout(vocabulary, *sizes)
 
 
-def _place(layout: ImageLayout, slot: int) -> str:
-    row, col = divmod(slot - HEADER, layout.cols + 1)
+def _row_and_column(layout: ImageLayout, offset: int) -> str:
+    row, col = divmod(offset - HEADER, layout.cols + 1)
     return f"row {row}, column {col}"
 
 
-def _expected(layout: ImageLayout, slot: int) -> str:
-    forced = int(layout.ids[slot])
+def _expected(layout: ImageLayout, offset: int) -> str:
+    forced = int(layout.ids[offset])
     return "an image code" if forced < 0 else layout.vocabulary.describe(forced)
 
 
-def _mismatch(layout: ImageLayout, slot: int, found: int) -> UniRepError:
+def _mismatch(layout: ImageLayout, offset: int, found: int) -> UniRepError:
     vocabulary = layout.vocabulary
-    if slot == layout.length - 1:
-        return UniRepError(slot, f"expected image end after {layout.rows} rows, found {vocabulary.describe(found)}")
+    if offset == layout.length - 1:
+        return UniRepError(offset, f"expected image end after {layout.rows} rows, found {vocabulary.describe(found)}")
     hint = ""
-    if layout.ids[slot] < 0 and found in (vocabulary.row_end_id, vocabulary.image_end_id):
+    if layout.ids[offset] < 0 and found in (vocabulary.row_end_id, vocabulary.image_end_id):
         hint = f"; the row has fewer than {layout.cols} codes"
-    elif layout.ids[slot] >= 0 and vocabulary.is_code(torch.tensor(found)):
+    elif layout.ids[offset] >= 0 and vocabulary.is_code(torch.tensor(found)):
         hint = f"; the row has more than {layout.cols} codes"
-    expected, got = _expected(layout, slot), vocabulary.describe(found)
-    return UniRepError(slot, f"{_place(layout, slot)}: expected {expected}, found {got}{hint}")
+    expected, got = _expected(layout, offset), vocabulary.describe(found)
+    return UniRepError(offset, f"{_row_and_column(layout, offset)}: expected {expected}, found {got}{hint}")

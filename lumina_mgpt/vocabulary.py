@@ -1,4 +1,4 @@
-"""Every special id and its name: text <-> ids, image code <-> id, grid size <-> id. No other file knows a number."""
+"""The vocabulary: converts text, image codes and grid sizes to ids and back. No other module contains an id."""
 
 import os
 import re
@@ -11,46 +11,48 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, read_json, read_text
 
-# Names of the released tokenizer (the reserved ones are leftovers of Chameleon's vocabulary, put to a new use there).
+# Names in the released tokenizer. It uses reserved names of Chameleon's vocabulary for grid sizes and separators.
 END_OF_TEXT = "<|endoftext|>"
 IMAGE_START = "<racm3:break>"
 IMAGE_END = "<eoss>"
 ROW_END = "<reserved08799>"
 TURN_END = "<reserved08706>"
-# In the released tokenizer, but never generated; kept so that a vocabulary trained here has the same names.
+# In the released tokenizer, never generated. Tokenizers trained here contain them to have the same names.
 UNUSED_SEPARATORS = ("<reserved08796>", "<reserved08797>", "<reserved08798>")
-# Stands for an image in a record's text; the released code adds it to the tokenizer while it runs. Never an id here.
+# Stands for an image in a record's text. The released code adds it to the tokenizer at run time; it has no id here.
 IMAGE_PLACEHOLDER = "<|image|>"
-REQUIRED_GRID = 64  # every tokenizer names at least the sizes 1 ... 64; the released one names more
+REQUIRED_GRID = 64  # every tokenizer has names for the sizes 1 ... 64, the released one for more
 
 
 def grid_name(size: int) -> str:
-    """Name of a grid size in units of 32 pixels; five digits, so `size` is in 0 ... 91199."""
+    """Name of a grid size. Ranges: size in 0 ... 91199 grid units, as the name has five digits."""
     return f"<reserved{8800 + size:05d}>"
 
 
 def special_names() -> list[str]:
-    """All names that a tokenizer for this model must hold, in a fixed order, for training a tokenizer of one's own."""
+    """All special names that a tokenizer for this model must contain, in a fixed order."""
     grids = [grid_name(size) for size in range(1, REQUIRED_GRID + 1)]
     return [END_OF_TEXT, IMAGE_START, IMAGE_END, *UNUSED_SEPARATORS, ROW_END, *grids, TURN_END]
 
 
 class Vocabulary:
-    """The model's ids by their meaning.
+    """Converts text, image codes and grid sizes to ids and back.
 
-    Attributes: `bos_id`, `image_start_id`, `image_end_id`, `row_end_id`, `turn_end_id`; `max_grid`, the largest grid
-    size such that 1 ... max_grid all have a name; `code_slice`, the columns of the output projection that are image
-    codes; `vocab_size`.
+    Attributes:
+        bos_id, image_start_id, image_end_id, row_end_id, turn_end_id: control ids.
+        max_grid: the largest grid size for which 1 ... max_grid all have a name.
+        code_slice: ids of the image codes, the columns of the output projection that samplers read.
+        num_image_codes, vocab_size: as in the model's configuration.
 
     Args:
-        tokenizer: the text tokenizer, holding the special names.
-        bos: name that begins a sequence.
+        tokenizer: the text tokenizer, with the special names.
+        bos: name of the id that begins a sequence.
         image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
         vocab_size: rows of the embedding.
-        source: what messages call the tokenizer.
+        source: name of the tokenizer in messages.
 
     Raises:
-        InputError: a special name is missing, or an id that will be used lies among the codes or beyond `vocab_size`.
+        InputError: a special name is missing, or a text or control id is an image code or not below `vocab_size`.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Vocabulary:
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: ModelConfig) -> "Vocabulary":
-        """Reads `tokenizer.json`, and the name of bos (else eos) from the files beside it.
+        """The vocabulary of a checkpoint folder: `tokenizer.json`, with bos (or eos) from the tokenizer's other files.
 
         Raises:
             InputError: a file is missing or damaged, or the tokenizer does not fit `config`.
@@ -90,13 +92,13 @@ class Vocabulary:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not os.path.lexists(path) and os.path.isdir(folder):
-            raise InputError(f"{path} is missing; a checkpoint folder holds config.json, safetensors and a tokenizer")
+            raise InputError(f"{path} is missing; a checkpoint folder has config.json, safetensors and a tokenizer")
         text = read_text(path)
         try:
             tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception for whatever it cannot parse
-            raise InputError(f"{path} is not a tokenizer file ({cause(error)}); fetch the checkpoint again") from None
-        # Settings of whoever trained the tokenizer; either would change a prompt without a word.
+        except Exception as error:  # tokenizers raises plain Exception for what it cannot parse
+            raise InputError(f"{path} is not a tokenizer file ({cause(error)}); download it again") from None
+        # The file may contain settings of its training, which would silently change prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return cls(
@@ -111,14 +113,14 @@ class Vocabulary:
     # -- text ----------------------------------------------------------------------------------------------------------
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a user's text, without bos or any separator.
+        """Ids of a text, without bos and separators.
 
         Raises:
-            InputError: the text holds a name that would become a control id, or is not valid Unicode.
+            InputError: the text contains the name of a control id, or is not valid Unicode.
         """
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError):  # lone surrogates: an argument or a file that was not UTF-8
+        except (TypeError, UnicodeEncodeError):  # lone surrogates, from an argument or file that is not UTF-8
             raise InputError(f"the text must be valid Unicode, got {ascii(text)[:200]}; save it as UTF-8") from None
         for id_, token in zip(encoding.ids, encoding.tokens, strict=True):
             if id_ in self._control_ids or not self._usable(id_):
@@ -128,10 +130,10 @@ class Vocabulary:
         return encoding.ids
 
     def decode_text(self, ids: list[int]) -> str:
-        """Text of ids; special names are left out.
+        """Text of ids, without special names.
 
         Raises:
-            ValueError: one of them is an image code.
+            ValueError: an id is an image code.
         """
         codes = [id_ for id_ in ids if self.code_slice.start <= id_ < self.code_slice.stop]
         if codes:
@@ -141,7 +143,7 @@ class Vocabulary:
     # -- grid sizes ----------------------------------------------------------------------------------------------------
 
     def grid_id(self, size: int) -> int:
-        """Id of a grid size (units of 32 pixels, 1 ... max_grid).
+        """Id of a grid size. Ranges: size in 1 ... max_grid, in grid units of 32 pixels.
 
         Raises:
             InputError: the tokenizer has no name for that size.
@@ -156,7 +158,7 @@ class Vocabulary:
         """Grid size of an id.
 
         Raises:
-            ValueError: the id is not that of a grid size.
+            ValueError: the id is not a grid size.
         """
         if int(id_) not in self._grid_sizes:
             raise ValueError(f"id {int(id_)} is not a grid size")
@@ -165,29 +167,29 @@ class Vocabulary:
     # -- image codes ---------------------------------------------------------------------------------------------------
 
     def code_to_id(self, codes: Tensor) -> Tensor:
-        """Ids of image codes; any shape, each in [0, num_image_codes).
+        """Ids of image codes, of any shape. Ranges: codes in [0, num_image_codes).
 
         Raises:
-            ValueError: a code is out of range; says which.
+            ValueError: a code is out of range; with its value and index.
         """
         _check_range(codes, slice(0, self.num_image_codes), "image code")
         return codes.long() + self.code_slice.start
 
     def id_to_code(self, ids: Tensor) -> Tensor:
-        """Image codes of ids; any shape.
+        """Image codes of ids, of any shape.
 
         Raises:
-            ValueError: an id is not that of an image code; says which.
+            ValueError: an id is not an image code; with its value and index.
         """
         _check_range(ids, self.code_slice, "id of an image code")
         return ids.long() - self.code_slice.start
 
     def is_code(self, ids: Tensor) -> Tensor:
-        """Where ids are image codes; bool of the same shape."""
+        """Whether each id is an image code; bool of the same shape."""
         return (ids >= self.code_slice.start) & (ids < self.code_slice.stop)
 
     def describe(self, id_: int) -> str:
-        """What an id means, for messages."""
+        """Meaning of an id, for messages."""
         named = {
             self.image_start_id: "image start",
             self.image_end_id: "image end",
@@ -211,13 +213,13 @@ class Vocabulary:
         except UnicodeEncodeError:  # lone surrogates in a file
             id_ = None
         if id_ is None:
-            raise InputError(f"{self._source} has no token named {name}; use the tokenizer the checkpoint came with")
+            raise InputError(f"{self._source} has no token named {name}; use the checkpoint's own tokenizer")
         return id_
 
     def _find_grids(self) -> dict[int, int]:
         grids = {size: self._id_of(grid_name(size)) for size in range(1, REQUIRED_GRID + 1)}
         size = REQUIRED_GRID + 1
-        # Further names are used only while their ids can be: a tokenizer may name more than the model has rows for.
+        # Only names with usable ids: a tokenizer may have more names than the embedding has rows.
         while (id_ := self._tokenizer.token_to_id(grid_name(size))) is not None and self._usable(id_):
             grids[size] = id_
             size += 1
@@ -231,9 +233,9 @@ class Vocabulary:
         return {*named, *self._grid_ids.values()}
 
     def _check_text_ids(self) -> None:
-        """Text and control ids must be rows of the embedding that no image code uses.
+        """Raises InputError for a text or control id that is an image code or not a row of the embedding.
 
-        Other added names are let be (a tokenizer may name ids it never uses); `encode_text` refuses them.
+        Other added names may have any id; `encode_text` refuses them.
         """
         text = self._tokenizer.get_vocab(with_added_tokens=False)
         used = list(text.items()) + [(self._tokenizer.id_to_token(id_), id_) for id_ in self._used_special_ids()]
@@ -242,12 +244,12 @@ class Vocabulary:
                 codes = f"{self.code_slice.start} ... {self.code_slice.stop - 1}"
                 raise InputError(
                     f"{self._source}: {name!r} has id {id_}, which must be below vocab_size = {self.vocab_size} and "
-                    f"not among the image codes {codes}; tokenizer and config.json are of different checkpoints"
+                    f"not among the image codes {codes}; use tokenizer and config.json of one checkpoint"
                 )
 
 
 def _bos_name(folder: Path) -> str:
-    """Name of bos, or of eos in a tokenizer without bos, as the released code does."""
+    """Name of bos, or of eos for a tokenizer without bos, as in the released code."""
     settings: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
@@ -257,22 +259,22 @@ def _bos_name(folder: Path) -> str:
         settings |= {key: value for key, value in content.items() if value is not None}
     for key in ("bos_token", "eos_token"):
         token = settings.get(key)
-        if isinstance(token, dict):  # an AddedToken written out
+        if isinstance(token, dict):  # a serialized AddedToken
             token = token.get("content")
         if isinstance(token, str) and token:
             return token
-    raise InputError(f"{folder / 'tokenizer_config.json'} names neither bos_token nor eos_token; one begins a sequence")
+    raise InputError(f"{folder / 'tokenizer_config.json'} has neither bos_token nor eos_token; add one of them")
 
 
 def _check_range(values: Tensor, allowed: slice, what: str) -> None:
     wrong = (values < allowed.start) | (values >= allowed.stop)
     if wrong.any():
-        at = wrong.nonzero()[0].tolist()
-        value = values[tuple(at)].item()
-        raise ValueError(f"{what} must be in {allowed.start} ... {allowed.stop - 1}, got {value} at {at}")
+        index = wrong.nonzero()[0].tolist()
+        value = values[tuple(index)].item()
+        raise ValueError(f"{what} must be in {allowed.start} ... {allowed.stop - 1}, got {value} at {index}")
 
 
 def _control_message(name: str, text: str) -> str:
     start = max(0, text.find(name))
     excerpt = re.sub(r"\s+", " ", text[max(0, start - 20) : start + len(name) + 20])
-    return f"the text must not hold {name}, a control name of the model, got {excerpt!r}; remove or respell it"
+    return f"the text must not contain {name}, a control name of the model, got {excerpt!r}; remove or respell it"

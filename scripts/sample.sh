@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Text to image: scripts/sample.sh [checkpoint folder or hub id] [further options of generate.py]
-# Without arguments the demo checkpoint makes its built-in prompts. Pictures go to outputs/t2i; a second
-# run wants --overwrite, or another --save_path.
+# Without arguments it uses the demo checkpoint and its example prompts. Images go to outputs/t2i; a second run
+# needs --overwrite or another --save_path.
 set -euo pipefail
 
 model_path="${1:-assets/demo}"

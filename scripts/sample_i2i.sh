@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Image to image: scripts/sample_i2i.sh [checkpoint folder or hub id] [further options of generate.py]
-# Without arguments the demo checkpoint draws on the pictures in assets. Results go to outputs/i2i; a second
-# run wants --overwrite.
+# Without arguments it uses the demo checkpoint and the pictures in assets. Images go to outputs/i2i; a second run
+# needs --overwrite.
 set -euo pipefail
 
 model_path="${1:-assets/demo}"

@@ -20,7 +20,7 @@ from lumina_mgpt.data.records import parse_record
 from lumina_mgpt.data.shards import _open as open_shards
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import read_rows
-from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.trainer import Trainer

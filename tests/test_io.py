@@ -37,12 +37,12 @@ def test_the_marks_of_joined_files_are_removed():
 def test_other_encodings_are_named(tmp_path, data, seems):
     path = tmp_path / "caption.txt"
     path.write_bytes(data)
-    with pytest.raises(InputError, match=rf"--prompt_file .*caption.txt must be UTF-8 text, got .*{seems}"):
-        io.read_text(path, "--prompt_file")
+    with pytest.raises(InputError, match=rf"^prompt_file .*caption.txt must be UTF-8 text, got .*{seems}"):
+        io.read_text(path, "prompt_file")
 
 
 @pytest.mark.parametrize("name", ["missing", "folder", "with\0null", "x" * 300])
-def test_what_cannot_be_read_is_refused(tmp_path, name):
+def test_unreadable_files_are_refused(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="cannot be read"):
         io.read_text(tmp_path / name)
@@ -50,7 +50,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, name):
 
 @pytest.mark.parametrize("text", ["[" * 20000, '{"a": ' * 20000, "1" * 5000, '{"a": ' + "9" * 5000 + "}", "{", "\0"])
 def test_json_that_cannot_be_parsed(text):
-    """Depth ended in a RecursionError, digits in a ValueError."""
+    """Deep nesting raised a RecursionError, long numbers a ValueError."""
     with pytest.raises(InputError, match="^rows.json, line 3 is"):
         io.parse_json(text, "rows.json, line 3")
 
@@ -58,7 +58,7 @@ def test_json_that_cannot_be_parsed(text):
 def test_rows_with_a_line_separator_inside_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(BOM + '{"a": "x\u2028y\x85z"}\n\n{"a": 2}\n'.encode())
-    assert io.read_rows(path, "--in_filename") == [{"a": "x\u2028y\x85z"}, {"a": 2}]
+    assert io.read_rows(path, "in_filename") == [{"a": "x\u2028y\x85z"}, {"a": 2}]
 
 
 def test_an_object_is_required(tmp_path):

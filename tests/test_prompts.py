@@ -1,4 +1,4 @@
-"""The instructions are the very strings that the released code was given."""
+"""The instructions are identical to those of the released code."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_plain_and_openpose_and_subject():
     assert "<upper half> displays a <a red cat>," in subject.instruction("", 1, 2, shown="a red cat")
 
 
-def test_predicting_a_map_is_the_pair_with_its_picture_given():
+def test_predicting_a_map_has_the_instruction_of_the_pair():
     for name in MAPS:
         pair, predict = TASKS[name], I2I_TASKS[f"predict_{name}"]
         assert predict.template == pair.template and predict.shown == pair.shown
@@ -51,6 +51,6 @@ def test_predicting_a_map_is_the_pair_with_its_picture_given():
 
 
 @pytest.mark.parametrize("prompt", ["{width} {0} {}", "100 % {prompt}", "a\nb: c\n", ""])
-def test_a_prompt_is_taken_as_it_is(prompt):
+def test_a_prompt_is_inserted_unmodified(prompt):
     for task in (*TASKS.values(), *I2I_TASKS.values()):
         assert task.instruction(prompt, 64, 128).endswith(":\n" + prompt)

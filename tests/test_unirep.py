@@ -134,7 +134,7 @@ def test_a_known_beginning_is_the_beginning_of_the_whole(vocabulary, grid_rows, 
     codes = random_codes(grid_rows, grid_cols).flatten()
     whole, known = layout.fill(codes).tolist(), layout.fill(codes[:n]).tolist()
     assert known == whole[: len(known)]
-    assert len(known) == (int(layout.code_slots[n]) if n < layout.num_codes else layout.length)
+    assert len(known) == (int(layout.code_offsets[n]) if n < layout.num_codes else layout.length)
     assert ImageLayout(vocabulary, grid_rows, grid_cols, given=n).prefix_length == len(known)
     batch = layout.fill(torch.stack([codes[:n], codes[:n]]))
     assert batch.tolist() == [known, known]
@@ -143,8 +143,8 @@ def test_a_known_beginning_is_the_beginning_of_the_whole(vocabulary, grid_rows, 
 def test_layout_of_the_released_size(vocabulary):
     layout = ImageLayout.from_pixels(vocabulary, 768, 768)
     assert (layout.rows, layout.cols, layout.length) == (96, 96, 9316)
-    assert (layout.ids < 0).sum() == 9216 == len(layout.code_slots)
-    assert [layout.slot_of(n) for n in range(9216)] == layout.code_slots.tolist()
+    assert (layout.ids < 0).sum() == 9216 == len(layout.code_offsets)
+    assert [layout.offset_of(n) for n in range(9216)] == layout.code_offsets.tolist()
     wide = ImageLayout.from_pixels(vocabulary, 64, 32)
     assert (wide.rows, wide.cols) == (4, 8)  # height before width
     assert wide.ids[1:3].tolist() == [vocabulary.grid_id(1), vocabulary.grid_id(2)]
@@ -153,14 +153,14 @@ def test_layout_of_the_released_size(vocabulary):
 @pytest.mark.parametrize(
     "width, height, panels, message",
     [
-        (512, 500, 1, "--height must be a multiple of 32, got 500; try 480 or 512"),
-        (33, 32, 1, "--width must be a multiple of 32, got 33; try 32 or 64"),
-        (10, 32, 1, "--width must be a multiple of 32, got 10; try 32"),
-        (64, 96, 2, "--height must be a multiple of 64, got 96; try 64 or 128"),
-        (0, 32, 1, "--width must be 32 to 6368 pixels, got 0; try 32"),
-        (-64, 32, 1, "--width must be 32 to 6368 pixels, got -64; try 32"),
-        (32, 6400, 1, "--height must be 32 to 6368 pixels, got 6400; try 6368"),
-        (32, 6400, 2, "--height must be 64 to 6336 pixels, got 6400; try 6336"),
+        (512, 500, 1, "height must be a multiple of 32, got 500; try 480 or 512"),
+        (33, 32, 1, "width must be a multiple of 32, got 33; try 32 or 64"),
+        (10, 32, 1, "width must be a multiple of 32, got 10; try 32"),
+        (64, 96, 2, "height must be a multiple of 64, got 96; try 64 or 128"),
+        (0, 32, 1, "width must be 32 to 6368 pixels, got 0; try 32"),
+        (-64, 32, 1, "width must be 32 to 6368 pixels, got -64; try 32"),
+        (32, 6400, 1, "height must be 32 to 6368 pixels, got 6400; try 6368"),
+        (32, 6400, 2, "height must be 64 to 6336 pixels, got 6400; try 6336"),
     ],
 )
 def test_sizes_that_cannot_be_are_told(vocabulary, width, height, panels, message):
@@ -180,16 +180,16 @@ def test_damage_says_where_and_what(vocabulary):
     v, ids = vocabulary, encode_image(random_codes(1, 2), vocabulary)  # 4 rows of 8, row r from slot 3 + 9r
     code, row_end = v.code_slice.start, v.row_end_id
     cases = [
-        ([], 0, "breaks off: image start"),
+        ([], 0, "incomplete: expected image start"),
         (ids[1:], 0, "expected image start, found grid size 1"),
-        (ids[:2], 2, "breaks off: grid columns"),
+        (ids[:2], 2, "incomplete: expected grid columns"),
         (damaged(ids, 1, code), 1, "expected grid rows, found image code 0"),
         (damaged(ids, 1, v.grid_id(2)), 39, "expected an image code, found image end"),
         (damaged(ids, 2, v.grid_id(3)), 11, "fewer than 12 codes"),
         (damaged(ids, 2, v.grid_id(1)), 7, "more than 4 codes"),
-        (ids[:-1], 39, "breaks off: image end should follow"),
-        (ids[:20], 20, "breaks off: row end should follow"),
-        (ids[:21], 21, "breaks off: an image code should follow"),
+        (ids[:-1], 39, "incomplete: expected image end"),
+        (ids[:20], 20, "incomplete: expected row end"),
+        (ids[:21], 21, "incomplete: expected an image code"),
         (damaged(ids, 14), 19, "row 1, column 7: expected an image code, found row end; the row has fewer than 8"),
         (damaged(ids, 14, code, code), 20, "row 1, column 8: expected row end, found image code"),
         (damaged(ids, 5, code - 1), 5, f"row 0, column 2: expected an image code, found id {code - 1}"),
@@ -261,7 +261,7 @@ def test_roles_must_take_turns(vocabulary):
     for roles in (["assistant"], ["human", "human"], ["human", "gpt"], ["human", "assistant", "assistant"]):
         with pytest.raises(InputError, match=f"turn {len(roles)} must be"):
             encode_conversation([(role, ["x"]) for role in roles], vocabulary)
-    with pytest.raises(InputError, match="must end in a turn of the human"):
+    with pytest.raises(InputError, match="must end with a turn of the human"):
         generation_prompt([("human", ["x"]), ("assistant", ["y"])], vocabulary)
 
 

@@ -1,6 +1,7 @@
-"""Commands, one module each, and what they share. Nothing here imports torch before a command works."""
+"""One module for each command, and what commands share. Nothing here imports torch before a command runs."""
 
 from lumina_mgpt.cli.options import (
+    ALIASES,
     DEMO,
     add_batch_size,
     add_checkpoint_options,
@@ -18,6 +19,7 @@ from lumina_mgpt.cli.progress import ReadingBar, bar_interval
 from lumina_mgpt.cli.runner import REFUSED, run
 
 __all__ = [
+    "ALIASES",
     "DEMO",
     "Parser",
     "REFUSED",

@@ -1,33 +1,41 @@
-"""Edits a picture over several turns.
+"""Edits a picture in several turns.
 
     lumina-mgpt edit --image_path assets/subject.png --save_path edited \\
         --instruction "make the background red" --instruction "replace the penguin with a snowman"
 
-Each turn's result is the next turn's picture, by its codes: never decoded and encoded again, which would let it drift.
-Turn t writes edit_{t}.png, both panels, and edit_{t}_result.png; edit_strip.png shows all turns side by side, from the
-picture given, edit_ref_center_crop.png, on.
+Each turn edits the codes of the previous result, so that no error of decoding and encoding accumulates. Turn t writes
+edit_{t}.png with both panels and edit_{t}_result.png. edit_strip.png shows the given picture,
+edit_ref_center_crop.png, and all results side by side.
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from lumina_mgpt import cli
 from lumina_mgpt.cli import generate, tasks
-from lumina_mgpt.cli.tasks import Request, result_file
+from lumina_mgpt.cli.tasks import OutputPlan, result_file
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
+
+if TYPE_CHECKING:
+    from lumina_mgpt.pipeline import Pipeline
+    from lumina_mgpt.preparation import PreparedRequest
 
 _STRIP = "edit_strip.png"
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="lumina-mgpt edit", description="Edits a picture over several turns.")
-    group = parser.add_argument_group("what to make")
-    group.add_argument("--image_path", required=True, help="picture to edit, cut out of its middle")
-    group.add_argument("--instruction", action="append", required=True, help="what to change; one a turn")
+    parser = cli.Parser(
+        cli.ALIASES | {"prompts": "--instruction"},
+        prog="lumina-mgpt edit",
+        description="Edits a picture in several turns.",
+    )
+    group = parser.add_argument_group("picture and instructions")
+    group.add_argument("--image_path", required=True, help="picture to edit; its center is cropped to the panel's size")
+    group.add_argument("--instruction", action="append", required=True, help="what to change; one for each turn")
     generate.add_size_options(group)
     cli.add_sampling_options(parser)
     cli.add_speculation_options(parser)
@@ -37,52 +45,73 @@ def build_parser() -> cli.Parser:
 
 
 def edit(args: argparse.Namespace) -> None:
-    """Checks everything that can be checked without weights, then loads and edits."""
-    settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
+    """Checks everything that needs no weights, then loads them and edits."""
+    plan = read_plan(args)
     cli.quant_group(args)
-    if not all(text.strip() for text in args.instruction):
-        raise InputError("--instruction must not be empty, got ''; say what to change")
-    settings.with_seeds(len(args.instruction))  # checks the last one
-    request = tasks.panel_request("edit", args.instruction, 1, ("--image_path", args.image_path), None)
     output = OutputFolder(args.save_path, args.overwrite)
-    output.claim(file_names(request), request.keep)
+    output.claim(file_names(plan), plan.keep)
 
-    from lumina_mgpt.devices import resolve_device  # torch takes seconds to import: only now
-    from lumina_mgpt.pipeline import Checkpoint
+    from lumina_mgpt import autotune  # imports torch, which takes seconds
+    from lumina_mgpt.devices import resolve_device
+    from lumina_mgpt.preparation import Checkpoint
 
     device = resolve_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
-    layout = checkpoint.layout(args.width, args.height, request.task)
-    start, *_ = checkpoint.prompt_ids(request.prompts, layout, request.task, option="--instruction")
+    prepared = checkpoint.prepare(plan.request, plan.prompts_from)
     pipeline = cli.load_pipeline(args, checkpoint, device)
     if args.fast:
-        speculation = pipeline.fastest(start, layout, settings, batches=len(request.prompts))
-    make(pipeline, request, layout, settings, speculation, output, args)
+        prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
+    described = plan.described() | generate.describe(pipeline, prepared, generate.loading_text(args))
+    make(pipeline, prepared, plan, output, described)
+
+
+def read_plan(args: argparse.Namespace) -> OutputPlan:
+    """Returns the plan of this command, one prompt for each turn; opens the picture."""
+    sampling = cli.sampling_settings(args)
+    if not all(text.strip() for text in args.instruction):
+        raise InputError("must not be empty, got ''; say what to change", "instruction")
+    sampling.with_seeds(len(args.instruction))  # raises for the last one
+    settings = {
+        "sampling": sampling,
+        "speculation": cli.speculation_settings(args),
+        "width": args.width,
+        "height": args.height,
+        "batch_size": 1,
+    }
+    source = ("image_path", args.image_path)
+    return tasks.panel_plan("edit", args.instruction, source, None, settings)
 
 
 def make(
-    pipeline, request: Request, layout, settings, speculation, output: OutputFolder, args: argparse.Namespace
+    pipeline: "Pipeline",
+    prepared: "PreparedRequest",
+    plan: OutputPlan,
+    output: OutputFolder,
+    described: Mapping[str, object],
 ) -> None:
-    """Edits turn by turn and saves each as soon as it is done; turn t has the seed t - 1 above --seed."""
+    """Edits turn by turn and saves each turn when it is done; turn t has the seed of the request plus t - 1."""
     from lumina_mgpt.images import side_by_side
 
-    described = request.described() | generate.describe(pipeline, layout, settings, speculation, args)
-    panel = picture = request.panel(layout)
-    strip, turns = [picture], len(request.prompts)
-    seeds = settings.with_seeds(turns)
+    layout, turns = prepared.layout, len(prepared.request.prompts)
+    panel, picture = prepared.panels[0], prepared.picture
+    assert picture is not None
+    strip = [picture]
     total = turns * (layout.num_codes - layout.given)
     try:
         with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=cli.bar_interval()) as bar:
-            for turn, (instruction, own) in enumerate(zip(request.prompts, seeds, strict=True), start=1):
-                (result,) = pipeline.generate(
-                    instruction, args.width, args.height, task=request.task, panel=panel, speculation=speculation,
-                    on_row=lambda _: bar.update(layout.cols), **asdict(own),
-                )  # fmt: skip
+
+            def on_row(_: object) -> None:
+                bar.update(layout.cols)
+
+            for turn, sampling in enumerate(prepared.request.sampling.with_seeds(turns), start=1):
+                request = prepared.single(turn - 1, panel, sampling=sampling)
+                (result,) = pipeline.stream(request, on_row)
                 if turn == 1:
-                    output.save(request.panel_file, picture)
+                    output.save(plan.panel_file, picture)
                 panel = result.panel_codes
                 strip.append(result.panel)
-                text = described | {"instruction": instruction, "turn": turn, "seed": own.seed}
+                instruction = result.job.prompt
+                text = dict(described) | {"instruction": instruction, "turn": turn, "seed": sampling.seed}
                 output.save(result_file(f"edit_{turn}"), result.panel, text)
                 path = output.save(f"edit_{turn}.png", result.image, text)
                 output.save(_STRIP, side_by_side(strip), again=turn > 1)
@@ -91,12 +120,11 @@ def make(
         raise KeyboardInterrupt(f"{len(strip) - 1} of {turns} turns are in {output.folder}") from None
 
 
-def file_names(request: Request) -> list[str]:
-    """All that a run will write."""
-    stems = [f"edit_{turn}" for turn in range(1, len(request.prompts) + 1)]
-    return [request.panel_file, _STRIP, *(f"{stem}.png" for stem in stems), *map(result_file, stems)]
+def file_names(plan: OutputPlan) -> list[str]:
+    """Returns the names of all files that a run writes."""
+    stems = [f"edit_{turn}" for turn in range(1, len(plan.request.prompts) + 1)]
+    return [plan.panel_file, _STRIP, *(f"{stem}.png" for stem in stems), *map(result_file, stems)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(edit, build_parser(), argv)
-

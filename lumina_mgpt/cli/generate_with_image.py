@@ -1,13 +1,15 @@
-"""Makes a picture of one prompt and a control picture.
+"""Generates an image from one prompt and a control picture.
 
-    python generate_examples/generate_single_prompt_with_image.py --task canny --extract \\
-        --input_image_path assets/subject.png --prompt "a penguin on a yellow background" --save_path controlled
+    lumina-mgpt generate-with-image --task canny --extract --input_image_path assets/subject.png \\
+        --prompt "a penguin on a yellow background" --save_path controlled
 
-The same as `generate.py --task i2i`, files too. `--width 768 --height 768` are two panels of 768 x 384.
+Equivalent to `lumina-mgpt generate --task i2i`, with the same files. `--width 768 --height 768` are two panels of
+768 x 384.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.cli import generate, tasks
@@ -17,27 +19,36 @@ from lumina_mgpt.prompts import I2I_TASKS
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(
-        prog="lumina-mgpt generate-with-image", description="Makes a picture of one prompt and a control picture."
+        cli.ALIASES | {"panel": "--input_image_path"},
+        prog="lumina-mgpt generate-with-image",
+        description="Generates an image from one prompt and a control picture.",
     )
-    group = parser.add_argument_group("what to make")
-    group.add_argument("--task", required=True, choices=tuple(I2I_TASKS), help="as --i2i_task of generate.py")
-    group.add_argument("--input_image_path", required=True, help="picture for the upper panel, cut out of its middle")
-    group.add_argument("--prompt", help="what the lower panel is to show (predict_...: may be left out)")
+    group = parser.add_argument_group("prompt and picture")
+    group.add_argument("--task", required=True, choices=tuple(I2I_TASKS), help="as --i2i_task of lumina-mgpt generate")
     group.add_argument(
-        "--extract", action="store_true",
+        "--input_image_path",
+        required=True,
+        help="picture for the upper panel; its center is cropped to the panel's size",
+    )
+    group.add_argument("--prompt", help="what the lower panel shows; optional for predict_...")
+    group.add_argument(
+        "--extract",
+        action="store_true",
         help=f"the picture is a photo: compute the map from it ({', '.join(EXTRACTORS)})",
-    )  # fmt: skip
+    )
     tasks.add_panel_prompt(group)
     generate.add_options(parser)
     return parser
 
 
-def read_request(args: argparse.Namespace) -> tasks.Request:
+def read_plan(args: argparse.Namespace) -> tasks.OutputPlan:
+    """Returns the plan of this command; opens the picture."""
+    settings = tasks.request_settings(args)
     prompts = prompt_files.read_prompts(None if args.prompt is None else [args.prompt], None)
-    source = ("--input_image_path", args.input_image_path)
-    return tasks.panel_request(args.task, prompts, args.n, source, args.panel_prompt, args.extract)
+    source = ("input_image_path", args.input_image_path)
+    plan = tasks.panel_plan(args.task, prompts, source, args.panel_prompt, settings, args.extract)
+    return replace(plan, preview=args.preview)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(lambda args: generate.run(args, read_request), build_parser(), argv)
-
+    return cli.run(lambda args: generate.run(args, read_plan), build_parser(), argv)

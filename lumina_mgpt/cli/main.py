@@ -1,4 +1,4 @@
-"""The console script `lumina-mgpt COMMAND [options]`: finds the command's module and runs it."""
+"""The console script `lumina-mgpt COMMAND [options]`: imports the command's module and runs it."""
 
 import importlib
 import sys
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 from lumina_mgpt import __version__, cli
 
-# Command -> its module in this package, and what it does. Modules are imported only when their command is run.
+# Command -> its module in this package, and a summary. A module is imported when its command runs.
 COMMANDS = {
-    "generate": ("generate", "make pictures of prompts, and of pictures"),
-    "generate-with-image": ("generate_with_image", "make a picture of one prompt and a control picture"),
-    "edit": ("edit", "edit a picture over several turns"),
-    "reconstruct": ("reconstruct", "show what the image tokenizer keeps of pictures"),
-    "pre-tokenize": ("pre_tokenize", "turn records into token shards"),
+    "generate": ("generate", "generate images from prompts, and from prompts and pictures"),
+    "generate-with-image": ("generate_with_image", "generate an image from one prompt and a control picture"),
+    "edit": ("edit", "edit a picture in several turns"),
+    "reconstruct": ("reconstruct", "show what the image tokenizer preserves of pictures"),
+    "pre-tokenize": ("pre_tokenize", "encode records as token shards"),
     "concat-records": ("concat_records", "check token shards and list them in one record file"),
     "finetune": ("finetune", "train or finetune a model on token records"),
     "train-movqgan": ("train_movqgan", "train an image tokenizer"),
     "export": ("export", "write a training checkpoint as a model folder"),
-    "merge-lora": ("merge_lora", "add adapters to the weights they were trained on"),
-    "quantize": ("quantize", "make a checkpoint with int4 weights"),
+    "merge-lora": ("merge_lora", "merge adapters into the weights they were trained on"),
+    "quantize": ("quantize", "write a checkpoint with int4 weights"),
 }
 
 
@@ -31,7 +31,7 @@ def build_parser() -> cli.Parser:
 
 
 def overview() -> str:
-    """The text of `--help`."""
+    """Returns the text of `--help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(

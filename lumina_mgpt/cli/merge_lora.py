@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lumina_mgpt import cli
-from lumina_mgpt.errors import InputError
 
 
 def build_parser() -> cli.Parser:
@@ -20,17 +19,17 @@ def build_parser() -> cli.Parser:
 
 
 def merge(args: argparse.Namespace) -> None:
-    from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.io import new_folder
-    from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
     from lumina_mgpt.model.convert import check_target, copy_companions
+    from lumina_mgpt.model.hub import resolve
+    from lumina_mgpt.model.reading import load_model, require_plain_weights
+    from lumina_mgpt.model.writing import save_model
     from lumina_mgpt.training.adapters import merge_adapter
     from lumina_mgpt.training.base import check_beside_adapter
 
     check_target(args.save_path)
     source = resolve(cli.checkpoint_path(args.model_path))
-    if ModelConfig.from_json(source / "config.json").int4_group:
-        raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
+    require_plain_weights(source, "model_path", "merged")
     with new_folder(args.save_path, "--save_path") as folder:
         model = load_model(source, None, "cpu")
         check_beside_adapter(model, args.adapter, f"--model_path {args.model_path}")

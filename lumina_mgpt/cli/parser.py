@@ -1,15 +1,16 @@
-"""The argument parser of all commands, and types of options."""
+"""The argument parser of all commands, and the types of options."""
 
 import argparse
 import re
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
-from lumina_mgpt.config import excerpt
+from lumina_mgpt.checks import excerpt
 from lumina_mgpt.errors import InputError
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where an option has one."""
+    """Shows the default of options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         bare = action.default is None or action.default is False
@@ -17,26 +18,26 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of printing its usage, and takes no abbreviated options.
+    """An argument parser that raises InputError instead of printing its usage and refuses abbreviated options.
 
     Attributes:
         aliases: parameter of the library -> option of this command, where the names differ.
     """
 
-    def __init__(self, aliases: Mapping[str, str] | None = None, **kwargs) -> None:
+    def __init__(self, aliases: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
         self.aliases = dict(aliases or {})
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace(": must", " must", 1)
         raise InputError(f"{message}; --help lists every option")
 
     def option(self, parameter: str) -> str:
-        """The option that sets a parameter, `--width` for width; the parameter where this command has none."""
+        """Returns the option that sets a parameter, `--width` for width, or the parameter if no option does."""
         return self.aliases.get(parameter) or self._options().get(parameter, parameter)
 
     def render(self, error: InputError) -> str:
-        """The message of an error with options in place of parameters: `device=cpu` becomes `--device cpu`."""
+        """Returns the message of an error with options instead of parameters: `--device cpu` for `device=cpu`."""
         options = self._options() | self.aliases
         text = re.sub(r"(?<![\w/.-])([a-z]\w*)=(\S)", lambda found: _option_value(options, found), error.message)
         text = re.sub(r"(--?\w+) True\b", r"\1", text)
@@ -52,7 +53,7 @@ def _option_value(options: Mapping[str, str], found: re.Match) -> str:
 
 
 def whole(text: str) -> int:
-    """Type of a whole-number option."""
+    """Converts the value of a whole-number option."""
     try:
         return int(text)
     except ValueError:
@@ -60,7 +61,7 @@ def whole(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """Type of an option that takes any number."""
+    """Converts the value of an option that takes any number."""
     try:
         return float(text)
     except ValueError:

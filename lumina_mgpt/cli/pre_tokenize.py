@@ -7,7 +7,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lumina_mgpt import cli
-from lumina_mgpt.errors import InputError
 
 
 def build_parser() -> cli.Parser:
@@ -48,8 +47,7 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     settings = Settings(**{name: getattr(args, name) for name in names}, panels_apart=config.panels_apart,
                         models=f"{models}-{config.image_code_offset}")  # fmt: skip
     job = PreTokenizer(settings, vocabulary, ImageTokenizer.from_checkpoint(movqgan, device))
-    if job.images.num_codes != config.num_image_codes:
-        raise InputError(f"{movqgan} has {job.images.num_codes} codes, {folder} expects {config.num_image_codes}")
+    job.images.require_codes(config, movqgan)
     with tqdm(total=job.last - job.first, unit="record", desc=settings.name, dynamic_ncols=True) as bar:
         job.run(bar.update)
     print(f"{job.good} records in {job.out / (settings.name + '-record.jsonl')}, {job.bad} left out")

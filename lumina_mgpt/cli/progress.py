@@ -3,21 +3,30 @@
 import contextlib
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def bar_interval() -> float:
-    """Seconds between two states of a progress bar: a log file wants a line now and then only."""
+    """Returns seconds between updates of a progress bar: 0.1 on a terminal, 10 in a log file."""
     return 0.1 if sys.stderr.isatty() else 10
 
 
 class ReadingBar(contextlib.AbstractContextManager):
-    """A progress bar for `load_model`'s `on_read`: from the first weight on, and not before `delay` seconds are gone.
+    """A progress bar for the `on_read` of `load_model`.
 
-    Not earlier, so that an error of the checks that come first is one line.
+    It appears with the first weight, after the checks, so that their errors stay a single line.
+
+    Args:
+        words: description of the bar.
+        delay: seconds before the bar appears.
     """
 
     def __init__(self, words: str, delay: float = 0) -> None:
-        self.words, self.delay, self.bar = words, delay, None
+        self.words, self.delay = words, delay
+        self.bar: tqdm | None = None
 
     def __call__(self, done: int, total: int) -> None:
         from tqdm import tqdm
@@ -29,6 +38,6 @@ class ReadingBar(contextlib.AbstractContextManager):
             )  # fmt: skip
         self.bar.update(done - self.bar.n)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -1,8 +1,8 @@
-"""Makes a checkpoint with int4 weights, which loads without quantizing again: the 7B in 6.3 GB instead of 15.8.
+"""Makes a checkpoint with int4 weights, which loads without quantization: the 7B takes 6.3 GB instead of 15.8.
 
     lumina-mgpt quantize --model_path assets/demo --save_path work/demo-int4
 
-The new folder holds all that generate.py needs; it is written whole or not at all.
+The new folder holds the tokenizer and MoVQGAN files too. It is written completely or not at all.
 """
 
 import argparse
@@ -15,9 +15,11 @@ from lumina_mgpt.errors import InputError
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="lumina-mgpt quantize", description="Makes a checkpoint with int4 weights.")
+    parser = cli.Parser(
+        {"quant": "--group"}, prog="lumina-mgpt quantize", description="Makes a checkpoint with int4 weights."
+    )
     parser.add_argument("--model_path", required=True, help="checkpoint folder, or hub id")
-    parser.add_argument("--save_path", required=True, type=Path, help="folder for the new checkpoint, not there yet")
+    parser.add_argument("--save_path", required=True, type=Path, help="folder for the new checkpoint; must be new")
     parser.add_argument(
         "--group", type=cli.whole, choices=INT4_GROUPS, default=DEFAULT_INT4_GROUP, help="weights that share a scale"
     )
@@ -25,30 +27,29 @@ def build_parser() -> cli.Parser:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    """Checks, then reads, quantizes and writes with a bar, and says what came out."""
-    from lumina_mgpt.model.checkpoint import resolve  # torch takes seconds to import: only now
-    from lumina_mgpt.model.convert import check_target, quantize_checkpoint
+    """Quantizes the checkpoint and prints its size before and after."""
+    from lumina_mgpt.model.convert import check_target, quantize_checkpoint  # torch takes seconds to import
+    from lumina_mgpt.model.hub import resolve
 
     check_target(args.save_path)
     try:
         source = resolve(cli.checkpoint_path(args.model_path))
     except InputError as error:
-        raise InputError(f"--model_path {error}") from None
+        raise InputError(str(error), "model_path") from None
     with cli.ReadingBar(f"int4, groups of {args.group}") as bar:
         try:
             quantize_checkpoint(source, args.save_path, args.group, bar)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("nothing was written") from None
-    before, after = (size(folder) / 1e6 for folder in (source, args.save_path))
+    before, after = (weight_bytes(folder) / 1e6 for folder in (source, args.save_path))
     print(f"{args.save_path}: {after:.1f} MB of weights, {before:.1f} before; use it as --model_path")
 
 
-def size(folder: Path) -> int:
-    """Bytes of the transformer's weights."""
+def weight_bytes(folder: Path) -> int:
+    """Returns the size of a folder's transformer weights."""
     files = {file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)}
     return sum(file.stat().st_size for file in files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(quantize, build_parser(), argv)
-

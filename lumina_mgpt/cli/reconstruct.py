@@ -1,23 +1,36 @@
-"""Shows what the image tokenizer keeps of pictures: image, codes, image again.
+"""Shows what the image tokenizer preserves of pictures: encodes and decodes them.
 
     lumina-mgpt reconstruct assets/subject.png assets/depth.png --save_path reconstructed
 
-Of each picture: {its name}_reconstruction.png; {its name}_codes.png, its codes as 16-bit grey, one pixel a code; and a
-line with their PSNR. --through_model adds {its name}_no_edit.png: the model edits the picture with the instruction "no
-edit", which shows what it, too, keeps (Lumina-mGPT, arXiv 2408.02657).
+For each picture it writes {name}_reconstruction.png and {name}_codes.png (the codes as 16-bit grey, one pixel per code)
+and prints a line with the PSNR. --through_model adds {name}_no_edit.png: the model edits the picture with the
+instruction "no edit", which shows what the model preserves (Lumina-mGPT, arXiv 2408.02657).
 """
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.prompts import I2I_TASKS
+from lumina_mgpt.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+    from lumina_mgpt.pipeline import Pipeline
+    from lumina_mgpt.preparation import Checkpoint, PreparedRequest
+    from lumina_mgpt.results import Result
+
+    Copy = Callable[[str, Tensor], tuple[Result, dict[str, object]]]
 
 _TASK, _INSTRUCTION = I2I_TASKS["edit"], "no edit"
 _OF_MODEL = ("cfg", "top_k", "temperature", "seed", "speculative_jacobi", "fast", "dtype", "attn", "quant",
@@ -25,14 +38,20 @@ _OF_MODEL = ("cfg", "top_k", "temperature", "seed", "speculative_jacobi", "fast"
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="lumina-mgpt reconstruct", description="Shows what the image tokenizer keeps of pictures.")
+    parser = cli.Parser(
+        cli.ALIASES,
+        prog="lumina-mgpt reconstruct",
+        description="Shows what the image tokenizer preserves of pictures.",
+    )
     parser.add_argument("images", nargs="+", help="pictures")
     parser.add_argument(
-        "--target_size", type=cli.whole, metavar="SIZE",
-        help="area SIZE x SIZE at the nearest aspect ratio (default: the checkpoint's base size)",
-    )  # fmt: skip
-    parser.add_argument("--keep_size", action="store_true", help="leave pictures whose sides are multiples of 32 uncut")
-    parser.add_argument("--through_model", action="store_true", help="let the model copy each picture, too")
+        "--target_size",
+        type=cli.whole,
+        metavar="SIZE",
+        help="crop to about SIZE x SIZE pixels at the nearest aspect ratio (default: the checkpoint's base size)",
+    )
+    parser.add_argument("--keep_size", action="store_true", help="do not crop pictures whose sides are multiples of 32")
+    parser.add_argument("--through_model", action="store_true", help="also let the model copy each picture")
     cli.add_sampling_options(parser)
     cli.add_speculation_options(parser)
     cli.add_output_options(parser)
@@ -41,106 +60,139 @@ def build_parser() -> cli.Parser:
 
 
 def reconstruct(args: argparse.Namespace) -> None:
-    """Checks, crops, then encodes and decodes one picture after another."""
-    settings, speculation = cli.sampling_settings(args), cli.speculation_settings(args)
+    """Checks everything that needs no weights, then encodes and decodes the pictures."""
+    settings = {"sampling": cli.sampling_settings(args), "speculation": cli.speculation_settings(args)}
     cli.quant_group(args)
     check_options(args)
     stems = [Path(path).stem for path in args.images]
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
-        raise InputError(f"pictures must have different names, got {twice[0]} several times; take one after the other")
+        raise InputError(f"pictures must have different names, got {twice[0]} several times; use a run for each")
     output = OutputFolder(args.save_path, args.overwrite)
 
-    from lumina_mgpt.devices import DTYPES, resolve_device  # torch takes seconds to import: only now
-    from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_panel
+    from lumina_mgpt.devices import DTYPES, resolve_device  # imports torch, which takes seconds
     from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
-    from lumina_mgpt.pipeline import Checkpoint
-    from lumina_mgpt.unirep import GRID_UNIT
+    from lumina_mgpt.preparation import Checkpoint
 
     device = resolve_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     target = checkpoint.config.base_size if args.target_size is None else args.target_size
-    sizes, crops = candidate_sizes(target), []
-    for path in args.images:
-        picture = open_panel("image", path)
-        keep = args.keep_size and not (picture.width % GRID_UNIT or picture.height % GRID_UNIT)
-        crops.append(picture if keep else center_crop(picture, best_size(picture.size, sizes)))
-        if args.through_model:
-            check_length(checkpoint, crops[-1].size, path)
-    output.claim(file_names(stems, args.through_model), [Path(path) for path in args.images])
+    crops = dict(zip(stems, crop_pictures(args.images, target, args.keep_size), strict=True))
+    prepared = {}
     if args.through_model:
-        pipeline = cli.load_pipeline(args, checkpoint, device)
-        if args.fast:
-            layout = checkpoint.layout(crops[0].width, _TASK.panels * crops[0].height, _TASK)
-            (start,) = checkpoint.prompt_ids([_INSTRUCTION], layout, _TASK)
-            speculation = pipeline.fastest(start, layout, settings)
-        images, copy = pipeline.image_tokenizer, partial(through_model, pipeline, settings, speculation)
-    else:
-        images, copy = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, DTYPES[args.movqgan_dtype]), None
-    show(dict(zip(stems, crops, strict=True)), images, copy, output)
+        for (stem, crop), path in zip(crops.items(), args.images, strict=True):
+            prepared[stem] = prepare(checkpoint, crop, path, settings)
+    output.claim(file_names(stems, args.through_model), [Path(path) for path in args.images])
+    if not args.through_model:
+        images = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, DTYPES[args.movqgan_dtype])
+        show(crops, images, None, output)
+        return
+    pipeline = cli.load_pipeline(args, checkpoint, device)
+    if args.fast:
+        from lumina_mgpt import autotune
+
+        speculation = autotune.fastest(pipeline, next(iter(prepared.values())))
+        prepared = {stem: one.changed(speculation=speculation) for stem, one in prepared.items()}
+    show(crops, pipeline.image_tokenizer, partial(through_model, pipeline, prepared), output)
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises InputError for an option that would be passed over."""
+    """Raises InputError for an option that has no effect without --through_model."""
+    parser = build_parser()
     for name in () if args.through_model else _OF_MODEL:
-        if getattr(args, name) != build_parser().get_default(name):
-            raise InputError(f"--{name} is for the model and means nothing without --through_model; add that, or leave "
-                             "it out")  # fmt: skip
+        if getattr(args, name) != parser.get_default(name):
+            rule = "is for the model and has no effect without --through_model"
+            raise InputError(f"--{name} {rule}; add that, or leave it out")
 
 
-def check_length(checkpoint, size: tuple[int, int], path: str) -> None:
-    """Raises InputError where the model does not see two panels of that size."""
+def crop_pictures(paths: Sequence[str], target: int, keep_size: bool) -> "list[Image.Image]":
+    """Returns the pictures, each cropped to the nearest size of about `target` x `target` pixels.
+
+    Args:
+        keep_size: leave pictures whose sides are multiples of 32 uncropped.
+    """
+    from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_panel
+    from lumina_mgpt.unirep import GRID_UNIT
+
+    sizes, crops = candidate_sizes(target), []
+    for path in paths:
+        picture = open_panel("images", path)
+        keep = keep_size and not (picture.width % GRID_UNIT or picture.height % GRID_UNIT)
+        crops.append(picture if keep else center_crop(picture, best_size(picture.size, sizes)))
+    return crops
+
+
+def prepare(
+    checkpoint: "Checkpoint", crop: "Image.Image", path: str, settings: Mapping[str, Any]
+) -> "PreparedRequest":
+    """Returns the request for the model's copy of a picture.
+
+    Raises:
+        InputError: two panels of that size exceed the model's context.
+    """
+    from lumina_mgpt.preparation import PreparedRequest
+
+    width, height = crop.width, _TASK.panels * crop.height
+    request = GenerationRequest([_INSTRUCTION], width, height, task=_TASK, panels=(crop,), **settings)
     try:
-        layout = checkpoint.layout(size[0], _TASK.panels * size[1], _TASK)
-        checkpoint.prompt_ids([_INSTRUCTION], layout, _TASK)
+        layout = checkpoint.layout(width, height, _TASK)
+        starts = checkpoint.prompt_ids(request.prompts, layout, _TASK)
     except InputError as error:
         raise InputError(f"--through_model, {path}: {error} (--target_size)") from None
+    return PreparedRequest(request, layout, starts, (crop,))
 
 
-def through_model(pipeline, settings, speculation, codes):
-    """The model's copy of a picture given by its codes (rows, cols), and what decides how it comes out."""
-    rows, cols = codes.shape
-    cell = pipeline.image_tokenizer.cell
-    (result,) = pipeline.generate(
-        _INSTRUCTION, cell * cols, _TASK.panels * cell * rows, task=_TASK, panel=codes, speculation=speculation,
-        **asdict(settings),
-    )  # fmt: skip
-    return result, {"instruction": _INSTRUCTION} | asdict(settings)
+def through_model(
+    pipeline: "Pipeline", prepared: "Mapping[str, PreparedRequest]", stem: str, codes: "Tensor"
+) -> "tuple[Result, dict[str, object]]":
+    """Returns the model's copy of a picture and its settings.
+
+    Args:
+        stem: file stem of the picture.
+        codes: codes of the picture, (rows, cols).
+    """
+    request = prepared[stem].single(0, codes)
+    (result,) = pipeline.stream(request)
+    return result, {"instruction": _INSTRUCTION} | asdict(request.request.sampling)
 
 
-def show(crops: dict, images, copy: Callable | None, output: OutputFolder) -> None:
-    """Writes the pictures, and a table as it goes; `copy` makes the model's result of codes, if it is to be asked."""
+def show(
+    crops: "Mapping[str, Image.Image]", images: "ImageTokenizer", copy: "Copy | None", output: OutputFolder
+) -> None:
+    """Writes the files and prints a table row for each picture.
+
+    Args:
+        copy: returns the model's result and its settings for a file stem and its codes; None without --through_model.
+    """
     import numpy as np
     from PIL import Image
 
     from lumina_mgpt.images import psnr
 
-    more = ("no edit", "codes kept") if copy else ()
-    columns = ("image", "pixels", "codes", "different codes", "PSNR", *more)
+    columns = ("image", "pixels", "codes", "different codes", "PSNR", *(("no edit", "codes kept") if copy else ()))
     for line in (columns, ["---"] * len(columns)):
         print(f"| {' | '.join(line)} |")
     for stem, crop in crops.items():
         codes = images.encode([crop])  # (1, rows, cols)
-        again = images.decode(codes)[0]
+        decoded = images.decode(codes)[0]
         _, rows, cols = codes.shape
         cells = [stem, f"{crop.width}x{crop.height}", f"{rows} rows of {cols}", str(len(codes.unique()))]
-        cells.append(f"{psnr(again, crop):.2f} dB")
+        cells.append(f"{psnr(decoded, crop):.2f} dB")
         output.save(f"{stem}_codes.png", Image.fromarray(codes[0].numpy().astype(np.uint16)))
-        output.save(f"{stem}_reconstruction.png", again, {"psnr": cells[-1]})
+        output.save(f"{stem}_reconstruction.png", decoded, {"psnr": cells[-1]})
         if copy:
-            result, described = copy(codes[0])
+            result, text = copy(stem, codes[0])
             kept = (result.panel_codes == codes[0]).float().mean()
             cells += [f"{psnr(result.panel, crop):.2f} dB", f"{100 * kept:.1f} %"]
-            output.save(f"{stem}_no_edit.png", result.panel, described)
+            output.save(f"{stem}_no_edit.png", result.panel, text)
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def file_names(stems: list[str], through_model: bool) -> list[str]:
-    """All that a run will write."""
+def file_names(stems: Sequence[str], through_model: bool) -> list[str]:
+    """Returns the names of all files that a run writes."""
     kinds = ["codes", "reconstruction"] + ["no_edit"] * through_model
     return [f"{stem}_{kind}.png" for stem in stems for kind in kinds]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(reconstruct, build_parser(), argv)
-

@@ -1,4 +1,4 @@
-"""How a command runs and ends: messages on stderr and exit statuses."""
+"""Runs a command: messages on stderr and exit statuses."""
 
 import argparse
 import contextlib
@@ -6,7 +6,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lumina_mgpt.cli.parser import Parser
 from lumina_mgpt.console import Stopped, safe_output, stoppable
@@ -19,11 +19,13 @@ REFUSED = 2
 def run(
     work: Callable[[argparse.Namespace], int | None], parser: Parser, argv: Sequence[str] | None, stopped: str = ""
 ) -> int:
-    """Parses and works; returns the exit status.
+    """Parses the options, calls `work` with them and returns the exit status.
 
-    That is what `work` returns (None: 0), 2 with a one-line error on stderr for what a user can correct, and 128 + n
-    for signal n (130: Ctrl-C), whose message ends in `stopped` or the text of the KeyboardInterrupt. Other exceptions
-    are bugs and keep their traceback.
+    The status is what `work` returns (None: 0). An InputError prints one line on stderr and gives 2. Signal n gives
+    128 + n (130: Ctrl-C). Other exceptions are bugs and keep their traceback.
+
+    Args:
+        stopped: end of the message after a signal, unless the KeyboardInterrupt has a text.
     """
     with safe_output(), stoppable(), _logged():
         try:
@@ -43,20 +45,20 @@ def run(
             if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
                 raise
             return _refuse(
-                "out of memory; try --batch_size 1, a smaller --window or --width and --height, or --dtype bf16"
+                "out of memory; try --batch_size 1, a smaller --window, --width or --height, or --dtype bf16"
             )
 
 
-def _signal_of(stop: KeyboardInterrupt) -> int:
-    """Number of the signal behind an exception: a command may have replaced a `Stopped` to say what is kept."""
+def _signal_of(stop: BaseException | None) -> int:
+    """Returns the number of the signal behind an exception that a command may have raised from a `Stopped`."""
     while stop is not None and not isinstance(stop, Stopped):
         stop = stop.__context__
     return signal.SIGINT if stop is None else stop.number
 
 
 @contextlib.contextmanager
-def _logged():
-    """Prints what the package logs on stderr."""
+def _logged() -> Iterator[None]:
+    """Prints the log records of the package on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("lumina_mgpt")

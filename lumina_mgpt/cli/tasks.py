@@ -1,154 +1,201 @@
-"""From a command line to a request: which task, its words, the picture for its panel, and the names of its files."""
+"""From a command line to a request and the names of its files."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import prompt_files
+from lumina_mgpt.cli.options import sampling_settings, speculation_settings
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.prompts import I2I_TASKS, TASKS, Task
+from lumina_mgpt.launcher import process_share
+from lumina_mgpt.prompts import I2I_TASKS, TASKS
+from lumina_mgpt.request import GenerationRequest, ImageJob
 
-if TYPE_CHECKING:  # torch takes seconds to import: only when a picture is there
+if TYPE_CHECKING:
     from PIL import Image
 
-    from lumina_mgpt.pipeline import ImageLayout
-
-_GIVEN = "i2i"  # what --task calls all tasks with a given panel
+_GIVEN = "i2i"  # value of --task for every task with a given panel
 
 
 @dataclass(frozen=True)
-class Request:
-    """What one run makes.
+class OutputPlan:
+    """A request of a command, and how its files are named and described.
 
     Attributes:
-        label: what the task is called inside a picture.
-        prompts: none mean the built-in ones.
-        option: what messages call the prompts.
-        n: images of each prompt.
-        shown: what the described panel displays, where the task's own words will not do.
-        name: what files are called; without one they are numbered.
-        source: option and path of the picture for the given panel.
-        picture: that picture, upright and RGB.
-        extract: makes the panel of the cropped picture; without it, the crop is the panel.
+        label: name of the task in a picture's text.
+        prompts_from: parameter, options or file of the prompts, for errors.
+        examples: whether the prompts are still to be read from the checkpoint; `request` has a placeholder until then.
+        name: first part of the files' names; without it they are numbered.
+        image_path: file of the picture for the given panel.
+        extract: computes the panel from the cropped picture; without it the crop is the panel.
+        preview: whether to write pictures while they grow.
     """
 
+    request: GenerationRequest
     label: str
-    task: Task
-    prompts: list[str]
-    n: int = 1
-    shown: str | None = None
+    prompts_from: str = "prompts"
+    examples: bool = False
     name: str | None = None
-    source: tuple[str, str] | None = None
-    picture: "Image.Image | None" = None
+    image_path: str | None = None
     extract: "Callable[[Image.Image], Image.Image] | None" = None
-    option: str = "--prompt"
+    preview: bool = False
 
     @property
     def keep(self) -> list[Path]:
         """Files that no result may replace."""
-        return [] if self.source is None else [Path(self.source[1])]
+        return [] if self.image_path is None else [Path(self.image_path)]
 
-    def panel(self, layout: "ImageLayout") -> "Image.Image | None":
-        """The given panel as a picture of its size."""
-        if self.picture is None:
-            return None
-        from lumina_mgpt.images import crop_panel
-        from lumina_mgpt.panels import given_size
-
-        crop = crop_panel(self.picture, given_size(layout))
-        return self.extract(crop) if self.extract else crop
+    def with_prompts(self, prompts: Sequence[str], prompts_from: str) -> "OutputPlan":
+        """Returns the plan for other prompts."""
+        request = replace(self.request, prompts=prompts)
+        return replace(self, request=request, prompts_from=prompts_from, examples=False)
 
     def described(self) -> dict[str, object]:
-        """What is said of the task inside a picture."""
-        words = {} if self.shown is None else {"panel_prompt": self.shown}
-        return {"task": self.label} | words | ({} if self.source is None else {"image_path": self.source[1]})
+        """Returns the task's part of a picture's text."""
+        shown, path = self.request.shown, self.image_path
+        text: dict[str, object] = {"task": self.label}
+        text |= {} if shown is None else {"panel_prompt": shown}
+        return text | ({} if path is None else {"image_path": path})
 
-    def stem(self, prompt_index: int, repeat: int) -> str:
-        """Name without suffix of one image: `0_0`, or as released `depth` for the only one made of a given panel."""
-        numbered = f"{prompt_index}_{repeat}"
+    def stem(self, job: ImageJob) -> str:
+        """Returns the file name of an image without suffix: `0_0`, or the plan's name for its only image: `depth`."""
+        numbered = f"{job.prompt_index}_{job.repeat}"
         if self.name is None:
             return numbered
-        return self.name if len(self.prompts) * self.n == 1 else f"{self.name}_{numbered}"
+        return self.name if len(self.request.prompts) * self.request.n == 1 else f"{self.name}_{numbered}"
 
     @property
     def panel_file(self) -> str:
-        """Where the given panel goes; the released code calls it so."""
+        """File name of the given panel, as in the released code."""
         return f"{self.name}_ref_center_crop.png"
+
+    def file_names(self) -> list[str]:
+        """Returns the names of all results of this process."""
+        names = []
+        for stem in map(self.stem, self.request.jobs):
+            names += [f"{stem}.png"] + [result_file(stem)] * (self.request.task.panels > 1)
+        first = self.request.share[0] == 0
+        return names + [self.panel_file] * (self.image_path is not None and first)
+
+    def preview_names(self) -> list[str]:
+        """Returns the names of all previews of this process, which it removes itself."""
+        return [preview_file(self.stem(job)) for job in self.request.jobs] if self.preview else []
 
 
 def result_file(stem: str) -> str:
-    """Where the lowest panel of a dual-panel image goes, alone."""
+    """Returns the file name of the lowest panel of an image."""
     return f"{stem}_result.png"
 
 
+def preview_file(stem: str) -> str:
+    """Returns the file name of an image's preview."""
+    return f"{stem}.preview.png"
+
+
 def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Options of generate.py that say which task it is, and what is given."""
+    """Adds the options of `generate` that select a task and what it is given."""
     group = parser.add_argument_group("task")
     group.add_argument(
-        "--task", default="t2i", choices=(*TASKS, _GIVEN),
-        help="t2i: an image; a map's name: an image and, below it, that map of it; i2i: more of a given picture",
-    )  # fmt: skip
+        "--task",
+        default="t2i",
+        choices=(*TASKS, _GIVEN),
+        help="t2i: an image; name of a map: an image and, below it, that map of it; i2i: an image for a given picture",
+    )
     group.add_argument(
-        "--i2i_task", choices=tuple(I2I_TASKS),
-        help="a map's name: the picture given is such a map, make its image; predict_...: make that map of it; "
-        "subject: show its subject anew; edit: change it as the prompt says",
-    )  # fmt: skip
-    group.add_argument("--image_path", help="picture for the upper panel, which is cut out of its middle")
+        "--i2i_task",
+        choices=tuple(I2I_TASKS),
+        help="name of a map: an image for this map; predict_...: the map of this picture; subject: another image of "
+        "the picture's subject; edit: the picture, changed as the prompt says",
+    )
+    group.add_argument("--image_path", help="picture for the upper panel; its center is cropped to the panel's size")
     add_panel_prompt(group)
 
 
-def add_panel_prompt(group) -> None:
+def add_panel_prompt(group: argparse._ActionsContainer) -> None:
+    """Adds --panel_prompt."""
     group.add_argument(
         "--panel_prompt",
-        help="what the panel described in the instruction displays (subject: the upper one), for the task's own words",
+        help="text in the instruction for what the described panel displays (subject: the upper panel), instead of "
+        "the task's own text",
     )
 
 
-def read_request(args: argparse.Namespace) -> Request:
-    """The request of `add_task_options`, prompts and n, checked; opens the picture.
+def request_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of GenerationRequest that do not depend on the task."""
+    return {
+        "sampling": sampling_settings(args),
+        "speculation": speculation_settings(args),
+        "share": process_share(),
+        **{name: getattr(args, name) for name in ("width", "height", "n", "batch_size")},
+    }
+
+
+def read_plan(args: argparse.Namespace) -> OutputPlan:
+    """Returns the plan of `generate`; opens the picture.
 
     Raises:
-        InputError: options do not fit each other, a prompt is missing, or the picture is none.
+        InputError: options do not fit each other, a prompt is missing, or the picture cannot be read.
     """
+    settings = request_settings(args)
     prompts = prompt_files.read_prompts(args.prompt, args.prompt_file)
-    given = (("--prompt", args.prompt), (f"--prompt_file {args.prompt_file}", args.prompt_file))
-    option = " and ".join(name for name, value in given if value is not None) or "--prompt"
+    source = "prompts"
+    if args.prompt_file is not None:
+        source = f"{'--prompt and ' if args.prompt else ''}--prompt_file {args.prompt_file}"
     if args.task == _GIVEN:
         if args.i2i_task is None:
             raise InputError(f"--task {_GIVEN} needs --i2i_task; it is one of {', '.join(I2I_TASKS)}")
-        source = ("--image_path", args.image_path)
-        return replace(panel_request(args.i2i_task, prompts, args.n, source, args.panel_prompt), option=option)
+        plan = panel_plan(args.i2i_task, prompts, ("image_path", args.image_path), args.panel_prompt, settings)
+        return replace(plan, prompts_from=source, preview=args.preview)
     for name in ("i2i_task", "image_path", "panel_prompt"):
-        if getattr(args, name) is not None:
-            raise InputError(f"--{name} {getattr(args, name)} means nothing without --task {_GIVEN}; add that, or "
-                             "leave it out")  # fmt: skip
-    return Request(args.task, TASKS[args.task], prompts, args.n, option=option)
+        value = getattr(args, name)
+        if value is not None:
+            raise InputError(f"--{name} {value} has no effect without --task {_GIVEN}; add that, or leave it out")
+    request = GenerationRequest(prompts or [""], task=TASKS[args.task], **settings)
+    return OutputPlan(request, args.task, source, examples=not prompts, preview=args.preview)
 
 
-def panel_request(
-    name: str, prompts: list[str], n: int, source: tuple[str, str | None], shown: str | None, extract: bool = False
-) -> Request:
-    """A request of one of I2I_TASKS; `source` is the option that names the picture, and its value.
+def panel_plan(
+    name: str,
+    prompts: Sequence[str],
+    source: tuple[str, str | None],
+    shown: str | None,
+    settings: dict[str, Any],
+    extract: bool = False,
+) -> OutputPlan:
+    """Returns the plan of a task with a given panel; opens the picture.
+
+    Args:
+        name: key of I2I_TASKS.
+        source: parameter that names the picture, and its value.
+        settings: further fields of the request.
+        extract: compute the panel from the picture.
 
     Raises:
-        InputError: the picture or a prompt that the task needs is missing, or no map of that name can be computed.
+        InputError: the task needs a picture or a prompt that is missing, or no map of that name can be computed.
     """
-    task, (option, path) = I2I_TASKS[name], source
+    task, (parameter, path) = I2I_TASKS[name], source
     if path is None:
-        raise InputError(f"the task {name} needs {option}; give a picture for the upper panel")
+        raise InputError(f"the task {name} needs --{parameter}; give a picture for the upper panel")
     if not prompts and not task.wordless:
         raise InputError(f"the task {name} needs --prompt; say what the lower panel should show")
     if shown is not None and not shown.strip():
-        raise InputError("--panel_prompt must not be empty, got ''; say what the panel displays, or leave it out")
-    from lumina_mgpt.images import open_panel
+        raise InputError("must not be empty, got ''; say what the panel displays, or leave it out", "shown")
+    from lumina_mgpt.images import open_panel  # imports torch, which takes seconds
     from lumina_mgpt.maps import EXTRACTORS
 
     if extract and name not in EXTRACTORS:
-        raise InputError(f"--extract must have a --task of {', '.join(EXTRACTORS)}, got {name}; give the panel itself "
-                         f"(generate.py --task {_GIVEN} --i2i_task predict_... makes maps of a picture)")  # fmt: skip
-    return Request(
-        f"{_GIVEN} {name}", task, prompts or [""], n, shown, name, (option, path), open_panel(option, path),
-        EXTRACTORS[name] if extract else None,
-    )  # fmt: skip
+        instead = f"lumina-mgpt generate --task {_GIVEN} --i2i_task predict_... generates maps of a picture"
+        raise InputError(
+            f"--extract must have a --task of {', '.join(EXTRACTORS)}, got {name}; give the panel itself ({instead})"
+        )
+    picture = open_panel(parameter, path)
+    request = GenerationRequest(prompts or [""], task=task, panels=(picture,), shown=shown, **settings)
+    return OutputPlan(
+        request,
+        f"{_GIVEN} {name}",
+        name=name,
+        image_path=path,
+        extract=EXTRACTORS[name] if extract else None,
+    )

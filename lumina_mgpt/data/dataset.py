@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lumina_mgpt.config import is_number
+from lumina_mgpt.checks import is_number
 from lumina_mgpt.data.seeding import generator, unit
 from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.errors import InputError

@@ -1,1 +1,1 @@
-"""Kernels of this project for CPUs: sources, build, and the choice between them and torch's."""
+"""Native CPU kernels: C++ sources, their build, the torch operators, and the choice between them and torch's."""

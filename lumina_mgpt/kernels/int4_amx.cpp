@@ -1,11 +1,8 @@
-// bf16 rows times a matrix of 4-bit numbers, on x86 processors with AMX and AVX-512 (Sapphire Rapids and later).
+// Products of bf16 rows and matrices of 4-bit numbers, for x86 with AMX and AVX-512 (Sapphire Rapids and later).
 //
-// torch's kernel reads such a matrix at less than half of the memory's speed with one or two rows, and takes time in
-// proportion to them beyond. Here 32 x 64 numbers at a time become bf16 in the first-level cache, where the tile unit
-// multiplies up to sixteen rows by them.
-
-#include <sys/syscall.h>
-#include <unistd.h>
+// For one or two rows, torch's kernel reads the matrix at less than half of the memory bandwidth; for more rows, its
+// time is proportional to their number. This kernel converts 32 x 64 numbers at a time to bf16 in the first-level
+// cache, and the tile unit multiplies up to sixteen rows by them.
 
 #include <algorithm>
 #include <cstring>
@@ -17,11 +14,10 @@ namespace {
 
 constexpr long TILE = 16;     // rows of a tile, and its float32 columns
 constexpr long STEP = 32;     // inputs of a tile
-constexpr long SLAB = 256;    // rows worked on at once: their sums stay in the second-level cache
+constexpr long SLAB = 256;    // rows of one pass; their sums fit in the second-level cache
 constexpr long MAX_GROUP = 128;
-constexpr long PART = TILE * STEP;  // bf16 numbers of one tile of weights
+constexpr long PART = TILE * STEP;  // bf16 numbers in one tile of weights
 constexpr int PARTS = OUTPUTS / TILE;
-constexpr long DATA_STATE = 18, ASK_PERMISSION = 0x1023;  // Linux: documentation of arch/x86, "XSTATE features"
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -30,8 +26,8 @@ struct alignas(64) TileConfig {
 };
 
 struct Tables {
-  alignas(64) uint8_t pairs[2][64];  // bytes of two inputs, brought together for each of 16 + 16 outputs
-  alignas(64) uint16_t numbers[32];  // -8 ... 7 in bf16, twice, as the selector has five bits
+  alignas(64) uint8_t pairs[2][64];  // permutation that puts the bytes of two inputs together, for 16 + 16 outputs
+  alignas(64) uint16_t numbers[32];  // -8 ... 7 in bf16, twice because the index has five bits
 
   Tables() {
     for (int lane = 0; lane < 32; ++lane) {
@@ -48,7 +44,7 @@ struct Tables {
 };
 const Tables TABLES;
 
-// Tiles of weights for `inputs` inputs of a block: for each 32 of them PARTS tiles, of 16 pairs of inputs each.
+// Converts `inputs` inputs of a block to tiles: PARTS tiles for each 32 inputs, with 16 pairs of inputs in a tile.
 inline __attribute__((always_inline)) void unpack(const uint8_t* packed, long inputs, uint16_t* tiles) {
   const __m512i first = _mm512_load_si512(TABLES.pairs[0]), second = _mm512_load_si512(TABLES.pairs[1]);
   const __m512i numbers = _mm512_load_si512(TABLES.numbers);
@@ -64,10 +60,10 @@ inline __attribute__((always_inline)) void unpack(const uint8_t* packed, long in
   }
 }
 
-// To a compiler a tile load is a machine instruction that reads nothing: all that was stored must be there before it.
+// Compiler barrier: compilers do not know that tile instructions access memory, and would move stores across them.
 inline void written() { asm volatile("" ::: "memory"); }
 
-// Adds the products of 32 inputs of some rows to tiles 0 ... 3.
+// Adds the products of some rows and 32 inputs to tiles 0 ... 3.
 inline void multiply(const uint16_t* rows, long row_bytes, const uint16_t* tiles) {
   written();
   _tile_loadd(4, rows, row_bytes);
@@ -81,12 +77,12 @@ inline void multiply(const uint16_t* rows, long row_bytes, const uint16_t* tiles
   _tile_dpbf16ps(3, 4, 5);
 }
 
-// One call's rows, in `chunks` of `height` rows; those that fill up the last chunk are zeros.
+// Rows of one pass, in `chunks` of `height` rows; zero rows fill the last chunk.
 struct Rows {
   long count, inputs, group, chunks, height;
   const uint16_t* x;
   std::vector<uint16_t> padded;
-  std::vector<float> sums;  // of x over each group: what its zero is multiplied by
+  std::vector<float> sums;  // of x over each group; factors of the zeros
 
   Rows(const uint16_t* from, long count, long inputs, long group) : count(count), inputs(inputs), group(group), x(from) {
     chunks = (count + TILE - 1) / TILE;
@@ -104,7 +100,8 @@ struct Rows {
   }
 };
 
-// A block of outputs of all rows. `totals` (chunks * height, 64) is room, as are the tiles of a group.
+// Computes one block of outputs for all rows. `totals` (chunks * height, 64) and `tiles` (one group) are scratch
+// buffers.
 void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, uint16_t* out, long N, float* totals,
            uint16_t* tiles) {
   alignas(64) float sum[PARTS][TILE][TILE];
@@ -124,7 +121,7 @@ void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, 
         const uint16_t* x = rows.x + c * rows.height * rows.inputs + step * STEP;
         if (rows.chunks > 1) {
           multiply(x, row_bytes, tiles + s * PARTS * PART);
-        } else {  // unpacking goes on beside the products of the step before
+        } else {  // unpacks the next step while the tile unit multiplies this one
           if (step + 1 < groups * steps)
             unpack(packed + (step + 1) * step_bytes, STEP, tiles + ((step + 1) & 1) * PARTS * PART);
           multiply(x, row_bytes, tiles + (step & 1) * PARTS * PART);
@@ -153,8 +150,6 @@ void block(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, 
 }
 
 }  // namespace
-
-bool int4_amx_allowed() { return syscall(SYS_arch_prctl, ASK_PERMISSION, DATA_STATE) == 0; }
 
 void int4_amx(const uint16_t* x, const Int4Matrix* matrices, long count, long M, long K, long group, long threads) {
   long blocks = 0;

@@ -1,5 +1,6 @@
-// bf16 rows times a matrix of int8 with a scale for each output: half the time of torch's kernel, 0.9 ms where that takes
-// 1.7 for two rows of 16384 x 1024. AVX-512 F, BW, VL and BF16.
+// Products of bf16 rows and an int8 matrix with one scale for each output. Needs AVX-512 F, BW, VL and BF16.
+//
+// Two rows and 16384 x 1024 take 0.9 ms; torch's kernel takes 1.7 ms.
 
 #include <vector>
 
@@ -7,7 +8,7 @@
 
 namespace {
 
-// Sixteen outputs of M rows x (M, K), to out (M, N).
+// Writes sixteen outputs of M rows x (M, K) to out (M, N).
 template <int M>
 void sixteen_outputs(const float* x, const int8_t* numbers, const uint16_t* scale, uint16_t* out, long N, long K) {
   alignas(64) float sums[M][16];

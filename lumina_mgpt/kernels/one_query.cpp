@@ -1,7 +1,7 @@
-// Attention of one query a row over a cache of bf16, or of int8 with a scale for each slot and head.
+// Attention of one query a row over a KV cache in bf16, or in int8 with one scale for each slot and head.
 //
-// torch's own reads such a cache at a fraction of the memory's speed. Keys and values are read once here, and nothing
-// but the weights of one head is written in between. AVX-512 F, BW, VL and BF16.
+// torch's kernel reads the cache at a fraction of the memory bandwidth. This one reads keys and values once and writes
+// only the weights of one head in between. Needs AVX-512 F, BW, VL and BF16.
 
 #include <vector>
 
@@ -9,9 +9,10 @@
 
 namespace {
 
-// e^x for x <= 0, within 3e-7 of it: 2^n times a polynomial of degree 6 (Taylor's) on [-ln 2 / 2, ln 2 / 2].
+// Returns e^x for x <= 0 with an error of at most 3e-7: 2^n times the Taylor polynomial of degree 6 on
+// [-ln 2 / 2, ln 2 / 2].
 inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-128.0f), x);  // below that it is 0; in this order NaN stays what it is
+  x = _mm512_max_ps(_mm512_set1_ps(-128.0f), x);  // below -128 the result is 0; this order of operands keeps NaN
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -21,7 +22,7 @@ inline __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(sum, n);
 }
 
-// weights[0 ... slots) become their softmax; beyond them, up to a multiple of 16, is room.
+// Replaces weights[0 ... slots) by their softmax; the buffer extends to the next multiple of 16.
 void softmax(float* weights, long slots) {
   for (long s = slots; s % 16; ++s) weights[s] = -__builtin_inff();
   __m512 largest = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps();
@@ -36,7 +37,7 @@ void softmax(float* weights, long slots) {
   for (long s = 0; s < slots; s += 16) _mm512_storeu_ps(weights + s, _mm512_mul_ps(_mm512_loadu_ps(weights + s), share));
 }
 
-// One head: out (H) from query (H), keys and values (slots, H), and where there are such, scales (slots).
+// Attention of one head. Shapes: query and out (H); keys and values (slots, H); scales (slots), or null.
 template <typename Number, int H>
 void head(const uint16_t* query, const Number* keys, const Number* values, const float* key_scales,
           const float* value_scales, long slots, float scale, float* weights, uint16_t* out) {

@@ -1,6 +1,5 @@
-// The operators of native.py: checks of what they are given, then the products and attention of the other files.
-//
-// By torch's stable interface, whose headers cost the compiler a second. Nothing is read or written beside a tensor.
+// The operators of ops.py. They check dtypes, shapes and strides, so that no memory outside a tensor is accessed, and
+// call the kernels. They use torch's stable interface, whose headers compile in a second.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +26,7 @@ bool same(torch::headeronly::IntHeaderOnlyArrayRef sizes, std::initializer_list<
   return sizes.size() == wanted.size() && std::equal(wanted.begin(), wanted.end(), sizes.begin());
 }
 
-// Whether a tensor is of this kind, on the CPU and whole in memory.
+// Returns whether a tensor has this dtype and shape, is on the CPU and is contiguous.
 bool is(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape) {
   return tensor.scalar_type() == dtype && tensor.is_cpu() && tensor.is_contiguous() && same(tensor.sizes(), shape);
 }
@@ -37,7 +36,7 @@ const Number* numbers_of(const Tensor& tensor) {
   return static_cast<const Number*>(tensor.const_data_ptr());
 }
 
-uint16_t* room_of(const Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); }
+uint16_t* writable(const Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); }
 
 std::vector<Tensor> int4_linear(Tensor x, std::vector<Tensor> packed, int64_t group, std::vector<Tensor> scale_zero) {
   check(x.dim() == 2 && (group == 32 || group == 64 || group == 128) && packed.size() == scale_zero.size());
@@ -52,7 +51,7 @@ std::vector<Tensor> int4_linear(Tensor x, std::vector<Tensor> packed, int64_t gr
           is(scale_zero[i], ScalarType::BFloat16, {blocks, K / group, OUTPUTS, 2}));
     outs.push_back(torch::stable::new_empty(x, {M, N}));
     matrices.push_back(
-        {numbers_of<uint8_t>(packed[i]), numbers_of<uint16_t>(scale_zero[i]), room_of(outs.back()), N});
+        {numbers_of<uint8_t>(packed[i]), numbers_of<uint16_t>(scale_zero[i]), writable(outs.back()), N});
   }
   int4_amx(numbers_of<uint16_t>(x), matrices.data(), matrices.size(), M, K, group, torch::stable::get_num_threads());
   return outs;
@@ -64,7 +63,7 @@ Tensor int8_linear(Tensor x, Tensor numbers, Tensor scale) {
   check(N % 16 == 0 && K % 16 == 0 && is(x, ScalarType::BFloat16, {M, K}) && is(numbers, ScalarType::Char, {N, K}) &&
         is(scale, ScalarType::BFloat16, {N}));
   Tensor out = torch::stable::new_empty(x, {M, N});
-  int8_rows(numbers_of<uint16_t>(x), numbers_of<int8_t>(numbers), numbers_of<uint16_t>(scale), room_of(out), M, N, K,
+  int8_rows(numbers_of<uint16_t>(x), numbers_of<int8_t>(numbers), numbers_of<uint16_t>(scale), writable(out), M, N, K,
             torch::stable::get_num_threads());
   return out;
 }
@@ -98,17 +97,16 @@ Tensor attend(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key_sc
   check(std::all_of(seen, seen + B, [S](int64_t count) { return 1 <= count && count <= S; }));
   Tensor out = torch::stable::new_empty(q, {B, 1, N, H});
   one_query(numbers_of<uint16_t>(q), keys.const_data_ptr(), values.const_data_ptr(), scales[0], scales[1], seen,
-            room_of(out), B, N, K, H, row, apart, scale_row, scale_apart, 1 / std::sqrt(static_cast<float>(H)),
+            writable(out), B, N, K, H, row, apart, scale_row, scale_apart, 1 / std::sqrt(static_cast<float>(H)),
             torch::stable::get_num_threads());
   return out;
 }
 
 }  // namespace
 
-// Makes them torch's operators, whose signatures native.py has declared. False where the tile unit may not be used, or
-// torch does not take them. Not done while the library is merely loaded, as an error would end the process there.
+// Registers the implementations of the operators that ops.py defines; returns false if torch refuses them. This is no
+// static initializer, because an exception during loading would terminate the process.
 extern "C" bool lumina_mgpt_register() {
-  if (!int4_amx_allowed()) return false;
   try {
     using torch::stable::detail::StableLibrary;
     static StableLibrary* library = nullptr;

@@ -1,10 +1,13 @@
-"""The model as samplers see it: ids in, logits of image codes out, with keys and values kept in between."""
+"""The model as samplers use it: ids in, logits of image codes out, with a KV cache between calls."""
 
+import functools
 import logging
 import shutil
+from collections.abc import Callable
 from types import FunctionType, MethodType
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,44 +17,53 @@ from lumina_mgpt.model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-# Compiled steps come in few shapes, each of which is compiled once: one id, two (a code and a row's end), or a multiple
-# of _IDS; and a cache that is filled to so many of _PARTS equal parts.
+Forward = Callable[..., Tensor]
+
+# Shapes of a compiled step, each compiled once: one id, two ids (a code and the end of its row), or a multiple of _IDS;
+# and a multiple of 1/_PARTS of the cache.
 _IDS, _PARTS = 8, 4
-COMPILED_SPARE = _IDS - 1  # cache slots that the pads of a compiled step may write junk into
+COMPILED_SPARE = _IDS - 1  # cache slots that a compiled step needs for its pads
+_SHAPES = 64  # limit of compiled shapes; torch's default of 8 would run further shapes uncompiled
 
 
 class CachedStep:
-    """One sampler's model: slot equals position in each row, so a row that is fed again overwrites what was there.
+    """A step function for one sampler. Position p of a row is in slot p, so feeding a position again overwrites it.
 
-    With `compiled` (from `compile_forward`) every step but the first, which reads the prompts, has a shape out of a
-    few; pads write junk into slots above a row's end, which it overwrites before it can see them.
+    Args:
+        columns: the vocabulary ids whose logits are returned.
+        compiled: result of `compile_forward`. All steps but the first, which reads the prompts, are then padded to few
+            shapes. Pads write to slots behind the end of a row, which the row overwrites before it sees them.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, columns: slice, compiled=None) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, columns: slice, compiled: Forward | None = None) -> None:
         self.model, self.cache, self.columns, self.compiled = model, cache, columns, compiled
         self.device = next(model.parameters()).device
         self.calls = 0
 
     def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        """ids, positions (R, T) and read (R, Q), all int64 -> logits (R, Q, C) after the ids at columns `read`."""
+        """Returns the logits after the ids at columns `read`.
+
+        Shapes: ids, positions (R, T) int64; read (R, Q) int64 -> (R, Q, C).
+        """
         self.calls += 1
         if self.calls > 1:
             return self._later(ids, positions, read)
         T = ids.shape[1]
-        assert torch.equal(positions, torch.arange(T).expand_as(positions))  # so that no mask is needed
-        # The images of one prompt read it once, and all the rows without a prompt are one.
+        assert torch.equal(positions, torch.arange(T).expand_as(positions))  # so no mask is needed
+        # Equal rows are computed once: the images of one prompt, and the unconditional rows.
         rows, source = torch.cat([ids, read], 1).unique(dim=0, return_inverse=True)
         source = source.to(self.device, non_blocking=True)
         hidden = self.model(rows[:, :T].to(self.device, non_blocking=True), positions=0, cache=self.cache, filled=T)
-        self.cache.spread(source, T)
+        self.cache.copy_rows(source, T)
         return self._logits(hidden, rows[:, T:])[source]
 
     def _later(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        forward, filled = self.model, int(positions.max()) + 1  # on the CPU: no synchronisation with a GPU
+        forward: Forward = self.model
+        filled = int(positions.max()) + 1  # on the CPU, so no synchronization with a GPU
         if self.compiled:
             forward = self.compiled
-            ids, positions, filled = _static(ids, positions, filled, self.cache.slots)
-            torch.compiler.cudagraph_mark_step_begin()  # the last step's hidden states may be overwritten
+            ids, positions, filled = _padded(ids, positions, filled, self.cache.slots)
+            torch.compiler.cudagraph_mark_step_begin()  # the hidden states of the previous step may be overwritten
         ids, positions = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions))
         return self._logits(forward(ids, positions=positions, cache=self.cache, filled=filled), read)
 
@@ -62,8 +74,8 @@ class CachedStep:
         return self.model.project(hidden, self.columns)
 
 
-def _static(ids: Tensor, positions: Tensor, filled: int, slots: int) -> tuple[Tensor, Tensor, int]:
-    """The same call with pads at its end, in one of few shapes, and how many slots it reads. Shapes: (R, T) both."""
+def _padded(ids: Tensor, positions: Tensor, filled: int, slots: int) -> tuple[Tensor, Tensor, int]:
+    """Pads ids and positions at their ends to one of few shapes, and rounds `filled` up. Shapes: both (R, T)."""
     T, part = ids.shape[1], -(-slots // _PARTS)
     if T > 2 and (pads := -T % _IDS):
         ids, filled = F.pad(ids, (0, pads)), filled + pads
@@ -71,25 +83,43 @@ def _static(ids: Tensor, positions: Tensor, filled: int, slots: int) -> tuple[Te
     return ids, positions, min(slots, part * -(-filled // part))
 
 
-def compile_forward(model: Transformer):
-    """The model's forward, compiled for each shape at its first use; on CUDA as graphs that are replayed.
+def compile_forward(model: Transformer) -> Forward:
+    """Returns the model's forward, compiled for each shape at its first use; on CUDA as CUDA graphs.
 
-    The model's weights and settings must stay what they are from then on.
+    Weights and settings of the model must not change afterwards.
     """
     device = next(model.parameters()).device
-    logger.info("--compile: the first steps of each kind wait a minute or more for the compiler")
-    torch._dynamo.config.recompile_limit = 64  # shapes; beyond them it would silently compile no more
-    options = {
-        "triton.cudagraphs": device.type == "cuda",  # as the mode "reduce-overhead" does
-        # Whether any of several hundred weights has been replaced is asked at every step else: 0.3 ms for eight layers.
+    logger.info("compiling: the first step of each shape takes a minute or more")
+    options: dict[str, str | int | bool | Callable] = {
+        "triton.cudagraphs": device.type == "cuda",  # as in the mode "reduce-overhead"
+        # Without this, each step checks whether a weight was replaced: 0.3 ms for eight layers.
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
     }
-    return torch.compile(_own(model.forward), options=options, dynamic=False, fullgraph=True)
+    compiled = torch.compile(_with_own_code(model.forward), options=options, dynamic=False, fullgraph=True)
+    return limited(compiled, _SHAPES)
 
 
-def _own(method: MethodType) -> MethodType:
-    """The same method with a code object of its own: what was compiled is kept with that, and nothing else would tell
-    models of one class apart."""
+def limited(compiled: Forward, shapes: int) -> Forward:
+    """Returns `compiled` with a limit of compiled shapes that holds during its calls only."""
+
+    @functools.wraps(compiled)
+    def call(*args, **kwargs) -> Tensor:
+        before = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = shapes  # config.patch takes 80 us a call, this 17
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            torch._dynamo.config.recompile_limit = before
+
+    return call
+
+
+def _with_own_code(method: Callable[..., Tensor]) -> Forward:
+    """Returns a bound method with a copy of its code object.
+
+    torch.compile caches compiled code with the code object, and the guards are off: models of one class would share it.
+    """
+    assert isinstance(method, MethodType) and isinstance(method.__func__, FunctionType)
     function = method.__func__
     copy = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
     copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
@@ -97,7 +127,7 @@ def _own(method: MethodType) -> MethodType:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile has a compiler for this device."""
+    """Returns whether torch.compile has a compiler for this device."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -112,9 +142,13 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raises InputError where torch.compile has no compiler for this device."""
+    """Refuses a device for which torch.compile has no compiler.
+
+    Raises:
+        InputError: triton or a C++ compiler is missing.
+    """
     if has_compiler(device):
         return
     if device.type == "cuda":
-        raise InputError("--compile needs the triton package on CUDA; pip install triton, or leave it out")
-    raise InputError("--compile needs a C++ compiler on a CPU, and there is none; install g++, or leave it out")
+        raise InputError("needs the triton package on CUDA; pip install triton, or leave it out", "compile")
+    raise InputError("needs a C++ compiler on a CPU, and there is none; install g++, or leave it out", "compile")

@@ -1,4 +1,4 @@
-"""The decoder-only transformer that continues sequences of text and image ids. No sampler and no tokenizer in here."""
+"""The decoder-only transformer over text and image ids. It knows neither samplers nor tokenizers."""
 
 import math
 
@@ -14,15 +14,15 @@ from lumina_mgpt.model.attention import Span
 from lumina_mgpt.model.kv_cache import KVCache, LayerCache, Scaled
 from lumina_mgpt.model.linear import Linear, linear
 
-HEAD_NORM_EPS = 1e-5  # of the released model; its config.json does not hold it
+HEAD_NORM_EPS = 1e-5  # of the released model; config.json does not hold it
 
-Rope = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]  # cosines and signed sines
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; the weight is applied after the cast back, as in the released model."""
+    """Root-mean-square norm in float32; the weight multiplies after the cast back, as in the released model."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
@@ -32,39 +32,44 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Layer norm over the width of each head; each of `rows` weights serves an equal share of the heads.
+    """Layer norm over the width of each head; each row of weights applies to an equal share of the heads.
 
-    Released files have model_parallel_size rows, those of `transformers` 5 one row a head.
+    Released files have model_parallel_size rows; files of `transformers` 5 have one row a head.
 
     Raises:
-        InputError: rows do not divide the heads.
+        InputError: `rows` does not divide `heads`.
     """
 
-    def __init__(self, heads: int, rows: int, width: int):
+    def __init__(self, heads: int, rows: int, width: int) -> None:
         super().__init__()
         if heads % rows:
-            raise InputError(f"model_parallel_size must divide the {heads} heads of queries and keys, got {rows}")
+            rule = f"must divide the {heads} heads of queries and keys"
+            raise InputError(f"{rule}, got {rows}", "model_parallel_size")
         self.heads = heads
         self.weight = nn.Parameter(torch.ones(rows, width))
         self.bias = nn.Parameter(torch.zeros(rows, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., heads, H), and so is what it returns."""
+        """Shapes: x (..., heads, H) -> (..., heads, H)."""
         width = x.shape[-1]
         if len(self.weight) == len(self.bias) == 1:
             return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
-        # A file may hold one row a head of the one, and fewer of the other.
+        # Weight and bias may have different numbers of rows.
         weight, bias = (p.repeat_interleave(self.heads // len(p), dim=0) for p in (self.weight, self.bias))
         return torch.addcmul(bias, F.layer_norm(x, (width,), eps=HEAD_NORM_EPS), weight).to(x.dtype)
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torch.dtype) -> Rope:
-    """Cosines and signed sines for `rotate`, computed in float32 (in float64 for a float64 model).
+    """Returns the cosines and signed sines for `rotate`, computed in float32, or in float64 for a float64 model.
 
-    `length` is the length that a dynamic scaling adapts to once it exceeds max_position_embeddings.
-    Differs from the reference: with a cache that is its number of slots, known beforehand, so that all keys of a
-    sequence are turned alike; there each step adapts to the length so far, and older keys keep their older angles.
+    Differs from the reference: with a KV cache, `length` is the cache's length, so all keys of a sequence get the same
+    angles. The reference uses the current length at each step, and keys in the cache keep the angles of earlier steps.
+
+    Args:
+        length: sequence length for dynamic scaling, which applies above max_position_embeddings.
+
     Shapes: positions (..., T); returns two of (..., T, 1, H).
+
     Source: RoFormer (arXiv 2104.09864); dynamic scaling: NTK-aware, as in transformers' `dynamic` rope type.
     """
     H, base, scale = config.head_dim, config.rope_theta, 1.0
@@ -83,14 +88,16 @@ def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torc
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turns each pair (i, i + H/2) of a head by its angle, in float32. Shapes: x (B, T, N, H)."""
+    """Rotates each pair (i, i + H/2) of a head by its angle, in float32. Shapes: x (B, T, N, H)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((b, a), -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, attn: str):
+    """Multi-head or grouped-query attention with normalized queries and keys."""
+
+    def __init__(self, config: ModelConfig, attn: str) -> None:
         super().__init__()
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim, self.attend = H, attention.backend(attn)
@@ -102,7 +109,8 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(K, config.model_parallel_size, H)
 
     def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: LayerCache | None) -> Tensor:
-        mixed = quantization.products(hidden, self.q_proj, self.k_proj, self.v_proj)
+        """Shapes: hidden (B, T, D) -> (B, T, D)."""
+        mixed = quantization.apply_all(hidden, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in mixed)  # (B, T, N, H), twice (B, T, K, H)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
@@ -112,9 +120,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU feed-forward network (arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         D, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(D, inner, bias=config.mlp_bias)
@@ -122,14 +130,14 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, D, bias=config.mlp_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = quantization.products(hidden, self.gate_proj, self.up_proj)
+        gate, up = quantization.apply_all(hidden, self.gate_proj, self.up_proj)
         return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
-    """Attention, then MLP, each on a residual branch; swin_norm moves the norm from a branch's start to its end."""
+    """Attention and MLP on residual branches; swin_norm puts the norm at the end of a branch, not at its start."""
 
-    def __init__(self, config: ModelConfig, attn: str):
+    def __init__(self, config: ModelConfig, attn: str) -> None:
         super().__init__()
         self.swin_norm = config.swin_norm
         self.self_attn = Attention(config, attn)
@@ -138,7 +146,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: LayerCache | None, dropout: float) -> Tensor:
-        """Shapes: hidden (B, T, D), and so is what it returns. `dropout` is the rate to apply, whatever the mode."""
+        """Applies the layer; `dropout` is the rate in training and evaluation mode alike.
+
+        Shapes: hidden (B, T, D) -> (B, T, D).
+        """
         if self.swin_norm:
             hidden = hidden + _drop(self.input_layernorm(self.self_attn(hidden, rope, span, cache)), dropout)
             return hidden + _drop(self.post_attention_layernorm(self.mlp(hidden)), dropout)
@@ -147,44 +158,54 @@ class Layer(nn.Module):
 
 
 class Head(Linear):
-    """The output projection, to the whole vocabulary or to a slice of it."""
+    """The output projection, to the whole vocabulary or to a slice of it.
 
-    kept: slice | None = None
+    Attributes:
+        columns: the slice of the vocabulary that the weights hold; None for all of it.
+        scale: scale of each int8 column; None for floating-point weights.
+    """
+
+    columns: slice | None = None
+    scale: Tensor | None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.register_buffer("scale", None, persistent=False)  # of int8 columns
+        self.register_buffer("scale", None, persistent=False)
 
-    def keep(self, columns: slice, int8: bool = False) -> None:
-        """Lets go of all other columns: the text of a large vocabulary, for a model that is to write images only.
+    def slice_columns(self, columns: slice, int8: bool = False) -> None:
+        """Slices the projection to these columns and frees the rest, such as all text ids for image generation.
 
-        `int8` rounds what is left, with a scale a column, where a kernel multiplies by it: beside int4 layers a bf16
-        head is a large part of a step.
+        Args:
+            int8: quantize the remaining columns to int8 where a kernel exists. With int4 layers, a bf16 head takes a
+                large part of each step.
         """
-        weight, self.kept = self.weight[columns].detach(), columns
+        weight, self.columns = self.weight[columns].detach(), columns
         if int8 and quantization.has_int8_kernel(weight.device, weight.dtype):
             weight, self.scale = quantization.to_int8(weight)
         else:
-            weight = weight.clone()  # a view would hold on to the whole
+            weight = weight.clone()  # a view would keep the whole matrix in memory
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        assert self.kept in (None, columns), f"columns {columns} of a head that kept {self.kept}"
+        """Returns the logits of the given columns. Shapes: hidden (..., D) -> (..., V or columns)."""
+        assert self.columns in (None, columns), f"columns {columns} of a head sliced to {self.columns}"
         if self.scale is not None:
             return quantization.int8_linear(hidden, self.weight, self.scale.to(hidden.dtype))
-        return linear(hidden, self.weight if self.kept == columns else self.weight[columns])
+        return linear(hidden, self.weight if self.columns == columns else self.weight[columns])
 
 
 class Transformer(nn.Module):
-    """Embedding, layers and final norm; parameters are named as on disk, but for the leading `model.`.
+    """Embedding, layers, final norm and head. Parameters have the names on disk without the leading `model.`.
 
-    `dropout` (active in training mode) and `gradient_checkpointing` (a layer at a time) are plain attributes.
+    Attributes:
+        dropout: dropout rate in training mode.
+        gradient_checkpointing: whether the backward recomputes each layer.
 
     Raises:
-        InputError: `attn` names no backend that works here, or sizes in the config do not fit each other.
+        InputError: the backend `attn` is unknown or does not work here, or sizes in the config do not fit each other.
     """
 
-    def __init__(self, config: ModelConfig, attn: str = "sdpa"):
+    def __init__(self, config: ModelConfig, attn: str = "sdpa") -> None:
         super().__init__()
         self.config = config
         self.dropout = config.dropout
@@ -196,16 +217,25 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, ids: Tensor, *, positions: Tensor | int | None = None, cache: KVCache | None = None,
-                filled: int | None = None, documents: tuple[int, ...] = ()) -> Tensor:  # fmt: skip
-        """Hidden states after the final norm; `project` makes logits of them.
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | int | None = None,
+        cache: KVCache | None = None,
+        filled: int | None = None,
+        documents: tuple[int, ...] = (),
+    ) -> Tensor:
+        """Returns hidden states after the final norm; `project` computes their logits.
 
-        Without a cache every id sees those before it in its row. With one, keys and values are written to the slots
-        of their positions, and an id sees the slots up to its own position. `positions` are those of each id, or one
-        int where all rows start at the same place (default 0; cheapest: with one id a row, or from 0 on, no mask is
-        needed). `filled`: how many slots are read, more than any position that matters (default: all of them).
-        `documents`, without a cache: each row holds sequences of these lengths, T in all, which do not see each other
-        and whose positions start at 0.
+        Args:
+            positions: position of each id, or of the first id where all rows have the same positions (default 0). An
+                int is cheaper: for one id a row, or from position 0, no mask is needed.
+            cache: keys and values are written to the slots of their positions, and an id sees the slots up to its
+                position. Without a cache an id sees the ids before it in its row.
+            filled: number of slots to read; must exceed every position that matters (default: all slots).
+            documents: lengths of the sequences packed into each row, T in total. They do not see each other, and their
+                positions start at 0. Not with a cache.
 
         Shapes: ids (B, T), positions (B, T); returns (B, T, D).
         """
@@ -226,23 +256,24 @@ class Transformer(nn.Module):
         rate = self.dropout if self.training else 0.0
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
-            held = None if cache is None else cache.layers[index]
+            layer_cache = None if cache is None else cache.layers[index]
             if recompute:
-                hidden = checkpoint(layer, hidden, rope, span, held, rate, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, rope, span, layer_cache, rate, use_reentrant=False)
             else:
-                hidden = layer(hidden, rope, span, held, rate)
+                hidden = layer(hidden, rope, span, layer_cache, rate)
         return self.norm(hidden)
 
     def project(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        """Logits of the whole vocabulary, or of a slice. Shapes: hidden (..., D); returns (..., V or slice)."""
+        """Returns the logits of the vocabulary or of a slice of it. Shapes: hidden (..., D) -> (..., V or slice)."""
         return self.lm_head(hidden, columns)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fills all parameters for training from scratch; works on parameters fresh from `to_empty` too.
+        """Initializes all parameters for training from scratch, also those of `to_empty`.
 
-        Normal with std √(2/5D) (arXiv 1910.05895, "small init"); the last projection of each branch 2/(L√D), so that
-        the residual stream grows alike at any depth. Both as in GPT-NeoX-20B (arXiv 2204.06745, section 2.1).
+        Weights are normal with standard deviation √(2/5D) (arXiv 1910.05895, "small init"); the last projection of
+        each branch has 2/(L√D), so the variance of the residual stream does not depend on depth. Both are those of
+        GPT-NeoX-20B (arXiv 2204.06745, section 2.1).
         """
         D, L = self.config.hidden_size, self.config.num_hidden_layers
         for name, parameter in self.named_parameters():
@@ -259,7 +290,7 @@ def _drop(x: Tensor, rate: float) -> Tensor:
 
 
 def _narrow(x: Tensor) -> Tensor:
-    """Under autocast, cast once what several projections read (each would make a copy of its own)."""
+    """Casts the common input of several projections once under autocast, instead of once for each projection."""
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if enabled else x

@@ -1,1 +1,1 @@
-"""MoVQGAN: pictures as grids of codes and back."""
+"""The image tokenizer MoVQGAN: images to grids of codes and back."""

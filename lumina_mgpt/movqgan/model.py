@@ -1,10 +1,10 @@
 """MoVQGAN (Zheng et al. 2022, "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation").
 
-The encoder is that of VQGAN (8 pixels a cell with four levels); every norm of the decoder is a group norm whose scale
-and shift are 1x1 convolutions of the quantized latent. Module names are the keys of the released state dict
-(`encoder.* decoder.* quantize.embedding.weight quant_conv.* post_quant_conv.*`), so files load without a name map.
+The encoder is that of VQGAN; with four levels a latent cell has 8 x 8 pixels. Every norm of the decoder is a group
+norm whose scale and shift are 1x1 convolutions of the quantized latent. Module names are the keys of the released state
+dict: `encoder.*`, `decoder.*`, `quantize.embedding.weight`, `quant_conv.*`, `post_quant_conv.*`.
 
-Shape letters here: B batch, C channels, h, w latent cells, H, W pixels or cells of a feature map, Z latent width.
+Shape letters: B batch, C channels, Z latent channels; h, w latent cells; H, W pixels or positions of a feature map.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from lumina_mgpt.errors import InputError
 
 _IGNORED = ("loss.", "ema_", "model_ema.", "quantize.embedding.cluster", "quantize.embedding.embed_avg")
-_GROUPS = 32
-_CELLS_A_CHUNK = 4096  # cells whose distances to all codes are held at once: 256 MiB for 16,384 codes
+_GROUPS = 32  # of all group norms
+_CHUNK_CELLS = 4096  # cells whose distances to all codes are computed at once: 256 MiB for 16,384 codes
 
 
 @dataclass(frozen=True)
 class MoVQGANConfig:
-    """Sizes of a MoVQGAN. The released 67M, 102M and 270M are (128, 2), (128, 4) and (256, 2) for (ch, blocks)."""
+    """Sizes of a MoVQGAN. (ch, blocks) is (128, 2) for the released 67M, (128, 4) for 102M and (256, 2) for 270M."""
 
     ch: int
     blocks: int
@@ -35,10 +35,10 @@ class MoVQGANConfig:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "MoVQGANConfig":
-        """Reads every size off the tensors' names and shapes.
+        """Returns the sizes that follow from the names and shapes of a state dict.
 
         Raises:
-            InputError: a tensor that the sizes are read from is missing.
+            InputError: a tensor that determines a size is missing.
         """
 
         def count(template: str) -> int:
@@ -49,7 +49,7 @@ class MoVQGANConfig:
 
         try:
             ch = state["encoder.conv_in.weight"].shape[0]
-            state["encoder.down.0.block.0.conv1.weight"]  # absent where another program has named the tensors
+            state["encoder.down.0.block.0.conv1.weight"]  # absent under other programs' names
             levels = count("encoder.down.{}.block.0.conv1.weight")
             widths = [state[f"encoder.down.{n}.block.0.conv1.weight"].shape[0] for n in range(levels)]
             embed_dim, z_channels = state["quant_conv.weight"].shape[:2]
@@ -69,22 +69,22 @@ class MoVQGANConfig:
 
     @property
     def cell(self) -> int:
-        """Pixels along a side of one code."""
+        """Side in pixels of the square that one code stands for."""
         return 2 ** (len(self.mult) - 1)
 
 
-def _conv(conv: nn.Conv2d, x: Tensor, scale: int = 1, pixels_a_band: int = 1 << 17) -> Tensor:
-    """A 3x3 convolution of `x`, enlarged `scale` times by nearest neighbour first, without large temporaries.
+def _conv(conv: nn.Conv2d, x: Tensor, scale: int = 1, band_pixels: int = 1 << 17) -> Tensor:
+    """Enlarges `x` by nearest neighbour and convolves it with a 3x3 kernel, without large temporaries.
 
-    In inference, feature maps beyond `pixels_a_band` pixels go through in bands of rows with one row of halo. A
-    convolution is local, so the result is the same; what is saved is the enlarged copy and the copies that the
-    backend makes to reorder its operands, which at 1024 x 1024 with 256 channels are gigabytes.
+    In inference, feature maps above `band_pixels` pixels are processed in bands of rows with one row of halo, which
+    gives the same result. This avoids the enlarged copy, and the copies with which the backend reorders its operands:
+    gigabytes at 1024 x 1024 with 256 channels.
     """
     B, _, H, W = x.shape
-    if torch.is_grad_enabled() or H * W * scale * scale <= pixels_a_band:
+    if torch.is_grad_enabled() or H * W * scale * scale <= band_pixels:
         return conv(F.interpolate(x, scale_factor=scale, mode="nearest") if scale > 1 else x)
     out = x.new_empty(B, conv.out_channels, H * scale, W * scale)
-    rows = max(1, pixels_a_band // (W * scale * scale))
+    rows = max(1, band_pixels // (W * scale * scale))
     for top in range(0, H, rows):
         bottom = min(H, top + rows)
         halo_top, halo_bottom = max(0, top - 1), min(H, bottom + 1)
@@ -97,7 +97,7 @@ def _conv(conv: nn.Conv2d, x: Tensor, scale: int = 1, pixels_a_band: int = 1 << 
 
 
 class SpatialNorm(nn.Module):
-    """Group norm of the features, scaled and shifted cell by cell by the quantized latent (MoVQ, eq. 3-4)."""
+    """Group norm whose scale and shift at each cell come from the quantized latent (MoVQ, equations 3 and 4)."""
 
     def __init__(self, width: int, z_channels: int) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(z_channels, width, 1)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        # A 1x1 convolution and nearest-neighbour enlargement commute, so the convolutions run on the small latent.
+        # A 1x1 convolution commutes with nearest-neighbour enlargement, so it runs on the small latent.
         x = self.norm_layer(x)
         scale, shift = self.conv_y(latent), self.conv_b(latent)
         if torch.is_grad_enabled():
             size = x.shape[-2:]
             return torch.addcmul(F.interpolate(shift, size), x, F.interpolate(scale, size))
-        # In inference broadcasting over a cell's pixels saves the two enlarged copies.
+        # Inference broadcasts over the pixels of a cell instead of enlarging scale and shift.
         h, w = latent.shape[-2:]
         cells = rearrange(x, "B C (h i) (w j) -> B C h i w j", h=h, w=w)
         cells.mul_(scale[:, :, :, None, :, None]).add_(shift[:, :, :, None, :, None])
@@ -120,13 +120,13 @@ class SpatialNorm(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Plain group norm with the calling form of `SpatialNorm`; the latent is not used."""
+    """Group norm with the signature of `SpatialNorm`; the latent is not used."""
 
     def __init__(self, width: int) -> None:
         super().__init__(_GROUPS, width, eps=1e-6)
 
-    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
-        return super().forward(x)
+    def forward(self, input: Tensor, latent: Tensor | None = None) -> Tensor:
+        return super().forward(input)
 
 
 def _norm(width: int, z_channels: int | None) -> nn.Module:
@@ -134,6 +134,8 @@ def _norm(width: int, z_channels: int | None) -> nn.Module:
 
 
 class ResnetBlock(nn.Module):
+    """Two convolutions with norms on a residual branch."""
+
     def __init__(self, inp: int, out: int, z_channels: int | None) -> None:
         super().__init__()
         self.norm1 = _norm(inp, z_channels)
@@ -149,13 +151,13 @@ class ResnetBlock(nn.Module):
         h = _conv(self.conv1, h)
         h = F.silu(self.norm2(h, latent), inplace=inplace)
         h = _conv(self.conv2, h)
-        if hasattr(self, "nin_shortcut"):  # last: here the least is held beside it
+        if hasattr(self, "nin_shortcut"):  # last, when the fewest other tensors are in memory
             x = self.nin_shortcut(x)
         return h.add_(x) if inplace else x + h
 
 
 class AttentionBlock(nn.Module):
-    """Single-headed attention over all cells, without the cells x cells matrix in memory."""
+    """Single-head attention over all cells, without a matrix of cells x cells in memory."""
 
     def __init__(self, width: int, z_channels: int | None) -> None:
         super().__init__()
@@ -173,8 +175,8 @@ class AttentionBlock(nn.Module):
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, queries: int = 2048) -> Tensor:
-        # SDPA falls back to the full matrix where a fused kernel does not take the head's width (512 and 1024 here),
-        # so the queries go in chunks: the matrix is then chunk x cells at the most.
+        # For head widths without a fused kernel (512 and 1024 here) SDPA computes the full matrix, so queries are
+        # split into chunks, and the matrix has at most chunk x cells entries.
         if q.shape[-2] <= queries:
             return F.scaled_dot_product_attention(q, k, v)
         return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, -2)], -2)
@@ -198,7 +200,10 @@ class _Resample(nn.Module):
 
 
 class _Level(nn.Module):
-    """Blocks of one resolution, each followed by attention where the level has it, then a change of resolution."""
+    """Blocks of one resolution, each followed by attention if the level has it, then a change of resolution."""
+
+    downsample: _Resample
+    upsample: _Resample
 
     def __init__(self, inp: int, out: int, blocks: int, attention: bool, z_channels: int | None) -> None:
         super().__init__()
@@ -210,7 +215,7 @@ class _Level(nn.Module):
             x = block(x, latent)
             if self.attn:
                 x = self.attn[i](x, latent)
-        if hasattr(self, "downsample"):  # VQGAN pads right and below only, so that pixel 0 stays at cell 0
+        if hasattr(self, "downsample"):  # as VQGAN: pads on the right and at the bottom only
             x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))
         if hasattr(self, "upsample"):
             x = _conv(self.upsample.conv, x, scale=2)
@@ -218,6 +223,8 @@ class _Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pixels to latents."""
+
     def __init__(self, config: MoVQGANConfig) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.mult]
@@ -233,6 +240,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Shapes: pixels (B, 3, H, W) -> (B, Z, h, w)."""
         x = _conv(self.conv_in, pixels)
         for level in self.down:
             x = level(x, None)
@@ -241,12 +249,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents to pixels; the quantized latent modulates every norm."""
+
     def __init__(self, config: MoVQGANConfig) -> None:
         super().__init__()
         widths, z = [config.ch * m for m in config.mult], config.embed_dim
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = _Middle(widths[-1], z)
-        levels = []
+        levels: list[_Level] = []
         for n in reversed(range(len(widths))):
             inp = widths[min(n + 1, len(widths) - 1)]
             level = _Level(inp, widths[n], config.blocks + 1, n in config.attention_levels, z)
@@ -258,6 +268,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
+        """Shapes: x, latent (B, Z, h, w) -> (B, 3, H, W)."""
         x = self.mid(self.conv_in(x), latent)
         for level in reversed(self.up):
             x = level(x, latent)
@@ -265,16 +276,18 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
+    """The codebook."""
+
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_codes, width)
 
     def nearest(self, latent: Tensor) -> Tensor:
-        """The nearest code by Euclidean distance. Shapes: (..., Z) -> (...) int64."""
+        """Returns the codes with the least Euclidean distance. Shapes: (..., Z) -> (...) int64."""
         table = self.embedding.weight.float()
         flat = latent.reshape(-1, latent.shape[-1]).float()
         half_norms = table.square().sum(1) / 2  # argmin |x - e|^2 = argmin |e|^2 / 2 - x.e
-        chunks = [(half_norms - part @ table.T).argmin(1) for part in flat.split(_CELLS_A_CHUNK)]
+        chunks = [(half_norms - part @ table.T).argmin(1) for part in flat.split(_CHUNK_CELLS)]
         return torch.cat(chunks).reshape(latent.shape[:-1])
 
 
@@ -292,7 +305,7 @@ class MoVQGAN(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "MoVQGAN":
-        """Builds the size that `state` has and takes its tensors; training leftovers (`loss.*`, `ema_*`) are dropped.
+        """Returns a model with the tensors of a state dict; training state (`loss.*`, `ema_*`) is dropped.
 
         Raises:
             InputError: keys are missing or unknown, or a shape does not fit.
@@ -303,29 +316,40 @@ class MoVQGAN(nn.Module):
             with torch.device("meta"):
                 model = cls(config)
             model.load_state_dict(state, assign=True)
-        except (RuntimeError, ValueError) as error:  # ValueError: a width that its 32 groups do not divide
+        except (RuntimeError, ValueError) as error:  # ValueError: a width that 32 does not divide
             raise InputError("MoVQGAN state dict does not fit: " + " ".join(str(error).split())[:500]) from None
         return model.requires_grad_(False).eval()
 
     def latent(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] -> latent before quantization (B, Z, H/8, W/8)."""
+        """Returns latents before quantization.
+
+        Shapes: pixels (B, 3, H, W) in [-1, 1] -> (B, Z, H/8, W/8).
+        """
         return self.quant_conv(self.encoder(pixels))
 
     def decode_latent(self, latent: Tensor) -> Tensor:
-        """Quantized latent (B, Z, h, w) -> pixels (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        """Returns pixels of quantized latents, about [-1, 1] but not clamped.
+
+        Shapes: latent (B, Z, h, w) -> (B, 3, 8h, 8w).
+        """
         return self.decoder(self.post_quant_conv(latent), latent)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> codes (B, H/8, W/8) int64."""
+        """Returns the codes of pixels.
+
+        Shapes: pixels (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> (B, H/8, W/8) int64.
+        """
         return self.quantize.nearest(rearrange(self.latent(pixels), "B Z h w -> B h w Z"))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) in [0, num_codes) -> pixels (B, 3, 8h, 8w) float32 in [-1, 1].
+        """Returns the pixels of codes.
+
+        Shapes: codes (B, h, w) in [0, num_codes) -> (B, 3, 8h, 8w) float32 in [-1, 1].
 
         Raises:
-            InputError: a code lies outside the codebook.
+            InputError: a code is outside the codebook.
         """
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.num_codes:
             raise InputError(f"codes must be in 0 ... {self.config.num_codes - 1}, got {codes.min()} ... {codes.max()}")

@@ -1,4 +1,4 @@
-"""Pictures <-> code grids with a MoVQGAN file: finding it, loading it, converting."""
+"""The image tokenizer: finds and loads a MoVQGAN file, encodes images to codes and decodes codes to images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,43 +9,45 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_images, to_pixels, upright
 from lumina_mgpt.io import cause, remedy, require_readable
 from lumina_mgpt.movqgan.model import MoVQGAN
 
 RELEASED_NAME = "movqgan_270M.ckpt"
-_RELEASED_PLACE = Path(__file__).parent / "270M" / RELEASED_NAME
+_RELEASED_PATH = Path(__file__).parent / "270M" / RELEASED_NAME
 _PATTERNS = ("movqgan*.safetensors", "movqgan*.ckpt")
 
 
 def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -> Path:
-    """The MoVQGAN file to use: `explicit`, else one in the model folder, else the place for the released file.
+    """Returns the MoVQGAN file: `explicit`, else the one in the model folder, else the released file in its folder.
 
     Raises:
-        InputError: there is none, there are several, or `explicit` cannot be read.
+        InputError: no file or several files are found, or `explicit` cannot be read.
     """
     if explicit is not None:
-        require_readable(explicit, "--movqgan_path")
+        require_readable(explicit, "movqgan_path")
         return Path(explicit)
     found = sorted(path for pattern in _PATTERNS for path in Path(model_folder).glob(pattern))
-    if len(found) > 1:  # two sizes may have as many codes, and the wrong one draws noise
-        raise InputError(f"{model_folder} holds {', '.join(p.name for p in found)}; say which with --movqgan_path")
+    if len(found) > 1:  # sizes with equal numbers of codes cannot be told apart, and the wrong one decodes to noise
+        names = ", ".join(path.name for path in found)
+        raise InputError(f"must name one file, because {model_folder} holds {names}", "movqgan_path")
     if found:
         return found[0]
-    if _RELEASED_PLACE.is_file():
-        return _RELEASED_PLACE
+    if _RELEASED_PATH.is_file():
+        return _RELEASED_PATH
     raise InputError(
-        f"no MoVQGAN weights in {model_folder} and no {_RELEASED_PLACE}: download {RELEASED_NAME} "
-        "(linked from the Alpha-VLLM/Lumina-mGPT-2.0 page) to that place, or give --movqgan_path"
+        f"no MoVQGAN weights in {model_folder} and no {_RELEASED_PATH}: download {RELEASED_NAME} "
+        f"(linked from the Alpha-VLLM/Lumina-mGPT-2.0 page) to that path, or set movqgan_path"
     )
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads a `.safetensors` file or a pickled state dict (never running code from it).
+    """Returns the tensors of a `.safetensors` file or a pickled state dict; no code of a pickle runs.
 
     Raises:
-        InputError: the file cannot be read, is damaged, or holds anything but tensors.
+        InputError: the file cannot be read, is damaged, or holds something else than tensors.
     """
     path = Path(path)
     require_readable(path)
@@ -54,22 +56,22 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # files of the older, unzipped format cannot be mapped
+        except (RuntimeError, ValueError):  # the older format, without zip, cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # the unpickler meets arbitrary bytes and raises whatever they lead it to
+    except Exception as error:  # arbitrary bytes make the unpickler raise any type
         if remedy(error, ""):
             raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}") from None
-        raise InputError(f"{path} is damaged, or no MoVQGAN file ({cause(error)}); download it again") from None
+        raise InputError(f"{path} is damaged, or not a MoVQGAN file ({cause(error)}); download it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} holds no state dict of tensors; it is not a MoVQGAN file")
+        raise InputError(f"{path} must hold a state dict of tensors; give a MoVQGAN file")
     return state
 
 
 class ImageTokenizer:
-    """A MoVQGAN on a device, with pictures in front and codes behind."""
+    """A MoVQGAN on a device, with images as inputs and outputs."""
 
     def __init__(self, model: MoVQGAN) -> None:
         self.model = model
@@ -78,7 +80,11 @@ class ImageTokenizer:
     def from_checkpoint(
         cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "ImageTokenizer":
-        """Loads the file at `path`; its size is read off its tensors."""
+        """Loads the file at `path`; the sizes of the model follow from its tensors.
+
+        Raises:
+            InputError: the file cannot be read, or is not a MoVQGAN.
+        """
         try:
             model = MoVQGAN.from_state_dict(load_state_dict(path))
         except InputError as error:
@@ -87,17 +93,36 @@ class ImageTokenizer:
 
     @property
     def num_codes(self) -> int:
+        """Size of the codebook."""
         return self.model.config.num_codes
 
     @property
     def cell(self) -> int:
-        """Pixels along a side of one code (8)."""
+        """Side of the square of pixels that one code stands for; 8 in all released sizes."""
         return self.model.config.cell
 
-    def encode(self, images: Sequence[Image.Image], parts: int = 1) -> Tensor:
-        """Images of any mode and of one size when upright, sides multiples of 8 -> codes (B, rows, cols) on the CPU.
+    def require_codes(self, config: ModelConfig, path: str | Path) -> None:
+        """Refuses an image tokenizer whose codebook has another size than that of the model.
 
-        Each image is cut into `parts`, one above another, and each of them read on its own.
+        Args:
+            config: configuration of the model.
+            path: file of this image tokenizer, for the message.
+
+        Raises:
+            InputError: the sizes differ.
+        """
+        if self.num_codes != config.num_image_codes:
+            rule = f"must have the model's {config.num_image_codes} codes, but {path} has {self.num_codes}"
+            raise InputError(f"{rule}; give the MoVQGAN that the model was trained with", "movqgan_path")
+
+    def encode(self, images: Sequence[Image.Image], parts: int = 1) -> Tensor:
+        """Returns the codes of images of any mode, on the CPU.
+
+        Args:
+            images: images of equal size after their EXIF rotation; the sides are multiples of 8.
+            parts: number of equal parts, from top to bottom, that are encoded separately.
+
+        Shapes: returns (B, rows, cols) int64.
 
         Raises:
             InputError: the sizes differ, or a side is not a multiple of the cell.
@@ -115,7 +140,16 @@ class ImageTokenizer:
         return rearrange(codes, "(B P) rows cols -> B (P rows) cols", P=parts)
 
     def decode(self, codes: Tensor, parts: int = 1) -> list[Image.Image]:
-        """Codes (B, rows, cols) -> RGB images of (8 cols) x (8 rows) pixels; `parts` as in `encode`."""
+        """Returns RGB images of 8 cols x 8 rows pixels.
+
+        Args:
+            parts: as in `encode`.
+
+        Shapes: codes (B, rows, cols).
+
+        Raises:
+            InputError: a code is outside the codebook.
+        """
         codes = rearrange(codes, "B (P rows) cols -> (B P) rows cols", P=parts)
         pixels = self.model.decode(codes.to(self.model.quantize.embedding.weight.device))
         return to_images(rearrange(pixels, "(B P) C H W -> B C (P H) W", P=parts))

@@ -1,4 +1,4 @@
-"""Samplers: they own the law a code is drawn from and the order of steps, and know the model only as a `step`."""
+"""Samplers: they draw image codes from a model's logits, and call the model only through a `step` function."""
 
 from lumina_mgpt.sampling.autoregressive import Step, sample
 

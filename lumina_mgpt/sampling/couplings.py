@@ -1,12 +1,14 @@
-"""How a draft code is judged by the law that is now known for its place, and what takes its place if it falls.
+"""Couplings: how a draft is verified against its target distribution, and what replaces a rejected draft.
 
-Each coupling takes a window of W places, all of whose laws came out of one forward given the drafts before them, and
-returns the codes that now stand there and which drafts were confirmed. Up to and including the first place that was not
-confirmed the codes are final: their contexts were. The codes after it are the next drafts.
+A coupling verifies a window of W positions. One forward has given the target distribution of each, conditioned on the
+drafts before it. All codes up to and including the first rejected position are final, because the codes they were
+conditioned on are final. The codes after it are the drafts of the next round.
 
-Shapes here: law, drafted (B, W, C) log-probabilities, -inf where 0: the law now, and the one a draft was drawn from.
-drafts (B, W). uniforms (2, B, W) float64 in (0, 1) on the CPU, new for every call. noise (B, W, C), the same for a
-place however often it is looked at.
+Shapes:
+    target, proposal: (B, W, C) log-probabilities, -inf where the probability is 0; drafts come from `proposal`.
+    drafts: (B, W).
+    uniforms: (2, B, W) float64 in (0, 1) on the CPU, new in every round.
+    noise: (B, W, C), constant for a position.
 """
 
 import math
@@ -16,119 +18,135 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # codes; the root of the released 16,384
+BLOCK = 128  # codes a block of `sample_by_inversion`; the square root of the released model's 16,384 codes
 
 
-class Judged(NamedTuple):
-    """Shapes: (B, W) each. `confirmed` is on the CPU: for it a GPU is waited for, and for nothing else."""
+class Verified(NamedTuple):
+    """The result of one verification.
 
-    codes: Tensor
-    confirmed: Tensor
-
-
-def common_noise(law: Tensor, drafts: Tensor, noise: Tensor | None) -> Judged:
-    """Fixed-point iteration: each place draws with its own fixed noise (None: takes the likeliest code).
-
-    The image is the one that drawing code after code with that noise gives.
-    Source: arXiv 2002.09928 (Jacobi decoding), with the Gumbel-max trick in place of argmax.
+    Reading `accepted` is the only host synchronization of a round on a GPU.
     """
-    codes = (law if noise is None else law + noise).argmax(-1)
-    return Judged(codes, (codes == drafts).cpu())
+
+    codes: Tensor  # (B, W), on the device of the target
+    accepted: Tensor  # (B, W) bool, on the CPU
 
 
-def maximal(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> Judged:
-    """Keeps each draft as often as any coupling of the two laws can, also behind a miss.
+def common_noise(target: Tensor, drafts: Tensor, noise: Tensor | None) -> Verified:
+    """Draws each position with its fixed Gumbel noise and accepts the draft where the code is the same.
 
-    A code that stands after this call is distributed as `law`, so that is the law it was drawn from in the next one.
+    The image is the one that `autoregressive.sample` draws with the same noise.
+
+    Args:
+        noise: None for greedy decoding.
+
+    Source: Jacobi decoding (arXiv 2002.09928), with the Gumbel-max trick in place of argmax.
+    """
+    codes = (target if noise is None else target + noise).argmax(-1)
+    return Verified(codes, (codes == drafts).cpu())
+
+
+def maximal(target: Tensor, proposal: Tensor, drafts: Tensor, uniforms: Tensor) -> Verified:
+    """Accepts each draft with the highest probability that any coupling allows, also after a rejected one.
+
+    Every code returned is distributed as `target`, which is therefore its proposal in the next round.
+
     Source: MC-SJD (arXiv 2510.24211).
     """
-    kept = _kept(law, drafted, drafts, uniforms[0])
-    codes, missed, uniform = drafts.clone(), _places(~kept, law), _beside(uniforms[1], law)
-    codes[missed] = _redrawn(law[missed], drafted[missed], drafts[missed], uniform[missed])
-    return Judged(codes, kept)
+    accepted = accepts(target, proposal, drafts, uniforms[0])
+    codes, rejected, uniform = drafts.clone(), _indices(~accepted, target), _like(uniforms[1], target)
+    codes[rejected] = sample_residual(target[rejected], proposal[rejected], drafts[rejected], uniform[rejected])
+    return Verified(codes, accepted)
 
 
-def independent(law: Tensor, drafted: Tensor, drafts: Tensor, uniforms: Tensor) -> Judged:
-    """As published for speculative Jacobi decoding: what lies behind the first miss is drawn anew.
+def independent(target: Tensor, proposal: Tensor, drafts: Tensor, uniforms: Tensor) -> Verified:
+    """Accepts drafts up to the first rejection, and draws all codes after it anew from `target`.
 
-    Slower than the others, and here as the baseline of the benchmark. Source: arXiv 2410.01699.
+    Accepts fewer drafts than the other couplings; the baseline of benchmarks.
+
+    Source: speculative Jacobi decoding (arXiv 2410.01699).
     """
-    before = _kept(law, drafted, drafts, uniforms[0]).cumprod(-1).bool()
-    misses = (~before).int().cumsum(-1)  # 1 at the first miss, more behind it
-    first, behind, uniform = _places(misses == 1, law), _places(misses > 1, law), _beside(uniforms[1], law)
-    codes = drafts.clone()
-    codes[first] = _redrawn(law[first], drafted[first], drafts[first], uniform[first])
-    codes[behind] = by_inversion(probs(law[behind]), uniform[behind])
-    return Judged(codes, before)
+    accepted = accepts(target, proposal, drafts, uniforms[0]).cumprod(-1).bool()
+    misses = (~accepted).int().cumsum(-1)  # 1 at the first rejection, more after it
+    first, after = _indices(misses == 1, target), _indices(misses > 1, target)
+    codes, uniform = drafts.clone(), _like(uniforms[1], target)
+    codes[first] = sample_residual(target[first], proposal[first], drafts[first], uniform[first])
+    codes[after] = sample_by_inversion(to_probs(target[after]), uniform[after])
+    return Verified(codes, accepted)
 
 
-def _kept(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """With probability min(1, law / drafted) at the draft. Shapes: -> (B, W) on the CPU.
+def accepts(target: Tensor, proposal: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
+    """Whether each draft is accepted, with probability min(1, target / proposal).
 
-    There it says which places fall, so that only those are redrawn.
+    Shapes: uniform (B, W) on the CPU -> (B, W) bool on the CPU, so that only rejected positions are drawn again.
     """
-    both = torch.stack([of.gather(-1, drafts[..., None])[..., 0] for of in (law, drafted)])
-    now, then = both.cpu().double()
-    return uniform.log() < now - then
+    of_draft = torch.stack([each.gather(-1, drafts[..., None])[..., 0] for each in (target, proposal)])
+    log_target, log_proposal = of_draft.cpu().double()
+    return uniform.log() < log_target - log_proposal
 
 
-def _places(wanted: Tensor, law: Tensor) -> tuple[Tensor, ...]:
-    """Where a mask on the CPU is true, as indices on the law's device, which does not wait for them."""
-    return tuple(index.to(law.device, non_blocking=True) for index in wanted.nonzero(as_tuple=True))
+def sample_residual(target: Tensor, proposal: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
+    """Samples from the residual distribution max(0, target - proposal), normalized.
 
+    Returns the draft where the residual is 0 for all codes.
 
-def _redrawn(law: Tensor, drafted: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """A code from what `law` has more of than `drafted`; the draft itself where that is nothing.
-
-    Shapes: law, drafted (n, C); drafts, uniform (n,) -> (n,).
+    Shapes: target, proposal (n, C) log-probabilities; drafts, uniform (n,) -> (n,).
+    Source: speculative decoding (arXiv 2211.17192), section 2.3.
     """
-    residual = probs(law).sub_(probs(drafted)).clamp_(min=0)
-    return torch.where(residual.amax(-1) > 0, by_inversion(residual, uniform), drafts)
+    residual = to_probs(target).sub_(to_probs(proposal)).clamp_(min=0)
+    return torch.where(residual.amax(-1) > 0, sample_by_inversion(residual, uniform), drafts)
 
 
-def probs(law: Tensor) -> Tensor:
-    """The exponential; what is below 1e-31 (1e-292 in float64) counts as that.
+def to_probs(log_probs: Tensor) -> Tensor:
+    """Probabilities of log-probabilities, at least 1e-31 (in float64 1e-292).
 
-    So no difference of two is a subnormal number, over which a CPU takes 10 to 30 times as long; strong guidance makes
-    many. Nothing is ever drawn from so little: uniform numbers of 52 bits do not reach there.
+    The minimum keeps differences of two probabilities out of the subnormal numbers, with which a CPU computes 10 to 30
+    times slower and which strong guidance produces often. It never affects a sample: uniform numbers of 52 bits do not
+    resolve it.
     """
-    numbers = torch.finfo(law.dtype)
-    return law.clamp(min=math.log(numbers.tiny / numbers.eps)).exp_()
+    numbers = torch.finfo(log_probs.dtype)
+    return log_probs.clamp(min=math.log(numbers.tiny / numbers.eps)).exp_()
 
 
-def by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
-    """A code a place by inversion of the weights' sums. Shapes: weights (..., C), uniform (...) in (0, 1) -> (...).
+def sample_by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Samples codes in proportion to `weights` by inverting their cumulative sum.
 
-    First a block of codes by the sums of blocks, then a code in it: a sum of all in float64 costs more than a small
-    model's forward. Where all weights are 0, the code means nothing.
+    Chooses a block of codes first and then a code in it: a cumulative sum over all codes in float64 takes longer than
+    the forward of a small model. The result is arbitrary where all weights are 0.
+
+    Shapes: weights (..., C) >= 0, uniform (...) in (0, 1) -> (...).
     """
-    C, wide = weights.shape[-1], _wide(weights)
+    C, dtype = weights.shape[-1], _sum_dtype(weights)
     blocks = (F.pad(weights, (0, -C % BLOCK)) if C % BLOCK else weights).unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(-1).to(wide).cumsum(-1)  # (..., blocks)
-    block, rest = _first_above(sums, _beside(uniform, sums) * sums[..., -1])
-    inside = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK))[..., 0, :]
-    code, _ = _first_above(inside.to(wide).cumsum(-1), rest)
+    sums = blocks.sum(-1).to(dtype).cumsum(-1)  # (..., blocks)
+    block, rest = _first_above(sums, _like(uniform, sums) * sums[..., -1])
+    inside = blocks.gather(-2, block[..., None, None].expand(*block.shape, 1, BLOCK))[..., 0, :]  # (..., BLOCK)
+    code, _ = _first_above(inside.to(dtype).cumsum(-1), rest)
     return (block * BLOCK + code).clamp_(max=C - 1)
 
 
-def _first_above(sums: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of rising sums above a target, and how far the target is beyond the one before it.
+def _first_above(sums: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first cumulative sum above a threshold, and the threshold less the sum before that index.
 
-    Shapes: sums (..., n), target (...) -> two of (...).
+    Shapes: sums (..., n), threshold (...) -> two of (...).
     """
     total = sums[..., -1]
-    # Below the total whatever the rounding, so that the first sum above it is one that has just grown.
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    at = torch.searchsorted(sums, target[..., None], right=True).clamp_(max=sums.shape[-1] - 1)
-    before = torch.where(at > 0, sums.gather(-1, (at - 1).clamp(min=0)), 0.0)[..., 0]
-    return at[..., 0], (target - before).clamp_(min=0)
+    # Rounding may lift the threshold to the total. Below it, the sum found has a positive weight.
+    threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(sums, threshold[..., None], right=True).clamp_(max=sums.shape[-1] - 1)
+    before = torch.where(index > 0, sums.gather(-1, (index - 1).clamp(min=0)), 0.0)[..., 0]
+    return index[..., 0], (threshold - before).clamp_(min=0)
 
 
-def _beside(uniform: Tensor, other: Tensor) -> Tensor:
-    """The same numbers on another tensor's device, as wide as there are."""
-    return uniform.to(other.device, _wide(other), non_blocking=True)
+def _indices(mask: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Indices where a CPU mask is true, copied to the device of `like` without synchronization."""
+    return tuple(index.to(like.device, non_blocking=True) for index in mask.nonzero(as_tuple=True))
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Sums of thousands of terms want float64, which Apple's GPUs lack."""
+def _like(uniform: Tensor, other: Tensor) -> Tensor:
+    """`uniform` on the device of `other`, in the precision of sums there."""
+    return uniform.to(other.device, _sum_dtype(other), non_blocking=True)
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype for sums of thousands of terms: float64, or float32 on Apple GPUs, which have no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

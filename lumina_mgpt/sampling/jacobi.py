@@ -1,35 +1,41 @@
-"""Speculative Jacobi sampling: a window of draft codes is judged by one forward, and all that is final is kept.
+"""Speculative Jacobi sampling: one forward verifies a window of drafts, and the accepted ones become final.
 
-The image has the very distribution that the plain sampler gives it; with the coupling `noise` it is the very image, as
-far as rounding lets a window and a single step agree: in float32 but for near ties, in half precision seldom.
+Images have the same distribution as those of the plain sampler. With the coupling `noise` they are identical to them,
+except where a window's logits and a single step's differ by rounding: at near ties in float32, more often in half
+precision.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings
-from lumina_mgpt.sampling.autoregressive import Call, OnRow, Step, check_numbers, draw, known_codes, opening
-from lumina_mgpt.sampling.drafts import BIRTHS
+from lumina_mgpt.sampling.autoregressive import Call, OnRow, Step, check_given, check_not_nan, draw, first_call
 from lumina_mgpt.sampling.logits import code_log_probs
-from lumina_mgpt.sampling.noise import gumbel_rows, uniform_rows
+from lumina_mgpt.sampling.noise import gumbel_like, uniform_rows
+from lumina_mgpt.sampling.proposals import PROPOSAL_FUNCTIONS
 from lumina_mgpt.unirep import ImageLayout
 
 
+def window_size(layout: ImageLayout, speculation: Speculation) -> int:
+    """Drafts a round: the window, at most the codes of the image."""
+    assert speculation.window is not None, "a sampler needs a window"
+    return min(speculation.window, layout.num_codes)
+
+
 def spare_slots(layout: ImageLayout, window: int) -> int:
-    """Cache slots beyond prompt and image that a window of a row which is nearly done may write junk into."""
+    """Cache slots needed after the end of the image: the window of an image that is nearly complete writes there."""
     window = min(window, layout.num_codes)
     return window + window // layout.cols + 1
 
 
 def ring_bytes(layout: ImageLayout, speculation: Speculation) -> int:
-    """Bytes that one image's laws and noise take, in float32."""
-    window = min(speculation.window, layout.num_codes)
-    places = layout.cols + window + 1 + (window + 1 if speculation.coupling == "noise" else 0)
-    return 4 * places * layout.vocabulary.num_image_codes
+    """Bytes of one image's ring buffers of proposals and noise, in float32."""
+    window = window_size(layout, speculation)
+    length = layout.cols + window + 1 + (window + 1 if speculation.coupling == "noise" else 0)
+    return 4 * length * layout.vocabulary.num_image_codes
 
 
 @torch.no_grad()
@@ -44,149 +50,172 @@ def sample_jacobi(
     *,
     given: Tensor | None = None,
 ) -> Tensor:
-    """Draws the codes of one image a prompt; arguments, shapes and errors are those of `sample`.
+    """Samples the codes of one image for each prompt; arguments, shapes and errors as for `autoregressive.sample`.
 
-    Costs one `step` with the prompts, which gives the first code, and then one step a window. Each image goes on at its
-    own pace. A GPU is waited for once a step, to learn how much was accepted.
+    Calls `step` once with the prompts, which gives the first code, and then once a round. The images of a batch advance
+    independently. On a GPU the host synchronizes once a round, to read what was accepted.
+
+    Args:
+        speculation: coupling, window (not None) and proposal distribution.
     """
     B = len(prompts)
-    assert B == len(keys), (B, len(keys))
-    given = known_codes(given, layout, B)
+    given = check_given(given, keys, layout, B)
     if layout.given == layout.num_codes:
         return given.view(B, layout.rows, layout.cols).clone()
 
-    call, origin = opening(prompts, layout, given, guided=settings.cfg != 1.0)
-    law = code_log_probs(step(*call), settings)[:, 0]
-    state = _Images(layout, settings, keys, speculation, origin, law)
-    state.start(given, law)
-    told = layout.given // layout.cols
+    call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0)
+    log_probs = code_log_probs(step(*call), settings)  # (B, 1, C)
+    state = _State(layout, settings, keys, speculation, origin, log_probs[:, 0])
+    state.start(given, log_probs[:, 0])
+    reported = layout.given // layout.cols
     while True:
-        done = state.rows_done()
-        if done > told:
-            check_numbers(law)
-            for row in range(told, done) if on_row is not None else ():
-                on_row(row, state.codes[:, : (row + 1) * layout.cols].reshape(B, row + 1, layout.cols).clone())
-            told = done
-        if done == layout.rows:
+        rows = state.final_rows()
+        if rows > reported:
+            check_not_nan(log_probs)
+            if on_row is not None:
+                for row in range(reported, rows):
+                    on_row(row, state.codes[:, : (row + 1) * layout.cols].reshape(B, row + 1, layout.cols).clone())
+            reported = rows
+        if rows == layout.rows:
             return state.codes[:, : layout.num_codes].reshape(B, layout.rows, layout.cols)
-        law = code_log_probs(step(*state.window_call()), settings)
-        state.judge(law)
+        log_probs = code_log_probs(step(*state.window_call()), settings)  # (B, W, C)
+        state.verify(log_probs)
 
 
-@dataclass
-class _Images:
-    """B images under way. Places are indices of codes in reading order; `done[b]` of image b are final.
+class _State:
+    """The codes of B images between rounds.
 
-    `laws` and `noise` are rings: place p lies at p modulo their length. laws holds what the codes of the last row and
-    of the window were drawn from, log-probabilities. Everything has one column more, where places beyond the image go:
-    that costs nothing, while picking out the real ones would make a GPU wait.
+    A position is the index of a code in reading order. The first `final[b]` codes of image b are final, the W after
+    them are drafts.
+
+    `proposals` and `noise` are ring buffers: position p has index p modulo their length less 1. `proposals` holds the
+    log-probabilities that the codes of the last row and of the window were drawn from. The last column of each buffer
+    takes writes of positions after the end of the image: masking them would need a host synchronization.
+
+    Shapes: codes (B, N + 1), proposals (B, cols + W + 1, C), noise (B, W + 1, C); final (B,) on the CPU.
     """
 
-    layout: ImageLayout
-    settings: SamplingConfig
-    keys: Sequence[tuple[int, int]]
-    speculation: Speculation
-    origin: Tensor  # (R,) position of image start, on the CPU
-    like: Tensor = field(repr=False)  # for its device and dtype
+    def __init__(
+        self,
+        layout: ImageLayout,
+        settings: SamplingConfig,
+        keys: Sequence[tuple[int, int]],
+        speculation: Speculation,
+        origin: Tensor,
+        like: Tensor,
+    ) -> None:
+        """Makes the buffers.
 
-    def __post_init__(self) -> None:
-        B, layout, device = len(self.keys), self.layout, self.like.device
+        Args:
+            origin: cache position of image start in each row of the model, (R,) on the CPU.
+            like: log-probabilities, for their device and dtype.
+        """
+        self.layout, self.settings, self.keys = layout, settings, keys
+        self.speculation, self.origin = speculation, origin
+        B, device = len(keys), like.device
         C, self.N = layout.vocabulary.num_image_codes, layout.num_codes
-        self.W = min(self.speculation.window, self.N)
+        self.W = window_size(layout, speculation)
         self.codes = torch.zeros((B, self.N + 1), dtype=torch.long, device=device)
-        self.done = torch.full((B,), layout.given)  # on the CPU
-        self.laws = self.like.new_full((B, layout.cols + self.W + 1, C), -torch.inf)
-        noisy = self.speculation.coupling == "noise" and self.settings.top_k > 1
-        self.noise = self.like.new_zeros((B, self.W + 1, C)) if noisy else None
-        self.visit = 0
-        self.forced, self.code_slots = layout.ids.to(device), layout.code_slots.to(device)
+        self.final = torch.full((B,), layout.given)
+        self.proposals = like.new_full((B, layout.cols + self.W + 1, C), -torch.inf)
+        noisy = speculation.coupling == "noise" and settings.top_k > 1
+        self.noise = like.new_zeros((B, self.W + 1, C)) if noisy else None
+        self.round = 0
+        self.forced, self.code_offsets = layout.ids.to(device), layout.code_offsets.to(device)
         self.rows = torch.arange(B, device=device)[:, None]
 
-    def start(self, given: Tensor, law: Tensor) -> None:
-        """Takes the given codes, draws the first one and drafts a window behind it. Shapes: law (B, C)."""
-        g = self.layout.given
-        self.codes[:, :g] = given.to(self.codes.device)
-        self.codes[:, g] = draw(law, self.settings, self.keys, [g] * len(self.keys))
-        self.laws[:, g % (self.laws.shape[1] - 1)] = law
-        self.done += 1
-        self._draft(self.done, torch.full_like(self.done, self.W), law)
-        self.visit += 1  # no random number is used twice: what decides a draft must not have decided what is before it
+    def start(self, given: Tensor, log_probs: Tensor) -> None:
+        """Takes the given codes, samples the first code after them and drafts a window. Shapes: log_probs (B, C)."""
+        first = self.layout.given
+        self.codes[:, :first] = given.to(self.codes.device)
+        self.codes[:, first] = draw(log_probs, self.settings, self.keys, [first] * len(self.keys))
+        self.proposals[:, first % (self.proposals.shape[1] - 1)] = log_probs
+        self.final += 1
+        self._draft(self.final, torch.full_like(self.final, self.W), log_probs)
+        self.round += 1  # verification must not use the random numbers that drew the drafts
 
-    def rows_done(self) -> int:
-        """Rows that are final in every image."""
-        return int(self.done.min()) // self.layout.cols
+    def final_rows(self) -> int:
+        """Number of rows that are final in every image."""
+        return int(self.final.min()) // self.layout.cols
 
     def window_call(self) -> Call:
-        """The code before each window, the drafts but the last, and the forced ids between them."""
-        layout, slot_of = self.layout, self.layout.code_slots
-        W = min(self.W, self.N - int(self.done.min()))
-        places = (self.done[:, None] + torch.arange(W)).clamp(max=self.N - 1)  # beyond: read, and then ignored
-        first = slot_of[self.done - 1]
-        reads = (slot_of[places] - 1 - first[:, None]).clamp(min=0)  # an image that is finished looks at its last code
-        slots = first[:, None] + torch.arange(int(reads.max()) + 1)
-        inside = slots.clamp(max=layout.length - 1).to(self.codes.device, non_blocking=True)
+        """The call of a round: the last final code, all drafts but the last, and the forced ids between them."""
+        layout, offsets = self.layout, self.layout.code_offsets
+        W = min(self.W, self.N - int(self.final.min()))
+        positions = (self.final[:, None] + torch.arange(W)).clamp(max=self.N - 1)  # after the image: read, unused
+        first = offsets[self.final - 1]  # (B,)
+        reads = (offsets[positions] - 1 - first[:, None]).clamp(min=0)  # a complete image reads its last code
+        fed = first[:, None] + torch.arange(int(reads.max()) + 1)  # (B, T) offsets in the image
+        inside = fed.clamp(max=layout.length - 1).to(self.codes.device, non_blocking=True)
         ids = self.forced.expand(len(first), -1).clone()
-        ids[:, self.code_slots] = self.codes[:, : self.N] + layout.vocabulary.code_slice.start
+        ids[:, self.code_offsets] = self.codes[:, : self.N] + layout.vocabulary.code_slice.start
         copies = len(self.origin) // len(first)
-        positions = self.origin[:, None] + slots.repeat(copies, 1)
-        return Call(ids.gather(1, inside).repeat(copies, 1), positions, reads.repeat(copies, 1))
+        cache_positions = self.origin[:, None] + fed.repeat(copies, 1)
+        return Call(ids.gather(1, inside).repeat(copies, 1), cache_positions, reads.repeat(copies, 1))
 
-    def judge(self, law: Tensor) -> None:
-        """Takes the laws of the window (B, W, C): what is final is kept, the rest is drafted."""
-        W = law.shape[1]
-        places = self.done[:, None] + torch.arange(W)
-        at = places.clamp(max=self.N).to(law.device, non_blocking=True)
-        codes, confirmed = self._couple(law, self.codes.gather(1, at), places)
-        final = (confirmed.int().cumprod(1).sum(1) + 1).clamp(max=W)
-        self.codes[self.rows, at] = codes
-        self.laws[self.rows, self._ring(places, self.laws)] = law
-        moved = torch.minimum(final, self.N - self.done)
-        self._draft(self.done + W, moved, law[:, -1])
-        self.done = self.done + moved
-        self.visit += 1
+    def verify(self, target: Tensor) -> None:
+        """Verifies the window's drafts, and drafts as many new positions as became final.
 
-    def _couple(self, law: Tensor, drafts: Tensor, places: Tensor) -> couplings.Judged:
+        Shapes: target (B, W, C) log-probabilities.
+        """
+        W = target.shape[1]
+        positions = self.final[:, None] + torch.arange(W)
+        columns = positions.clamp(max=self.N).to(target.device, non_blocking=True)
+        codes, accepted = self._couple(target, self.codes.gather(1, columns), positions)
+        advance = (accepted.int().cumprod(1).sum(1) + 1).clamp(max=W)  # accepted drafts, and the first rejected one
+        self.codes[self.rows, columns] = codes
+        self.proposals[self.rows, self._ring_index(positions, self.proposals)] = target
+        advance = torch.minimum(advance, self.N - self.final)
+        self._draft(self.final + W, advance, target[:, -1])
+        self.final = self.final + advance
+        self.round += 1
+
+    def _couple(self, target: Tensor, drafts: Tensor, positions: Tensor) -> couplings.Verified:
         if self.speculation.coupling == "noise":
-            noise = None if self.noise is None else self.noise[self.rows, self._ring(places, self.noise)]
-            return couplings.common_noise(law, drafts, noise)
-        drafted = self.laws[self.rows, self._ring(places, self.laws)]
-        W = law.shape[1]
-        uniforms = uniform_rows(self.keys, self.done.tolist(), self.visit, 3 * self.W)
-        judge = couplings.maximal if self.speculation.coupling == "maximal" else couplings.independent
-        return judge(law, drafted, drafts, torch.stack([uniforms[:, :W], uniforms[:, self.W : self.W + W]]))
+            noise = None if self.noise is None else self.noise[self.rows, self._ring_index(positions, self.noise)]
+            return couplings.common_noise(target, drafts, noise)
+        proposal = self.proposals[self.rows, self._ring_index(positions, self.proposals)]
+        coupling = couplings.maximal if self.speculation.coupling == "maximal" else couplings.independent
+        return coupling(target, proposal, drafts, self._uniforms()[:2, :, : target.shape[1]])
 
-    def _draft(self, first: Tensor, counts: Tensor, left: Tensor) -> None:
-        """Drafts `counts` new places of each image from `first` on; `left` is the law before them (B, C)."""
+    def _draft(self, first: Tensor, counts: Tensor, previous: Tensor) -> None:
+        """Drafts `counts` positions of each image from `first` on.
+
+        Shapes: first, counts (B,); previous (B, C), the log-probabilities of the code before `first`.
+        """
         counts = torch.minimum(counts, self.N - first).clamp(min=0)
         ahead = torch.arange(int(counts.max()))
         if not len(ahead):
             return
-        places = torch.where(ahead < counts[:, None], first[:, None] + ahead, self.N)  # (B, most)
-        # The nearest place above that has a law: in a window of several rows the one above may be as young.
-        above = places - self.layout.cols * (1 + ahead // self.layout.cols)
-        above_law = self.laws[self.rows, self._ring(above.clamp(min=0), self.laws)]
-        known = (above >= self.layout.given).to(left.device, non_blocking=True)
-        law = BIRTHS[self.speculation.birth](torch.where(known[..., None], above_law, left[:, None]))
-        at = places.to(left.device, non_blocking=True)
-        self.codes[self.rows, at] = self._first_codes(law, places)
-        self.laws[self.rows, self._ring(places, self.laws)] = law
+        positions = torch.where(ahead < counts[:, None], first[:, None] + ahead, self.N)  # (B, n)
+        # The nearest position above with log-probabilities: in a window of several rows the next one above has none.
+        above = positions - self.layout.cols * (1 + ahead // self.layout.cols)
+        of_above = self.proposals[self.rows, self._ring_index(above.clamp(min=0), self.proposals)]
+        known = (above >= self.layout.given).to(previous.device, non_blocking=True)
+        above_or_previous = torch.where(known[..., None], of_above, previous[:, None])
+        proposal = PROPOSAL_FUNCTIONS[self.speculation.proposal](above_or_previous)
+        columns = positions.to(previous.device, non_blocking=True)
+        self.codes[self.rows, columns] = self._sample_drafts(proposal, positions)
+        self.proposals[self.rows, self._ring_index(positions, self.proposals)] = proposal
 
-    def _first_codes(self, law: Tensor, places: Tensor) -> Tensor:
+    def _sample_drafts(self, proposal: Tensor, positions: Tensor) -> Tensor:
+        """Drafts from the proposal distribution. Shapes: proposal (B, n, C), positions (B, n) -> (B, n)."""
+        B, n, C = proposal.shape
         if self.speculation.coupling != "noise":
-            uniforms = uniform_rows(self.keys, self.done.tolist(), self.visit, 3 * self.W)[:, 2 * self.W :]
-            return couplings.by_inversion(couplings.probs(law), uniforms[:, : law.shape[1]])
+            return couplings.sample_by_inversion(couplings.to_probs(proposal), self._uniforms()[2, :, :n])
         if self.noise is None:
-            return law.argmax(-1)
-        B, n, C = law.shape
+            return proposal.argmax(-1)
         keys = [key for key in self.keys for _ in range(n)]
-        noise = gumbel_rows(keys, places.flatten().tolist(), C).to(law.dtype).view(B, n, C)
-        if law.is_cuda:
-            noise = noise.pin_memory()  # else the copy waits for the device
-        noise = noise.to(law.device, non_blocking=True)
-        self.noise[self.rows, self._ring(places, self.noise)] = noise
-        return (law + noise).argmax(-1)
+        noise = gumbel_like(proposal.reshape(B * n, C), keys, positions.flatten().tolist()).view(B, n, C)
+        self.noise[self.rows, self._ring_index(positions, self.noise)] = noise
+        return (proposal + noise).argmax(-1)
 
-    def _ring(self, places: Tensor, ring: Tensor) -> Tensor:
-        """Where places (B, n) lie in a ring."""
+    def _uniforms(self) -> Tensor:
+        """Uniform numbers of this round, for acceptance, residual and drafts. Shapes: -> (3, B, W) on the CPU."""
+        uniforms = uniform_rows(self.keys, self.final.tolist(), self.round, 3 * self.W)
+        return uniforms.unflatten(1, (3, self.W)).movedim(1, 0)
+
+    def _ring_index(self, positions: Tensor, ring: Tensor) -> Tensor:
+        """Indices of positions (B, n) in a ring buffer (B, length, C), on its device."""
         last = ring.shape[1] - 1
-        return torch.where(places < self.N, places % last, last).to(ring.device, non_blocking=True)
+        return torch.where(positions < self.N, positions % last, last).to(ring.device, non_blocking=True)

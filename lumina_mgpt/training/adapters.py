@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lumina_mgpt.config import is_number
+from lumina_mgpt.checks import is_number
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.io import cause, read_json, remedy, require_readable, write_tensors
-from lumina_mgpt.model.checkpoint import disk_name, some
+from lumina_mgpt.model.names import disk_name, listed
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.distributed import full_tensor
 from lumina_mgpt.training.options import Settings
@@ -193,7 +193,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"--adapter {path} holds no tensors; give a folder that peft or lumina-mgpt export wrote")
     broken = [name for name, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
     if broken:
-        raise InputError(f"--adapter {path} holds values that are infinite or not a number: {some(sorted(broken))}; "
+        raise InputError(f"--adapter {path} holds values that are infinite or not a number: {listed(sorted(broken))}; "
                          "give an earlier step")  # fmt: skip
     return tensors
 
@@ -234,7 +234,7 @@ def _check_tied(folder: Path, model: Transformer, adapted: nn.Module) -> None:
 
 def _check_names(folder: Path, fault: str, names: Iterable[str]) -> None:
     if names:
-        raise InputError(f"--adapter {folder} {fault} tensors for this model: {some(sorted(names))}; give the "
+        raise InputError(f"--adapter {folder} {fault} tensors for this model: {listed(sorted(names))}; give the "
                          "checkpoint that it was trained on, or a whole adapter")  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import read_json, write_atomic
-from lumina_mgpt.model.checkpoint import resolve
+from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.training.options import Settings
 
 _BESIDE_ADAPTER = "base_weights.json"

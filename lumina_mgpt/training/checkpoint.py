@@ -17,8 +17,10 @@ from torch.optim import Optimizer
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, new_folder, remedy, require_new, write_atomic
-from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, save_model
+from lumina_mgpt.model.names import COMPANIONS
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.model.writing import save_model
 from lumina_mgpt.training import base
 from lumina_mgpt.training.adapters import choose_trained, plain_copy
 from lumina_mgpt.training.distributed import Processes

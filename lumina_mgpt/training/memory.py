@@ -44,13 +44,11 @@ class Plan:
     @property
     def layer(self) -> int:
         """Weights of one layer's matrices."""
-        c = self.config
-        heads = c.num_attention_heads + c.num_key_value_heads
-        return 2 * c.hidden_size * c.head_dim * heads + 3 * c.hidden_size * c.intermediate_size
+        return self.config.layer_weight_count
 
     @property
     def weights(self) -> int:
-        return 2 * self.matrix + self.config.num_hidden_layers * self.layer
+        return self.config.weight_count
 
     @property
     def adapters(self) -> int:

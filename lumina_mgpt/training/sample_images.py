@@ -34,19 +34,15 @@ class Sampler:
                  processes: Processes) -> None:  # fmt: skip
         self.processes, self.model, self.seed = processes, model, settings.seed
         self.folder = Path(settings.output_dir) / "samples"
-        self.prompts, named = read_prompts(None, settings.sample_prompts, "--sample_prompts"), "--sample_prompts"
+        self.prompts, named = read_prompts(None, settings.sample_prompts, "sample_prompts"), "sample_prompts"
         if not self.prompts:
             self.prompts, named = example_prompts(folder), str(folder / PROMPTS_FILE)
         self.checkpoint = Checkpoint(folder, model.config, vocabulary, find_movqgan(folder, settings.movqgan_path))
         self.images = None
         if processes.first:
             self.images = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, processes.device)
-            if self.images.num_codes != model.config.num_image_codes:
-                raise InputError(
-                    f"{self.checkpoint.movqgan_path} has {self.images.num_codes} codes, the model "
-                    f"{model.config.num_image_codes}; give the one of the data with --movqgan_path"
-                )
-        self.checkpoint.prompt_ids(self.prompts, self.checkpoint.layout(), option=named)
+            self.images.require_codes(model.config, self.checkpoint.movqgan_path)
+        self.checkpoint.prompt_ids(self.prompts, self.checkpoint.layout(), parameter=named)
 
     @torch.no_grad()
     def draw(self, step: int) -> list[Image.Image]:
@@ -61,7 +57,7 @@ class Sampler:
             self.processes.barrier()
             return []
         results = Pipeline(self.checkpoint, copy, self.images).generate(self.prompts, seed=self.seed)
-        place = OutputFolder(self.folder / f"step-{step:08d}", overwrite=True, option="--output_dir")
+        place = OutputFolder(self.folder / f"step-{step:08d}", overwrite=True, parameter="output_dir")
         try:
             for n, result in enumerate(results):
                 place.save(f"{n}.png", result.image)

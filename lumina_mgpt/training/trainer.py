@@ -15,7 +15,8 @@ from lumina_mgpt.data.dataset import TokenDataset, read_sources
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import alone_in
-from lumina_mgpt.model.checkpoint import load_model, resolve
+from lumina_mgpt.model.hub import resolve
+from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base, checkpoint, lineage
 from lumina_mgpt.training.adapters import choose_trained
@@ -37,11 +38,7 @@ def build_model(settings: Settings) -> tuple[Transformer, Path, dict]:
     the run keeps about the checkpoint that it begins with."""
     if settings.init_from:
         folder = resolve(settings.init_from)
-        if ModelConfig.from_json(folder / "config.json").int4_group:
-            raise InputError(
-                f"--init_from {settings.init_from} holds int4 weights, which cannot be trained; "
-                "give the checkpoint that they were made of"
-            )
+        require_plain_weights(folder, "init_from", "trained")
         # What is not trained need not be held wider than it is multiplied.
         dtype = torch.bfloat16 if settings.lora_rank and settings.precision == "bf16" else torch.float32
         model = load_model(folder, dtype, torch.device("cpu"), "sdpa")

@@ -1,11 +1,10 @@
-"""Times sampling: settings side by side on the same prompts and seeds, as tables, a plot, and one line of JSON.
+"""Times samplers on the same prompts and seeds. Prints tables and one line of JSON, and can plot.
 
     python scripts/benchmarks/bench.py --coupling plain independent maximal noise --window 16 32 64
 
-`codes a step` counts the codes of an image over the forwards after its prompt; +- is the standard error over images (or
-batches of them). `of bandwidth` is the rate at which a step goes through weights and cache, over the read bandwidth of
-memory measured here: near 100 % reading is all that it does; more means that the weights stay in the processor's
-caches.
+`codes a step` is the number of codes of an image divided by the forwards after its prompt, ± the standard error over
+images or batches. `of bandwidth` is the rate at which a step reads weights and cache, relative to the read bandwidth of
+memory measured in the same run: near 100 % a step is bound by memory, above 100 % the weights are in the CPU's caches.
 """
 
 import json
@@ -15,41 +14,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
+from common import add_threads, print_header, print_row, set_threads
 from tqdm import tqdm
 
 from lumina_mgpt import cli, prompt_files
-from lumina_mgpt.config import COUPLINGS, SamplingConfig, Speculation
+from lumina_mgpt.config import COUPLINGS, PROPOSALS, SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, resolve_device
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.measure import peak_bytes, read_bandwidth
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
-from lumina_mgpt.sampling.drafts import BIRTHS
+from lumina_mgpt.request import image_count
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting; a step is one forward, with all that sampling does about it."""
+    """Measurements of one setting. A step is one forward with the sampling after it."""
 
     coupling: str
     window: int
-    birth: str
+    proposal: str
     seconds_an_image: float
     codes_a_step: float
-    codes_error: float  # its standard error
+    codes_error: float  # standard error
     ms_a_step: float
-    bytes_over_bandwidth: float  # weights and cache that a step reads, over what memory gives in its time
+    bytes_over_bandwidth: float  # weights and cache read in a step, relative to what the memory delivers in its time
 
 
 def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, speculation: Speculation | None,
             args, bandwidth: float) -> Row:  # fmt: skip
-    """Makes `-n` images of each prompt, `--batch_size` at once, from image start to its last code."""
+    """Samples `args.n` images of each prompt, `args.batch_size` at a time."""
     checkpoint = pipeline.checkpoint
     layout = checkpoint.layout(args.width, args.height)
     jobs = [(start, repeat) for start in checkpoint.prompt_ids(prompts, layout) for repeat in range(args.n)]
     if speculation is None:
-        jobs = jobs[:: args.n]  # one code a forward, whatever the image
+        jobs = jobs[:: args.n]  # one code a forward for every image
     batches = [jobs[first : first + args.batch_size] for first in range(0, len(jobs), args.batch_size)]
     steps, began = [], time.perf_counter()
     for batch in batches:
@@ -62,7 +61,7 @@ def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, sp
     return Row(
         coupling=speculation.coupling if speculation else "plain",
         window=speculation.window if speculation else 1,
-        birth=speculation.birth if speculation else "-",
+        proposal=speculation.proposal if speculation else "-",
         seconds_an_image=seconds / len(jobs),
         codes_a_step=codes,
         codes_error=error,
@@ -72,7 +71,7 @@ def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, sp
 
 
 def step_bytes(pipeline: Pipeline, layout, jobs: list, settings: SamplingConfig, batch_size: int) -> int:
-    """What one step reads: the layers, the image codes' part of the head, and the cache when the image is half done."""
+    """Bytes that a step reads: the layers, the image codes' rows of the head, and the cache at half of the image."""
     config = pipeline.checkpoint.config
     rows = min(batch_size, len(jobs)) * (1 if settings.cfg == 1 else 2)
     cache = rows * cache_bytes(config, max(len(start) for start, _ in jobs) + layout.length // 2, pipeline.cache_dtype)
@@ -82,23 +81,23 @@ def step_bytes(pipeline: Pipeline, layout, jobs: list, settings: SamplingConfig,
 
 
 def print_tables(rows: list[Row]) -> None:
-    """One line a setting; then codes a step alone, a line a window and a column a way of speculating."""
-    print("| coupling | window | drafts from | s an image | codes a step | ms a step | of bandwidth |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    """Prints a row a setting, and then codes a step by window and coupling."""
+    print_header("coupling", "window", "proposal", "s an image", "codes a step", "ms a step", "of bandwidth")
     for row in rows:
-        print(f"| {row.coupling} | {row.window} | {row.birth} | {row.seconds_an_image:.2f} | {codes_of(row)} | "
-              f"{row.ms_a_step:.1f} | {100 * row.bytes_over_bandwidth:.0f} % |")  # fmt: skip
+        print_row(row.coupling, row.window, row.proposal, f"{row.seconds_an_image:.2f}", codes_of(row),
+                  f"{row.ms_a_step:.1f}", f"{100 * row.bytes_over_bandwidth:.0f} %")  # fmt: skip
     found = {(row.window, way_of(row)): codes_of(row) for row in rows if row.coupling != "plain"}
     if found:
         ways = list(dict.fromkeys(way for _, way in found))
-        print("\n| window | " + " | ".join(ways) + " |\n" + "| --- " * (1 + len(ways)) + "|")
+        print()
+        print_header("window", *ways)
         for window in sorted({window for window, _ in found}):
-            print(f"| {window} | " + " | ".join(found[window, way] for way in ways) + " |")
+            print_row(window, *(found[window, way] for way in ways))
     print()
 
 
 def way_of(row: Row) -> str:
-    return row.coupling if row.birth == Speculation.birth else f"{row.coupling}, drafts from {row.birth}"
+    return row.coupling if row.proposal == Speculation.proposal else f"{row.coupling}, proposal {row.proposal}"
 
 
 def codes_of(row: Row) -> str:
@@ -106,7 +105,7 @@ def codes_of(row: Row) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Codes a step over the window, one line a coupling and birth, with standard errors."""
+    """Plots codes a step by window with standard errors, one line for each coupling and proposal."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
@@ -127,29 +126,30 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def check_plot(path: Path) -> None:
-    """Raises InputError before an hour of work and not after it."""
+    """Raises InputError where matplotlib is missing or `path` cannot be written, before the measurements."""
     try:
         import matplotlib
-    except Exception as error:  # whatever one of its own imports raises
+    except Exception as error:  # its imports may raise any exception
         raise package_error(error, f"--plot {path}", "matplotlib", otherwise="leave it out") from None
     matplotlib.use("Agg")
     if path.suffix != ".png" or not path.resolve().parent.is_dir():
         raise InputError(f"--plot must be a .png file in a folder that exists, got {path}")
-    OutputFolder(path.parent, overwrite=True, option="--plot").claim([path.name])
+    OutputFolder(path.parent, overwrite=True, parameter="plot").claim([path.name])
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="bench.py", description="Times sampling, settings side by side.")
+    parser = cli.Parser(prog="bench.py", description="Times samplers on the same prompts and seeds.")
     group = parser.add_argument_group("what to time")
     couplings = ("plain", *COUPLINGS)
-    group.add_argument("--coupling", nargs="+", choices=couplings, default=list(couplings), help="ways of sampling")
+    group.add_argument("--coupling", nargs="+", choices=couplings, default=list(couplings), help="samplers")
     group.add_argument("--window", nargs="+", type=cli.whole, default=[16, 32, 64], help="drafts a forward")
-    group.add_argument("--birth", nargs="+", choices=sorted(BIRTHS), default=[Speculation.birth], help="first drafts")
+    group.add_argument("--proposal", nargs="+", choices=sorted(PROPOSALS), default=[Speculation.proposal],
+                       help="distribution that drafts are initialized from")  # fmt: skip
     group.add_argument("-n", type=cli.whole, default=1, help="images of each prompt (plain sampling makes one)")
     group.add_argument("--prompt_file", help="one prompt a line (default: the checkpoint's own)")
     for side in ("--width", "--height"):
         group.add_argument(side, type=cli.whole, help="pixels (default: the checkpoint's base size)")
-    group.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
+    add_threads(group)
     group.add_argument("--plot", type=Path, help="PNG of codes a forward by window (needs matplotlib)")
     cli.add_sampling_options(parser)
     cli.add_batch_size(parser)
@@ -159,15 +159,16 @@ def build_parser() -> cli.Parser:
 
 
 def bench(args) -> None:
+    """Measures all settings and prints them."""
     settings = cli.sampling_settings(args)
+    for name in ("n", "batch_size"):
+        image_count(name, getattr(args, name))
     todo = [None] if "plain" in args.coupling else []
-    todo += [Speculation(coupling, window, birth) for coupling in args.coupling if coupling != "plain"
-             for birth in args.birth for window in args.window]  # fmt: skip
-    if not 1 <= args.threads <= 1024:
-        raise InputError(f"--threads must be in 1 ... 1024, got {args.threads}; try {torch.get_num_threads()}")
+    todo += [Speculation(coupling, window, proposal) for coupling in args.coupling if coupling != "plain"
+             for proposal in args.proposal for window in args.window]  # fmt: skip
     if args.plot:
         check_plot(args.plot)
-    torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     prompts = prompt_files.read_prompts(None, args.prompt_file) if args.prompt_file else []
     prompts = prompts or prompt_files.example_prompts(checkpoint.folder)

@@ -1,11 +1,10 @@
-"""Measures what a checkpoint costs a training: torch's save against its async_save, which writes beside the steps.
+"""Measures how long a checkpoint delays training: torch's save, and async_save, which writes during later steps.
 
     python scripts/benchmarks/bench_checkpoint.py --folder outputs
 
-89 M weights: 1.1 GB with optimizer state; half a minute.
-
-`lost` are the seconds that a checkpoint and the steps after it, until it is whole, take beyond as many steps without.
-The last line is JSON.
+The defaults have 89 M weights, 1.1 GB with optimizer state, and take half a minute. `held` is the time of the call in
+seconds. `lost` is the time until the checkpoint is complete, less that of the training steps done meanwhile. The last
+line is JSON.
 """
 
 import argparse
@@ -17,14 +16,20 @@ from pathlib import Path
 
 from lumina_mgpt import cli
 
-SIZES = {"vocab": 20_000, "hidden": 768, "layers": 8, "length": 256, "repeats": 3}
+SIZES = {
+    "vocab": (20_000, "vocabulary size"),
+    "hidden": (768, "width of the model"),
+    "layers": (8, "number of layers"),
+    "length": (256, "ids in a sequence"),
+    "repeats": (3, "checkpoints of each kind; the fastest counts"),
+}
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="bench_checkpoint.py", description="Measures what a checkpoint costs a training.")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk that is to be written to")
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=cli.whole, default=default, help=" ")
+    parser = cli.Parser(prog="bench_checkpoint.py", description="Measures how long a checkpoint delays training.")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="folder on the disk to measure")
+    for name, (default, meaning) in SIZES.items():
+        parser.add_argument(f"--{name}", type=cli.whole, default=default, help=meaning)
     return parser
 
 
@@ -74,6 +79,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def rounded(found: dict) -> dict:
+    """All numbers with two decimals."""
     return {key: rounded(value) if isinstance(value, dict) else round(value, 2) for key, value in found.items()}
 
 

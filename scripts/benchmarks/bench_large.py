@@ -1,11 +1,8 @@
-"""What large models cost on this machine, with random weights of the released shapes; no checkpoint is needed.
+"""Measures time and memory of large models with random weights. Prints a table and one line of JSON.
 
-    cd scripts/benchmarks
-    python bench_large.py floor             # layers of the 7B: a step against reading its weights once
-    python bench_large.py peer              # this sampler against transformers' Chameleon, on the same weights
-    python bench_large.py whole --work DIR  # all of the 7B, int4 while loading: memory, first and last codes
-
-Each prints a table and ends with one line of JSON.
+    python scripts/benchmarks/bench_large.py floor             # a step of 7B layers against reading its weights once
+    python scripts/benchmarks/bench_large.py peer              # this sampler against transformers' Chameleon
+    python scripts/benchmarks/bench_large.py whole --work DIR  # the 7B, quantized to int4 while loading
 """
 
 import argparse
@@ -17,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from common import add_threads, print_header, print_row, set_threads
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,8 +25,9 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_tensors
 from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds
 from lumina_mgpt.model import quantization
-from lumina_mgpt.model.checkpoint import disk_name, load_model
 from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.names import disk_name
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.sampling.autoregressive import sample
@@ -38,9 +37,9 @@ from lumina_mgpt.vocabulary import Vocabulary
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 SEVEN_B = PROJECT / "configs" / "model" / "7B.yaml"
-TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # the released vocabulary
+TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # of the released checkpoint
 PROMPT = "Generate an image of 768x768 according to the following prompt:\nA lighthouse at dusk, oil painting."
-FORMS = {  # dtype of the inputs, and weights of an int4 group
+FORMS = {  # dtype of activations, and weights in an int4 group
     "fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
     "int4": (torch.bfloat16, 128), "int4-fp32": (torch.float32, 128),
 }  # fmt: skip
@@ -50,31 +49,30 @@ _SPECULATIONS = (("noise", 8), ("maximal", 8), ("maximal", 32))
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="scripts/benchmarks/bench_large.py", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("floor", "peer", "whole"))
-    parser.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--compile", action="store_true", help="floor, peer: compiled steps, too (takes minutes)")
+    add_threads(parser)
+    parser.add_argument("--compile", action="store_true", help="floor, peer: also compiled steps (takes minutes)")
     parser.add_argument("--weights", nargs="+", choices=tuple(FORMS), default=["fp32", "bf16", "int4"],
-                        help="floor: int4-fp32 has fp32 inputs, which take half a minute a step")  # fmt: skip
-    parser.add_argument("--work", type=Path, help="whole: gets the random checkpoint (16 GB, kept for the next time)")
-    parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes to run at either end of the image")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="whole: of what is not int4")
+                        help="floor: int4-fp32 has fp32 activations and takes half a minute a step")  # fmt: skip
+    parser.add_argument("--work", type=Path, help="whole: folder for the random checkpoint (16 GB, kept)")
+    parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes sampled at either end")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16",
+                        help="whole: dtype of activations and of weights that are not int4")  # fmt: skip
     return cli.run(bench, parser, argv)
 
 
 def bench(args: argparse.Namespace) -> None:
-    if not 1 <= args.threads <= 1024:
-        raise InputError(f"--threads must be in 1 ... 1024, got {args.threads}; try {torch.get_num_threads()}")
     if args.what == "whole" and args.work is None:
-        raise InputError("--work is missing; give a folder with 16 GB of room for the random checkpoint")
+        raise InputError("--work is missing; give a folder with 16 GB of free space for the random checkpoint")
     if not 1 <= args.codes <= 4096:
         raise InputError(f"--codes must be in 1 ... 4096, got {args.codes}; try 96")
-    torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     with torch.no_grad():
         figures = {"floor": floor, "peer": peer, "whole": whole}[args.what](args)
     print(json.dumps({"bench": args.what, "threads": args.threads, **figures}))
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, group: int | None = None) -> Transformer:
-    """Random weights; with `group` the layers' matrices are int4, each made and quantized on its own."""
+    """A model with random weights. With `group`, the layers' matrices are int4, made and quantized one at a time."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = Transformer(config)
@@ -86,14 +84,15 @@ def random_model(config: ModelConfig, dtype: torch.dtype, group: int | None = No
             setattr(module, name, nn.Parameter(fresh, requires_grad=False))
     if group:
         plain = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
-        quantization.swap(model, group)
+        quantization.replace_linears(model, group)
         for name, linear in plain.items():
-            model.layers.get_submodule(name).take("weight", linear.weight, "cpu")
-        quantization.pack(model, dtype)
+            model.layers.get_submodule(name).load("weight", linear.weight, "cpu")
+        quantization.pack_weights(model, dtype)
     return model.eval()
 
 
 def stored_bytes(module: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
@@ -101,13 +100,13 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict:
-    """A step of one row through 7B layers with a cache that is partly filled, over reading those bytes."""
+    """Times steps through 7B layers with a partly filled cache, relative to reading their bytes once."""
     bandwidth, rows = read_bandwidth(torch.device("cpu")), []
     config = replace(ModelConfig.from_yaml(SEVEN_B), vocab_size=512, num_image_codes=256, image_code_offset=256,
                      num_hidden_layers=layers)  # fmt: skip
     print(f"{layers} layers of the 7B, {filled} cache slots, {args.threads} threads, read bandwidth "
-          f"{bandwidth / 1e9:.1f} GB/s\n\n| weights | rows | ms a step | ms to read its bytes | ratio |\n"
-          "| --- | --- | --- | --- | --- |")  # fmt: skip
+          f"{bandwidth / 1e9:.1f} GB/s\n")  # fmt: skip
+    print_header("weights", "rows", "ms a step", "ms to read its bytes", "ratio")
     for name in args.weights:
         dtype, group = FORMS[name]
         model = random_model(config, dtype, group)
@@ -119,7 +118,7 @@ def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict
                 form, forward = (f"{name}, compiled", compile_forward(model)) if compiled else (name, model)
                 taken = seconds(partial(forward, ids, positions=at, cache=cache, filled=filled + 1))
                 ratio = taken / least
-                print(f"| {form} | {count} | {1000 * taken:.1f} | {1000 * least:.1f} | {ratio:.2f} |", flush=True)
+                print_row(form, count, f"{1000 * taken:.1f}", f"{1000 * least:.1f}", f"{ratio:.2f}")
                 rows.append({"weights": form, "rows": count, "seconds": taken, "floor": least, "ratio": ratio})
     return {"bandwidth_gb_s": bandwidth / 1e9, "layers": layers, "rows": rows}
 
@@ -128,7 +127,7 @@ def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict
 
 
 def peer(args: argparse.Namespace) -> dict:
-    """One 128 x 128 image: 8 layers of width 1024, the released vocabulary, guidance 4."""
+    """Times one 128 x 128 image with 8 layers of width 1024, the released vocabulary and guidance 4."""
     config = ModelConfig(
         vocab_size=171385, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
         num_key_value_heads=16, base_size=128,
@@ -137,14 +136,15 @@ def peer(args: argparse.Namespace) -> dict:
     layout = ImageLayout.from_pixels(vocabulary, 128, 128)
     prompt = generation_prompt(PROMPT.replace("768x768", "128x128"), vocabulary)
     model = random_model(config, torch.float32)
-    theirs, their_forwards = chameleon(model, layout, prompt)
-    print(f"{args.threads} threads\n\n| sampler | weights | s an image | times faster |\n| --- | --- | --- | --- |")
-    print(f"| transformers' Chameleon | fp32 | {theirs:.2f} | 1.00 |", flush=True)
+    theirs, their_forwards = generate_with_transformers(model, layout, prompt)
+    print(f"{args.threads} threads\n")
+    print_header("sampler", "weights", "s an image", "speedup")
+    print_row("transformers' Chameleon", "fp32", f"{theirs:.2f}", "1.00")
     rows = [{"sampler": "transformers", "weights": "fp32", "seconds": theirs, "speedup": 1.0}]
     for weights, group in (("fp32", None), ("int4, int8 head, bf16 inputs", 128)):
         if group:
             model = random_model(config, torch.bfloat16, group)
-        model.lm_head.keep(vocabulary.code_slice, int8=bool(group))
+        model.lm_head.slice_columns(vocabulary.code_slice, int8=bool(group))
         choices = [(None, None), *((Speculation(*choice), None) for choice in _SPECULATIONS)]
         if args.compile:
             choices.append((None, compile_forward(model)))
@@ -152,15 +152,16 @@ def peer(args: argparse.Namespace) -> dict:
             name = f"{speculation.coupling}, window {speculation.window}" if speculation else "plain"
             if compiled:
                 name += ", compiled"
-                ours(model, vocabulary, layout, prompt, speculation, compiled)  # each shape once, for the compiler
-            taken = ours(model, vocabulary, layout, prompt, speculation, compiled)
-            print(f"| {name} | {weights} | {taken:.2f} | {theirs / taken:.2f} |", flush=True)
+                generate(model, vocabulary, layout, prompt, speculation, compiled)  # compiles each shape
+            taken = generate(model, vocabulary, layout, prompt, speculation, compiled)
+            print_row(name, weights, f"{taken:.2f}", f"{theirs / taken:.2f}")
             rows.append({"sampler": name, "weights": weights, "seconds": taken, "speedup": theirs / taken})
     return {"their_forwards": their_forwards, "codes": layout.num_codes, "rows": rows}
 
 
-def ours(model: Transformer, vocabulary: Vocabulary, layout: ImageLayout, prompt: list[int],
-         speculation: Speculation | None, compiled=None) -> float:  # fmt: skip
+def generate(model: Transformer, vocabulary: Vocabulary, layout: ImageLayout, prompt: list[int],
+             speculation: Speculation | None, compiled=None) -> float:  # fmt: skip
+    """Seconds of one image with this package's samplers."""
     began = time.perf_counter()
     spare = spare_slots(layout, speculation.window) if speculation else 0
     spare += COMPILED_SPARE if compiled else 0
@@ -174,30 +175,19 @@ def ours(model: Transformer, vocabulary: Vocabulary, layout: ImageLayout, prompt
     return time.perf_counter() - began
 
 
-def chameleon(model: Transformer, layout: ImageLayout, prompt: list[int]) -> tuple[float, int]:
-    """Seconds and forwards of `generate` with its own guidance, which calls the model a second time for each id.
+def generate_with_transformers(model: Transformer, layout: ImageLayout, prompt: list[int]) -> tuple[float, int]:
+    """Seconds and forwards of `generate` in transformers, whose guidance calls the model a second time for each id.
 
-    It writes as many ids as a row-by-row sampler must: codes and row ends.
+    It generates one id at a time, row ends included.
     """
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+    from peers import chameleon, copy_weights
 
-    config = model.config
-    image = dict(embed_dim=8, num_embeddings=8, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
-                 latent_channels=8, resolution=16)  # fmt: skip
-    sizes = {name: getattr(config, name) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")}  # fmt: skip
-    raw = ChameleonConfig(**sizes, vocabulary_map={"<image>": 5}, vq_config=image, attn_implementation="sdpa",
-                          bos_token_id=1, eos_token_id=None, pad_token_id=0)  # fmt: skip
     with torch.device("meta"):
-        theirs = ChameleonForConditionalGeneration(raw)
-    state = {disk_name(name): tensor for name, tensor in model.state_dict().items()}
-    for name, tensor in state.items():
-        if "_norm." in name and "self_attn" in name:  # theirs has a row a head
-            state[name] = tensor.expand(config.num_attention_heads, -1)
+        options = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+        theirs = chameleon(model.config, attn_implementation="sdpa", **options)
     theirs.to_empty(device="cpu")
-    theirs.load_state_dict(state, strict=False)
-    theirs.model.rotary_emb.__init__(raw)  # its buffers are not in a state dict
+    copy_weights(model, theirs)
+    theirs.model.rotary_emb.__init__(theirs.config)  # its buffers are not in the state dict
     calls = []
     theirs.model.register_forward_hook(lambda *_: calls.append(1))
     start = [*prompt, *layout.ids[: layout.prefix_length].tolist()]
@@ -214,7 +204,7 @@ def chameleon(model: Transformer, layout: ImageLayout, prompt: list[int]) -> tup
 
 
 def whole(args: argparse.Namespace) -> dict:
-    """Loads the 7B as int4, then runs the first codes and, with a cache that is full, the last ones of 768 x 768."""
+    """Loads the 7B as int4 and samples the first codes of a 768 x 768 image, and the last ones with a full cache."""
     config = ModelConfig.from_yaml(SEVEN_B)
     folder, dtype = args.work / "random-7B", DTYPES[args.dtype]
     write_random(config, folder)
@@ -222,7 +212,7 @@ def whole(args: argparse.Namespace) -> dict:
     with peak_anonymous() as loading, cli.ReadingBar("int4 while loading") as bar:
         model = load_model(folder, dtype, "cpu", quant=128, on_read=bar)
         vocabulary = Vocabulary.from_folder(TOKENIZER, config)
-        model.lm_head.keep(vocabulary.code_slice, int8=True)
+        model.lm_head.slice_columns(vocabulary.code_slice, int8=True)
     taken = time.perf_counter() - began
     layout = ImageLayout.from_pixels(vocabulary, 768, 768)
     prompt, ends = generation_prompt(PROMPT, vocabulary), {}
@@ -231,16 +221,16 @@ def whole(args: argparse.Namespace) -> dict:
             given = 0 if end == "first" else layout.num_codes - args.codes - 1
             ends[end] = run_codes(model, replace(layout, given=given), prompt, args.codes)
     step = (ends["first"] + ends["last"]) / 2
-    hours = step * layout.num_codes / 3600  # a step grows with the cache, evenly
+    hours = step * layout.num_codes / 3600  # the time of a step grows linearly with the cache
     cache = 2 * cache_bytes(config, len(prompt) + layout.length, torch.int8)
-    print("| what | measured |\n| --- | --- |")
-    print(f"| loading, with quantization | {taken:.0f} s |")
-    print(f"| peak anonymous memory, loading | {loading[0] / 1e9:.2f} GB |")
-    print(f"| peak anonymous memory, an image of 768 x 768 | {running[0] / 1e9:.2f} GB |")
-    print(f"| of it int4 weights, embeddings, int8 head | {stored_bytes(model) / 1e9:.2f} GB |")
-    print(f"| of it the int8 cache | {cache / 1e9:.2f} GB |")
-    print(f"| s a code, the first and the last {args.codes} | {ends['first']:.2f}, {ends['last']:.2f} |")
-    print(f"| a whole image, projected | {hours:.1f} h |")
+    print_header("what", "measured")
+    print_row("loading, with quantization", f"{taken:.0f} s")
+    print_row("peak anonymous memory, loading", f"{loading[0] / 1e9:.2f} GB")
+    print_row("peak anonymous memory, an image of 768 x 768", f"{running[0] / 1e9:.2f} GB")
+    print_row("of it int4 weights, embeddings, int8 head", f"{stored_bytes(model) / 1e9:.2f} GB")
+    print_row("of it the int8 cache", f"{cache / 1e9:.2f} GB")
+    print_row(f"s a code, the first and the last {args.codes}", f"{ends['first']:.2f}, {ends['last']:.2f}")
+    print_row("a whole image, extrapolated", f"{hours:.1f} h")
     return {
         "dtype": args.dtype, "loading_s": taken, "peak_loading_gb": loading[0] / 1e9, "weights_gb":
         stored_bytes(model) / 1e9, "peak_running_gb": running[0] / 1e9, "cache_gb": cache / 1e9,
@@ -249,11 +239,11 @@ def whole(args: argparse.Namespace) -> dict:
 
 
 class _Enough(Exception):
-    pass
+    """Ends sampling before the image is complete."""
 
 
 def run_codes(model: Transformer, layout: ImageLayout, prompt: list[int], codes: int) -> float:
-    """Seconds a code over so many steps. Given codes are not read: the cache holds random numbers in their place."""
+    """Mean seconds a code over `codes` steps. Given codes are not fed; the cache contains random numbers instead."""
     vocabulary, length = layout.vocabulary, len(prompt) + layout.length
     cache = KVCache(model.config, 2, length, torch.int8, "cpu")
     inner, bar, began = CachedStep(model, cache, vocabulary.code_slice), tqdm(total=codes, unit="code"), []
@@ -271,7 +261,7 @@ def run_codes(model: Transformer, layout: ImageLayout, prompt: list[int], codes:
         if len(began) > codes:
             raise _Enough
         logits = inner(ids, positions, read)
-        began.append(time.perf_counter())  # the first ends the prompt, which is not counted
+        began.append(time.perf_counter())  # the first call, with the prompt, is not counted
         return logits
 
     try:
@@ -284,7 +274,7 @@ def run_codes(model: Transformer, layout: ImageLayout, prompt: list[int], codes:
 
 
 def write_random(config: ModelConfig, folder: Path) -> None:
-    """A sharded bf16 checkpoint in the released layout, a shard a layer; done once."""
+    """Writes a bf16 checkpoint in the released layout, one shard a layer, unless it is already there."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -303,7 +293,7 @@ def write_random(config: ModelConfig, folder: Path) -> None:
             weight_map[name] = shard
         write_tensors(folder / shard, tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    config.to_json(folder / "config.json")  # last: it says that all is there
+    config.to_json(folder / "config.json")  # last, as it marks a complete checkpoint
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Measures a training step against a plain loop: transformers' Chameleon with full logits, the same weights and batch.
+"""Measures training steps against a plain loop: transformers' Chameleon with full logits, same weights and batch.
 
     python scripts/benchmarks/bench_train.py
 
-Vocabulary 171,385, width 1024, 8 layers, 1,100 ids: 12 GB, a few minutes.
-
-Each side runs in a process of its own, in float32; the last line is JSON. `beyond` is peak memory less weights,
-gradients and optimizer state, which are 16 bytes a parameter on each side. Linux only; needs transformers (`.[test]`).
+The defaults need 12 GB and a few minutes. Each side runs in its own process, in float32; the last line is JSON.
+`beyond_gb` is peak memory less weights, gradients and optimizer state, which take 16 bytes a parameter on each side.
+Linux only; needs transformers, of the extra `test`.
 """
 
 import argparse
@@ -14,25 +13,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 from lumina_mgpt import cli
 
 SIDES = ("plain", "ours", "checkpointing")
-PROMPT = 50  # ids without a label
-SIZES = {"vocab": 171_385, "hidden": 1024, "layers": 8, "length": 1100, "batch": 1, "steps": 3, "threads": 2}
+PROMPT = 50  # ids of the prompt, without a label
+SIZES = {
+    "vocab": (171_385, "vocabulary size"),
+    "hidden": (1024, "width of the model"),
+    "layers": (8, "number of layers"),
+    "length": (1100, "ids in a sequence"),
+    "batch": (1, "sequences in a batch"),
+    "steps": (3, "training steps"),
+    "threads": (2, "CPU threads"),
+}
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="bench_train.py", description="Measures a training step against a plain loop.")
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=cli.whole, default=default, help=" ")
-    parser.add_argument("--side", choices=SIDES, help="measure this one only, in this process")
+    for name, (default, meaning) in SIZES.items():
+        parser.add_argument(f"--{name}", type=cli.whole, default=default, help=meaning)
+    parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
     return parser
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Tokens a second of the fastest step, GB at the peak beyond 16 bytes a parameter, and each step's loss."""
+    """Tokens a second of the fastest step, peak memory beyond 16 bytes a parameter, and the loss of each step."""
     import torch
 
     from lumina_mgpt.config import ModelConfig
@@ -40,7 +46,7 @@ def measure(args: argparse.Namespace) -> dict:
     from lumina_mgpt.training.distributed import return_freed_memory
     from lumina_mgpt.training.loss import LossModel
 
-    return_freed_memory()  # as the trainer does; the plain loop gains by it too
+    return_freed_memory()  # as the trainer does; it helps the plain loop too
     torch.set_num_threads(args.threads)
     heads = max(1, args.hidden // 128)
     config = ModelConfig(
@@ -52,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict:
     model.init_weights(torch.Generator().manual_seed(0))
     ids = torch.randint(6, args.vocab, (args.batch, args.length), generator=torch.Generator().manual_seed(1))
     if args.side == "plain":
-        model, labels = chameleon(model), ids.clone()
+        model, labels = chameleon_of(model), ids.clone()
         labels[:, :PROMPT] = -100
         return timed(model, lambda: model(input_ids=ids, labels=labels, use_cache=False).loss, args)
     model.gradient_checkpointing = args.side == "checkpointing"
@@ -61,35 +67,25 @@ def measure(args: argparse.Namespace) -> dict:
     return timed(model, lambda: ours(ids, index, targets)[0] / len(targets), args)
 
 
-def chameleon(model):
-    """transformers' model of the same weights, those of its image tokenizer taken out."""
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+def chameleon_of(model):
+    """transformers' Chameleon with the same weights, without its image tokenizer."""
+    from peers import chameleon, copy_weights
 
-    from lumina_mgpt.model.checkpoint import disk_name
-
-    raw = {key: value for key, value in asdict(model.config).items() if not key.startswith("rope")}
-    image = dict(embed_dim=8, num_embeddings=8, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
-                 latent_channels=8, resolution=16)  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": model.config.rope_theta}
-    config = ChameleonConfig(**raw, rope_parameters=rope, vocabulary_map={"<image>": 5}, vq_config=image,
-                             attn_implementation="sdpa")  # fmt: skip
-    theirs = ChameleonForConditionalGeneration(config).train()
-    state = {disk_name(name): tensor for name, tensor in model.state_dict().items()}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected and all("vqmodel" in name for name in missing)
+    theirs = chameleon(model.config, attn_implementation="sdpa").train()
+    copy_weights(model, theirs)
     del theirs.model.vqmodel
     return theirs
 
 
 def timed(model, loss: Callable, args: argparse.Namespace) -> dict:
+    """Runs training steps of `loss`; see `measure`."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    # What is there before the first step: weights, and the interpreter with its libraries.
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
-    rest = resident("VmRSS") - 4 * parameters
+        file.write("5")  # resets VmHWM
+    rest = resident("VmRSS") - 4 * parameters  # the interpreter and its libraries
     losses, seconds = [], []
     for _ in range(args.steps):
         began = time.monotonic()
@@ -106,7 +102,7 @@ def timed(model, loss: Callable, args: argparse.Namespace) -> dict:
 
 
 def resident(what: str) -> int:
-    """Bytes of memory that this process holds (VmRSS), or has held at most (VmHWM)."""
+    """Bytes of this process's resident memory: VmRSS now, VmHWM at the peak."""
     with open("/proc/self/status") as file:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith(what))
 

@@ -36,6 +36,7 @@ from lumina_mgpt.images import psnr
 from lumina_mgpt.io import write_atomic
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
+from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.results import Result
 
 _BATCH = 30
@@ -52,10 +53,16 @@ def drawn(pipeline: Pipeline, prompts: list[str], size: tuple[int, int], args: a
     """A result each prompt. Noise is one for all images of a seed, so every batch has a seed of its own."""
     for start in range(0, len(prompts), _BATCH):
         part = slice(start, start + _BATCH)
-        yield from pipeline.stream(
-            prompts[part], *size, cfg=args.cfg, seed=args.seed + start, batch_size=_BATCH,
-            panel=panels and panels[part], **options,
-        )  # fmt: skip
+        request = GenerationRequest.of(
+            prompts[part],
+            *size,
+            cfg=args.cfg,
+            seed=args.seed + start,
+            batch_size=_BATCH,
+            panel=panels and panels[part],
+            **options,
+        )
+        yield from pipeline.stream(request)
 
 
 def generate(pipeline: Pipeline, todo: list[scenes.Scene], rng: random.Random, args) -> list[tuple]:
@@ -186,7 +193,7 @@ def evaluate(args: argparse.Namespace) -> None:
     SamplingConfig(cfg=args.cfg, seed=args.seed).with_seeds(args.prompts)  # a batch has the seed of its first prompt
     sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row in TASK_ROWS]
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    output = OutputFolder(args.out_dir, overwrite=True, option="--out_dir")
+    output = OutputFolder(args.out_dir, overwrite=True, parameter="out_dir")
     output.claim(["text_to_image.png", "figures.json", *sheets])
     emoji.fetch(args.emoji_dir)
     pictures, names = emoji.load(args.emoji_dir), emoji.known_names()

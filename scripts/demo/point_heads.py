@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 from lumina_mgpt import cli
-from lumina_mgpt.errors import InputError
 
 _SEQUENCES = 60  # of the data, to see hidden states and losses of
 
@@ -33,15 +32,15 @@ def build_parser() -> cli.Parser:
 def run(args: argparse.Namespace) -> None:
     import pointed
 
-    from lumina_mgpt.config import ModelConfig
-    from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
     from lumina_mgpt.model.convert import check_target, copy_companions
+    from lumina_mgpt.model.hub import resolve
+    from lumina_mgpt.model.reading import load_model, require_plain_weights
+    from lumina_mgpt.model.writing import save_model
 
     pointers = [pointed.Pointer.parse(text) for text in args.heads]
     check_target(args.save_path)
     source = resolve(cli.checkpoint_path(args.model_path))
-    if ModelConfig.from_json(source / "config.json").int4_group:
-        raise InputError(f"--model_path {source} holds int4 weights; give the checkpoint that they were made of")
+    require_plain_weights(source, "model_path", "edited")
     ids = _sequences(source, args.data_config)
     model = load_model(source, None, "cpu")
     dtype = model.embed_tokens.weight.dtype

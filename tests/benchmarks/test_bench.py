@@ -9,6 +9,7 @@ from commands import module_of
 
 from lumina_mgpt import Pipeline, cli, prompt_files
 from lumina_mgpt.config import Speculation
+from lumina_mgpt.request import GenerationRequest
 
 
 @pytest.fixture
@@ -33,9 +34,10 @@ def test_codes_a_step_are_those_of_the_images(bench, tiny_checkpoint, capsys):
     for row in rows:
         steps = []
         for prompt in prompts:
-            results = pipeline.stream(prompt, 32, 64, 2, seed=3, batch_size=1,
-                                      speculation=Speculation("maximal", row["window"]))  # fmt: skip
-            steps += [pipeline.forwards - 1 for _ in results]
+            request = GenerationRequest.of(
+                prompt, 32, 64, n=2, seed=3, batch_size=1, speculation=Speculation("maximal", row["window"])
+            )
+            steps += [pipeline.forwards - 1 for _ in pipeline.stream(request)]
         assert row["codes_a_step"] == pytest.approx((layout.num_codes - 1) / fmean(steps))
         assert 0 < row["codes_error"] < row["codes_a_step"] / 2
         assert row["ms_a_step"] * (fmean(steps) + 1) == pytest.approx(1000 * row["seconds_an_image"])

@@ -1,4 +1,4 @@
-"""`generate_examples/generate.py` as a user meets it: files, messages, exit codes, and nothing left after an error."""
+"""`lumina-mgpt generate`: files, messages, exit statuses, and no files after an error."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def generate(script, tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Fails the test if weights are read: what can be checked before must be."""
+    """Fails the test if weights are read: checks must come before."""
     monkeypatch.setattr("lumina_mgpt.pipeline.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
@@ -61,7 +61,7 @@ def test_files_are_named_by_prompt_and_repeat_and_carry_their_settings(generate,
     assert "4 images: 100%" in err and "codes/s" in err and "left" in err
 
 
-def test_speculation_gives_the_same_picture_and_says_so_inside(generate, tmp_path):
+def test_speculation_gives_the_same_picture_and_is_in_its_text(generate, tmp_path):
     assert generate("--prompt", "a cat", "--save_path", str(tmp_path / "plain")) == 0
     options = ("--speculative_jacobi", "--window", "7", "--save_path", str(tmp_path / "fast"))
     assert generate("--prompt", "a cat", *options) == 0
@@ -70,11 +70,11 @@ def test_speculation_gives_the_same_picture_and_says_so_inside(generate, tmp_pat
         assert fast.text | {"coupling": "noise", "window": "7"} == fast.text and "window" not in plain.text
 
 
-def test_fast_takes_what_is_quickest_here(generate, tmp_path, monkeypatch):
-    """By seconds a forward over codes a forward: once windows cost nothing more, once they cost all."""
+def test_fast_chooses_the_fastest(generate, tmp_path, monkeypatch):
+    """By seconds per code: with windows that cost nothing extra, and with windows that cost too much."""
     cases = ("wide", "64", lambda choice: 1.0), ("plain", None, lambda choice: 99.0 if choice else 1.0)
     for name, window, costs in cases:
-        monkeypatch.setattr("lumina_mgpt.sampling.fastest._forward_seconds", lambda *args, c=costs: c(args[4]))
+        monkeypatch.setattr("lumina_mgpt.autotune._forward_seconds", lambda *args, c=costs: c(args[4]))
         assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / name)) == 0
         with Image.open(tmp_path / name / "0_0.png") as image:
             assert image.text.get("window") == window
@@ -85,26 +85,26 @@ def test_fast_takes_what_is_quickest_here(generate, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("gain", "long", "kept"), [(0.9, True, True), (1.1, True, False), (None, True, False), (0.9, False, None)]
 )
-def test_fast_compiles_where_that_pays(generate, tmp_path, monkeypatch, gain, long, kept):
-    """Where a run takes long, and compiled steps are quicker; else the compiler is not even asked."""
+def test_fast_compiles_if_that_saves_time(generate, tmp_path, monkeypatch, gain, long, kept):
+    """It compiles for a long run only, and keeps compiled steps if they are faster."""
     compiled = []
-    monkeypatch.setattr("lumina_mgpt.pipeline._COMPILING_MAY_PAY", 10.0 if long else 30.0)  # 16 codes of a second each
-    monkeypatch.setattr("lumina_mgpt.pipeline.has_compiler", lambda device: True)
-    monkeypatch.setattr("lumina_mgpt.pipeline.compile_forward", lambda model: compiled.append(1) or model.forward)
+    monkeypatch.setattr("lumina_mgpt.autotune._COMPILING_MAY_PAY", 10.0 if long else 30.0)  # 16 codes of a second each
+    monkeypatch.setattr("lumina_mgpt.autotune.has_compiler", lambda device: True)
+    monkeypatch.setattr("lumina_mgpt.autotune.compile_forward", lambda model: compiled.append(1) or model.forward)
 
     def costs(step, *args):
         if step.compiled and gain is None:
             raise RuntimeError("no headers\nand more")
         return (gain if step.compiled else 1.0) * (99.0 if args[3] else 1.0)
 
-    monkeypatch.setattr("lumina_mgpt.sampling.fastest._forward_seconds", costs)
+    monkeypatch.setattr("lumina_mgpt.autotune._forward_seconds", costs)
     assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / "made")) == 0
     with Image.open(tmp_path / "made" / "0_0.png") as image:
         assert image.text.get("compile") == ("True" if kept else None)
     assert len(compiled) == long
 
 
-def test_an_int8_cache_says_so_inside(generate, tmp_path, capsys):
+def test_an_int8_cache_is_in_the_text_of_the_picture(generate, tmp_path, capsys):
     assert generate("--prompt", "a cat", "--cache_dtype", "int8") == 0
     with Image.open(tmp_path / "out" / "0_0.png") as image:
         assert image.text["cache_dtype"] == "int8"
@@ -112,7 +112,7 @@ def test_an_int8_cache_says_so_inside(generate, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_make_the_pictures_of_one(generate, tiny_checkpoint, tmp_path):
-    """Started as `accelerate launch` starts them (on GPUs by torchrun, which works on a CPU as well)."""
+    """The processes are started by torchrun, as by `accelerate launch`."""
     prompts = ["--prompt", "a cat", "--prompt", "a snowman", "-n", "2", "--batch_size", "1", "--preview"]
     assert generate(*prompts) == 0
     out = tmp_path / "shared"
@@ -123,15 +123,15 @@ def test_two_processes_make_the_pictures_of_one(generate, tiny_checkpoint, tmp_p
     assert names(out) == names(tmp_path / "out") == ["0_0.png", "0_1.png", "1_0.png", "1_1.png"]
     for name in names(out):
         assert (out / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    assert run.stdout.count("width 32") == 1  # one process speaks for all
+    assert run.stdout.count("width 32") == 1  # only the first process prints
 
 
-def test_fast_chooses_alone(generate, capsys, no_weights):
+def test_fast_excludes_speculation_options(generate, capsys, no_weights):
     refused(capsys, generate("--prompt", "a cat", "--fast", "--window", "8"), "--fast", "--window")
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("-1", "2"), ("x", "1")])
-def test_a_launcher_that_makes_no_sense(generate, capsys, no_weights, monkeypatch, rank, world):
+def test_invalid_launcher_variables(generate, capsys, no_weights, monkeypatch, rank, world):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     refused(capsys, generate("--prompt", "a cat"), "RANK", rank, world)
@@ -165,11 +165,11 @@ def test_prompt_file_follows_the_prompts(generate, tmp_path):
 def test_nothing_is_overwritten_unless_asked(generate, tmp_path, capsys, no_weights):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "0_1.png").write_bytes(b"dear to me")
+    (out / "0_1.png").write_bytes(b"existing")
     code = generate("--prompt", "a cat", "-n", "3")
     refused(capsys, code, "--save_path", "0_1.png", "--overwrite")
     assert names(out) == ["0_1.png"]
-    assert (out / "0_1.png").read_bytes() == b"dear to me"
+    assert (out / "0_1.png").read_bytes() == b"existing"
 
 
 def test_overwrite(generate, tmp_path):
@@ -182,8 +182,8 @@ def test_overwrite(generate, tmp_path):
     assert (out / "9_9.png").read_bytes() == b"another's"
 
 
-def test_same_picture_whatever_the_batch_size(generate, tmp_path):
-    """By bytes of pixels; with this seed no near tie is met (equality in float64 is tested with the pipeline)."""
+def test_the_picture_does_not_depend_on_the_batch_size(generate, tmp_path):
+    """Compares pixels; this seed has no near tie (test_pipeline tests equality in float64)."""
     for size in ("1", "4"):
         folder = str(tmp_path / size)
         assert generate("--prompt", "a cat", "--prompt", "a snowman", "-n", "2", "--batch_size", size,
@@ -192,7 +192,7 @@ def test_same_picture_whatever_the_batch_size(generate, tmp_path):
         assert Image.open(tmp_path / "1" / name).tobytes() == Image.open(tmp_path / "4" / name).tobytes()
 
 
-def test_preview_grows_row_by_row_and_goes(generate, tmp_path, monkeypatch):
+def test_preview_grows_row_by_row_and_is_removed(generate, tmp_path, monkeypatch):
     out, seen = tmp_path / "out", []
     save = OutputFolder.save
 
@@ -205,7 +205,7 @@ def test_preview_grows_row_by_row_and_goes(generate, tmp_path, monkeypatch):
     monkeypatch.setattr(OutputFolder, "save", watch)
     assert generate("--prompt", "a cat", "--preview") == 0
     assert [name for name, _ in seen] == ["0_0.preview.png"] * 4 + ["0_0.png"]
-    assert all(listing == ["0_0.preview.png"] for _, listing in seen[:4]), "no temporary file may be seen"
+    assert all(listing == ["0_0.preview.png"] for _, listing in seen[:4]), "no temporary file is visible"
     assert names(out) == ["0_0.png"]
 
 
@@ -222,13 +222,13 @@ def test_hints():
     known = ["hedgehog", "slice of pizza", "cat"]
     assert prompt_files.unknown_hint("Two Hedgehogs", known) is None
     for text in ("concatenate", "category"):
-        assert prompt_files.unknown_hint(text, known) is not None, "a name within a word is no mention"
+        assert prompt_files.unknown_hint(text, known) is not None, "part of a word does not count as a name"
     assert "slice of pizza" in prompt_files.unknown_hint("a slize of piza", known)
     assert "hedgehog, slice of pizza" in prompt_files.unknown_hint("democracy", known)
     assert prompt_files.unknown_hint("democracy", []) is None
 
 
-# -- what a user can mend ----------------------------------------------------------------------------------------------
+# -- invalid input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_hints():
 def test_bad_options(generate, tmp_path, capsys, no_weights, monkeypatch, options, parts):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if options[:2] == ["--device", "mps"] and torch.backends.mps.is_available():
-        pytest.skip("this machine has such a GPU")
+        pytest.skip("this machine has an Apple GPU")
     refused(capsys, generate("--prompt", "a cat", *options), *parts)
-    assert not (tmp_path / "out").exists(), "nothing may be written"
+    assert not (tmp_path / "out").exists(), "nothing is written"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("options", [["--device", "cuda"]])
-def test_a_gpu_that_is_not_there(generate, tmp_path, capsys, no_weights, options):
+def test_a_missing_gpu(generate, tmp_path, capsys, no_weights, options):
     refused(capsys, generate("--prompt", "a cat", *options), "--device cuda", "--device cpu")
     assert not (tmp_path / "out").exists()
 
@@ -298,9 +298,9 @@ def test_bad_prompt_files(generate, tmp_path, capsys, no_weights, content, part)
 
 
 def test_a_save_path_that_is_a_file(generate, tmp_path, capsys, no_weights):
-    (tmp_path / "out").write_text("dear to me")
+    (tmp_path / "out").write_text("existing")
     refused(capsys, generate("--prompt", "a cat"), "--save_path", "another folder")
-    assert (tmp_path / "out").read_text() == "dear to me"
+    assert (tmp_path / "out").read_text() == "existing"
 
 
 def damage(folder: Path, name: str, how: str) -> None:
@@ -333,14 +333,14 @@ def test_a_config_of_another_kind(generate, tiny_checkpoint, tmp_path, capsys, n
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_no_checkpoint(generate, tmp_path, capsys, no_weights):
+def test_a_folder_without_a_checkpoint(generate, tmp_path, capsys, no_weights):
     (tmp_path / "empty").mkdir()
     refused(capsys, generate("--prompt", "a cat", "--model_path", str(tmp_path / "empty")), "config.json")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_id_that_cannot_be_reached(tmp_path):
-    """In a process of its own, whose every connection is refused at once."""
+    """Runs in another process, whose connections are all refused."""
     environment = ENVIRONMENT | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
     environment.pop("HF_HUB_OFFLINE", None)
     result = subprocess.run(
@@ -353,7 +353,7 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path):
 
 
 def test_a_disk_that_fills_up(generate, tmp_path, capsys, monkeypatch):
-    """The second picture finds no room: the first stays, nothing is left of the second."""
+    """The second picture does not fit: the first stays, and no part of the second does."""
     out, replace = tmp_path / "out", os.replace
 
     def fill_up(source, target):
@@ -368,8 +368,8 @@ def test_a_disk_that_fills_up(generate, tmp_path, capsys, monkeypatch):
     assert names(out) == ["0_0.png"]
 
 
-def test_a_disk_without_room_is_noticed_before_the_work(tmp_path, tiny_checkpoint):
-    """A real limit of the system on the size of files stands in for the full disk."""
+def test_a_full_disk_is_an_error_before_the_work(tmp_path, tiny_checkpoint):
+    """The system's limit on file sizes simulates the full disk."""
     result = subprocess.run(
         [sys.executable, SCRIPT, *BASE, "--prompt", "a cat", "--model_path", tiny_checkpoint, "--save_path", "out"],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
@@ -420,7 +420,7 @@ def test_ctrl_c_keeps_finished_pictures_and_nothing_else(tiny_checkpoint, tmp_pa
         process.kill()
     assert process.returncode == 130, err
     finished = names(out)
-    assert finished == sorted(f"0_{repeat}.png" for repeat in range(len(finished))), "no preview, no half of a file"
+    assert finished == sorted(f"0_{repeat}.png" for repeat in range(len(finished))), "no preview and no incomplete file"
     assert 2 <= len(finished) < 500
     for name in finished:
         Image.open(out / name).verify()
@@ -451,7 +451,7 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_nothing(tmp_path, monkeypatch):
 # -- starting up -------------------------------------------------------------------------------------------------------
 
 
-def test_help_names_every_option_and_comes_without_torch():
+def test_help_lists_every_option_without_importing_torch():
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['generate.py', '--help']\ntry: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
@@ -470,11 +470,11 @@ def test_the_demo_checkpoint_is_found_from_any_folder(tmp_path, monkeypatch):
     assert cli.checkpoint_path(cli.DEMO) == SCRIPT.parent.parent / "assets" / "demo"
     assert cli.checkpoint_path("Alpha-VLLM/Lumina-mGPT-2.0") == "Alpha-VLLM/Lumina-mGPT-2.0"
     (tmp_path / "assets" / "demo").mkdir(parents=True)
-    assert cli.checkpoint_path(cli.DEMO) == cli.DEMO, "a folder of that name right here is meant"
+    assert cli.checkpoint_path(cli.DEMO) == cli.DEMO, "a folder of that name in the working folder has priority"
 
 
-def test_the_sample_script_runs_as_it_stands(tiny_checkpoint, tmp_path):
-    """From another folder, with a path and a prompt that need their quotes."""
+def test_the_sample_script_runs(tiny_checkpoint, tmp_path):
+    """Runs from another folder, with a path and a prompt that need quotes."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "my models" / "tiny")
     result = subprocess.run(
         ["bash", SCRIPT.parent.parent / "scripts" / "sample.sh", folder, "--prompt", "a cat  & \"a 'snowman'\"", *BASE],
@@ -485,7 +485,7 @@ def test_the_sample_script_runs_as_it_stands(tiny_checkpoint, tmp_path):
         assert image.text["prompt"] == "a cat  & \"a 'snowman'\""
 
 
-def test_the_commands_of_the_readme_are_understood(script):
+def test_the_commands_of_the_readme_parse(script):
     """Every `generate.py` line there parses; no option there is unknown, and none here is missing there."""
     readme = (SCRIPT.parent.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     name = "python generate_examples/generate.py"
@@ -498,7 +498,7 @@ def test_the_commands_of_the_readme_are_understood(script):
         assert re.search(rf"`{option}[ `]", readme), f"{option} is missing in the README"
 
 
-def test_a_slow_load_has_a_bar_and_a_quick_one_none(capsys):
+def test_a_slow_load_has_a_bar_and_a_fast_one_has_none(capsys):
     for delay, shown in ((0, True), (60, False)):
         with cli.ReadingBar("reading", delay) as bar:
             for done in (0, 400, 1000):

@@ -1,4 +1,4 @@
-"""What must not end, lose or misreport the work of a command: output, paths, names, prompts, signals, leftovers."""
+"""Commands with unusual streams, paths, names, prompts, environments, signals and leftover files."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def no_weights(monkeypatch):
 
 @pytest.fixture
 def run(tiny_checkpoint, here):
-    """Runs a command with the tiny checkpoint; results go to `out`, options given later win."""
+    """Runs a command with the tiny checkpoint; results go to `out`, later options override earlier ones."""
     model = ("--model_path", str(tiny_checkpoint), "--save_path", "out")
 
     def call(name: str, *options: object) -> int:
@@ -71,7 +71,7 @@ def text_of(name: str) -> dict[str, str]:
 
 
 def refused(capsys, status: int, *parts: str) -> None:
-    """Exit status 2, and one short line on stderr that holds all the parts."""
+    """Asserts exit status 2 and one short line on stderr that contains all parts."""
     err = capsys.readouterr().err
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 700, (status, err)
     for part in parts:
@@ -83,7 +83,7 @@ def refused(capsys, status: int, *parts: str) -> None:
 
 def stream(kind: str) -> io.TextIOBase | None:
     if kind == "closed":
-        return None  # what Python has for a descriptor that is closed when it starts
+        return None  # Python's value for a descriptor that is closed when it starts
     if kind == "full":
         return open("/dev/full", "w", buffering=1)
     if kind == "gone":
@@ -94,8 +94,8 @@ def stream(kind: str) -> io.TextIOBase | None:
 
 
 @pytest.mark.parametrize("kind", ["ascii", "cp1252", "gone", "full", "closed"])
-def test_what_a_stream_cannot_take_does_not_end_the_work(run, monkeypatch, kind):
-    """A Chinese prompt, or a reader that left, ended a run after its first picture."""
+def test_a_broken_stream_does_not_end_the_work(run, monkeypatch, kind):
+    """A Chinese prompt or a closed pipe ended a run after its first picture."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(f"sys.{name}", stream(kind))
     assert run("generate", "--prompt", "猫", "--prompt", "a cat", "--save_path", "猫", "--batch_size", 1) == 0
@@ -110,7 +110,7 @@ def finetune_options(tokens: Path, tiny_checkpoint: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["ascii", "gone"])
 @pytest.mark.parametrize("name", ["edit", "reconstruct", "pre_tokenize", "finetune"])
-def test_other_commands_work_on_without_their_output(run, argv, monkeypatch, tokens, tiny_checkpoint, name, kind):
+def test_other_commands_continue_without_their_output(run, argv, monkeypatch, tokens, tiny_checkpoint, name, kind):
     source = picture("猫.png")
     for which in ("stdout", "stderr"):
         monkeypatch.setattr(f"sys.{which}", stream(kind))
@@ -131,8 +131,8 @@ def test_other_commands_work_on_without_their_output(run, argv, monkeypatch, tok
         assert "export" in names("猫")
 
 
-def test_a_reader_that_leaves_a_real_pipe(here, tiny_checkpoint):
-    """`generate.py ... | head -1` kept only the first pictures."""
+def test_a_reader_that_closes_a_pipe(here, tiny_checkpoint):
+    """`lumina-mgpt generate ... | head -1` wrote only the first pictures."""
     options = ("--prompt", "猫", "-n", 3, "--batch_size", 1, "--model_path", tiny_checkpoint, "--save_path", "out")
     variables = environment(PYTHONIOENCODING="cp1252:strict")
     command = [*line_of("generate", *SMALL, *options)]
@@ -173,7 +173,7 @@ def test_a_checkpoint_whose_path_is_not_utf8(run, tiny_checkpoint, capsys, no_we
 
 
 @pytest.mark.parametrize("length", [238, 250])
-def test_a_name_that_is_too_long_is_found_before_the_work(run, capsys, no_weights, length):
+def test_a_name_that_is_too_long_is_an_error_before_the_work(run, capsys, no_weights, length):
     """It was reported after the work, as a disk without space."""
     source = picture("b" * length + ".png")
     refused(capsys, run("reconstruct", source), "--save_path", "File name too long", "use a shorter name")
@@ -197,7 +197,7 @@ def test_only_line_feeds_and_carriage_returns_split_a_prompt_file(run):
     assert [text_of(name)["prompt"] for name in names()] == list(lines)
 
 
-def test_a_prompt_file_in_utf16_is_called_so(run, capsys, no_weights):
+def test_a_prompt_file_in_utf16_is_recognized(run, capsys, no_weights):
     Path("prompts.txt").write_text("a cat", encoding="utf-16")
     refused(capsys, run("generate", "--prompt_file", "prompts.txt"), "--prompt_file prompts.txt", "got UTF-16")
 
@@ -218,8 +218,8 @@ def test_a_control_name_in_a_file_is_reported_with_that_file(run, capsys, no_wei
 @pytest.mark.parametrize(
     ("content", "part"), [("an <eoss>", "(number 0)"), (None, "cannot be read"), ("\n", "got none")]
 )
-def test_bad_sample_prompts_are_reported_as_such(argv, capsys, tokens, tiny_checkpoint, content, part):
-    """They were reported as --prompt or --prompt_file, which finetune.py does not have."""
+def test_bad_sample_prompts_name_their_option(argv, capsys, tokens, tiny_checkpoint, content, part):
+    """They were reported as --prompt or --prompt_file, which finetune does not have."""
     if content is not None:
         Path("asked.txt").write_text(content)
     options = ("--sample_every", "1", "--sample_prompts", "asked.txt")
@@ -262,8 +262,8 @@ def test_seeds_of_an_evaluation_are_checked_before_its_work(here, capsys, monkey
 
 @pytest.mark.parametrize("option", ["--size", "--gpus", "--gb", "--lora_rank"])
 @pytest.mark.parametrize("value", ["0", "-8", "1" + "0" * 400])
-def test_sizes_that_no_gpu_has(capsys, option, value):
-    """The table held nonsense, or ended in an OverflowError."""
+def test_impossible_sizes(capsys, option, value):
+    """They gave wrong numbers or an OverflowError."""
     refused(capsys, main_of("memory_table")([option, value]), option, "1 ... 1000000")
 
 
@@ -276,7 +276,7 @@ def test_numbers_of_many_digits(run, capsys, no_weights, option, digits):
 
 
 @pytest.mark.parametrize("options", [("--temperature", 1e-300), ("--temperature", 1e300), ("--top_k", 10**40)])
-def test_extreme_settings_that_make_sense(run, options):
+def test_extreme_valid_settings(run, options):
     assert run("generate", "--prompt", "a cat", "--cfg", 1000, *options) == 0 and names() == ["0_0.png"]
 
 
@@ -284,13 +284,13 @@ def test_extreme_settings_that_make_sense(run, options):
 
 
 def test_a_leftover_number_of_processes(run, capsys, no_weights, monkeypatch):
-    """One picture of four was made, and nothing said so."""
+    """The run made one picture of four without a message."""
     monkeypatch.setenv("WORLD_SIZE", "4")
     refused(capsys, run("generate", "--prompt", "a cat", "-n", 4), "RANK must be set", "WORLD_SIZE='4'", "unset")
     assert names() == []
 
 
-def test_the_first_of_several_processes_says_what_is_its_own(run, capsys, monkeypatch):
+def test_the_first_of_several_processes_prints_its_share(run, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "0")
     assert run("generate", "--prompt", "a cat", "-n", 6) == 0
@@ -300,7 +300,7 @@ def test_the_first_of_several_processes_says_what_is_its_own(run, capsys, monkey
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_removes_previews(here, tiny_checkpoint, name):
-    """SIGTERM, or a closed terminal, left previews that stopped the same command."""
+    """SIGTERM or a closed terminal left previews, which made the same command fail."""
     options = ("--prompt", "a cat", "-n", 500, "--batch_size", 4, "--preview", "--save_path", "out")
     command = line_of("generate", "--device", "cpu", "--model_path", tiny_checkpoint, *options)
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -315,7 +315,7 @@ def test_a_signal_removes_previews(here, tiny_checkpoint, name):
 
 
 def test_previews_that_a_killed_run_left_are_replaced(run, capsys):
-    """After SIGKILL the same command was refused because of its own preview."""
+    """After SIGKILL the same command refused to run because of its preview."""
     Path("out").mkdir()
     (Path("out") / "0_0.preview.png").write_bytes(b"half of a pic")
     assert run("generate", "--prompt", "a cat", "--preview") == 0
@@ -338,8 +338,8 @@ def test_a_given_picture_named_as_a_preview_is_kept_without_previews(run):
     assert "depth.preview.png" in names()
 
 
-def test_halves_of_files_that_a_killed_run_left_are_removed(run):
-    """They stayed forever. One that another process may be writing is kept, and so are files of other names."""
+def test_incomplete_files_of_a_killed_run_are_removed(run):
+    """They were never removed. Recent ones, which another process may be writing, and other names are kept."""
     Path("out").mkdir()
     for name, age in ((".0_0.png.7.part", 7200), (".0_0.png.8.part", 60), (".other.png.7.part", 7200)):
         (Path("out") / name).write_bytes(b"half")

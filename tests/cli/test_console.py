@@ -27,7 +27,7 @@ def program(body: str, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
-def test_text_that_a_terminal_lacks_is_escaped(encoding):
+def test_characters_outside_the_encoding_are_escaped(encoding):
     """A Chinese prompt ended a run whose output was redirected on Windows."""
     done = program("print('猫 done'); print('é', file=sys.stderr)", capture_output=True,
                    env=environment(PYTHONIOENCODING=f"{encoding}:strict"))  # fmt: skip
@@ -35,7 +35,7 @@ def test_text_that_a_terminal_lacks_is_escaped(encoding):
     assert done.stdout.decode(encoding) == "\\u732b done\n"
 
 
-def test_a_reader_that_leaves_does_not_end_the_work(tmp_path):
+def test_a_closed_pipe_does_not_end_the_work(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     body = f"for n in range(9): print('x' * 9000, flush=True)\nopen({str(tmp_path / 'done')!r}, 'w').close()"

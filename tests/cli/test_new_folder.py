@@ -47,7 +47,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(command, tiny_checkpoint, adapter
 
 
 def test_adapters_on_a_full_disk_are_one_line(settings, tmp_path, capsys, monkeypatch):
-    """export.py --adapter ended in a traceback: safetensors raises an error of its own."""
+    """`export --adapter` printed a traceback, because safetensors raises its own error class."""
     pytest.importorskip("peft")
     import safetensors.torch
     from safetensors import SafetensorError
@@ -71,16 +71,16 @@ def test_adapters_on_a_full_disk_are_one_line(settings, tmp_path, capsys, monkey
 
 def test_a_name_that_is_too_long_is_refused_before_the_work(tiny_checkpoint, adapter, tmp_path, capsys, monkeypatch):
     """A long name had "free some space" as its remedy."""
-    import lumina_mgpt.model.checkpoint as checkpoint
+    from lumina_mgpt.model import convert
 
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(convert, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
     line = ["--model_path", str(tiny_checkpoint), "--save_path", str(tmp_path / ("n" * 300)), "--group", "32"]
     assert main_of("quantize")(line) == 2
     assert "File name too long); use a shorter name" in capsys.readouterr().err
 
 
 def test_a_name_of_the_longest_length_is_written(tmp_path):
-    with new_folder(tmp_path / ("n" * 255), "--save_path") as folder:
+    with new_folder(tmp_path / ("n" * 255), "save_path") as folder:
         (folder / "a").write_text("a")
     assert [path.name for path in tmp_path.iterdir()] == ["n" * 255]
     assert (tmp_path / ("n" * 255) / "a").read_text() == "a"
@@ -91,7 +91,7 @@ def test_an_empty_folder_is_filled_and_keeps_its_identity(tmp_path):
     (tmp_path / "there").mkdir()
     before = os.stat(tmp_path / "there").st_ino
     os.symlink(tmp_path / "there", tmp_path / "link")
-    with new_folder(tmp_path / "link", "--save_path") as folder:
+    with new_folder(tmp_path / "link", "save_path") as folder:
         (folder / "a").write_text("a")
         assert not (tmp_path / "there" / "a").exists()
     assert os.stat(tmp_path / "there").st_ino == before
@@ -101,15 +101,15 @@ def test_an_empty_folder_is_filled_and_keeps_its_identity(tmp_path):
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, InputError])
 def test_whatever_ends_the_block_leaves_nothing(end, tmp_path):
     with pytest.raises(end):
-        with new_folder(tmp_path / "a" / "b" / "c", "--save_path") as folder:
+        with new_folder(tmp_path / "a" / "b" / "c", "save_path") as folder:
             (folder / "a").write_text("a")
-            raise end
+            raise end("stopped")
     assert not any(tmp_path.iterdir())
 
 
 def test_what_others_write_beside_it_is_kept(tmp_path):
     with pytest.raises(RuntimeError):
-        with new_folder(tmp_path / "a" / "b", "--save_path"):
+        with new_folder(tmp_path / "a" / "b", "save_path"):
             (tmp_path / "a" / "other").write_text("of another program")
             raise RuntimeError
     assert (tmp_path / "a" / "other").exists()
@@ -118,7 +118,7 @@ def test_what_others_write_beside_it_is_kept(tmp_path):
 def test_an_unreadable_source_is_not_reported_as_the_target(tmp_path):
     source = tmp_path / "missing.json"
     with pytest.raises(FileNotFoundError, match="missing.json"):
-        with new_folder(tmp_path / "new", "--save_path"):
+        with new_folder(tmp_path / "new", "save_path"):
             json.loads(source.read_text())
 
 
@@ -126,7 +126,7 @@ def test_an_unreadable_source_is_not_reported_as_the_target(tmp_path):
 def test_what_is_there_is_kept(taken, tmp_path):
     target = tmp_path / "target"
     target.write_text("kept") if taken == "file" else (target / "kept").mkdir(parents=True)
-    with pytest.raises(InputError, match=f"--save_path {target} is there already"):
-        with new_folder(target, "--save_path"):
+    with pytest.raises(InputError, match=f"save_path {target} already exists"):
+        with new_folder(target, "save_path"):
             pytest.fail("the block was entered")
     assert target.exists()

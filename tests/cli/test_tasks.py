@@ -1,4 +1,4 @@
-"""Pairs, given panels, editing and reconstruction as a user meets them: files, messages, exit codes."""
+"""Pairs, given panels, editing and reconstruction: files, messages and exit statuses of the commands."""
 
 import struct
 import subprocess
@@ -12,7 +12,7 @@ from command_checks import ENVIRONMENT, PATIENCE, names, refused
 from commands import main_of
 from PIL import Image
 
-from lumina_mgpt import Checkpoint, Pipeline, maps
+from lumina_mgpt import Checkpoint, GenerationRequest, Pipeline, maps
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import crop_panel, psnr
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
@@ -77,8 +77,8 @@ def exact(tiny_checkpoint) -> Pipeline:
 # -- from Python -------------------------------------------------------------------------------------------------------
 
 
-def test_panels_of_their_own_for_each_prompt(exact, photo):
-    """In one batch or alone, by picture or by its codes: the same images, and the given panel stays what it is."""
+def test_a_panel_for_each_prompt(exact, photo):
+    """Images are the same in a batch and alone, for a picture and for its codes; the given panel is unmodified."""
     pictures = [Image.open(photo), Image.new("L", (50, 40), 90)]
     settings = dict(width=32, height=64, seed=2, task=I2I_TASKS["canny"])
     together = exact.generate(["a cat", "a dog"], n=2, panel=pictures, **settings)
@@ -104,7 +104,7 @@ def test_the_panel_matters(exact):
 @pytest.mark.parametrize(
     ("task", "panel", "parts"),
     [
-        (I2I_TASKS["depth"], None, ["--image_path must give 1 or 2", "got 0"]),
+        (I2I_TASKS["depth"], None, ["panel must give 1 or 2", "got 0"]),
         (I2I_TASKS["depth"], [Image.new("L", (32, 32))] * 3, ["got 3"]),
         (TASKS["depth"], Image.new("L", (32, 32)), ["must give none", "got 1"]),
         (I2I_TASKS["depth"], torch.zeros(4, 8, dtype=torch.long), ["32x32", "(4, 4)", "(4, 8)"]),
@@ -112,14 +112,14 @@ def test_the_panel_matters(exact):
         (I2I_TASKS["depth"], torch.zeros(4, 4), ["int64 in 0 ... 63", "got torch.float32"]),
     ],
 )
-def test_panels_that_do_not_fit(exact, task, panel, parts):
+def test_invalid_panels(exact, task, panel, parts):
     with pytest.raises(InputError) as error:
-        exact.stream(["a cat", "a dog"], 32, 64, task=task, panel=panel)
+        exact.stream(GenerationRequest.of(["a cat", "a dog"], 32, 64, task=task, panel=panel))
     assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_sizes_of_dual_panel_images(tiny_checkpoint):
-    """Panels of the base size; of less, as in the released examples, where the model does not see that many codes."""
+    """Panels have the base size, or less if they exceed the context, as in the released examples."""
     from dataclasses import replace
 
     checkpoint = Checkpoint.open(tiny_checkpoint)
@@ -128,7 +128,7 @@ def test_sizes_of_dual_panel_images(tiny_checkpoint):
     assert released.base_size() == (768, 768) and released.base_size(2) == (512, 1024)
     layout = checkpoint.layout(768, 768, I2I_TASKS["depth"])
     assert given_size(layout) == (768, 384) and given_size(checkpoint.layout()) == (64, 0)
-    with pytest.raises(InputError, match="--height must be a multiple of 64, got 96"):
+    with pytest.raises(InputError, match="^height must be a multiple of 64, got 96"):
         checkpoint.layout(64, 96, TASKS["depth"])
 
 
@@ -156,7 +156,7 @@ def test_a_given_panel(generate, tmp_path, photo, capsys, task):
     assert panel.tobytes() == crop_panel(Image.open(photo), (32, 32)).tobytes()
     with Image.open(out / f"{task}.png") as image:
         assert image.text["task"] == f"i2i {task}" and image.text["image_path"] == str(photo)
-    assert "16/16 codes" in capsys.readouterr().err, "given codes are no work"
+    assert "16/16 codes" in capsys.readouterr().err, "given codes do not count"
     assert photo.read_bytes() == before
 
 
@@ -211,12 +211,12 @@ def test_extract_without_opencv(single, tmp_path, photo, capsys, no_weights, mon
 # -- editing -----------------------------------------------------------------------------------------------------------
 
 
-def test_each_turn_goes_on_from_the_codes_of_the_last(edit, tmp_path, photo, monkeypatch):
+def test_each_turn_edits_the_codes_of_the_last(edit, tmp_path, photo, monkeypatch):
     done, stream = [], Pipeline.stream
 
-    def watch(self, *args, **options):
-        for result in stream(self, *args, **options):
-            done.append((options["panel"], result))
+    def watch(self, request, on_row=None):
+        for result in stream(self, request, on_row):
+            done.append((request.panels[0], result))
             yield result
 
     monkeypatch.setattr(Pipeline, "stream", watch)
@@ -237,14 +237,14 @@ def test_each_turn_goes_on_from_the_codes_of_the_last(edit, tmp_path, photo, mon
 
 @pytest.mark.parametrize("stop, done", [("one", 0), ("two", 1)])
 def test_ctrl_c_keeps_finished_turns_and_nothing_else(edit, tmp_path, photo, capsys, monkeypatch, stop, done):
-    generate = Pipeline.generate
+    stream = Pipeline.stream
 
-    def stopping(self, instruction, *args, **options):
-        if instruction == stop:
+    def stopping(self, prepared, on_row=None):
+        if prepared.request.prompts == (stop,):
             raise KeyboardInterrupt
-        return generate(self, instruction, *args, **options)
+        return stream(self, prepared, on_row)
 
-    monkeypatch.setattr(Pipeline, "generate", stopping)
+    monkeypatch.setattr(Pipeline, "stream", stopping)
     assert edit("--image_path", str(photo), "--instruction", "one", "--instruction", "two") == 130
     assert f"{done} of 2 turns" in capsys.readouterr().err
     kept = ["edit_1.png", "edit_1_result.png", "edit_ref_center_crop.png", "edit_strip.png"]
@@ -283,11 +283,11 @@ def test_keep_size(reconstruct, tmp_path):
     assert Image.open(tmp_path / "out" / "wide_reconstruction.png").size == (96, 32)
 
 
-# -- what a user can mend ----------------------------------------------------------------------------------------------
+# -- invalid input -----------------------------------------------------------------------------------------------------
 
 
 def header_only(width: int, height: int) -> bytes:
-    """A PNG that says how large it is, and holds next to nothing."""
+    """Returns a PNG of that size with hardly any data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -331,7 +331,7 @@ def test_bad_pictures(request, command, kind, tmp_path, capsys, no_weights):
     }[command]
     code = request.getfixturevalue(command)(*([option] if option else []), str(path), *rest)
     refused(capsys, code, option or "image", "given.png", *parts)
-    assert not (tmp_path / "out").exists(), "nothing may be written"
+    assert not (tmp_path / "out").exists(), "nothing is written"
     assert (path.read_bytes() if path.is_file() else None) == before
 
 
@@ -376,7 +376,7 @@ EDIT = ["--image_path", "PHOTO", "--instruction", "make it red"]
 def test_bad_options(request, command, options, parts, tmp_path, photo, capsys, no_weights):
     options = [str(photo) if option == "PHOTO" else option for option in options]
     refused(capsys, request.getfixturevalue(command)(*options), *parts)
-    assert not (tmp_path / "out").exists(), "nothing may be written"
+    assert not (tmp_path / "out").exists(), "nothing is written"
 
 
 @pytest.mark.parametrize("command", ["generate", "edit", "reconstruct"])
@@ -388,15 +388,15 @@ def test_nothing_is_overwritten_unless_asked(request, command, tmp_path, photo, 
         "edit": (EDIT, "edit_strip.png"),
         "reconstruct": (["PHOTO"], "photo_codes.png"),
     }[command]
-    (out / name).write_bytes(b"dear to me")
+    (out / name).write_bytes(b"existing")
     code = request.getfixturevalue(command)(*(str(photo) if option == "PHOTO" else option for option in options))
     refused(capsys, code, "--save_path", name, "--overwrite")
-    assert names(out) == [name] and (out / name).read_bytes() == b"dear to me"
+    assert names(out) == [name] and (out / name).read_bytes() == b"existing"
 
 
 @pytest.mark.parametrize("command", ["generate", "edit", "reconstruct"])
-def test_the_file_given_is_never_replaced(request, command, tmp_path, photo, capsys, no_weights):
-    """Not even with --overwrite, and not under another name of it."""
+def test_an_input_file_is_never_replaced(request, command, tmp_path, photo, capsys, no_weights):
+    """It is kept with --overwrite, and if it is given by a link."""
     out = tmp_path / "out"
     out.mkdir()
     before, option, name = {
@@ -421,8 +421,8 @@ def test_the_file_given_is_never_replaced(request, command, tmp_path, photo, cap
     ("script", "folder", "options"),
     [("sample.sh", "t2i", []), ("sample_i2i.sh", "i2i", [str(ROOT / "assets" / "demo"), "--seed", "1"])],
 )
-def test_sample_scripts_run_as_they_stand(script, folder, options, tmp_path):
-    """From another folder, whose name wants quoting; the model path is the first argument, if any."""
+def test_sample_scripts_run(script, folder, options, tmp_path):
+    """Runs from a folder whose name needs quotes; the model path is the optional first argument."""
     place = tmp_path / "a folder"
     place.mkdir()
     command = ["bash", str(ROOT / "scripts" / script), *options]

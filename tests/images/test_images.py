@@ -122,5 +122,5 @@ def test_pixels_and_back_are_exact():
 
 @pytest.mark.parametrize("target", [0, -32, 100])
 def test_target_size_must_be_a_multiple_of_32(target):
-    with pytest.raises(InputError, match="--target_size"):
+    with pytest.raises(InputError, match="^target_size must be"):
         candidate_sizes(target)

@@ -1,8 +1,6 @@
 """The operators built for CPUs with AMX, against formulas in float64; and what happens where they cannot be had."""
 
-import os
 import platform
-import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -13,21 +11,22 @@ from attention_formula import formula, heads
 from step_calls import CALLS, CONFIG
 
 from lumina_mgpt.config import INT4_GROUPS
-from lumina_mgpt.kernels import native
+from lumina_mgpt.kernels import build, dispatch, ops
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.attention import Span, sdpa
+from lumina_mgpt.model.int4 import dequantize
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
-from lumina_mgpt.model.quantization import Int4Linear, dequantize
+from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 
-needed = pytest.mark.skipif(not native.ready(), reason="a processor without AMX, or no C++ compiler")
+needed = pytest.mark.skipif(not build.machine_supports(), reason="no AMX, no C++ compiler, or kernels switched off")
 
 
 def int4(outputs: int, inputs: int, group: int) -> Int4Linear:
     module = Int4Linear(inputs, outputs, group)
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs))
-    module.take("weight", weight, "cpu")
+    module.load("weight", weight, "cpu")
     return module
 
 
@@ -57,7 +56,7 @@ def test_products_of_several_matrices_in_one_call():
         module.pack(torch.bfloat16)
     for rows in (1, 20, 300):
         x = heads(1, rows, 128, seed=rows, dtype=torch.bfloat16)
-        for module, y in zip(modules, quantization.products(x, *modules), strict=True):
+        for module, y in zip(modules, quantization.apply_all(x, *modules), strict=True):
             assert torch.equal(y, module(x)) and y.shape == (1, rows, len(module.scale_and_zero) * 64)
     with pytest.raises(RuntimeError, match="no gradient"):
         modules[0](x.requires_grad_())
@@ -70,7 +69,7 @@ def test_products_of_int8(shape):
     scale = heads(shape[0], seed=1, dtype=torch.bfloat16)
     for rows in range(1, 9):
         x = heads(1, rows, shape[1], seed=rows, dtype=torch.bfloat16)
-        assert native.multiplies_int8(x[0], numbers)
+        assert dispatch.serves_int8(x[0], numbers)
         y, expected = quantization.int8_linear(x, numbers, scale), x.double() @ (numbers.double().T * scale.double())
         assert y.dtype == torch.bfloat16 and y.shape == expected.shape
         assert ((y.double() - expected).abs() < 0.005 * expected.abs() + 1e-3).all()
@@ -86,7 +85,7 @@ def test_other_matrices_and_inputs_go_to_torch():
 
 @needed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("width", native.WIDTHS)
+@pytest.mark.parametrize("width", ops.HEAD_WIDTHS)
 @pytest.mark.parametrize("size", [0.1, 1, 60, 1e15])
 def test_attention_of_one_query(dtype, width, size):
     """Rows of their own lengths, heads that share keys, weights from even to one-hot; what lies behind is not seen."""
@@ -100,8 +99,8 @@ def test_attention_of_one_query(dtype, width, size):
         k, v = cache.layers[0].update(*new, positions, 100)
         span = _span(positions, cache)
         q = heads(B, 1, N, width, seed=5).mul(size).bfloat16()
-        assert native.attends(q, k.codes if isinstance(k, Scaled) else k)
-        wide = [(x.codes * x.scales[..., None] if isinstance(x, Scaled) else x).double() for x in (k, v)]
+        assert dispatch.serves_one_query(q, k.integers if isinstance(k, Scaled) else k)
+        wide = [(x.integers * x.scales[..., None] if isinstance(x, Scaled) else x).double() for x in (k, v)]
         expected = formula(q.double(), *wide, positions)
         torch.testing.assert_close(sdpa(q, k, v, span, True).double(), expected, rtol=0.005, atol=0.002)
         if last == [99, 99, 99]:  # all alike: as an int, too
@@ -118,11 +117,11 @@ def test_compiled_steps_use_them():
     config = replace(CONFIG, hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2)
     model = Transformer(config).bfloat16().eval().requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))
-    quantization.swap(model, 32)
+    quantization.replace_linears(model, 32)
     for module in model.modules():
         if isinstance(module, Int4Linear):
-            module.take("weight", torch.randn(len(module.weight_int4), 2 * module.weight_int4.shape[1]) / 16, "cpu")
-    quantization.pack(model, torch.bfloat16)
+            module.load("weight", torch.randn(len(module.weight_int4), 2 * module.weight_int4.shape[1]) / 16, "cpu")
+    quantization.pack_weights(model, torch.bfloat16)
     assert model.layers[0].mlp.up_proj.native
     compiled, answers = compile_forward(model), []
     prompt = (torch.randint(0, 96, (2, 9)), torch.arange(9).expand(2, 9), torch.tensor([[8], [6]]))
@@ -140,9 +139,9 @@ def test_compiled_steps_use_them():
 def anew(monkeypatch, tmp_path):
     """As in a process that has built nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._works.cache_clear()
+    dispatch._works.cache_clear()
     yield tmp_path / "lumina_mgpt"
-    native._works.cache_clear()
+    dispatch._works.cache_clear()
 
 
 def test_sources_compile(tmp_path):
@@ -152,25 +151,25 @@ def test_sources_compile(tmp_path):
     version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout
     if int(version.split(".")[0]) < 11:
         pytest.skip(f"g++ {version.strip()} does not know AMX")
-    assert native._built(["g++"], tmp_path / "native.so").stat().st_size
+    assert build.compile_library(["g++"], tmp_path / "native.so").stat().st_size
 
 
 @needed
 def test_built_once(anew, monkeypatch):
-    assert native.ready()
+    assert dispatch.ready()
     (built,) = anew.iterdir()
-    native._works.cache_clear()
-    monkeypatch.setattr(native.subprocess, "run", lambda *args, **options: pytest.fail("built again"))
-    assert native.ready() and list(anew.iterdir()) == [built]
+    dispatch._works.cache_clear()
+    monkeypatch.setattr(build.subprocess, "run", lambda *args, **options: pytest.fail("built again"))
+    assert dispatch.ready() and list(anew.iterdir()) == [built]
 
 
 @needed
 def test_a_damaged_library_is_built_anew(anew):
     """The machine went down while it was written, say."""
-    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
-    path = native._path(compiler)
+    compiler = build.compiler()
+    path = build.library_path(compiler)
     path.touch(0o700)
-    assert native.ready() and path.stat().st_size and list(anew.iterdir()) == [path]
+    assert dispatch.ready() and path.stat().st_size and list(anew.iterdir()) == [path]
 
 
 @needed
@@ -183,7 +182,7 @@ def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, c
         slow.write_text("#!/bin/sh\necho at it >&2\nexec sleep 30\n")
         slow.chmod(0o700)
         monkeypatch.setenv("CXX", f"{slow} -m64")
-        monkeypatch.setattr(native, "_SECONDS", 0.5)
+        monkeypatch.setattr(build, "_COMPILE_SECONDS", 0.5)
     elif how == "folder":
         anew.write_text("a file")
     elif how == "open":
@@ -191,15 +190,15 @@ def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, c
         anew.chmod(0o777)
     else:  # a damaged source; or one that packs numbers otherwise, as another version of torch might
         old, new = {"source": ("void block(", "void block{"), "answer": ("(lane & 15) - 8", "(lane & 15) - 7")}[how]
-        sources = [tmp_path / path.name for path in native._SOURCES]
-        for copy, path in zip(sources, native._SOURCES, strict=True):
+        sources = [tmp_path / path.name for path in build._SOURCES]
+        for copy, path in zip(sources, build._SOURCES, strict=True):
             copy.write_text(path.read_text().replace(old, new))
         shutil.copy(path.with_name("native.h"), tmp_path)
-        monkeypatch.setattr(native, "_SOURCES", tuple(sources))
+        monkeypatch.setattr(build, "_SOURCES", tuple(sources))
     module = int4(64, 128, 32)
     weight = dequantize(module.matrix)
     module.pack(torch.bfloat16)
-    assert module.kernel == "cpu" and not module.native and not native.ready()
+    assert module.kernel == "cpu" and not module.native and not dispatch.ready()
     assert "cannot be used" in caplog.text and "\n" not in caplog.records[-1].getMessage()
     assert not [path for path in anew.glob("*") if how != "answer"], "nothing half-made is left"
     x = heads(2, 128, dtype=torch.bfloat16)
@@ -235,4 +234,4 @@ def test_what_they_cannot_take_is_refused():
 
 def test_can_be_switched_off(anew, monkeypatch):
     monkeypatch.setenv("LUMINA_MGPT_NATIVE", "0")
-    assert not native.ready() and not anew.exists()
+    assert not dispatch.ready() and not anew.exists()

@@ -73,7 +73,7 @@ def test_an_int8_cache_is_read_as_what_its_integers_stand_for(monkeypatch, posit
     span = span_for(positions, 3, cache, filled=7)
     q, new = heads(2, 3, 4, 8), (heads(2, 3, 2, 8, seed=1), heads(2, 3, 2, 8, seed=2))
     held = cache.layers[1].update(*new, span.positions, span.filled)
-    k, v = (part.codes.double() * part.scales.double()[..., None] for part in held)
+    k, v = (part.integers.double() * part.scales.double()[..., None] for part in held)
     asked = torch.arange(3) + (positions if isinstance(positions, int) else positions[:, :1])
     asked = asked.expand(2, 3)
     torch.testing.assert_close(attention.sdpa(q, *held, span, True), formula(q, k, v, asked), rtol=1e-5, atol=1e-5)
@@ -115,7 +115,7 @@ def test_rows_of_a_cache_are_spread(dtype):
     cache = KVCache(CONFIG, 3, 5, dtype, "cpu")
     cache.layers[0].update(heads(2, 4, 2, 8, seed=1), heads(2, 4, 2, 8, seed=2), 0, 4)
     before = [held.clone() for held in cache.tensors()]
-    cache.spread(torch.tensor([1, 0, 1]), 3)
+    cache.copy_rows(torch.tensor([1, 0, 1]), 3)
     for old, new in zip(before, cache.tensors(), strict=True):
         assert torch.equal(new[:, :, :3], old[[1, 0, 1], :, :3])
         assert torch.equal(new[:, :, 3:], old[:, :, 3:])
@@ -169,14 +169,14 @@ def test_flash_reads_each_row_to_its_own_length(monkeypatch, positions):
 
 def test_backends_that_cannot_work_say_so(monkeypatch):
     assert attention.backend("sdpa") is attention.sdpa
-    with pytest.raises(InputError, match="--attn must be sdpa or flash, got 'eager'"):
+    with pytest.raises(InputError, match="attn must be sdpa or flash, got 'eager'"):
         attention.backend("eager")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--attn flash needs a CUDA GPU"):
+    with pytest.raises(InputError, match="attn=flash needs a CUDA GPU"):
         attention.backend("flash")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(InputError, match="--attn flash needs the flash-attn package .* --attn sdpa"):
+    with pytest.raises(InputError, match="attn=flash needs the flash-attn package .* attn=sdpa"):
         attention.backend("flash")
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace())
     assert attention.backend("flash") is attention.flash
@@ -188,11 +188,11 @@ def test_an_int8_cache_in_blocks_of_rows_or_of_heads_and_slots(shape):
     B, T, N, K, S = shape
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, n, heads, 128, generator=random) for n, heads in ((T, N), (S, K), (S, K)))
-    k, v = Scaled.of(k), Scaled.of(v)
+    k, v = Scaled.quantize(k), Scaled.quantize(v)
     positions = torch.arange(S - T, S)[None] - torch.arange(B)[:, None]
     hidden = torch.arange(S) > positions[:, None, :, None]
     mask = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
     got = attention.sdpa(q, k, v, Span(positions, S, mask, False), True)
-    plain = (part.transpose(1, 2) for part in (q, k.numbers(torch.float32), v.numbers(torch.float32)))
+    plain = (part.transpose(1, 2) for part in (q, k.dequantize(torch.float32), v.dequantize(torch.float32)))
     expected = F.scaled_dot_product_attention(*plain, attn_mask=mask, enable_gqa=True).transpose(1, 2)
     assert (got - expected).abs().max() < 1e-5

@@ -10,14 +10,17 @@ import types
 
 import pytest
 import torch
+from peers import IMAGE_TOKENIZER
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model import checkpoint
-from lumina_mgpt.model.checkpoint import load_model, resolve, save_model
+from lumina_mgpt.model import reading, writing
+from lumina_mgpt.model.hub import resolve
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.model.writing import save_model
 
 CONFIG = ModelConfig(
     vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -112,9 +115,7 @@ def test_transformers_chameleon_reads_what_is_saved(tmp_path):
                 owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
                 setattr(owner, leaf, torch.nn.Parameter(parameter.repeat(4, 1)))
     save_model(model, tmp_path)
-    image = dict(embed_dim=8, num_embeddings=8, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
-                 latent_channels=8, resolution=16)  # fmt: skip
-    config = ChameleonConfig.from_pretrained(tmp_path, vocabulary_map={"<image>": 47}, vq_config=image)
+    config = ChameleonConfig.from_pretrained(tmp_path, vocabulary_map={"<image>": 47}, vq_config=dict(IMAGE_TOKENIZER))
     theirs, report = ChameleonForConditionalGeneration.from_pretrained(
         tmp_path, config=config, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
@@ -186,14 +187,14 @@ def test_a_tied_head_may_be_written_twice(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_arrive_one_at_a_time_in_the_wanted_dtype(folder, dtype, monkeypatch):
-    order, expected, assign = [], make(), checkpoint.assign_parameter
+    order, expected, assign = [], make(), reading.assign_parameter
 
     def watch(model, name, tensor):
         assert tensor.dtype == dtype and model.get_parameter(name).device.type == "meta"
         order.append(name)
         assign(model, name, tensor)
 
-    monkeypatch.setattr(checkpoint, "assign_parameter", watch)
+    monkeypatch.setattr(reading, "assign_parameter", watch)
     model = load_model(folder, dtype, "cpu")
     assert sorted(order) == sorted(name for name, _ in expected.named_parameters())
     assert all(torch.equal(p, expected.get_parameter(name).to(dtype)) for name, p in model.named_parameters())
@@ -210,12 +211,12 @@ def test_loaded_weights_do_not_lean_on_the_file(folder):
 
 
 def test_places_that_are_no_checkpoint(tmp_path, folder):
-    assert "is no checkpoint folder: it holds no config.json" in error_of(resolve, tmp_path)
+    assert "is not a checkpoint folder: it holds no config.json" in error_of(resolve, tmp_path)
     assert "is a file; give the checkpoint folder" in error_of(resolve, folder / "config.json")
     (folder / "model.safetensors").unlink()
     assert "holds no weights" in error_of(resolve, folder)
     for path in ("nowhere", "/no/such/folder", "./a/b", "a/b/c", "../x", "-a/b"):
-        assert f"{path}: no such folder, and no hub id" in error_of(resolve, path)
+        assert f"{path}: no such folder, and not a hub id" in error_of(resolve, path)
 
 
 def test_missing_unknown_and_misshapen_keys_are_named_together(folder):
@@ -240,7 +241,7 @@ def test_a_head_norm_of_the_wrong_shape(folder):
 
 
 def test_no_weight_is_read_before_names_and_shapes_are_checked(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "assign_parameter", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(reading, "assign_parameter", lambda *_: pytest.fail("a weight was read"))
     change(folder, lambda t: t.pop("model.norm.weight"))
     with pytest.raises(InputError, match="missing keys"):
         load(folder)
@@ -421,7 +422,7 @@ def test_a_save_that_fails_leaves_the_old_model_whole(tmp_path, monkeypatch, cal
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(writing, "write_tensors", full)
     message = error_of(lambda: save_model(make(hidden_size=64), tmp_path, max_shard_bytes=4000))
     assert "cannot be written" in message and "No space left on device" in message
     assert sorted(os.listdir(tmp_path)) == before

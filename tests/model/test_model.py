@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import IMAGE_ID, chameleon, copy_weights
 from safetensors.torch import load_file
 from torch import nn
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.linear import Linear
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import HeadNorm, Transformer
 
 IMAGE_START = 151665
@@ -111,18 +112,8 @@ CHAMELEONS = {
 @pytest.mark.parametrize("changes", CHAMELEONS.values(), ids=CHAMELEONS.keys())
 @torch.no_grad()
 def test_logits_equal_transformers_chameleon(changes):
-    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
-
     config = dataclasses.replace(TINY, **changes)
-    raw = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("rope_scaling", "rope_theta", "dropout")}
-    scaling = config.rope_scaling or {}
-    rope = dict(rope_type=scaling.get("type", scaling.get("rope_type", "default")), rope_theta=config.rope_theta)
-    image = dict(embed_dim=8, num_embeddings=8, base_channels=32, channel_multiplier=[1], num_res_blocks=1,
-                 latent_channels=8, resolution=16)  # fmt: skip
-    theirs = ChameleonForConditionalGeneration(
-        ChameleonConfig(**raw, rope_parameters=rope | {k: v for k, v in scaling.items() if k == "factor"},
-                        vocabulary_map={"<image>": 5}, vq_config=image, attn_implementation="eager")  # fmt: skip
-    ).eval()
+    theirs = chameleon(config, attn_implementation="eager").eval()
     # One row a head, as transformers has it; ours may hold as many.
     ours = Transformer(config).eval()
     for layer in ours.layers:
@@ -134,12 +125,11 @@ def test_logits_equal_transformers_chameleon(changes):
         if "q_norm" in name or "k_norm" in name:
             state[name] = torch.rand(ours.get_parameter(name).shape, generator=generator) + 0.3
     ours.load_state_dict(state)
-    named = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in state.items()}
-    missing, unexpected = theirs.load_state_dict(named, strict=False)
-    assert not unexpected and all("vqmodel" in name for name in missing)
+    copy_weights(ours, theirs)
     ids = random_ids(2, 40)
-    expected = theirs(input_ids=ids.where(ids != 5, 6), use_cache=False).logits
-    logits = ours.project(ours(ids.where(ids != 5, 6)))
+    ids = ids.where(ids != IMAGE_ID, IMAGE_ID + 1)
+    expected = theirs(input_ids=ids, use_cache=False).logits
+    logits = ours.project(ours(ids))
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.5
 
@@ -337,15 +327,6 @@ def test_init_weights_fills_every_parameter():
     again = Transformer(dataclasses.replace(TINY, attention_bias=True))
     again.init_weights(torch.Generator().manual_seed(3))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(("size", "billions"), [("demo", 0.013), ("2B", 1.92), ("7B", 7.88)])
-def test_configurations(size, billions):
-    config = ModelConfig.from_yaml(f"configs/model/{size}.yaml")
-    with torch.device("meta"):
-        model = Transformer(config)
-    count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    assert count == pytest.approx(billions, rel=0.01 if billions > 1 else 0.2)  # the demo's vocabulary may change
 
 
 @pytest.mark.parametrize("rows", [(2,), (3, 1), (4,), (2, 33)])

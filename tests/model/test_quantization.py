@@ -15,10 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from lumina_mgpt.config import INT4_GROUPS, ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model import quantization
-from lumina_mgpt.model.checkpoint import load_model, save_model
-from lumina_mgpt.model.quantization import Int4, Int4Linear, dequantize, quantize
+from lumina_mgpt.model import int4, quantization
+from lumina_mgpt.model.int4 import Int4, dequantize, quantize
+from lumina_mgpt.model.quantization import Int4Linear
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Head, Transformer
+from lumina_mgpt.model.writing import save_model
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import build_model
@@ -61,7 +63,7 @@ def plain_rounding(weight: torch.Tensor, group: int) -> torch.Tensor:
 
 def linear(weight: torch.Tensor, group: int, dtype: torch.dtype, bias: torch.Tensor | None = None) -> Int4Linear:
     module = Int4Linear(weight.shape[1], len(weight), group, None if bias is None else nn.Parameter(bias.to(dtype)))
-    module.take("weight", weight, "cpu")
+    module.load("weight", weight, "cpu")
     return module
 
 
@@ -113,7 +115,7 @@ def test_sixteen_even_levels_are_kept_exactly():
 def test_large_matrices_are_worked_on_in_parts_that_do_not_show(monkeypatch):
     weight = normal(37, 128)
     whole = quantize(weight, 64)
-    monkeypatch.setattr(quantization, "_CHUNK", 5 * 128)
+    monkeypatch.setattr(int4, "CHUNK", 5 * 128)
     assert all(torch.equal(a, b) for a, b in zip(whole, quantize(weight, 64), strict=True))
 
 
@@ -167,7 +169,7 @@ def test_a_head_in_int8(dtype, limit, size):
     head.weight.data, columns = weight, slice(8, 80)
     x = normal(2, 3, 96, seed=1).to(dtype)
     plain = head(x, columns).float()
-    head.keep(columns, int8=True)
+    head.slice_columns(columns, int8=True)
     assert head.weight.dtype == torch.int8 and head.weight.shape == (72, 96)
     stored = head.weight.float() * head.scale.float()[:, None]
     steps = weight[columns].float().abs().amax(1, keepdim=True) / 127
@@ -250,7 +252,7 @@ def test_biases_and_a_tied_head(tmp_path):
     assert torch.equal(again.layers[0].self_attn.q_proj.bias, model.layers[0].self_attn.q_proj.bias)
     assert again.config == dataclasses.replace(config, quantization_config=fresh.config.quantization_config)
     for group in INT4_GROUPS[1:]:
-        with pytest.raises(InputError, match=f"the 32 inputs of layers.0.self_attn.q_proj, got {group}; try .* 32"):
+        with pytest.raises(InputError, match=f"the 32 inputs of layers.0.self_attn.q_proj, got {group}; try quant=32"):
             load_model(tmp_path / "a", torch.float32, "cpu", quant=group)
 
 
@@ -334,7 +336,7 @@ def test_weights_that_are_no_numbers(tiny_checkpoint, tmp_path):
 
 def test_int4_weights_are_not_trained(tiny_int4, tmp_path):
     settings = Settings(data_config="none.yaml", output_dir=str(tmp_path), init_from=str(tiny_int4), max_steps=1)
-    with pytest.raises(InputError, match="--init_from .* int4 weights, which cannot be trained"):
+    with pytest.raises(InputError, match="init_from .* holds int4 weights, which cannot be trained"):
         build_model(settings)
 
 
@@ -373,7 +375,7 @@ def test_generate(tiny_checkpoint, tiny_int4, tmp_path, capsys):
         (False, ["--quant", "--quant_group", "64"], ["the 96 inputs of layers.0.mlp.down_proj, got 64", "try", "32"]),
         (False, ["--quant", "--quant_group", "48"], ["--quant_group", "48", "32, 64, 128"]),
         (False, ["--quant_group", "32"], ["--quant_group 32 means nothing without --quant"]),
-        (True, ["--quant", "--quant_group", "64"], ["--quant_group must be 32", "got 64", "made of"]),
+        (True, ["--quant", "--quant_group", "64"], ["--quant_group must be 32", "got 64", "made from"]),
     ],
 )
 def test_options_that_do_not_fit(tiny_checkpoint, tiny_int4, tmp_path, capsys, quantized, options, parts):
@@ -386,18 +388,18 @@ def test_options_that_do_not_fit(tiny_checkpoint, tiny_int4, tmp_path, capsys, q
 
 
 def test_the_pipeline_takes_known_groups_only(tiny_checkpoint):
-    with pytest.raises(InputError, match="--quant_group must be 32, 64 or 128, got 16"):
+    with pytest.raises(InputError, match="quant must be 32, 64 or 128, got 16"):
         Pipeline.from_pretrained(tiny_checkpoint, "cpu", quant=16)
 
 
 def test_quantize_refuses_what_it_cannot_do(tiny_checkpoint, tiny_int4, tmp_path, capsys):
     main, out = main_of("quantize"), tmp_path / "new" / "folder"
     tiny, save = ["--model_path", str(tiny_checkpoint)], ["--save_path", str(out)]
-    refused(capsys, main([*tiny, *save]), "--quant_group must divide the 64 inputs", "got 128")
+    refused(capsys, main([*tiny, *save]), "--group must divide the 64 inputs", "got 128")
     refused(capsys, main([*tiny, *save, "--group", "16"]), "--group", "16", "32, 64, 128")
-    refused(capsys, main(["--model_path", str(tiny_int4), *save]), "--model_path", "int4 weights already")
+    refused(capsys, main(["--model_path", str(tiny_int4), *save]), "--model_path", "which cannot be quantized again")
     refused(capsys, main(["--model_path", str(tmp_path), *save]), "--model_path", "no config.json")
-    refused(capsys, main([*tiny, "--save_path", str(tiny_checkpoint)]), "--save_path", "is kept")
+    refused(capsys, main([*tiny, "--save_path", str(tiny_checkpoint)]), "--save_path", "already exists")
     assert not any(tmp_path.iterdir()), "nothing stays of a failure"
 
 

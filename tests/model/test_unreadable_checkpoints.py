@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import load_model, resolve
+from lumina_mgpt.model.hub import resolve
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.movqgan.tokenizer import load_state_dict
 from lumina_mgpt.vocabulary import Vocabulary
 

@@ -1,4 +1,4 @@
-"""The pipeline on a tiny checkpoint: an image depends on its prompt, repeat, seed and settings, and on nothing else."""
+"""The pipeline on a tiny checkpoint: an image depends only on its prompt, repeat, seed and settings."""
 
 import shutil
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 import torch
 from near_ties import PROMPTS, margin, near_tie
 
-from lumina_mgpt import Checkpoint, Pipeline, devices
+from lumina_mgpt import Checkpoint, GenerationRequest, Pipeline, devices
 from lumina_mgpt import pipeline as pipeline_module
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
-from lumina_mgpt.devices import resolve_device, resolve_dtype, weight_count
+from lumina_mgpt.devices import resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import CachedStep
-from lumina_mgpt.sampling.autoregressive import opening
+from lumina_mgpt.sampling.autoregressive import first_call
 from lumina_mgpt.sampling.logits import code_log_probs
 from lumina_mgpt.unirep import decode_image
 
@@ -36,8 +36,8 @@ def by_job(results) -> dict:
 
 
 @pytest.mark.parametrize("settings", [dict(cfg=4.0), dict(cfg=1.0, top_k=20, temperature=0.7)])
-def test_an_image_is_the_same_alone_and_in_a_batch(exact, settings):
-    """Float64, so equality is exact: prompts of very different length in one batch, two images of each."""
+def test_an_image_does_not_depend_on_its_batch(exact, settings):
+    """Exact in float64, with prompts of different lengths in one batch and two images of each."""
     together = by_job(exact.generate(PROMPTS, 64, 32, n=2, batch_size=8, seed=3, **settings))
     assert len(together) == 8
     for (prompt, repeat), codes in together.items():
@@ -45,14 +45,14 @@ def test_an_image_is_the_same_alone_and_in_a_batch(exact, settings):
         assert torch.equal(alone[prompt, repeat], codes), (prompt, repeat)
 
 
-def test_order_and_batch_size_change_nothing(exact):
+def test_images_do_not_depend_on_order_and_batch_size(exact):
     reference = by_job(exact.generate(PROMPTS, 32, 64, n=2, batch_size=3))
     reordered = by_job(exact.generate(PROMPTS[::-1], 32, 64, n=2, batch_size=5))
     assert reference.keys() == reordered.keys()
     assert all(torch.equal(reference[key], reordered[key]) for key in reference)
 
 
-def test_seed_and_repeat_decide(exact):
+def test_images_depend_on_seed_and_repeat(exact):
     first, second = exact.generate("a cat", 32, 32, n=2, seed=1)
     (again,) = exact.generate("a cat", 32, 32, n=1, seed=1)
     (other,) = exact.generate("a cat", 32, 32, n=1, seed=2)
@@ -85,7 +85,7 @@ def test_speculation_with_common_noise_gives_the_same_images(exact, pipeline, wi
 
 
 @pytest.mark.parametrize("coupling", ["maximal", "independent"])
-def test_other_couplings_are_reproducible_and_greedy_where_there_is_no_choice(exact, coupling):
+def test_other_couplings_are_reproducible_and_greedy_with_top_k_1(exact, coupling):
     speculation, settings = Speculation(coupling, 9), dict(width=64, height=64, seed=3)
     batch = exact.generate(PROMPTS, n=2, batch_size=8, speculation=speculation, **settings)
     alone = exact.generate(PROMPTS, n=2, batch_size=1, speculation=speculation, **settings)
@@ -99,18 +99,18 @@ def test_the_near_tie_check_can_fail(exact):
     altered = result.codes.clone()
     altered[2, 1] = (altered[2, 1] + 1) % 64
     ahead = margin(exact, "a cat", result.codes, 9, int(altered[2, 1]), (0, 0))
-    assert ahead > 0, "what was drawn must lead"
+    assert ahead > 0, "the sampled code has the highest score"
     assert not near_tie(exact, "a cat", result.codes, altered, (0, 0), limit=min(1e-3, ahead / 2))
 
 
 @pytest.mark.parametrize(("cfg", "first", "rows"), [(1.0, 3, 3), (4.0, 4, 6)])
 def test_guidance_one_costs_no_unconditional_row(pipeline, monkeypatch, cfg, first, rows):
-    """Also counts the forwards: one with the prompt, one for each code but the first, none for a forced id."""
+    """Counts the forwards, too: one with the prompt, one for each code but the first, none for a forced id."""
     seen = []
     forward = pipeline.model.forward
     monkeypatch.setattr(pipeline.model, "forward", lambda ids, **more: (seen.append(len(ids)), forward(ids, **more))[1])
     pipeline.generate(PROMPTS[:3], 64, 32, cfg=cfg)
-    assert seen == [first] + [rows] * (4 * 8 - 1)  # what is alike is read once
+    assert seen == [first] + [rows] * (4 * 8 - 1)  # equal rows are read once
 
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 32), (32, 128), (160, 96)])
@@ -140,43 +140,44 @@ def test_rows_are_reported_in_order_and_are_final(pipeline):
             assert torch.equal(rows, codes[job][: number % 8 + 1])
     picture = pipeline.preview(events[2].codes, events[2].layout)[0]
     assert picture.size == (32, 64)
-    assert picture.getpixel((0, 24)) == (128, 128, 128), "what is not there yet is grey"
+    assert picture.getpixel((0, 24)) == (128, 128, 128), "rows that are not sampled yet are grey"
     assert picture.crop((0, 0, 32, 24)).getcolors() != [(32 * 24, (128, 128, 128))]
 
 
 def test_results_come_batch_by_batch(pipeline):
     events = []
-    stream = pipeline.stream(["a cat", "a snowman"], 32, 32, batch_size=1, on_row=events.append)
+    request = GenerationRequest(["a cat", "a snowman"], 32, 32, batch_size=1)
+    stream = pipeline.stream(request, on_row=events.append)
     assert not events
     assert next(stream).job.prompt_index == 0
-    assert len(events) == 4, "the second batch must not have begun"
+    assert len(events) == 4, "the second batch has not begun"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prompts=[]), "--prompt"),
-        (dict(n=0), "-n must be a whole number in 1 ... 100000; try 1, got 0"),
-        (dict(n=10**9), "-n must be a whole number in 1 ... 100000"),
-        (dict(batch_size=0), "--batch_size must be a whole number in 1 ... 100000; try 1, got 0"),
-        (dict(cfg=float("nan")), "--cfg"),
-        (dict(temperature=0.0), "--temperature"),
-        (dict(top_k=0), "--top_k"),
-        (dict(seed=-1), "--seed"),
-        (dict(width=100), "--width must be a multiple of 32, got 100; try 96 or 128"),
-        (dict(height=0), "--height must be 32 to 2048 pixels, got 0; try 32"),
+        (dict(prompts=[]), "^prompts must hold at least one text"),
+        (dict(n=0), "^n must be a whole number in 1 ... 100000; try 1, got 0"),
+        (dict(n=10**9), "^n must be a whole number in 1 ... 100000"),
+        (dict(batch_size=0), "^batch_size must be a whole number in 1 ... 100000; try 1, got 0"),
+        (dict(cfg=float("nan")), "^cfg must"),
+        (dict(temperature=0.0), "^temperature must"),
+        (dict(top_k=0), "^top_k must"),
+        (dict(seed=-1), "^seed must"),
+        (dict(width=100), "^width must be a multiple of 32, got 100; try 96 or 128"),
+        (dict(height=0), "^height must be 32 to 2048 pixels, got 0; try 32"),
         (dict(width=512, height=512), "this model sees 2048"),
-        (dict(prompts=["a cat", "an <eoss>"]), r"--prompt \(number 1\): .*<eoss>"),
+        (dict(prompts=["a cat", "an <eoss>"]), r"^prompts \(number 1\): .*<eoss>"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(pipeline, monkeypatch, arguments, message):
     monkeypatch.setattr(pipeline.model, "forward", lambda *_, **__: pytest.fail("the model ran"))
     with pytest.raises(InputError, match=message):
-        pipeline.stream(**{"prompts": "a cat"} | arguments)
+        pipeline.stream(GenerationRequest.of(**{"prompts": "a cat"} | arguments))
 
 
 def test_a_movqgan_of_another_size_is_refused(tiny_checkpoint, oracle_movqgan):
-    with pytest.raises(InputError, match="16384 codes.*64.*--movqgan_path"):
+    with pytest.raises(InputError, match="^movqgan_path .* 64 codes, .* 16384"):
         Pipeline.from_pretrained(tiny_checkpoint, "cpu", movqgan_path=oracle_movqgan)
 
 
@@ -197,7 +198,7 @@ def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
         pipeline.checkpoint.folder, SEVEN_B, pipeline.checkpoint.vocabulary, pipeline.checkpoint.movqgan_path
     ))  # fmt: skip
     assert pipeline.batch_size(9400, layout, SamplingConfig()) == 1
-    monkeypatch.setattr(pipeline_module, "_CACHE_BUDGET", 9 << 30)
+    monkeypatch.setattr(pipeline_module, "_CACHE_LIMIT", 9 << 30)
     settings = SamplingConfig(cfg=1.0)
     assert pipeline.batch_size(3000, layout, settings) == 2  # 1 MiB an id in fp32
     monkeypatch.setattr(pipeline, "cache_dtype", torch.int8)
@@ -206,8 +207,8 @@ def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
     assert pipeline.batch_size(3000, layout, settings, Speculation()) == 3
 
 
-def test_what_is_alike_is_read_once(exact):
-    """Three images of one prompt: two rows for the prompts, the conditional one and the one without, then six."""
+def test_equal_rows_are_read_once(exact):
+    """Three images of one prompt: first two rows, the conditional and the unconditional one, then six."""
     rows = []
     hook = exact.model.layers[0].register_forward_pre_hook(lambda layer, given: rows.append(len(given[0])))
     images = exact.generate("a cat", 32, 32, n=3, batch_size=3)
@@ -232,17 +233,17 @@ def test_half_precision_decodes_nearly_the_same_picture(tiny_checkpoint, exact):
     assert 0 < np.abs(difference).mean() < 2  # of 255
 
 
-def test_an_int8_cache_stays_near(tiny_checkpoint, exact):
-    """The law of each code, given the same codes before it, moves by little, and not by nothing."""
+def test_an_int8_cache_changes_little(tiny_checkpoint, exact):
+    """The log-probabilities of the first code differ by little, and are not equal."""
     rounded = Pipeline.from_pretrained(tiny_checkpoint, "cpu", torch.float64, cache_dtype=torch.int8)
-    layout, laws = exact.checkpoint.layout(64, 64), []
-    call, _ = opening(exact.checkpoint.prompt_ids(PROMPTS, layout), layout, torch.empty(4, 0).long(), guided=False)
+    layout, log_probs = exact.checkpoint.layout(64, 64), []
+    call, _ = first_call(exact.checkpoint.prompt_ids(PROMPTS, layout), layout, torch.empty(4, 0).long(), guided=False)
     for pipeline in (exact, rounded):
         cache = KVCache(exact.checkpoint.config, 4, call.ids.shape[1], pipeline.cache_dtype, "cpu")
         with torch.no_grad():
             step = CachedStep(pipeline.model, cache, exact.checkpoint.vocabulary.code_slice)
-            laws.append(code_log_probs(step(*call), SamplingConfig(cfg=1.0)))
-    difference = (laws[0] - laws[1]).abs()
+            log_probs.append(code_log_probs(step(*call), SamplingConfig(cfg=1.0)))
+    difference = (log_probs[0] - log_probs[1]).abs()
     assert 1e-6 < difference.max() < 0.05
 
 
@@ -254,7 +255,7 @@ SEVEN_B = ModelConfig(
 
 def test_auto_dtype_on_a_cpu_is_fp32_unless_that_takes_half_of_the_memory(monkeypatch):
     cpu = torch.device("cpu")
-    assert 7.5e9 < weight_count(SEVEN_B) < 8.0e9
+    assert 7.5e9 < SEVEN_B.weight_count < 8.0e9
     monkeypatch.setattr(devices, "_physical_memory", lambda: 24 << 30)
     assert resolve_dtype("auto", cpu, SEVEN_B) == torch.bfloat16
     monkeypatch.setattr(devices, "_physical_memory", lambda: 256 << 30)
@@ -265,8 +266,8 @@ def test_auto_dtype_on_a_cpu_is_fp32_unless_that_takes_half_of_the_memory(monkey
 
 
 @pytest.mark.parametrize("name", ["gpu", "tpu:0", "meta", "cuda:99"])
-def test_devices_that_are_not_there_are_refused(name):
-    with pytest.raises(InputError, match="--device"):
+def test_missing_devices_are_refused(name):
+    with pytest.raises(InputError, match="^device "):
         resolve_device(name)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lumina_mgpt import Pipeline
+from lumina_mgpt import GenerationRequest, Pipeline
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import I2I_TASKS
@@ -23,7 +23,7 @@ def pipeline(tiny_checkpoint) -> Pipeline:
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
 def test_whole_numbers_of_numpy_and_torch(pipeline, number):
-    """They were refused: `--seed must be a whole number ..., got 7`."""
+    """They were refused: `seed must be a whole number ..., got 7`."""
     settings = SamplingConfig(cfg=number(2), top_k=number(5), temperature=np.float32(0.5), seed=number(7))
     assert asdict(settings) == dict(cfg=2.0, top_k=5, temperature=0.5, seed=7)
     assert {type(value) for value in asdict(settings).values()} == {int, float}
@@ -35,28 +35,28 @@ def test_whole_numbers_of_numpy_and_torch(pipeline, number):
 
 
 @pytest.mark.parametrize(
-    ("values", "option"),
+    ("values", "parameter"),
     [
-        (dict(seed=True), "--seed"), (dict(seed=np.bool_(True)), "--seed"), (dict(seed=torch.tensor(True)), "--seed"),
-        (dict(seed=7.0), "--seed"), (dict(seed="7"), "--seed"), (dict(seed=np.array([1, 2])), "--seed"),
-        (dict(seed=10**5000), "--seed"), (dict(top_k=True), "--top_k"), (dict(cfg=True), "--cfg"),
-        (dict(cfg="4"), "--cfg"), (dict(cfg=None), "--cfg"), (dict(temperature=10**400), "--temperature"),
-        (dict(n=True), "-n"), (dict(batch_size=2.0), "--batch_size"), (dict(width=32.0), "--width"),
-        (dict(height="32"), "--height"), (dict(share="01"), "share"), (dict(share=(2, 2)), "share"),
-        (dict(share=(0, 0)), "share"), (dict(task="t2i"), "task"), (dict(prompts=b"cat"), "--prompt"),
-        (dict(prompts=["a cat", 3]), "--prompt"), (dict(prompts=[None]), "--prompt"), (dict(shown=3), "--panel_prompt"),
+        (dict(seed=True), "seed"), (dict(seed=np.bool_(True)), "seed"), (dict(seed=torch.tensor(True)), "seed"),
+        (dict(seed=7.0), "seed"), (dict(seed="7"), "seed"), (dict(seed=np.array([1, 2])), "seed"),
+        (dict(seed=10**5000), "seed"), (dict(top_k=True), "top_k"), (dict(cfg=True), "cfg"),
+        (dict(cfg="4"), "cfg"), (dict(cfg=None), "cfg"), (dict(temperature=10**400), "temperature"),
+        (dict(n=True), "n"), (dict(batch_size=2.0), "batch_size"), (dict(width=32.0), "width"),
+        (dict(height="32"), "height"), (dict(share="01"), "share"), (dict(share=(2, 2)), "share"),
+        (dict(share=(0, 0)), "share"), (dict(task="t2i"), "task"), (dict(prompts=b"cat"), "prompts"),
+        (dict(prompts=["a cat", 3]), "prompts"), (dict(prompts=[None]), "prompts"), (dict(shown=3), "shown"),
     ],
 )  # fmt: skip
-def test_values_of_other_types_are_refused_by_name(pipeline, values, option):
-    """True counted as 1, b"cat" as the prompts "99", "97" and "116"; others ended in a TypeError."""
-    with pytest.raises(InputError, match=f"^{option} ") as error:
-        pipeline.stream(**{"prompts": "a cat", "width": 32, "height": 32} | values)
+def test_values_of_other_types_are_refused_by_name(pipeline, values, parameter):
+    """True counted as 1, b"cat" as the prompts "99", "97" and "116"; others raised a TypeError."""
+    with pytest.raises(InputError, match=f"^{parameter} ") as error:
+        pipeline.stream(GenerationRequest.of(**{"prompts": "a cat", "width": 32, "height": 32} | values))
     assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_panel_may_be_the_path_of_a_picture(pipeline, tmp_path, kind):
-    """`panel="a.png"` was taken as as many panels as it has letters."""
+    """`panel="a.png"` counted as a panel for each letter."""
     picture = Image.new("RGB", (40, 50), "red")
     picture.save(tmp_path / "a.png")
     (by_path,) = pipeline.generate("a cat", **DEPTH, panel=kind(tmp_path / "a.png"))
@@ -72,14 +72,14 @@ def test_a_panel_may_be_the_path_of_a_picture(pipeline, tmp_path, kind):
 def test_panels_of_other_types_are_refused(pipeline, panel):
     """bytes, arrays and nested lists were counted as panels."""
     with pytest.raises(InputError, match=r"^panel \(number 0\) must be a picture .*, got \w+; convert it"):
-        pipeline.stream("a cat", **DEPTH, panel=panel)
+        pipeline.stream(GenerationRequest.of("a cat", **DEPTH, panel=panel))
 
 
-def test_a_panel_that_is_not_there(pipeline):
+def test_a_missing_panel(pipeline):
     with pytest.raises(InputError, match=r"^panel no/such\.png"):
-        pipeline.stream("a cat", **DEPTH, panel="no/such.png")
+        pipeline.stream(GenerationRequest.of("a cat", **DEPTH, panel="no/such.png"))
 
 
-def test_one_text_is_not_a_sequence_of_letters(pipeline):
+def test_a_str_is_one_prompt(pipeline):
     layout = pipeline.checkpoint.layout(32, 32)
     assert pipeline.checkpoint.prompt_ids("a cat", layout) == pipeline.checkpoint.prompt_ids(["a cat"], layout)

@@ -8,7 +8,7 @@ import torch
 from near_ties import PROMPTS, near_tie
 
 from lumina_mgpt import Pipeline
-from lumina_mgpt.config import BIRTHS, Speculation
+from lumina_mgpt.config import PROPOSALS, Speculation
 from lumina_mgpt.devices import default_window
 from lumina_mgpt.prompts import I2I_TASKS, TASKS
 
@@ -40,7 +40,7 @@ def plain_images(exact) -> list[tuple[dict, list]]:
 
 def speculations() -> list[Speculation]:
     draw = random.Random(1).choice
-    return [Speculation("noise", draw([1, 3, 8, 17, 40, 200]), draw(BIRTHS)) for _ in mixed_requests()]
+    return [Speculation("noise", draw([1, 3, 8, 17, 40, 200]), draw(PROPOSALS)) for _ in mixed_requests()]
 
 
 @pytest.mark.slow

@@ -34,10 +34,13 @@ LAYERS: dict[str, set[str]] = {
     "kernels": {"config"},
     "model": FOUNDATIONS | {"checks", "config", "kernels"},
     "sampling": {"errors", "checks", "config", "unirep"},
-    "results": {"unirep"},
-    "request": {"errors", "checks", "config", "images", "panels", "prompts", "sampling", "unirep"},
+    "request": {"errors", "checks", "config", "panels", "prompts"},
+    "results": {"request", "unirep"},
+    "preparation": FOUNDATIONS
+    | {"config", "model", "movqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
 }
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
+LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "movqgan", "prompts", "unirep", "vocabulary"}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from remembering_step import RememberingStep
 
-from lumina_mgpt.config import COUPLINGS, ModelConfig, SamplingConfig, Speculation
+from lumina_mgpt.config import COUPLINGS, PROPOSALS, ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings, jacobi, sample
-from lumina_mgpt.sampling.drafts import BIRTHS
 from lumina_mgpt.sampling.jacobi import sample_jacobi
+from lumina_mgpt.sampling.proposals import PROPOSAL_FUNCTIONS
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -34,7 +34,7 @@ images = st.fixed_dictionaries({
     "grid": st.tuples(st.integers(1, 3), st.integers(1, 3)), "given": st.integers(0, 1),
     "cfg": st.sampled_from([0.5, 1.0, 4.0]), "top_k": st.sampled_from([1, 2, 7, 4096]),
     "temperature": st.sampled_from([0.2, 1.0, 3.0]), "batch": st.integers(1, 3), "seed": st.integers(0, 2**40),
-    "window": st.sampled_from([1, 2, 5, 16, 33, 200]), "birth": st.sampled_from(sorted(BIRTHS)),
+    "window": st.sampled_from([1, 2, 5, 16, 33, 200]), "proposal": st.sampled_from(sorted(PROPOSALS)),
     "settled": st.booleans(),
 })  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_common_noise_gives_the_plain_samplers_image(vocabulary, drawn):
     known = torch.randint(0, 64, (len(prompts), layout.given), generator=torch.Generator().manual_seed(0))
     kind = SettledStep if drawn["settled"] else RememberingStep
     plain = sample(kind(64), prompts, layout, config, keys, given=known)
-    speculation = Speculation("noise", drawn["window"], drawn["birth"])
+    speculation = Speculation("noise", drawn["window"], drawn["proposal"])
     step = kind(64)
     assert torch.equal(sample_jacobi(step, prompts, layout, config, keys, speculation, given=known), plain)
     assert len(step.calls) <= layout.num_codes - layout.given
@@ -126,7 +126,7 @@ def exact_law(vocabulary, layout, config) -> dict[tuple, float]:
     return laws
 
 
-def misfit(vocabulary, coupling, window, birth, sampled=SAMPLED, kept=KEPT) -> float:
+def misfit(vocabulary, coupling, window, proposal, sampled=SAMPLED, kept=KEPT) -> float:
     """How many standard deviations chi-squared lies above its mean (Wilson and Hilferty's normal approximation)."""
     config = SamplingConfig(cfg=1.0, top_k=kept)
     layout = ImageLayout(vocabulary, 1, 1, given=16 - sampled)
@@ -138,7 +138,7 @@ def misfit(vocabulary, coupling, window, birth, sampled=SAMPLED, kept=KEPT) -> f
         known = torch.zeros((batch, layout.given), dtype=torch.long)
         prompt = generation_prompt("a cat", vocabulary)
         codes = sample_jacobi(TableStep(), [prompt] * batch, layout, config, keys,
-                              Speculation(coupling, window, birth), given=known)  # fmt: skip
+                              Speculation(coupling, window, proposal), given=known)  # fmt: skip
         for outcome in map(tuple, codes.view(batch, -1)[:, layout.given :].tolist()):
             stray += outcome not in counts
             counts[outcome] = counts.get(outcome, 0) + 1
@@ -154,9 +154,9 @@ def misfit(vocabulary, coupling, window, birth, sampled=SAMPLED, kept=KEPT) -> f
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-@pytest.mark.parametrize(("window", "birth"), [(4, "uniform"), (3, "above"), (5, "above")])
-def test_images_have_the_law_of_the_model(vocabulary, coupling, window, birth):
-    assert abs(misfit(vocabulary, coupling, window, birth)) < 4
+@pytest.mark.parametrize(("window", "proposal"), [(4, "uniform"), (3, "above"), (5, "above")])
+def test_images_have_the_law_of_the_model(vocabulary, coupling, window, proposal):
+    assert abs(misfit(vocabulary, coupling, window, proposal)) < 4
 
 
 @pytest.mark.parametrize(("coupling", "window"), [("maximal", 2), ("independent", 3)])
@@ -166,38 +166,41 @@ def test_images_longer_than_the_rings_have_the_law_of_the_model(vocabulary, coup
 
 
 def test_a_ring_too_short_for_the_window_shows(vocabulary, monkeypatch):
-    ring = jacobi._Images._ring
-    monkeypatch.setattr(jacobi._Images, "_ring", lambda self, places, held: torch.where(
-        places < self.N, places % 3, ring(self, places, held)))  # fmt: skip
+    ring = jacobi._State._ring_index
+    monkeypatch.setattr(jacobi._State, "_ring_index", lambda self, positions, held: torch.where(
+        positions < self.N, positions % 3, ring(self, positions, held)))  # fmt: skip
     assert misfit(vocabulary, "maximal", 5, "above", sampled=10, kept=2) > 8
 
 
-def plant_law_for_residual(monkeypatch):
-    monkeypatch.setattr(couplings, "_redrawn", lambda law, drafted, drafts, u: couplings.by_inversion(law.exp(), u))
+def plant_target_for_residual(monkeypatch):
+    def sample_target(target, proposal, drafts, uniform):
+        return couplings.sample_by_inversion(target.exp(), uniform)
+
+    monkeypatch.setattr(couplings, "sample_residual", sample_target)
 
 
-def plant_old_law(monkeypatch):
-    judge = jacobi._Images.judge
+def plant_old_proposal(monkeypatch):
+    verify = jacobi._State.verify
 
-    def keep_old(self, law):
-        places = self.done[:, None] + torch.arange(law.shape[1])
-        at, ring = places.clamp(max=self.N), self._ring(places, self.laws)
-        drafts, drafted = self.codes.gather(1, at), self.laws[self.rows, ring]
-        judge(self, law)
-        same = self.codes.gather(1, at) == drafts
-        rows = self.rows.expand_as(at)[same]
-        self.laws[rows, ring[same]] = drafted[same]
+    def keep_old(self, target):
+        positions = self.final[:, None] + torch.arange(target.shape[1])
+        columns, ring = positions.clamp(max=self.N), self._ring_index(positions, self.proposals)
+        drafts, proposal = self.codes.gather(1, columns), self.proposals[self.rows, ring]
+        verify(self, target)
+        same = self.codes.gather(1, columns) == drafts
+        rows = self.rows.expand_as(columns)[same]
+        self.proposals[rows, ring[same]] = proposal[same]
 
-    monkeypatch.setattr(jacobi._Images, "judge", keep_old)
+    monkeypatch.setattr(jacobi._State, "verify", keep_old)
 
 
 def plant_filter(monkeypatch):
     original = jacobi.code_log_probs
 
     def filtered(logits, config):
-        law = original(logits, config)
-        unlikely = law < law.amax(-1, keepdim=True) - 1.0
-        return law.masked_fill(unlikely, -torch.inf).log_softmax(-1)
+        log_probs = original(logits, config)
+        unlikely = log_probs < log_probs.amax(-1, keepdim=True) - 1.0
+        return log_probs.masked_fill(unlikely, -torch.inf).log_softmax(-1)
 
     monkeypatch.setattr(jacobi, "code_log_probs", filtered)
 
@@ -206,14 +209,14 @@ def plant_one_too_many(monkeypatch):
     original = couplings.maximal
 
     def one_more(*args):
-        codes, confirmed = original(*args)
-        before = torch.cat([torch.ones_like(confirmed[:, :1]), confirmed[:, :-1]], 1).cumprod(-1).bool()
-        return couplings.Judged(codes, confirmed | before)
+        codes, accepted = original(*args)
+        before = torch.cat([torch.ones_like(accepted[:, :1]), accepted[:, :-1]], 1).cumprod(-1).bool()
+        return couplings.Verified(codes, accepted | before)
 
     monkeypatch.setattr(couplings, "maximal", one_more)
 
 
-@pytest.mark.parametrize("plant", [plant_law_for_residual, plant_old_law, plant_filter, plant_one_too_many])
+@pytest.mark.parametrize("plant", [plant_target_for_residual, plant_old_proposal, plant_filter, plant_one_too_many])
 def test_the_law_of_the_image_shows_planted_faults(vocabulary, monkeypatch, plant):
     plant(monkeypatch)
     assert misfit(vocabulary, "maximal", 5, "above") > 8
@@ -227,13 +230,13 @@ def test_inversion_by_blocks_is_inversion(count):
     weights[weights.sum(-1) == 0] = 1
     uniform = torch.linspace(0, 1, 402, dtype=torch.float64)[1:-1]
     uniform[:2], uniform[-2:] = 2.0**-53, 1 - 2.0**-53
-    found = couplings.by_inversion(weights, uniform)
+    found = couplings.sample_by_inversion(weights, uniform)
     assert (weights.gather(-1, found[:, None]) > 0).all()
     sums = weights.cumsum(-1)
     target = uniform * sums[:, -1]
     below = torch.where(found > 0, sums.gather(-1, (found - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     assert (below <= target + 1e-9).all() and (target <= sums.gather(-1, found[:, None])[:, 0] + 1e-9).all()
-    single = couplings.by_inversion(weights.float(), uniform)
+    single = couplings.sample_by_inversion(weights.float(), uniform)
     assert (weights.gather(-1, single[:, None]) > 0).all()
 
 
@@ -252,11 +255,11 @@ def test_drafts_that_are_always_sometimes_and_never_right(vocabulary, coupling, 
     def forwards(window: int, right: float) -> int:
         """Of an image whose drafts are born right so often, from the law of all places, and else impossible."""
 
-        def birth(above):
+        def proposal(above):
             impossible = torch.zeros_like(above).index_fill(-1, torch.tensor([outside]), 1.0)
             return torch.lerp(impossible, above.exp(), right).log()
 
-        monkeypatch.setitem(BIRTHS, "uniform", birth)
+        monkeypatch.setitem(PROPOSAL_FUNCTIONS, "uniform", proposal)
         step = FlatStep()
         codes = sample_jacobi(step, [generation_prompt("a cat", vocabulary)], layout, config, [(1, 0)],
                               Speculation(coupling, window, "uniform"))  # fmt: skip

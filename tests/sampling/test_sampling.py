@@ -128,7 +128,7 @@ def test_callback_sees_each_row_once(vocabulary):
 
 
 def test_greedy_takes_the_likeliest_and_draws_no_noise(vocabulary, monkeypatch):
-    monkeypatch.setattr("lumina_mgpt.sampling.autoregressive.gumbel_rows", None)
+    monkeypatch.setattr("lumina_mgpt.sampling.autoregressive.gumbel_like", None)
     layout, config = ImageLayout(vocabulary, 1, 1), SamplingConfig(cfg=4.0, top_k=1)
     codes = sample(RememberingStep(64), [[5, 6]], layout, config, KEYS[:1])
     assert torch.equal(codes[0], plain_image([5, 6], layout, config, KEYS[0]))
@@ -138,7 +138,7 @@ def test_logits_that_are_not_numbers_are_told(vocabulary):
     def broken(ids, positions, read):
         return torch.full((len(ids), 1, 64), math.inf)
 
-    with pytest.raises(InputError, match="--dtype"):
+    with pytest.raises(InputError, match="^dtype gives logits"):
         sample(broken, [[1]], ImageLayout(vocabulary, 1, 1), SamplingConfig(), KEYS[:1])
 
 

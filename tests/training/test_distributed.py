@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from training_runs import ONE, ROOT, environment
 
-from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.training.distributed import place
 from lumina_mgpt.training.loss import LossModel
 

@@ -13,7 +13,7 @@ from training_runs import ONE, changed, metrics_of, weights_of
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.metrics import batch_flops
@@ -189,7 +189,7 @@ def test_export_of_a_chosen_step(settings, tmp_path, capsys):
     assert main_of("export")([*line, "2"]) == 0
     early, last = load_file(tmp_path / "two" / "model.safetensors"), weights_of(settings.output_dir)
     assert not torch.equal(early["lm_head.weight"], last["lm_head.weight"])
-    assert main_of("export")([*line, "2"]) == 2 and "is there already" in capsys.readouterr().err
+    assert main_of("export")([*line, "2"]) == 2 and "already exists" in capsys.readouterr().err
 
 
 def test_sample_pictures_are_drawn_while_it_trains(settings):

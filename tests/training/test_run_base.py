@@ -8,7 +8,7 @@ import pytest
 from commands import main_of
 from safetensors.torch import load_file, save_file
 
-from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.training.base import fingerprint
 
 finetune, export = main_of("finetune"), main_of("export")

@@ -19,7 +19,7 @@ from training_runs import ONE, ROOT, changed, command, environment, metrics_of, 
 from lumina_mgpt.data.batches import Planned, collate
 from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.checkpoint import load_model
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.loss import TAIL_MASS, LossModel, token_losses
@@ -33,7 +33,7 @@ from lumina_mgpt.unirep import IGNORED
 @pytest.mark.parametrize("case", ["b2_trunc100", "b3"])
 def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
     """Cross-entropy, z-loss and gradient norms of the released trainer, though unlabelled positions skip the head."""
-    from lumina_mgpt.model.checkpoint import disk_name
+    from lumina_mgpt.model.names import disk_name
 
     wanted = json.loads((oracle_dir / "loss_mha256.json").read_text())[case]
     items = [json.loads((oracle_dir / "pre_tokenize.json").read_text())[n] for n in wanted["items"]]
@@ -221,7 +221,7 @@ def test_two_runs_in_one_folder_are_one_too_many(settings):
 
     def step_beside_another(began):
         if first.at == 3:
-            with pytest.raises(InputError, match="--output_dir .* another run is at work there"):
+            with pytest.raises(InputError, match="--output_dir .* is in use by another run"):
                 second.run()
         step(began)
 

@@ -1,0 +1,8 @@
+"""Runs `python -m lumina_mgpt.cli COMMAND` as `lumina-mgpt COMMAND`."""
+
+import sys
+
+from lumina_mgpt.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Compiles and loads the C++ kernels; the library is cached in a folder of the user.
+
+The kernels need x86 with AMX and AVX-512, Linux, and a C++ compiler. LUMINA_MGPT_NATIVE=0 switches them off.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("operators", "int4_amx", "int8_rows", "one_query")
+)
+_FEATURES = ("amx_tile", "amx_bf16", "avx512_bw", "avx512_vl", "avx512_vbmi", "avx512_bf16")
+_FLAGS = (
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi",
+    "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable interface of torch 2.10
+)  # fmt: skip
+_TORCH = Path(torch.__file__).parent
+_COMPILE_SECONDS = 120  # time limit of the compiler
+# Linux: arch/x86/include/asm/unistd_64.h and documentation of "XSTATE features".
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
+def machine_supports() -> bool:
+    """Returns whether this machine can build and run the kernels, whether or not they are correct."""
+    return processor_supports() and bool(compiler()) and tiles_allowed()
+
+
+def processor_supports() -> bool:
+    """Returns whether the system is Linux on a processor with the instructions, and the kernels are switched on."""
+    if os.environ.get("LUMINA_MGPT_NATIVE") == "0" or sys.platform != "linux":
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return all(capabilities.get(feature) for feature in _FEATURES)
+
+
+def compiler() -> list[str]:
+    """Returns the command of the C++ compiler: CXX, g++ or clang++; an empty list if there is none."""
+    return shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
+
+
+def tiles_allowed() -> bool:
+    """Requests the AMX tile data from the system for this process; returns whether it is granted."""
+    arguments = (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
+    return ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments)) == 0
+
+
+def load() -> None:
+    """Registers the operators of the cached library, which is compiled if it is missing or damaged.
+
+    Raises:
+        OSError: the cache folder cannot be used, or torch refuses the operators.
+        subprocess.SubprocessError: the compiler fails, or exceeds its time limit.
+    """
+    command = compiler()
+    path = library_path(command)
+    try:
+        register = _register(path) if path.exists() else _register(compile_library(command, path))
+    except (OSError, AttributeError):  # damaged, or written by another system that shares the folder
+        register = _register(compile_library(command, path))
+    if not register():
+        raise OSError("torch does not take the operators")
+
+
+def library_path(command: list[str]) -> Path:
+    """Returns the path of the library; its name is a hash of the sources, the compiler and torch's version.
+
+    Raises:
+        OSError: the folder or the library belongs to another user, or others can write to it.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    folder = (home if home.is_absolute() else Path.home() / ".cache") / "lumina_mgpt"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sources = [path.read_bytes() for path in (*_SOURCES, *_SOURCES[0].parent.glob("*.h"))]
+    program = shutil.which(command[0])
+    inputs = (sources, command, program and os.stat(program).st_mtime, _FLAGS, torch.__version__, platform.libc_ver())
+    path = folder / f"native-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}.so"
+    for checked in (folder, path):
+        if checked.exists():
+            status = checked.stat()
+            if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise OSError(f"{checked} belongs to another user or can be written by others")
+    return path
+
+
+def compile_library(command: list[str], path: Path) -> Path:
+    """Compiles the sources to `path`, which gets its content in one step; returns `path`.
+
+    Raises:
+        OSError: the compiler cannot be started, or the folder cannot be written.
+        subprocess.SubprocessError: the compiler fails, or exceeds its time limit.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # several processes may compile at the same time
+        library = Path(folder) / path.name
+        arguments = [*_FLAGS, f"-I{_TORCH / 'include'}", *map(str, _SOURCES), f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+        line = [*command, *arguments, "-o", str(library)]
+        subprocess.run(line, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+        library.chmod(0o700)
+        library.replace(path)
+    return path
+
+
+def _register(path: Path) -> Callable[[], bool]:
+    """Returns the library's function that registers its operators; loading the library alone registers nothing."""
+    register = ctypes.CDLL(str(path)).lumina_mgpt_register
+    register.restype = ctypes.c_bool
+    return register

@@ -1,0 +1,86 @@
+"""The only place that decides whether a native kernel serves; otherwise torch's operators do the same, more slowly.
+
+The first question builds the kernels and compares small products with torch's.
+"""
+
+import logging
+import subprocess
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lumina_mgpt.config import INT4_GROUPS
+from lumina_mgpt.kernels import build, ops
+
+logger = logging.getLogger(__name__)
+
+
+def serves_int4(device: torch.device, dtype: torch.dtype, outputs: int, group: int) -> bool:
+    """Returns whether `int4_linear` serves inputs of this dtype and a matrix with these outputs and groups."""
+    fits = device.type == "cpu" and dtype == torch.bfloat16 and outputs % ops.INT4_OUTPUTS == 0
+    return fits and group in INT4_GROUPS and ready()
+
+
+def serves_int8(x: Tensor, numbers: Tensor) -> bool:
+    """Returns whether `int8_linear` serves these rows and this matrix. Shapes: x (M, K), numbers (N, K)."""
+    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
+    return fits and len(numbers) % ops.INT8_MULTIPLE == numbers.shape[1] % ops.INT8_MULTIPLE == 0 and ready()
+
+
+def serves_one_query(q: Tensor, keys: Tensor) -> bool:
+    """Returns whether `one_query` serves these queries and keys. Shapes: q (B, T, N, H), keys (B, S, K, H)."""
+    fits = q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys.dtype in (torch.bfloat16, torch.int8)
+    shaped = q.shape[1] == 1 and q.shape[3] in ops.HEAD_WIDTHS and keys.stride()[1::2] == (q.shape[3], 1)
+    return fits and shaped and not q.requires_grad and ready()
+
+
+@torch.compiler.assume_constant_result
+def ready() -> bool:
+    """Returns whether the operators work on this machine; builds them at the first call."""
+    return _works()
+
+
+@cache
+def _works() -> bool:
+    """Returns whether the operators are registered and correct; logs why not where the processor has AMX."""
+    if not build.processor_supports():
+        return False
+    if not build.compiler():
+        logger.info("no C++ compiler (g++, clang++ or CXX): int4 products and attention use torch's slower kernels")
+        return False
+    try:
+        if not build.tiles_allowed():
+            raise OSError("the system does not let processes use the tile unit")
+        build.load()
+        _check_products()
+    except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
+        logger.warning("native kernels cannot be used: %s; torch's slower kernels are used instead", _reason(error))
+        return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of a compiler's output with the word error, or the first line of the error's text."""
+    output = getattr(error, "stderr", None) or str(error)
+    lines = (output.decode(errors="replace") if isinstance(output, bytes) else output).strip().split("\n")
+    return next((line for line in lines if "error" in line), lines[0])
+
+
+def _check_products() -> None:
+    """Compares small int4 products with torch's, because torch may change its packing with any version.
+
+    Raises:
+        RuntimeError: a product differs.
+    """
+    for M, N, K, group in ((3, ops.INT4_OUTPUTS, 64, 32), (17, 2 * ops.INT4_OUTPUTS, 256, 128)):
+        with torch.device("cpu"):
+            numbers = (torch.arange(N * K, dtype=torch.int32) * 7 // 3 % 16).view(N, K)
+            x = torch.linspace(-1, 1, M * K).view(M, K).bfloat16()
+            scale_and_zero = torch.linspace(0.1, 1, K // group * N * 2).view(K // group, N, 2).bfloat16()
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        expected = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale_and_zero).float()
+        scales = [ops.blocked_scales(scale_and_zero)] * 2
+        for out in torch.ops.lumina_mgpt.int4_linear(x, [packed] * 2, group, scales):
+            if not (out - expected).norm() < 0.01 * expected.norm():
+                raise RuntimeError("their int4 products differ from torch's")

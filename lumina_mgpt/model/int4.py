@@ -1,0 +1,119 @@
+"""The portable form of int4 matrices, on disk and in memory: quantization by a short search, and dequantization.
+
+A weight is `(q - 8) · scale + zero` with q in 0 ... 15. Each group of neighbouring inputs of an output has one bf16
+scale and one bf16 zero: 4.25 bits a weight in groups of 128.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lumina_mgpt.errors import InputError
+
+# Fractions of the half-range below and above its middle at which the search starts; 0.9 clips the outermost weights.
+_STARTS = ((1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9))
+_FITS = 2  # least-squares fits from each start
+TINY = 1e-30  # scales below this come from groups of equal weights
+CHUNK = 1 << 18  # weights processed at once, so that temporaries stay in the processor's cache
+
+
+class Int4(NamedTuple):
+    """The portable form of a matrix (N, K): two numbers a byte, the first in the high half.
+
+    Shapes: packed (N, K/2) uint8; scale and zero (N, K/group) bfloat16.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def quantize(weight: Tensor, group: int) -> Int4:
+    """Returns the portable form with the least squared error that a short search finds.
+
+    The search has four starts: the whole range of a group, or one or both of its ends clipped by a tenth. Each start
+    is improved twice by rounding and a least-squares fit of scale and zero. The errors of the four are compared with
+    scale and zero rounded to bf16. Squared error relative to rounding over the whole range (which gives 0.0061, 0.0080
+    and 0.0100 of the squared weights for normal weights):
+
+        groups of         32     64    128
+        normal weights  0.804  0.834  0.839
+        demo's layers   0.805  0.833  0.840
+
+    The first start alone gives 0.88, 0.91 and 0.93. Sixteen starts with four fits give 0.79 (32) and 0.82 (128) in
+    seven times the time. Rounding scale and zero to bf16 changes the ratios by less than 0.001.
+
+    Shapes: weight (N, K), K a multiple of `group`.
+
+    Raises:
+        InputError: a weight is infinite or not a number.
+    """
+    N, K = weight.shape
+    scale, zero = (torch.empty(N, K // group, dtype=torch.bfloat16, device=weight.device) for _ in range(2))
+    packed = torch.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
+    rows = max(1, CHUNK // K)
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        groups = weight[part].float().unflatten(1, (-1, group))  # (rows, K/group, group)
+        s, z = _search(groups)
+        scale[part], zero[part] = s.squeeze(-1), z.squeeze(-1)
+        packed[part] = pack_nibbles((_round(groups, s, z) + 8).flatten(1).to(torch.uint8))
+    return Int4(packed, scale, zero)
+
+
+def dequantize(matrix: Int4, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns the weights (N, K) of a portable form, computed in float32, or in float64 for float64."""
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, zero = (tensor.to(wide).unsqueeze(-1) for tensor in matrix[1:])  # (N, K/group, 1)
+    numbers = unpack_nibbles(matrix.packed).to(wide).unflatten(1, (scale.shape[1], -1))  # (N, K/group, group)
+    return torch.addcmul(zero, numbers - 8, scale).flatten(1).to(dtype)
+
+
+def pack_nibbles(numbers: Tensor) -> Tensor:
+    """Packs numbers 0 ... 15 in pairs, the first in the high half as torch's CUDA kernel needs.
+
+    Shapes: (N, K) uint8 -> (N, K/2) uint8.
+    """
+    return numbers[:, ::2] << 4 | numbers[:, 1::2]
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Returns the numbers of `pack_nibbles`. Shapes: (N, K/2) uint8 -> (N, K) uint8."""
+    return torch.stack((packed >> 4, packed & 15), -1).flatten(1)
+
+
+def _search(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero of each group, rounded to bf16. Shapes: weights (..., group) -> two (..., 1) float32."""
+    low, high = weights.aminmax(dim=-1, keepdim=True)
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise InputError("holds weights that are infinite or not a number")
+    middle, half = (low + high) / 2, (high - low) / 2
+    least, best_scale, best_zero = torch.full_like(low, torch.inf), low, low
+    for below, above in _STARTS:
+        scale = half * (below + above) / 15
+        zero = middle - half * below + 8 * scale
+        scale = torch.where(scale >= TINY, scale, 1.0)  # equal weights: all numbers are 0 with any scale
+        for _ in range(_FITS):
+            scale, zero = _fit(weights, _round(weights, scale, zero), scale)
+        scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
+        error = torch.addcmul(zero, _round(weights, scale, zero), scale).sub_(weights).square_().sum(-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _round(weights: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Returns the nearest of the numbers -8 ... 7."""
+    return weights.sub(zero).div_(scale).round_().clamp_(-8, 7)
+
+
+def _fit(weights: Tensor, numbers: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Fits `weights = numbers · scale + zero` by least squares; keeps `scale` where all numbers are equal."""
+    mean = numbers.mean(-1, keepdim=True)
+    deviations = numbers - mean
+    spread = deviations.square().sum(-1, keepdim=True)
+    slope = (deviations * weights).sum(-1, keepdim=True) / spread
+    scale = torch.where(slope >= TINY, slope, scale)  # the slope of equal numbers is 0/0
+    return scale, weights.mean(-1, keepdim=True) - scale * mean

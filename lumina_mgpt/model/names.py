@@ -1,0 +1,30 @@
+"""Names of the files and tensors of a checkpoint folder in the released layout."""
+
+UNUSED_PREFIX = "model.vqmodel."  # Chameleon's image tokenizer: in released files, read by no program
+HEAD = "lm_head.weight"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLE_INDEX, SINGLE_PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+# Files of a checkpoint besides config.json and weights. generation_config.json is for other programs: this project
+# does not read it, and samples with the settings of the request.
+COMPANIONS = (
+    "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "names.txt", "prompts.txt", "movqgan*.safetensors", "*movqgan*.ckpt",
+)  # fmt: skip
+
+_SHOWN = 5
+
+
+def disk_name(name: str) -> str:
+    """Returns the name on disk of a model parameter: all but the head have the prefix `model.`."""
+    return name if name == HEAD else f"model.{name}"
+
+
+def listed(names: list[str]) -> str:
+    """Returns the first five names joined by commas, with the count of the rest, for messages."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its type where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,169 @@
+"""Opens a checkpoint's small files and prepares requests for it: sizes, prompt ids and panels. Loads no weights."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.hub import resolve
+from lumina_mgpt.movqgan.tokenizer import find_movqgan
+from lumina_mgpt.panels import fit_panels, pixel_size
+from lumina_mgpt.prompts import TASKS, Task
+from lumina_mgpt.request import GenerationRequest
+from lumina_mgpt.unirep import CODE_CELL, GRID_UNIT, ImageLayout, generation_prompt
+from lumina_mgpt.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that was checked against a checkpoint.
+
+    Attributes:
+        layout: layout of each image.
+        starts: ids of each prompt, up to image start.
+        panels: the given panels at their size, one for all prompts or one for each: pictures, or codes (rows, cols).
+    """
+
+    request: GenerationRequest
+    layout: ImageLayout
+    starts: Sequence[Sequence[int]]
+    panels: Sequence[Image.Image | Tensor]
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The first given panel, if it is a picture."""
+        panel = self.panels[0] if self.panels else None
+        return panel if isinstance(panel, Image.Image) else None
+
+    def changed(self, **settings: Any) -> "PreparedRequest":
+        """Returns a copy whose request has other settings (`sampling`, `speculation`, `batch_size`, `share`, `n`)."""
+        return replace(self, request=replace(self.request, **settings))
+
+    def single(self, index: int, panel: Image.Image | Tensor, **settings: Any) -> "PreparedRequest":
+        """Returns the request for one prompt and a panel of this layout, with other settings as in `changed`."""
+        request = replace(self.request, prompts=self.request.prompts[index : index + 1], panels=(panel,), **settings)
+        return replace(self, request=request, starts=self.starts[index : index + 1], panels=(panel,))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose small files were read and checked; no weights are loaded yet."""
+
+    folder: Path
+    config: ModelConfig
+    vocabulary: Vocabulary
+    movqgan_path: Path
+
+    @classmethod
+    def open(cls, model_path: str | Path, movqgan_path: str | Path | None = None) -> "Checkpoint":
+        """Opens a local folder, or downloads a hub id.
+
+        Raises:
+            InputError: there is no checkpoint of that name, it is incomplete, or MoVQGAN weights are missing.
+        """
+        _require_utf8("model_path", model_path)
+        try:
+            folder = resolve(model_path)
+            config = ModelConfig.from_json(folder / "config.json")
+            vocabulary = Vocabulary.from_folder(folder, config)
+        except InputError as error:
+            raise InputError(str(error), "model_path") from None
+        movqgan = find_movqgan(folder, movqgan_path)
+        if movqgan.suffix == ".safetensors":
+            _require_utf8("movqgan_path", movqgan)
+        return cls(folder, config, vocabulary, movqgan)
+
+    def base_size(self, panels: int = 1) -> tuple[int, int]:
+        """Returns the default width and height in pixels: square panels of the base size, one above the other.
+
+        Where several panels of that size have more codes than the model's context, they are made smaller until all
+        panels together have the area of one image of the base size: 512 × 1024 for two panels of the released weights,
+        as in their examples.
+        """
+        side = self.config.base_size
+        if panels > 1 and panels * (side // CODE_CELL) ** 2 > self.config.max_position_embeddings:
+            side = max(GRID_UNIT, math.isqrt(side**2 // panels) // GRID_UNIT * GRID_UNIT)
+        return side, panels * side
+
+    def layout(self, width: int | None = None, height: int | None = None, task: Task = TASKS["t2i"]) -> ImageLayout:
+        """Returns the layout of an image.
+
+        Args:
+            width, height: pixels of the whole image, all panels together (default: `base_size`).
+
+        Raises:
+            InputError: a side is not a multiple of 32 (the height: of 32 · panels), or too long.
+        """
+        base = self.base_size(task.panels)
+        width = base[0] if width is None else width
+        height = base[1] if height is None else height
+        return ImageLayout.from_pixels(
+            self.vocabulary, width, height, panels=task.panels, given_panels=task.given_panels
+        )
+
+    def prompt_ids(
+        self,
+        texts: Sequence[str],
+        layout: ImageLayout,
+        task: Task = TASKS["t2i"],
+        shown: str | None = None,
+        parameter: str = "prompts",
+    ) -> list[list[int]]:
+        """Returns the ids of each prompt's instruction, up to image start.
+
+        Args:
+            shown: what the described panel displays, as in `Task.instruction`.
+            parameter: name of the texts in errors.
+
+        Raises:
+            InputError: a text contains the name of a special token, or prompt and image exceed the model's context.
+        """
+        try:
+            self.vocabulary.encode_text(shown or "")
+        except InputError as error:
+            raise InputError(f"cannot be encoded: {error}", "shown") from None
+        width, height = pixel_size(layout)
+        limit = self.config.max_position_embeddings
+        source = "" if parameter == "prompts" else f" of {parameter}"
+        encoded = []
+        for index, text in enumerate([texts] if isinstance(texts, str) else texts):
+            try:
+                ids = generation_prompt(task.instruction(text, width, height, shown), self.vocabulary)
+            except InputError as error:
+                raise InputError(f"(number {index}): {error}", parameter) from None
+            if len(ids) + layout.length > limit:
+                raise InputError(
+                    f"width={width} height={height} take {layout.length} ids and the prompt (number {index}{source}) "
+                    f"{len(ids)}, but this model sees {limit}; make the image smaller or the prompt shorter"
+                )
+            encoded.append(ids)
+        return encoded
+
+    def prepare(self, request: GenerationRequest, parameter: str = "prompts") -> PreparedRequest:
+        """Returns the request with its layout, prompt ids and panels.
+
+        Args:
+            parameter: name of the prompts in errors.
+
+        Raises:
+            InputError: the size does not fit the model, a prompt cannot be encoded, or a panel cannot be used.
+        """
+        layout = self.layout(request.width, request.height, request.task)
+        starts = self.prompt_ids(request.prompts, layout, request.task, request.shown, parameter)
+        panels = fit_panels(request.panels, layout, len(request.prompts), self.config.num_image_codes)
+        return PreparedRequest(request, layout, starts, panels)
+
+
+def _require_utf8(parameter: str, path: str | Path) -> None:
+    """Refuses a path that the libraries for weights and tokenizers cannot open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        rule = "must be UTF-8, which the libraries that read weights and tokenizers need"
+        raise InputError(f"{path} {rule}; rename the folder, or give a link to it", parameter) from None

@@ -1,0 +1,134 @@
+"""One request for images, validated when it is made. Importing this module does not import torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Union
+
+from lumina_mgpt.checks import excerpt, require, whole_number
+from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.prompts import TASKS, Task
+
+if TYPE_CHECKING:
+    from lumina_mgpt.panels import Panel
+
+_MOST_IMAGES = 100_000  # each image takes a file name and some memory before the first is sampled
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One image to make: `prompt_index` counts the prompts, `repeat` the images of one prompt, both from 0."""
+
+    prompt: str
+    prompt_index: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A request for `n` images of each prompt.
+
+    An image depends on its prompt, its repeat (0 to n - 1), its panel, the seed and the other settings. It does not
+    depend on the other prompts, their order or `batch_size`.
+
+    Args:
+        prompts: texts, at least one; a single str becomes a tuple.
+        width, height: pixels of the whole image, multiples of 32, the height a multiple of 32 for each panel (default:
+            `Checkpoint.base_size`).
+        n: images of each prompt.
+        sampling: guidance, temperature, top-k and seed.
+        speculation: settings of speculative sampling, None for one code a forward. The coupling `noise` gives the
+            identical image, other couplings an image from the same distribution.
+        task: an entry of prompts.TASKS, or of prompts.I2I_TASKS for tasks with given panels.
+        panels: given upper panels, one for all prompts or one for each. Pictures and paths are cropped to the panel's
+            size, codes are used unmodified.
+        shown: what the described panel displays, in place of the task's default text.
+        batch_size: images sampled together; None: as many as fit the cache limit, at most 8.
+        share: (r, count): make every count-th image, starting with number r. For one of several processes.
+
+    Raises:
+        InputError: a value has another type or is out of range. `Checkpoint.prepare` checks what depends on a
+            checkpoint: sizes, lengths and panels.
+    """
+
+    prompts: Sequence[str]
+    width: int | None = None
+    height: int | None = None
+    n: int = 1
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    speculation: Speculation | None = None
+    task: Task = TASKS["t2i"]
+    panels: Sequence["Panel"] = ()
+    shown: str | None = None
+    batch_size: int | None = None
+    share: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        prompts = (self.prompts,) if isinstance(self.prompts, str | bytes) else tuple(self.prompts)
+        if not prompts:
+            raise InputError("must hold at least one text, got none", "prompts")
+        for name, text in (*(("prompts", text) for text in prompts), ("shown", self.shown or "")):
+            if not isinstance(text, str):
+                raise InputError(f"must be text, got {type(text).__name__}; give a str", name)
+        if not isinstance(self.task, Task):
+            raise InputError(f"must be one of prompts.TASKS or prompts.I2I_TASKS, got {excerpt(self.task)}", "task")
+        plain = {
+            "prompts": prompts,
+            "panels": tuple(self.panels),
+            "width": _pixels("width", self.width),
+            "height": _pixels("height", self.height),
+            "n": image_count("n", self.n),
+            "batch_size": None if self.batch_size is None else image_count("batch_size", self.batch_size),
+            "share": _share(self.share),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+
+    @classmethod
+    def of(
+        cls,
+        prompts: str | Sequence[str],
+        width: int | None = None,
+        height: int | None = None,
+        *,
+        panel: Union["Panel", Sequence["Panel"], None] = None,
+        **settings: Any,
+    ) -> "GenerationRequest":
+        """Returns a request from flat keyword arguments.
+
+        Args:
+            panel: one given panel, or one for each prompt.
+            settings: fields of SamplingConfig (`cfg`, `top_k`, `temperature`, `seed`) and of this class.
+        """
+        names = {item.name for item in fields(SamplingConfig)} & settings.keys()
+        if names:
+            settings["sampling"] = SamplingConfig(**{name: settings.pop(name) for name in names})
+        panels = () if panel is None else panel if isinstance(panel, list | tuple) else (panel,)
+        return cls(prompts, width, height, panels=panels, **settings)
+
+    @property
+    def jobs(self) -> list[ImageJob]:
+        """The images of this share, ordered by prompt, then repeat."""
+        first, every = self.share
+        jobs = [ImageJob(text, index, repeat) for index, text in enumerate(self.prompts) for repeat in range(self.n)]
+        return jobs[first::every]
+
+
+def _pixels(name: str, value: int | None) -> int | None:
+    return None if value is None else whole_number(name, value, None, None, "must be a whole number of pixels")
+
+
+def image_count(name: str, value: int) -> int:
+    """Returns a number of images as an int.
+
+    Raises:
+        InputError: it is not a whole number in 1 ... 100000.
+    """
+    return whole_number(name, value, 1, _MOST_IMAGES, f"must be a whole number in 1 ... {_MOST_IMAGES}; try 1")
+
+
+def _share(share: tuple[int, int]) -> tuple[int, int]:
+    rule = "must be two whole numbers (r, count) with 0 <= r < count"
+    require(isinstance(share, list | tuple) and len(share) == 2, "share", share, rule)
+    count = whole_number("share", share[1], 1, None, rule)
+    return whole_number("share", share[0], 0, count - 1, rule), count
