@@ -11,9 +11,10 @@ import torch
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, collate, corrupt, pack, plan_epoch
-from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
-from lumina_mgpt.data.seeding import generator, unit
+from lumina_mgpt.data.dataset import TokenDataset
+from lumina_mgpt.data.seeding import generator, uniform
 from lumina_mgpt.data.shards import Sequence, read_index, read_sequence, write_shard
+from lumina_mgpt.data.sources import Source, read_sources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
@@ -46,12 +47,12 @@ def dataset(vocabulary, tmp_path_factory) -> TokenDataset:
 
 
 def test_unit_is_uniform_and_of_its_key_alone():
-    values = np.array([unit(1, "x", n) for n in range(4000)])
+    values = np.array([uniform(1, "x", n) for n in range(4000)])
     assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.02
     assert abs((values < 0.1).mean() - 0.1) < 0.02
-    assert unit(1, "x", 5) == values[5] != unit(2, "x", 5)
+    assert uniform(1, "x", 5) == values[5] != uniform(2, "x", 5)
     assert (generator(1, 2).random(3) == generator(1, 2).random(3)).all()
-    assert unit(1, 23) != unit(12, 3)
+    assert uniform(1, 23) != uniform(12, 3)
 
 
 def test_shard_gives_back_what_went_in(tmp_path):

@@ -19,7 +19,7 @@ from scenes import Scene
 
 from lumina_mgpt import Checkpoint, Pipeline, prompt_files
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings
+from lumina_mgpt.data.pre_tokenize import PreTokenizeConfig, PreTokenizer
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import IGNORED, encode_image
@@ -123,7 +123,7 @@ def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pic
     (tmp_path / "omni.jsonl").write_text("".join(lines))
     checkpoint = Checkpoint.open(tiny_checkpoint)
     tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path)
-    settings = Settings(str(tmp_path / "omni.jsonl"), str(tmp_path / "tokens"), target_size=96, keep_size=True,
+    settings = PreTokenizeConfig(str(tmp_path / "omni.jsonl"), str(tmp_path / "tokens"), target_size=96, keep_size=True,
                         panels_apart=apart)  # fmt: skip
     job = PreTokenizer(settings, checkpoint.vocabulary, tokenizer)
     job.run()

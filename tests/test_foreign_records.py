@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from test_damaged_tars import command, picture
 
 from lumina_mgpt.data.batches import BatchSize, Feed
-from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
+from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.records import parse_record
 from lumina_mgpt.data.shards import ShardIndex, read_index
+from lumina_mgpt.data.sources import Source, read_sources
 from lumina_mgpt.errors import InputError
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]

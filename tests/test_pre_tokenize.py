@@ -14,7 +14,8 @@ from commands import line_of
 from PIL import Image
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings, concat_records
+from lumina_mgpt.data.concat import concat_records
+from lumina_mgpt.data.pre_tokenize import PreTokenizeConfig, PreTokenizer
 from lumina_mgpt.data.records import conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
@@ -48,7 +49,7 @@ def write_records(folder: Path, records: list, name="in.jsonl") -> Path:
 
 
 def tokenize(tools, path: Path, out: Path, **options) -> PreTokenizer:
-    job = PreTokenizer(Settings(str(path), str(out), **({"target_size": 64} | options)), *tools)
+    job = PreTokenizer(PreTokenizeConfig(str(path), str(out), **({"target_size": 64} | options)), *tools)
     job.run()
     return job
 

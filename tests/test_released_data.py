@@ -18,9 +18,10 @@ from training_runs import ROOT, environment, path_with_python
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, plan_epoch
-from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
+from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.released import read_released
 from lumina_mgpt.data.shards import read_sequence
+from lumina_mgpt.data.sources import Source, read_sources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.unirep import encode_conversation

@@ -14,7 +14,7 @@ def build_parser() -> cli.Parser:
 
 
 def concat(args: argparse.Namespace) -> None:
-    from lumina_mgpt.data.pre_tokenize import concat_records  # torch takes seconds to import: only now
+    from lumina_mgpt.data.concat import concat_records  # torch takes seconds to import: only now
 
     good, bad = concat_records(args.sub_record_dir, args.save_path)
     print(f"{good} records in {args.save_path}; {bad} were left out by pre-tokenize")

@@ -32,7 +32,7 @@ def build_parser() -> cli.Parser:
 
 def pre_tokenize(args: argparse.Namespace) -> None:
     from lumina_mgpt.config import ModelConfig
-    from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings, fingerprint
+    from lumina_mgpt.data.pre_tokenize import PreTokenizeConfig, PreTokenizer, fingerprint
     from lumina_mgpt.devices import resolve_device
     from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
     from lumina_mgpt.vocabulary import Vocabulary
@@ -45,7 +45,7 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     names = ("in_filename", "out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block",
              "workers")  # fmt: skip
     models = fingerprint(folder / "tokenizer.json", movqgan)
-    settings = Settings(**{name: getattr(args, name) for name in names}, panels_apart=config.panels_apart,
+    settings = PreTokenizeConfig(**{name: getattr(args, name) for name in names}, panels_apart=config.panels_apart,
                         models=f"{models}-{config.image_code_offset}")  # fmt: skip
     job = PreTokenizer(settings, vocabulary, ImageTokenizer.from_checkpoint(movqgan, device))
     if job.images.num_codes != config.num_image_codes:

@@ -34,7 +34,7 @@ Stack = tuple[Path, ...]  # panels of one picture, from above
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreTokenizeConfig:
     """Which part of which file to tokenize, and how.
 
     `panels_apart` as in ModelConfig; `models` fingerprints the tokenizer and MoVQGAN files.
@@ -80,21 +80,21 @@ class PreTokenizer:
     """Tokenizes one rank's part of a record file.
 
     Raises:
-        InputError: the input cannot be read, or `out_dir` holds the work of other settings.
+        InputError: the input cannot be read, or `out_dir` holds the work of other config.
     """
 
-    def __init__(self, settings: Settings, vocabulary: Vocabulary, images: ImageTokenizer) -> None:
-        self.settings, self.vocabulary, self.images = settings, vocabulary, images
-        is_tar = settings.in_filename.endswith(".tar") and not os.path.isdir(settings.in_filename)
-        self.archive = Archive(settings.in_filename) if is_tar else None
-        self.rows, self.input = self._read_input(Path(settings.in_filename))
-        self.first = len(self.rows) * settings.rank // settings.splits
-        self.last = len(self.rows) * (settings.rank + 1) // settings.splits
+    def __init__(self, config: PreTokenizeConfig, vocabulary: Vocabulary, images: ImageTokenizer) -> None:
+        self.config, self.vocabulary, self.images = config, vocabulary, images
+        is_tar = config.in_filename.endswith(".tar") and not os.path.isdir(config.in_filename)
+        self.archive = Archive(config.in_filename) if is_tar else None
+        self.rows, self.input = self._read_input(Path(config.in_filename))
+        self.first = len(self.rows) * config.rank // config.splits
+        self.last = len(self.rows) * (config.rank + 1) // config.splits
         if self.first == self.last:
-            raise InputError(f"--in_filename {settings.in_filename} has {len(self.rows)} records, none for this rank")
-        self.sizes = candidate_sizes(settings.target_size)
+            raise InputError(f"--in_filename {config.in_filename} has {len(self.rows)} records, none for this rank")
+        self.sizes = candidate_sizes(config.target_size)
         self.codes: dict[Stack, tuple[torch.Tensor, tuple[int, int]] | str] = {}  # or why there are none
-        self.out = Path(settings.out_dir)
+        self.out = Path(config.out_dir)
         self.good = self.bad = 0
 
     def _read_input(self, path: Path) -> tuple[list, str]:
@@ -111,11 +111,11 @@ class PreTokenizer:
 
     @property
     def blocks(self) -> list[range]:
-        step = self.settings.block
+        step = self.config.block
         return [range(start, min(start + step, self.last)) for start in range(self.first, self.last, step)]
 
     def shard(self, number: int) -> Path:
-        return self.out / "shards" / f"{self.settings.name}-{number:05d}.safetensors"
+        return self.out / "shards" / f"{self.config.name}-{number:05d}.safetensors"
 
     def run(self, progress: Callable[[int], None] = lambda records: None) -> None:
         """Does what is not done yet; `progress` is told the number of records after each block."""
@@ -147,10 +147,10 @@ class PreTokenizer:
             (self.out / "shards").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out_dir {self.out} cannot be made ({cause(error)}); {remedy(error)}") from None
-        job = asdict(self.settings) | {"records": len(self.rows), "input": self.input}
+        job = asdict(self.config) | {"records": len(self.rows), "input": self.input}
         for unimportant in ("in_filename", "out_dir", "batch_size", "workers"):
             del job[unimportant]
-        path = self.out / f"{self.settings.name}-job.json"
+        path = self.out / f"{self.config.name}-job.json"
         done = [number for number in range(len(self.blocks)) if self.shard(number).exists()]
         try:
             found = read_json(path)
@@ -164,13 +164,13 @@ class PreTokenizer:
             raise InputError(f"--out_dir {self.out} holds work with other settings ({differs}); give an empty folder")
         write_atomic(path, json.dumps(job, indent=1))
         for kind in ("record", "bad"):
-            write_atomic(self.out / f"{self.settings.name}-{kind}.jsonl", "")
+            write_atomic(self.out / f"{self.config.name}-{kind}.jsonl", "")
         self._list([(self.shard(number), read_index(self.shard(number))) for number in done])
         progress(sum(len(self.blocks[number]) for number in done))
         return sorted(set(range(len(self.blocks))) - set(done))
 
     def _list(self, shards: list[tuple[Path, ShardIndex]]) -> None:
-        name = self.settings.name
+        name = self.config.name
         rows = [row for path, index in shards for row in index.rows(path.relative_to(self.out))]
         bad = [item for _, index in shards for item in index.bad]
         append_lines(self.out / f"{name}-record.jsonl", rows)
@@ -179,7 +179,7 @@ class PreTokenizer:
 
     def _parts(self, image: Stack) -> list[Stack]:
         """What of a picture the image tokenizer reads at once: all panels, or each on its own."""
-        return [(panel,) for panel in image] if self.settings.panels_apart else [image]
+        return [(panel,) for panel in image] if self.config.panels_apart else [image]
 
     def _read_of(self, record: Record) -> set[Stack]:
         return {part for image in record.images for part in self._parts(image)}
@@ -193,7 +193,7 @@ class PreTokenizer:
                 continue
             batch = waiting.setdefault(image.size, [])
             batch.append((part, image))
-            if len(batch) == self.settings.batch_size:
+            if len(batch) == self.config.batch_size:
                 self._encode_batch(waiting.pop(image.size))
         for batch in waiting.values():
             self._encode_batch(batch)
@@ -201,10 +201,10 @@ class PreTokenizer:
     def _read(self, parts: list[Stack]) -> Iterator[tuple[Stack, Image.Image | str]]:
         """Cropped pictures, or why there are none, in order; workers are a batch or two ahead of who asks."""
         waiting: deque[tuple[Stack, Future]] = deque()
-        with ThreadPoolExecutor(self.settings.workers) as pool:
+        with ThreadPoolExecutor(self.config.workers) as pool:
             for part in parts:
                 waiting.append((part, pool.submit(self._read_one, part)))
-                if len(waiting) > 2 * self.settings.batch_size:
+                if len(waiting) > 2 * self.config.batch_size:
                     first, future = waiting.popleft()
                     yield first, future.result()
             yield from ((part, future.result()) for part, future in waiting)
@@ -218,7 +218,7 @@ class PreTokenizer:
             return str(error)
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        if self.settings.keep_size and not (image.width % GRID_UNIT or image.height % GRID_UNIT):
+        if self.config.keep_size and not (image.width % GRID_UNIT or image.height % GRID_UNIT):
             return image
         return center_crop(image, best_size(image.size, self.sizes))
 
@@ -250,7 +250,7 @@ class PreTokenizer:
             _check_panels([size for _, size in found])
             codes.append(torch.cat([grid for grid, _ in found]))
             sizes.append((found[0][1][0], sum(height for _, (_, height) in found)))
-        turns = conversation(record, codes, sizes, is_plain(self.settings.seed, number))
+        turns = conversation(record, codes, sizes, is_plain(self.config.seed, number))
         ids, labels = encode_conversation(turns, self.vocabulary)
         return Sequence(number, torch.as_tensor(ids, dtype=torch.long), torch.as_tensor(labels, dtype=torch.long))
 
@@ -259,79 +259,3 @@ def _check_panels(sizes: list[tuple[int, int]]) -> None:
     if len(set(sizes)) > 1:
         shown = ", ".join(f"{width}x{height}" for width, height in sizes)
         raise InputError(f"panels of one picture must have one size after the crop, got {shown}")
-
-
-def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[int, int]:
-    """Checks every shard of every rank and writes one record file; returns the numbers of records and of bad items.
-
-    `save_path` ends in `.jsonl` (a line a record) or `.json` (one list); the shards stay where they are, and `file` in
-    a row is their path from the folder of `save_path`.
-
-    Raises:
-        InputError: a rank is missing or unfinished, a shard is damaged, or a record file does not list its shards.
-    """
-    folder, save_path = Path(sub_record_dir), Path(save_path)
-    if save_path.suffix not in (".json", ".jsonl"):
-        raise InputError(f"--save_path must end in .json or .jsonl, got {save_path}")
-    read = sorted((_read_job(path) for path in folder.glob("*-of-*-job.json")), key=lambda job: job["rank"])
-    if not read:
-        raise InputError(f"--sub_record_dir {folder} holds no work of lumina-mgpt pre-tokenize; give its --out_dir")
-    splits = read[0]["splits"]
-    ranks = [job["rank"] for job in read]
-    if len(ranks) != splits or ranks != list(range(splits)):
-        raise InputError(f"--sub_record_dir {folder} holds ranks {ranks} of {splits}; run pre-tokenize for all")
-    if any(job | {"rank": 0} != read[0] for job in read):
-        raise InputError(f"--sub_record_dir {folder}: its ranks were made with different settings; start over")
-    rows, bad = [], 0
-    for job in read:
-        part, left_out = _check_rank(folder, job)
-        rows += part
-        bad += left_out
-    base = save_path.resolve().parent
-    try:
-        shift = Path(os.path.relpath(folder.resolve(), base))
-    except ValueError:  # on Windows, folders of two drives
-        shift = folder.resolve()
-    rows = [row | {"file": (shift / row["file"]).as_posix()} for row in rows]
-    base.mkdir(parents=True, exist_ok=True)
-    lines = [json_line(row) for row in rows]
-    write_atomic(save_path, "".join(lines) if save_path.suffix == ".jsonl" else "[" + ",".join(lines) + "]")
-    return len(rows), bad
-
-
-def _read_job(path: Path) -> dict:
-    """What a rank was asked to do. Raises InputError where the file is damaged, or belongs to another rank."""
-    job = read_json(path, "--sub_record_dir: its")
-    numbers = [job.get(name) for name in ("rank", "splits", "records", "block")]
-    whole = all(type(number) is int for number in numbers) and min(numbers) >= 0 < numbers[3]
-    if not whole or path.name != f"{job['rank']}-of-{job['splits']}-job.json":
-        raise InputError(f"--sub_record_dir: {path} is damaged or renamed; run pre-tokenize in an empty folder")
-    return job
-
-
-def _check_rank(folder: Path, job: dict) -> tuple[list[dict], int]:
-    name = f"{job['rank']}-of-{job['splits']}"
-    again = f"run lumina-mgpt pre-tokenize --rank {job['rank']} again"
-    first, last = (job["records"] * n // job["splits"] for n in (job["rank"], job["rank"] + 1))
-    rows, bad, seen = [], 0, []
-    for number in range(-(-(last - first) // job["block"])):
-        path = folder / "shards" / f"{name}-{number:05d}.safetensors"
-        if not path.exists():
-            raise InputError(f"{path} is missing: rank {job['rank']} is not finished; {again}")
-        index = read_index(path, check=True)
-        rows += index.rows(path.relative_to(folder))
-        bad += len(index.bad)
-        seen += index.records + [item["id"] for item in index.bad]
-    if sorted(seen) != list(range(first, last)):
-        raise InputError(f"{folder}: the shards of rank {job['rank']} do not hold their records once each; start over")
-    listed = read_rows(folder / f"{name}-record.jsonl", "--sub_record_dir")
-    if sorted(map(_comparable, listed)) != sorted(map(_comparable, rows)):
-        raise InputError(f"{folder}/{name}-record.jsonl does not list its shards; {again}")
-    return rows, bad
-
-
-def _comparable(row: object) -> str:
-    """A row of a record file as text; equal for a row that was written on Windows with its separators."""
-    if isinstance(row, dict) and isinstance(row.get("file"), str):
-        row = row | {"file": row["file"].replace("\\", "/")}
-    return json.dumps(row, sort_keys=True)

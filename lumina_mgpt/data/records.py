@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from lumina_mgpt import prompts
-from lumina_mgpt.data.seeding import unit
+from lumina_mgpt.data.seeding import uniform
 from lumina_mgpt.errors import InputError
 
 IMAGE_MARK = "<|image|>"
@@ -138,7 +138,7 @@ def _parts(text: str, counter) -> list[str | int]:
 
 def is_plain(seed: int, record: int) -> bool:
     """Whether the instruction of this record leaves the size out: a function of (seed, record) alone."""
-    return unit(seed, "plain", record) < PLAIN_SHARE
+    return uniform(seed, "plain", record) < PLAIN_SHARE
 
 
 def conversation(record: Record, codes: list, sizes: list[tuple[int, int]], plain: bool) -> list[tuple[str, list]]:

@@ -10,7 +10,7 @@ def _digest(key: tuple) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def unit(*key: int | str) -> float:
+def uniform(*key: int | str) -> float:
     """A number in [0, 1) that is uniform over keys."""
     return (_digest(key) >> 11) * 2.0**-53
 
