@@ -44,7 +44,7 @@ def remedy(error: BaseException, otherwise: str = "check the path") -> str:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def decode_text(data: bytes, where: str) -> str:
+def decode_text(data: bytes, where: str, parameter: str | None = None) -> str:
     """Text of UTF-8 bytes, without a byte order mark.
 
     Raises:
@@ -55,10 +55,11 @@ def decode_text(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         seems = "UTF-16" if wide else f"another encoding, perhaps Windows-1252: byte {data[error.start]:#04x}"
-        raise InputError(f"{where} must be UTF-8 text, got {seems} at byte {error.start}; save it as UTF-8") from None
+        rule = f"{where} must be UTF-8 text, got {seems} at byte {error.start}; save it as UTF-8"
+        raise InputError(rule, parameter) from None
 
 
-def read_text(path: str | Path, parameter: str = "") -> str:
+def read_text(path: str | Path, parameter: str | None = None) -> str:
     """Text of a UTF-8 file, without a byte order mark; line ends are left unmodified.
 
     Args:
@@ -67,15 +68,14 @@ def read_text(path: str | Path, parameter: str = "") -> str:
     Raises:
         InputError: the file is missing, may not be read, or is not UTF-8.
     """
-    where = f"{parameter} {path}".strip()
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{where} cannot be read ({cause(error)}); {remedy(error)}") from None
-    return decode_text(data, where)
+        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter) from None
+    return decode_text(data, str(path), parameter)
 
 
-def require_readable(path: str | Path, parameter: str = "") -> None:
+def require_readable(path: str | Path, parameter: str | None = None) -> None:
     """Refuses a file that cannot be opened, for libraries whose own errors do not say why.
 
     Raises:
@@ -85,7 +85,7 @@ def require_readable(path: str | Path, parameter: str = "") -> None:
         with open(path, "rb") as file:
             file.read(1)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{parameter} {path} cannot be read ({cause(error)}); {remedy(error)}".strip()) from None
+        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter) from None
 
 
 def lines_of(text: str) -> list[str]:
@@ -97,7 +97,7 @@ def lines_of(text: str) -> list[str]:
     return re.split(r"\r\n|\n|\r", text)
 
 
-def parse_json(text: str, where: str) -> object:
+def parse_json(text: str, where: str, parameter: str | None = None) -> object:
     """The value of a JSON text.
 
     Raises:
@@ -106,25 +106,25 @@ def parse_json(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except RecursionError:
-        raise InputError(f"{where} is nested too deeply for JSON; correct or remove it") from None
+        raise InputError(f"{where} is nested too deeply for JSON; correct or remove it", parameter) from None
     except ValueError as error:  # JSONDecodeError is one; a number of over 4,300 digits raises another
-        raise InputError(f"{where} is not JSON ({cause(error)}); correct or remove it") from None
+        raise InputError(f"{where} is not JSON ({cause(error)}); correct or remove it", parameter) from None
 
 
-def read_json(path: str | Path, parameter: str = "") -> dict:
+def read_json(path: str | Path, parameter: str | None = None) -> dict:
     """The mapping that a JSON file holds.
 
     Raises:
         InputError: the file cannot be read, is not JSON, or holds something else.
     """
-    where = f"{parameter} {path}".strip()
-    value = parse_json(read_text(path, parameter), where)
+    value = parse_json(read_text(path, parameter), str(path), parameter)
     if not isinstance(value, dict):
-        raise InputError(f"{where} must hold a JSON object, got a {type(value).__name__}; correct or replace it")
+        rule = f"{path} must hold a JSON object, got a {type(value).__name__}; correct or replace it"
+        raise InputError(rule, parameter)
     return value
 
 
-def read_rows(path: str | Path, parameter: str) -> list:
+def read_rows(path: str | Path, parameter: str | None = None) -> list:
     """All rows of a `.json` (a list) or `.jsonl` (one value a line) file.
 
     Raises:
@@ -132,14 +132,14 @@ def read_rows(path: str | Path, parameter: str) -> list:
     """
     path = Path(path)
     if path.suffix not in (".json", ".jsonl"):
-        raise InputError(f"{parameter} must end in .json or .jsonl, got {path}")
+        raise InputError(f"must end in .json or .jsonl, got {path}", parameter)
     text = read_text(path, parameter)
     if path.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 may stand inside a JSON string
-        return [parse_json(line, f"{parameter} {path}, line {n}") for n, line in lines if line.strip()]
-    rows = parse_json(text, f"{parameter} {path}")
+        return [parse_json(line, f"{path}, line {n}", parameter) for n, line in lines if line.strip()]
+    rows = parse_json(text, str(path), parameter)
     if not isinstance(rows, list):
-        raise InputError(f"{parameter} {path} must hold a list of records, got a {type(rows).__name__}")
+        raise InputError(f"{path} must hold a list of records, got a {type(rows).__name__}", parameter)
     return rows
 
 

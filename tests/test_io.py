@@ -28,8 +28,8 @@ def test_a_byte_order_mark_is_removed(tmp_path):
 def test_other_encodings_are_named(tmp_path, data, seems):
     path = tmp_path / "caption.txt"
     path.write_bytes(data)
-    with pytest.raises(InputError, match=rf"--prompt_file .*caption.txt must be UTF-8 text, got .*{seems}"):
-        io.read_text(path, "--prompt_file")
+    with pytest.raises(InputError, match=rf"^prompt_file .*caption.txt must be UTF-8 text, got .*{seems}"):
+        io.read_text(path, "prompt_file")
 
 
 @pytest.mark.parametrize("name", ["missing", "folder", "with\0null", "x" * 300])
@@ -49,7 +49,7 @@ def test_json_that_cannot_be_parsed(text):
 def test_rows_with_a_line_separator_inside_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(BOM + '{"a": "x\u2028y\x85z"}\n\n{"a": 2}\n'.encode())
-    assert io.read_rows(path, "--in_filename") == [{"a": "x\u2028y\x85z"}, {"a": 2}]
+    assert io.read_rows(path, "in_filename") == [{"a": "x\u2028y\x85z"}, {"a": 2}]
 
 
 def test_an_object_is_required(tmp_path):
