@@ -207,9 +207,9 @@ def test_what_is_wrong_is_named(vocabulary, tmp_path, dataset):
     (tmp_path / "a1.safetensors").unlink()
     with pytest.raises(InputError, match="a1.safetensors"):
         TokenDataset([source], vocabulary).read(5, 0)
-    with pytest.raises(InputError, match="--max_tokens"):
+    with pytest.raises(InputError, match="max_tokens"):
         BatchSize(rows=1, tokens=1)
-    with pytest.raises(InputError, match="--max_tokens must be at least 64"):
+    with pytest.raises(InputError, match="^max_tokens must be at least 64"):
         BatchSize(tokens=63).check(33)
     BatchSize(tokens=64).check(64)
 

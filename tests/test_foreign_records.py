@@ -210,7 +210,7 @@ def test_encodings_of_data_files(tmp_path):
     (tmp_path / "data.yaml").write_bytes(b"\xef\xbb\xbfMETA: [{path: a}]")
     assert read_sources(tmp_path / "data.yaml") == [Source("a")]
     (tmp_path / "data.yaml").write_bytes("META: [{path: café}]".encode("cp1252"))
-    with pytest.raises(InputError, match="--data_config .*data.yaml must be UTF-8 text"):
+    with pytest.raises(InputError, match="^data_config .*data.yaml must be UTF-8 text"):
         read_sources(tmp_path / "data.yaml")
 
 
@@ -278,7 +278,7 @@ def test_a_small_source_alone_is_trained_on(tokens, tiny_checkpoint, tmp_path, c
 
 
 def test_a_ratio_that_gives_nothing_is_refused(tokens, vocabulary, tmp_path):
-    with pytest.raises(InputError, match="ratio must give at least 0.001 records an epoch in all, got 3e-09"):
+    with pytest.raises(InputError, match="^data_config must have ratios that give at least 0.001 .*, got 3e-09"):
         TokenDataset([small(tokens, tmp_path, 3, ratio=1e-9)], vocabulary)
 
 

@@ -72,7 +72,7 @@ def test_record_files(tmp_path, suffix):
             yield path
 
     def read(path: Path) -> None:
-        for row in read_rows(path, "--in_filename"):
+        for row in read_rows(path, "in_filename"):
             parse_record(row)
 
     accepted, refused = outcomes(copies(), read)

@@ -55,8 +55,8 @@ def test_what_is_not_read_is_listed(tiny_checkpoint, tmp_path, capsys):
     said = capsys.readouterr()
     assert good == [0] and len(bad) == 6 and "6 left out" in said.out
     assert "begin with ._ (macOS metadata): 1" in said.err
-    reasons = ["e.png cannot be read (No such file", "f.txt is no regular file", "alone.txt is a caption without",
-               "b.heic has a caption, and no format", "c.eps has a caption", "d.pdf has a caption"]  # fmt: skip
+    reasons = ["e.png cannot be read (No such file", "f.txt is not a regular file", "alone.txt is a caption without",
+               "b.heic has a caption, but no picture format", "c.eps has a caption", "d.pdf has a caption"]  # fmt: skip
     for reason, part in zip(bad.values(), reasons, strict=True):
         assert part in reason
 

@@ -15,7 +15,9 @@ from PIL import Image
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.concat import concat_records
-from lumina_mgpt.data.pre_tokenize import PreTokenizeConfig, PreTokenizer
+from lumina_mgpt.data.inputs import read_input
+from lumina_mgpt.data.job import PreTokenizeConfig
+from lumina_mgpt.data.pre_tokenize import PreTokenizer
 from lumina_mgpt.data.records import conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
@@ -49,7 +51,7 @@ def write_records(folder: Path, records: list, name="in.jsonl") -> Path:
 
 
 def tokenize(tools, path: Path, out: Path, **options) -> PreTokenizer:
-    job = PreTokenizer(PreTokenizeConfig(str(path), str(out), **({"target_size": 64} | options)), *tools)
+    job = PreTokenizer(PreTokenizeConfig(str(out), **({"target_size": 64} | options)), read_input(path), *tools)
     job.run()
     return job
 
@@ -175,7 +177,8 @@ def test_panels_of_one_picture_may_lie_in_files_of_their_own(tools, tmp_path, ap
 
 
 def test_an_input_that_is_not_there(tools, tmp_path):
-    with pytest.raises(InputError, match="must be a picture folder, or end in .json, .jsonl or .tar, got .*nowhere"):
+    rule = "in_filename must be a folder of pictures, or a file that ends in .json, .jsonl or .tar, got .*nowhere"
+    with pytest.raises(InputError, match=rule):
         tokenize(tools, tmp_path / "nowhere", tmp_path / "out")
 
 

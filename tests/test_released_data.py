@@ -140,7 +140,7 @@ def test_a_damaged_tar_is_named(tools, tmp_path):  # noqa: F811
     tar = make_tar(tmp_path / "in.tar", {"0.png": png(0), "0.txt": b"a cat"})
     (tmp_path / "in.tar").write_bytes(b"x" + (tmp_path / "in.tar").read_bytes()[1:])
     for path in (tar, str(tmp_path / "missing.tar")):
-        with pytest.raises(InputError, match="--in_filename .* as a tar"):
+        with pytest.raises(InputError, match="^in_filename .* as a tar"):
             tokenize(tools, path, tmp_path / "out")
 
 
@@ -187,7 +187,7 @@ def test_a_folder_gives_what_its_captions_say(tools, tmp_path):  # noqa: F811
 
 
 def test_a_folder_without_pictures_is_named(tools, tmp_path):  # noqa: F811
-    with pytest.raises(InputError, match="--in_filename .* without pictures"):
+    with pytest.raises(InputError, match="^in_filename .* without pictures"):
         tokenize(tools, tmp_path, tmp_path / "out")
 
 

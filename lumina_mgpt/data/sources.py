@@ -1,4 +1,7 @@
-"""The data file: which record files are trained on, and how often each is seen."""
+"""Data file of a training (YAML) -> its record files, and how often each is seen.
+
+Next: dataset.py reads the record files.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,19 +14,25 @@ from lumina_mgpt.config import is_number
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, read_text
 
-_RATIO_LIMIT = 1000
-_WEIGHT_LIMIT = 10**12  # far from where floats overflow
+_RATIO_LIMIT = 1000  # bounds the size of an epoch
+_WEIGHT_LIMIT = 10**12  # far below the overflow of a float
 _KEYS = {"path", "type", "ratio", "weight", "given"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of a data file's `META`.
+    """One entry of `META` in a data file.
 
-    `ratio` of its records are seen an epoch (above 1: some more than once); what is less than a record is carried over
-    to the next epoch. Or each source has a `weight`, its part of
-    what is seen: then an epoch has as many samples as there are records, and `weighted` makes ratios of weights.
-    `given`: the first half of each image, its upper panel, is read without being learnt.
+    Args:
+        path: record file.
+        type: a batch holds records of one type.
+        ratio: share of the records that an epoch holds. Above 1, records occur several times. A remainder of less than
+            a record is carried over to the next epoch.
+        weight: share of this source in an epoch, instead of a ratio. All sources have a weight, or none.
+        given: train on the lower panel only; the upper panel is input.
+
+    Raises:
+        InputError: a value is of another type or out of range.
     """
 
     path: str
@@ -44,10 +53,16 @@ class Source:
 
 
 def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
-    """The sources with ratios that give each its weight's part of an epoch; as they are, where none has a weight.
+    """The sources with ratios computed from their weights; unmodified if there are no weights.
+
+    An epoch has as many samples as there are records.
+
+    Args:
+        sources: all with a weight, or none.
+        counts: number of records of each source.
 
     Raises:
-        InputError: a weight would need some record over a thousand times an epoch.
+        InputError: a ratio is 0 or above 1000.
     """
     total = sum(source.weight for source in sources)
     if not total:
@@ -55,34 +70,35 @@ def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
     ratios = [source.weight / total * sum(counts) / count for source, count in zip(sources, counts, strict=True)]
     for source, ratio in zip(sources, ratios, strict=True):
         if not 0 < ratio <= _RATIO_LIMIT:
-            raise InputError(f"weight of {source.path} must let its records be seen more than never and at most "
-                             f"{_RATIO_LIMIT} times an epoch, got {source.weight!r} of {total!r}; change the "
-                             "weights")  # fmt: skip
+            raise InputError(
+                f"weight of {source.path} must give a ratio above 0 and at most {_RATIO_LIMIT}, got {source.weight!r} "
+                f"of {total!r}, a ratio of {ratio:.3g}; change the weights"
+            )
     return [replace(source, ratio=ratio) for source, ratio in zip(sources, ratios, strict=True)]
 
 
 def read_sources(data_config: str | Path) -> list[Source]:
-    """The `META: [{path, type, ratio or weight, given}]` of a YAML file; relative paths start at the working directory.
+    """The `META` list of a data file. Relative paths start at the working directory.
 
     Raises:
-        InputError: the file cannot be read, or has other keys.
+        InputError: the file is not readable, or a key or value is wrong.
     """
-    text = read_text(data_config, "--data_config")
+    text = read_text(data_config, "data_config")
     try:
         raw = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"--data_config {data_config} cannot be read as YAML ({cause(error)}); see "
-                         "configs/data/") from None  # fmt: skip
+        reason = f"{data_config} cannot be read as YAML ({cause(error)}); see configs/data/"
+        raise InputError(reason, "data_config") from None
     entries = raw.get("META") if isinstance(raw, dict) else None
-    if not isinstance(entries, list) or not entries or set(raw) != {"META"}:
-        raise InputError(f"--data_config {data_config} must hold one list, META; see configs/data/")
+    if not isinstance(raw, dict) or not isinstance(entries, list) or not entries or set(raw) != {"META"}:
+        raise InputError(f"{data_config} must hold one list, META; see configs/data/", "data_config")
     sources = []
     for entry in entries:
-        fits = isinstance(entry, dict) and isinstance(entry.get("path"), str)
-        if not fits or not _KEYS >= set(entry) or {"ratio", "weight"} <= set(entry):
+        valid = isinstance(entry, dict) and isinstance(entry.get("path"), str)
+        if not valid or not _KEYS >= set(entry) or {"ratio", "weight"} <= set(entry):
             rule = "an entry has path, type, ratio or weight, and given"
-            raise InputError(f"--data_config {data_config}: {rule}, got {entry!r}")
+            raise InputError(f"{data_config}: {rule}, got {entry!r}", "data_config")
         sources.append(Source(**entry))
     if len({source.weight > 0 for source in sources}) > 1:
-        raise InputError(f"--data_config {data_config}: give all entries a weight above 0, or none")
+        raise InputError(f"{data_config}: give all entries a weight above 0, or none", "data_config")
     return sources
