@@ -1,4 +1,4 @@
-"""Pictures and texts to token shards: against the oracle, after kills, with bad items."""
+"""Pictures and texts to token shards: compared with the oracle, after kills, with bad records."""
 
 import json
 import os
@@ -7,17 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from commands import line_of
-from PIL import Image
+from commands import line_of, main_of
+from records import picture, rows_of, tokenize, write_records
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.concat import concat_records
-from lumina_mgpt.data.inputs import read_input
-from lumina_mgpt.data.job import PreTokenizeConfig
-from lumina_mgpt.data.pre_tokenize import PreTokenizer
 from lumina_mgpt.data.records import conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
@@ -30,38 +26,8 @@ ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture(scope="module")
-def tools(tiny_checkpoint):
-    vocabulary = Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
-    return vocabulary, ImageTokenizer.from_checkpoint(tiny_checkpoint / "movqgan_270M.ckpt")
-
-
-def picture(path: Path, size=(64, 64), seed=0) -> str:
-    values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(values).save(path)
-    return str(path)
-
-
-def write_records(folder: Path, records: list, name="in.jsonl") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    lines = [json.dumps(record) for record in records]
-    path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else "[" + ",".join(lines) + "]")
-    return path
-
-
-def tokenize(tools, path: Path, out: Path, **options) -> PreTokenizer:
-    job = PreTokenizer(PreTokenizeConfig(str(out), **({"target_size": 64} | options)), read_input(path), *tools)
-    job.run()
-    return job
-
-
-def rows_of(out: Path, name="0-of-1-record.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (out / name).read_text().splitlines()]
-
-
-def test_oracle_items(oracle_dir, oracle_movqgan, tmp_path):
-    """Picture + prompt -> the ids and labels that the released code wrote, for all twelve items."""
+def test_items_match_the_oracle(oracle_dir, oracle_movqgan, tmp_path):
+    """Ids and labels of all twelve items are identical to those of the released code."""
     size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     vocabulary = Vocabulary.from_folder(oracle_dir / "tokenizer", ModelConfig(vocab_size=171520, **size))
     images = ImageTokenizer.from_checkpoint(oracle_movqgan)
@@ -108,7 +74,7 @@ def test_unmentioned_image_comes_before_the_first_text(tools, tmp_path):
 
 
 def test_several_turns_with_several_pictures(tools, tmp_path):
-    """Pictures come where their marks are, in order; both answers carry loss, a text and a picture, nothing else."""
+    """Pictures are in the order and at the positions of their marks. Both answers carry loss, nothing else."""
     vocabulary, images = tools
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(3)]
     said = ["first <|image|> then <|image|>", "two", "draw a third", "<|image|>"]
@@ -129,7 +95,7 @@ def test_several_turns_with_several_pictures(tools, tmp_path):
 
 
 def test_instruction_names_the_size_after_the_crop(tools, tmp_path):
-    """--keep_size leaves 32 x 96 as it is; otherwise the best candidate for the target is cut."""
+    """keep_size leaves 96 x 32 uncropped; otherwise the picture is cropped to the best candidate size."""
     name = picture(tmp_path / "a.png", (96, 32))
     path = write_records(tmp_path, [{"image_path": name, "prompt": f"cat {n}"} for n in range(40)])
     expected = {True: "96x32", False: "128x32" if (128, 32) == best_size((96, 32), candidate_sizes(64)) else "96x32"}
@@ -161,7 +127,7 @@ def test_picture_of_several_records_is_encoded_once(tools, tmp_path):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_panels_of_one_picture_may_lie_in_files_of_their_own(tools, tmp_path, apart):
+def test_panels_of_one_picture_may_be_separate_files(tools, tmp_path, apart):
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(2)]
     both, other = stacked([open_image(name) for name in names]), picture(tmp_path / "other.png", (96, 64))
     turns = [{"from": "human", "value": "<|image|> beside?"}, {"from": "gpt", "value": "<|image|>"}]
@@ -176,13 +142,13 @@ def test_panels_of_one_picture_may_lie_in_files_of_their_own(tools, tmp_path, ap
     assert read_sequence(out / row["file"], row["id"]).ids.tolist() == list(expected)
 
 
-def test_an_input_that_is_not_there(tools, tmp_path):
+def test_a_missing_input_is_refused(tools, tmp_path):
     rule = "in_filename must be a folder of pictures, or a file that ends in .json, .jsonl or .tar, got .*nowhere"
     with pytest.raises(InputError, match=rule):
         tokenize(tools, tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_bad_items_are_logged_and_never_replaced(tools, tmp_path):
+def test_bad_records_are_listed_and_not_replaced(tools, tmp_path):
     name = picture(tmp_path / "a.png")
     (tmp_path / "no.png").write_text("no picture")
     good = {"image_path": name, "prompt": "a cat"}
@@ -220,7 +186,7 @@ def test_splits_together_hold_every_record_once(tools, tmp_path):
 
 
 def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
-    """SIGKILL at several moments, a torn record line, a partial file: nothing lost, nothing doubled."""
+    """After SIGKILL at several moments, half a line and a partial file, each record is there once."""
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(24)]
     path = write_records(tmp_path, [{"image_path": names[n % 24], "prompt": f"cat {n}"} for n in range(48)])
     out, block = tmp_path / "out", ["--block", "2", "--batch_size", "2"]
@@ -233,7 +199,7 @@ def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    assert kills, "no process was killed in its work; the test shows nothing"
+    assert kills, "no process was killed while it worked, so nothing was tested"
     with pytest.raises(InputError, match="not finished"):
         concat_records(out, tmp_path / "all.jsonl")
     with open(out / "0-of-1-record.jsonl", "a") as file:
@@ -280,3 +246,10 @@ def test_script_names_the_wrong_option(tiny_checkpoint, tmp_path, options, messa
     command += ["--model_path", tiny_checkpoint, *options]
     run = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_the_input_is_checked_before_models_are_loaded(tmp_path, capsys):
+    """Bug: a wrong --in_filename was reported only after the MoVQGAN was loaded."""
+    line = ["--in_filename", str(tmp_path / "none.jsonl"), "--out_dir", str(tmp_path / "out"), "--model_path", "none"]
+    assert main_of("pre_tokenize")(line) == 2
+    assert capsys.readouterr().err.startswith("error: --in_filename ")
