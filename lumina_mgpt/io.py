@@ -45,13 +45,17 @@ def remedy(error: BaseException, otherwise: str = "check the path") -> str:
 
 
 def decode_text(data: bytes, where: str, parameter: str | None = None) -> str:
-    """Text of UTF-8 bytes, without a byte order mark.
+    """Text of UTF-8 bytes, without byte order marks: files that are joined have one at the start of several lines.
 
     Raises:
-        InputError: the bytes are not UTF-8; names `where` and the encoding that they seem to have.
+        InputError: the bytes are not UTF-8, or hold a zero byte; names `where` and the encoding that they seem to have.
     """
     try:
-        return data.decode("utf-8-sig")
+        text = re.sub("^\ufeff", "", data.decode("utf-8"), flags=re.MULTILINE)
+        if "\0" in text:  # UTF-16 without a mark is valid UTF-8 where all letters are ASCII
+            raise InputError(f"{where} must be UTF-8 text, got a zero byte, as in UTF-16 and binary data, at byte "
+                             f"{data.index(0)}; save it as UTF-8, or replace it", parameter)  # fmt: skip
+        return text
     except UnicodeDecodeError as error:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         seems = "UTF-16" if wide else f"another encoding, perhaps Windows-1252: byte {data[error.start]:#04x}"
@@ -60,7 +64,7 @@ def decode_text(data: bytes, where: str, parameter: str | None = None) -> str:
 
 
 def read_text(path: str | Path, parameter: str | None = None) -> str:
-    """Text of a UTF-8 file, without a byte order mark; line ends are left unmodified.
+    """Text of a UTF-8 file, without byte order marks; line ends are left unmodified.
 
     Args:
         parameter: what the file was given as, for messages.
@@ -283,19 +287,23 @@ def json_line(row: dict) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path, parameter: str) -> Iterator[None]:
+def alone_in(folder: Path, parameter: str, name: str = ".lock") -> Iterator[None]:
     """Keeps a second process out of a folder; the system ends the lock with the process.
+
+    Args:
+        parameter: what the folder was given as, for messages.
+        name: of the lock's file; processes with other names may work in the folder at the same time.
 
     Raises:
         InputError: another process is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"{parameter} {folder}: another run is at work there; stop it, or give another "
-                         "folder") from None  # fmt: skip
+        raise InputError(f"{folder}: another run is at work there; stop it, or give another folder",
+                         parameter) from None  # fmt: skip
     except (NotImplementedError, OSError):  # a file system without locks
         pass
     try:

@@ -41,10 +41,10 @@ def write_records(folder: Path, records: list, name="in.jsonl") -> Path:
     return path
 
 
-def tokenize(tools, path: Path, out: Path, **options) -> PreTokenizer:
+def tokenize(tools, path: Path, out: Path, progress=lambda records: None, **options) -> PreTokenizer:
     """Pre-tokenizes an input; `tools` is the fixture, `options` those of PreTokenizeConfig."""
     job = PreTokenizer(PreTokenizeConfig(str(out), **({"target_size": 64} | options)), read_input(path), *tools)
-    job.run()
+    job.run(progress)
     return job
 
 

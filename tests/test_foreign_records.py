@@ -71,6 +71,15 @@ def test_the_image_mark_of_llava_is_read_as_an_image(tiny_checkpoint, tmp_path):
     assert torch.equal(*ids.view(2, -1))
 
 
+def test_a_byte_order_mark_in_a_record_is_removed():
+    """Bug: the mark of a caption file that another program copied into JSON became part of the caption."""
+    record = parse_record(json.loads('{"image_path": "a.png", "prompt": "\\ufeffa cat"}'))
+    assert record.caption == "a cat"
+    assert parse_record(talk("\ufeffwhat?", "\ufeffa cat")).turns == (("human", ("what?",)), ("assistant", ("a cat",)))
+    with pytest.raises(InputError, match="non-empty"):
+        parse_record({"image_path": "a.png", "prompt": "\ufeff"})
+
+
 @pytest.mark.parametrize("more, key, instead", [
     ({"images": ["a.png"]}, "images", "image"), ({"caption": "a dog"}, "caption", "prompt"),
     ({"Prompt": "a dog"}, "Prompt", "prompt"), ({"image_paths": []}, "image_paths", "image_path"),

@@ -118,15 +118,24 @@ def train(settings: Settings) -> tuple[int, bool, Path | None]:
 
 
 def finetune(args: argparse.Namespace) -> int:
-    signal, first, last = (0, True, None) if args.export_only else train(settings_of(args))
+    settings = None if args.export_only else settings_of(args)
+    option, folder = "--export_dir", Path(args.export_dir or "")
+    if not args.export_dir:
+        option, folder = "--output_dir", Path(args.output_dir) / "export"
+
+    from lumina_mgpt.training.checkpoint import export, require_export_folder  # torch takes seconds to import: only now
+
+    signal, first, last = 0, True, None
+    if settings:
+        require_export_folder(folder, settings, option)  # not only after the training
+        signal, first, last = train(settings)
     if signal:
         if first:
             print("stopped after a checkpoint; the same command with --resume auto goes on", file=sys.stderr)
         return 128 + signal
     if first:
-        from lumina_mgpt.training.checkpoint import export
-
-        print(f"exported to {export(args.output_dir, args.export_dir, args.export_dtype, checkpoint=last)}")
+        folder = export(args.output_dir, folder, args.export_dtype, checkpoint=last, parameter=option)
+        print(f"exported to {folder}")
     return 0
 
 

@@ -48,8 +48,8 @@ class Archive:
 
     - prompt and picture. The prompt is the text of a `.txt` member, else `prompt`, `caption` or `text` of a `.json`
       member. The picture is the one with a plain extension (`0.png`, not `0.depth.png`), or the only one.
-    - conversation: a `.json` member with `conversations`. Its pictures are those that `image` names, else all pictures
-      of the sample.
+    - conversation: a `.json` member with `conversations`. Its pictures are those that `image` names. Without `image`,
+      they are those with plain extensions, or all pictures if there are none.
 
     Args:
         path: tar file.
@@ -114,15 +114,17 @@ class Archive:
         paths = {kind: self._locate(member) for kind, member in sample.pictures.items()}
         if not paths:
             raise InputError(f"{self.path}/{sample.name} has no picture; it has {', '.join(sample.members) or 'none'}")
+        plain = [kind for kind in paths if "." not in kind] or list(paths)
         if isinstance(content, dict) and "conversations" in content:
-            return content | {"image": _named(content.get("image"), paths, where["json"])}
+            if content.get("image") is None:
+                return content | {"image": [paths[kind] for kind in plain]}
+            return content | {"image": _named(content["image"], paths, where["json"])}
         if "txt" in texts and (texts["txt"].strip() or not content):
             prompt = caption_of(decode_text(texts["txt"], where["txt"]), where["txt"])
         elif "json" in texts:
             prompt = _caption_in(content, where["json"])
         else:
             raise InputError(f"{self.path}/{sample.name} has no caption, .txt or .json; it has {', '.join(paths)}")
-        plain = [kind for kind in paths if "." not in kind] or list(paths)
         if len(plain) > 1:
             raise InputError(f"{self.path}/{sample.name} has one caption for {' and '.join(plain)}; keep one picture")
         return {"prompt": prompt, "image_path": paths[plain[0]]}
@@ -170,7 +172,7 @@ def _caption_in(content: object, where: str) -> str:
 
 
 def _named(image: object, paths: dict[str, str], where: str) -> list:
-    """Paths of the pictures that `image` of a record names; all pictures if it is None.
+    """Paths of the pictures that `image` of a record names.
 
     Args:
         image: file names or paths, of which the last part counts; a nested list is one image in panels.
@@ -180,8 +182,6 @@ def _named(image: object, paths: dict[str, str], where: str) -> list:
     Raises:
         InputError: `image` names a picture that is not in the sample.
     """
-    if image is None:
-        return list(paths.values())
     known = {posixpath.basename(path): path for path in paths.values()}
 
     def find(entry: object) -> str:
@@ -189,7 +189,7 @@ def _named(image: object, paths: dict[str, str], where: str) -> list:
         if path is None:
             raise InputError(
                 f"{where}: image must name pictures of its sample, {', '.join(known)}, got {str(entry)[:100]!r}; "
-                "without image, all of them are taken"
+                "correct it, or leave image out"
             )
         return path
 

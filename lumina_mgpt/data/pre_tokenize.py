@@ -19,7 +19,7 @@ from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import append_lines, cause, read_json, remedy, write_atomic
+from lumina_mgpt.io import alone_in, append_lines, cause, read_json, remedy, write_atomic
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import UniRepError, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
@@ -52,8 +52,18 @@ class PreTokenizer:
             progress: called with the number of records of each finished block, those of earlier runs first.
 
         Raises:
-            InputError: `out_dir` holds shards of another configuration, or is not writable.
+            InputError: `out_dir` holds shards of another configuration, is not writable, or another process works on
+                the same rank.
         """
+        files = self.files
+        try:
+            (files.folder / "shards").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{files.folder} cannot be made ({cause(error)}); {remedy(error)}", "out_dir") from None
+        with alone_in(files.folder, "out_dir", f".{files.name}.lock"):
+            self._run(progress)
+
+    def _run(self, progress: Callable[[int], object]) -> None:
         todo = self._resume(progress)
         blocks = self.files.blocks
         records = {n: self._parse(n) for block in todo for n in blocks[block]}
@@ -75,10 +85,6 @@ class PreTokenizer:
     def _resume(self, progress: Callable[[int], object]) -> list[int]:
         """Rebuilds the record file from existing shards; returns the blocks without a shard."""
         files = self.files
-        try:
-            (files.folder / "shards").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{files.folder} cannot be made ({cause(error)}); {remedy(error)}", "out_dir") from None
         blocks = range(len(files.blocks))
         done = [block for block in blocks if files.shard(block).exists()]
         job = self.config.description(self.source)

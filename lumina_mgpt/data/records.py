@@ -69,9 +69,10 @@ def parse_record(raw: object) -> Record:
     if "conversations" in raw:
         return _parse_conversation(raw)
     path, caption = raw["image_path"], raw["prompt"]
-    if not isinstance(path, str) or not isinstance(caption, str) or not path or not caption.strip():
+    caption = _unicode(caption, "prompt") if isinstance(caption, str) else ""
+    if not isinstance(path, str) or not path or not caption.strip():
         raise InputError("image_path and prompt must be non-empty texts")
-    if LLAVA_MARK in _unicode(caption, "prompt"):
+    if LLAVA_MARK in caption:
         raise InputError(
             f"prompt must describe the picture in words, got the mark {LLAVA_MARK}; remove it, or write the record "
             "with conversations"
@@ -104,14 +105,18 @@ def _shown(keys: Iterable[str]) -> str:
 
 
 def _unicode(text: str, where: str) -> str:
-    """The text. Raises InputError if a JSON escape gives half of a surrogate pair."""
+    """The text without a byte order mark, which another program may have copied from a file.
+
+    Raises:
+        InputError: a JSON escape gives half of a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"{where} must be Unicode text, got half of a character (\\u{ord(text[error.start]):04x}); correct it"
         ) from None
-    return text
+    return text.removeprefix("\ufeff")
 
 
 def _parse_conversation(raw: dict) -> Record:

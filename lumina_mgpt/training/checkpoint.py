@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import new_folder, write_atomic
+from lumina_mgpt.io import cause, new_folder, remedy, require_new, write_atomic
 from lumina_mgpt.model.checkpoint import COMPANIONS, load_model, save_model
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base
@@ -28,7 +28,9 @@ from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.restricted import reader_and_planner
 from lumina_mgpt.training.state import read_state, settings_of, verify
 
-__all__ = ["export", "find", "load", "newest", "read_state", "trained_model", "verified_state"]
+__all__ = [
+    "export", "find", "load", "newest", "read_state", "require_export_folder", "trained_model", "verified_state",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +136,14 @@ def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str 
     `parameter` is what the folder was given as, for messages.
 
     Raises:
-        InputError: there is no such checkpoint, or it is damaged, or the disk does not take it; none is written.
+        InputError: there is no such checkpoint, or it is damaged, or `folder` cannot be used, or the disk does not take
+            it; none is written.
     """
     output_dir = Path(output_dir)
     folder = Path(folder) if folder else output_dir / "export"
     checkpoint = checkpoint or find(output_dir, step)
     model, settings = trained_model(checkpoint)
+    require_export_folder(folder, settings, parameter)
     companions = _all_companions(output_dir, settings, read_state(checkpoint).get("base"))
     model = plain_copy(model, DTYPES[dtype], "cpu") if settings.lora_rank else model
     with _new_or_renewed(folder, parameter) as part:
@@ -147,6 +151,26 @@ def export(output_dir: str | Path, folder: str | Path | None = None, dtype: str 
         for file in companions:
             shutil.copyfile(file, part / file.name)
     return folder
+
+
+def require_export_folder(folder: Path, settings: Settings, parameter: str) -> None:
+    """Refuses a folder that an export cannot use; call it before the training.
+
+    An empty folder and a former export are allowed.
+
+    Raises:
+        InputError: it is a file, or cannot be examined, or holds the checkpoint that the run began with.
+    """
+    try:
+        if not os.path.isdir(folder) or not any(os.scandir(folder)):
+            require_new(folder, parameter)
+            return
+        base_folder = os.path.expanduser(settings.init_from or "")
+        if os.path.isdir(base_folder) and os.path.samefile(folder, base_folder):
+            raise InputError(f"{parameter} {folder} is the folder of --init_from, whose weights an export would "
+                             "replace; give another folder")  # fmt: skip
+    except OSError as error:
+        raise InputError(f"{parameter} {folder} cannot be used ({cause(error)}); {remedy(error)}") from None
 
 
 @contextmanager

@@ -104,10 +104,14 @@ def _read_note(output_dir: Path) -> dict | None:
     path = folder / _GOING_BACK
     if not path.exists():
         return None
-    note = read_json(path)
+    todo = "remove it, and all checkpoints later than the one to go on from"
+    try:
+        note = read_json(path)
+    except InputError as error:  # without the note, the run would go on from a checkpoint that it left
+        raise InputError(f"{path} is damaged ({error.args[0].partition('; ')[0]}); {todo}") from None
     to, aside = (Path(str(note.get(key))) for key in ("to", "aside"))
     right = step_of(folder / to.name) is not None and re.fullmatch(_ASIDE + r"\d+", aside.name)
     if not right or not (folder / to.name).is_dir():
-        raise InputError(f"{path} must name a checkpoint beside it, got {str(to)!r}; remove it, and all checkpoints "
-                         "later than the one to go on from")  # fmt: skip
+        raise InputError(f"{path} must name a checkpoint beside it and a {_ASIDE}N folder, got {str(to)!r} and "
+                         f"{str(aside)!r}; {todo}")  # fmt: skip
     return {"to": to.name, "aside": aside.name}

@@ -162,7 +162,8 @@ class Trainer:
                              "--output_dir")  # fmt: skip
         base.check(self.frozen, wanted, f"--init_from {self.settings.init_from}")
         if lineage.belongs(path, self.output_dir) and lineage.step_of(path.resolve()) != state["step"]:
-            raise InputError(f"{path} is of step {state['step']}; rename it to {lineage.name_of(state['step'])}")
+            raise InputError(f"{path} holds step {state['step']}, which is not its name; give an "
+                             "unmodified checkpoint")  # fmt: skip
         checkpoint.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
@@ -279,17 +280,22 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
-        handlers = {}
+        """Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand; a second one ends it at once.
+
+        Not a second SIGHUP: at the end of a terminal both the kernel and the shell send it. One that was ignored before
+        (`nohup`) stays ignored.
+        """
+        handlers, hangup = {}, getattr(signal, "SIGHUP", None)  # None on Windows
 
         def note(number, frame) -> None:
-            if self.stop:
+            if self.stop and number != hangup:
                 raise KeyboardInterrupt
-            self.stop = number
+            self.stop = self.stop or number
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
             with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
-                handlers[number] = signal.signal(number, note)
+                if number != hangup or signal.getsignal(number) != signal.SIG_IGN:
+                    handlers[number] = signal.signal(number, note)
         try:
             yield
         finally:
