@@ -16,6 +16,7 @@ TORCH = "torch>=2.10,<2.14"
 SCENES = ["opencv-python-headless>=4.10"]  # edge and distance maps of the demo checkpoint's training scenes
 LORA = ["peft>=0.17"]
 PLOT = ["matplotlib>=3.8"]
+CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
 
 class BuildWithFiles(build_py):
@@ -31,7 +32,7 @@ class BuildWithFiles(build_py):
 
 
 def requirements() -> list[str]:
-    """The packages of requirements.txt, torch with its range (the last line there installs this project itself)."""
+    """Packages of requirements.txt, torch with its range."""
     text = (HERE / "requirements.txt").read_text(encoding="utf-8")
     lines = (line.split(" #")[0].strip() for line in text.splitlines())
     names = [line for line in lines if line and not line.startswith(("#", "-"))]
@@ -57,8 +58,10 @@ setup(
     entry_points={"console_scripts": ["lumina-mgpt = lumina_mgpt.cli.main:main"]},
     install_requires=requirements(),
     extras_require={
+        "benchmarks": [*CHAMELEON, *PLOT],
         "canny": SCENES,  # --extract
         "demo": SCENES,
+        "dev": ["pre-commit>=4"],
         "flash": ["flash-attn>=2.6"],
         "lora": LORA,
         "plot": PLOT,
@@ -67,14 +70,18 @@ setup(
             *SCENES,
             *LORA,
             *PLOT,
-            "pytest>=8",
-            "hypothesis>=6.100",  # property tests of the image sequences
-            "transformers>=5.0",  # an independent Chameleon to compare logits with
+            *CHAMELEON,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
-            "mypy>=1.15",
-            "types-PyYAML",
-            "ruff>=0.12",
+            "hypothesis>=6.100",  # property tests of the image sequences
+            "mypy>=2.4,<3",
+            "packaging>=24",  # reads version ranges
+            "pytest>=8",
+            "pytest-xdist>=3.6",  # runs the tests in two processes
+            "ruff>=0.17,<0.18",  # a minor version may format differently
+            "setuptools>=77",  # reads setup.py
             "tensorboard>=2.18",
+            "types-PyYAML",
+            "types-tqdm",
         ],
     },
 )

@@ -147,6 +147,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is told in KiB on Linux")
 def test_a_1024_image_of_the_largest_size_decodes_within_8_gib():
     """Some minutes' work on two cores. The weights' values do not matter, their number does."""

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import PROMPTS, near_tie
+from near_ties import PROMPTS, near_tie
 
 from lumina_mgpt import Pipeline
 from lumina_mgpt.config import BIRTHS, Speculation
 from lumina_mgpt.devices import default_window
 from lumina_mgpt.prompts import I2I_TASKS, TASKS
 
-DEMO = Path(__file__).parent.parent / "assets" / "demo"
+DEMO = Path(__file__).parents[2] / "assets" / "demo"
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from near_ties import PROMPTS, margin, near_tie
 
 from lumina_mgpt import Checkpoint, Pipeline, devices
 from lumina_mgpt import pipeline as pipeline_module
@@ -17,10 +18,7 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.sampling.autoregressive import opening
 from lumina_mgpt.sampling.logits import code_log_probs
-from lumina_mgpt.sampling.noise import gumbel
-from lumina_mgpt.unirep import ImageLayout, decode_image
-
-PROMPTS = ["a cat", "a hedgehog on a sky blue background", "", "a very long list of words: " + "snow " * 30]
+from lumina_mgpt.unirep import decode_image
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +59,6 @@ def test_seed_and_repeat_decide(exact):
     assert torch.equal(first.codes, again.codes)
     assert not torch.equal(first.codes, second.codes)
     assert not torch.equal(first.codes, other.codes)
-
-
-def margin(exact: Pipeline, prompt: str, codes: torch.Tensor, at: int, rival: int, key: tuple[int, int], **settings):
-    """How far the code at index `at` is ahead of its rival in the noisy log-law, in float64."""
-    vocabulary, flat = exact.checkpoint.vocabulary, codes.flatten()
-    config = SamplingConfig(seed=key[0], **settings)
-    layout = ImageLayout(vocabulary, codes.shape[0] // 4, codes.shape[1] // 4, given=at)
-    starts = exact.checkpoint.prompt_ids([prompt], layout)
-    call, _ = opening(starts, layout, flat[None, :at], guided=config.cfg != 1.0)
-    cache = KVCache(exact.checkpoint.config, len(call.ids), call.ids.shape[1], torch.float64, "cpu")
-    with torch.no_grad():
-        law = code_log_probs(CachedStep(exact.model, cache, vocabulary.code_slice)(*call), config)[0, 0]
-    scores = law + gumbel(*key, at, len(law))
-    return float(scores[flat[at]] - scores[rival])
-
-
-def near_tie(exact, prompt, ours, theirs, key, limit=1e-3, **settings) -> bool:
-    """Whether the first code in which two images differ was a toss-up; equal images are."""
-    differs = (ours != theirs).flatten().nonzero().flatten()
-    if not len(differs):
-        return True
-    at = int(differs[0])
-    return abs(margin(exact, prompt, ours, at, int(theirs.flatten()[at]), key, **settings)) < limit
 
 
 def test_float32_differs_from_float64_and_between_batches_in_near_ties_only(exact, pipeline):

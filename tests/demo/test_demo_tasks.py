@@ -27,7 +27,7 @@ from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import IGNORED, encode_image
 from lumina_mgpt.vocabulary import Vocabulary
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ["hedgehog", "owl", "grapes"]
 
 
@@ -267,6 +267,7 @@ def test_shuffling_changes_the_panel_or_the_prompt_and_nothing_else():
     assert set(script.shuffled(omni.evaluation_examples("predict_depth", NAMES, 4, random.Random(0)))) == {"panel"}
 
 
+@pytest.mark.slow
 def test_the_evaluation_runs_on_the_shipped_checkpoint(pictures, tmp_path, monkeypatch, capsys):
     script = module_of("evaluate")
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)

@@ -22,7 +22,7 @@ from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import decode_image, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 

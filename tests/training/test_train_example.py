@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     return folder / "work" / "example"
 
 
+@pytest.mark.slow
 def test_example_writes_the_files_that_the_text_names(folder):
     records = {part: read_rows(folder / f"tokens/{part}/records.jsonl") for part in ("lighthouse", "known")}
     assert {part: len(rows) for part, rows in records.items()} == {"lighthouse": 112, "known": 2}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sampling import RememberingStep
+from remembering_step import RememberingStep
 
 from lumina_mgpt.config import COUPLINGS, ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings, jacobi, sample

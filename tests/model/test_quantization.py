@@ -23,7 +23,7 @@ from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.training.options import Settings
 from lumina_mgpt.training.trainer import build_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IDS = torch.arange(40)[None]
 GROUP = 32  # the only one that divides the tiny checkpoint's 96
 

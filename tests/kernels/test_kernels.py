@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_attention import formula, heads
-from test_step import CALLS, CONFIG
+from attention_formula import formula, heads
+from step_calls import CALLS, CONFIG
 
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.kernels import native

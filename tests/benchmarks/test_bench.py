@@ -52,6 +52,7 @@ def test_bad_options_are_refused_in_one_line(bench, tiny_checkpoint, capsys, opt
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_errors_of_rounding_are_in_order(monkeypatch, capsys):
     script = module_of("measure_error")
     monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "1"])

@@ -5,19 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from step_calls import CALLS, CONFIG
 
-from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
-
-CONFIG = ModelConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, image_code_offset=64, num_image_codes=32,
-)  # fmt: skip
-# Calls after a prompt of 9 ids, a row each: where they start, and how many ids. Windows are fed again from any place.
-CALLS = (((9, 7), 1), ((10, 8), 2), ((12, 10), 1), ((13, 11), 11), ((15, 19), 11), ((20, 21), 1), ((21, 22), 2))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")

@@ -1,6 +1,5 @@
 """Sampling against plain formulations: a model that remembers, one row and one code at a time, and counted draws."""
 
-import hashlib
 import math
 import time
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from remembering_step import RememberingStep, law_of
 
 from lumina_mgpt.config import ModelConfig, SamplingConfig
 from lumina_mgpt.errors import InputError
@@ -22,32 +22,6 @@ from lumina_mgpt.vocabulary import Vocabulary
 @pytest.fixture(scope="module")
 def vocabulary(tiny_checkpoint):
     return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
-
-
-def law_of(seen: list[int], codes: int, dtype=torch.float64) -> torch.Tensor:
-    """Logits that any change in what was seen, or in its order, changes."""
-    digest = hashlib.sha256(np.array(seen, np.int64).tobytes()).digest()
-    values = np.random.default_rng(list(digest)).normal(size=codes) * 2
-    return torch.from_numpy(values).to(dtype)
-
-
-class RememberingStep:
-    """A model that sees exactly what is in its slots; one that was never written is an error. Keeps its calls."""
-
-    def __init__(self, codes: int, dtype=torch.float64):
-        self.codes, self.dtype, self.calls, self.slots = codes, dtype, [], {}
-
-    def __call__(self, ids, positions, read):
-        assert ids.shape == positions.shape and positions.device.type == read.device.type == "cpu"
-        self.calls.append((ids.clone(), positions.clone(), read.clone()))
-        R, T = ids.shape
-        for r in range(R):
-            for t in range(T):
-                self.slots[r, int(positions[r, t])] = int(ids[r, t])
-        return torch.stack([torch.stack([self._logits(r, int(positions[r, q])) for q in read[r]]) for r in range(R)])
-
-    def _logits(self, row, position):
-        return law_of([self.slots[row, slot] for slot in range(position + 1)], self.codes, self.dtype)
 
 
 def plain_law(cond: np.ndarray, uncond: np.ndarray | None, cfg: float, temperature: float, top_k: int) -> np.ndarray:

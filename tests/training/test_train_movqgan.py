@@ -23,7 +23,7 @@ from lumina_mgpt.prompts import text_to_image
 from lumina_mgpt.training.image_tokenizer import MovingCodes, MoVQGANTraining, Pictures, Trainer, kmeans
 from lumina_mgpt.vocabulary import Vocabulary
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = MoVQGANConfig(ch=32, blocks=1, mult=(1, 1), num_codes=16, attention_levels=(1,))
 SETTINGS = MoVQGANTraining(minutes=1e6, pixels=2 * 32 * 32, continuous_steps=3, warmup_steps=2, revive_every=2)
 

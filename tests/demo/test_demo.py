@@ -23,7 +23,7 @@ from scenes import Scene
 from lumina_mgpt import maps
 from lumina_mgpt.images import psnr
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo"
 
 
@@ -192,6 +192,7 @@ def _silhouette(picture: Image.Image) -> np.ndarray:
     return np.abs(pixels - np.median(rim, axis=0)).sum(-1) > 60
 
 
+@pytest.mark.slow
 def test_a_control_panel_is_followed_where_the_words_say_nothing_of_it(tmp_path):
     """Of two depth maps, each result has the outline of its own; the backgrounds are those of the prompts."""
     shown = _silhouette(Image.open(ROOT / "assets/subject.png").resize((CELL, CELL))).astype(np.uint8)
@@ -218,6 +219,7 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> float:
     return (one & other).sum() / (one | other).sum()
 
 
+@pytest.mark.slow
 def test_a_subject_comes_again_on_another_background(tmp_path):
     """In the middle, where the emoji is, the result is far nearer to the panel than to the panel upside down."""
     words = ("--image_path", "assets/subject.png", "--image_prompt", "the same on a navy background")
@@ -228,6 +230,7 @@ def test_a_subject_comes_again_on_another_background(tmp_path):
     assert np.abs(middles[0] - middles[1]).mean() < 0.7 * np.abs(middles[0] - middles[1][:, ::-1, ::-1]).mean()
 
 
+@pytest.mark.slow
 def test_a_segmentation_has_the_colours_of_the_training(tmp_path):
     _generate(tmp_path, "--i2i_task", "predict_segmentation", "--image_path", "assets/subject.png")
     pixels = np.asarray(Image.open(tmp_path / "predict_segmentation_result.png"), np.float32)
@@ -236,6 +239,7 @@ def test_a_segmentation_has_the_colours_of_the_training(tmp_path):
     assert (distances.min(-1) < 120).mean() > 0.9 and 0.1 < (distances.argmin(-1) == 1).mean() < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["", "--speculative_jacobi", "--speculative_jacobi --quant --cache_dtype int8"])
 def test_an_edit_does_what_it_says_with_every_way_of_sampling(sampling, tmp_path):
     command = ["--image_path", "assets/subject.png", "--save_path", str(tmp_path), *sampling.split()]

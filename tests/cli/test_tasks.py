@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_checks import ENVIRONMENT, PATIENCE, names, refused
 from commands import main_of
 from PIL import Image
-from test_cli import ENVIRONMENT, PATIENCE, names, refused
 
 from lumina_mgpt import Checkpoint, Pipeline, maps
 from lumina_mgpt.errors import InputError
@@ -19,7 +19,7 @@ from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.panels import given_size
 from lumina_mgpt.prompts import I2I_TASKS, MAPS, TASKS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ("--device", "cpu", "--width", "32", "--height", "64")
 
 

@@ -62,6 +62,7 @@ def test_layers_save_what_is_reckoned(way):
     assert kept <= 1.03 * reckoned and kept >= 0.8 * reckoned, (kept, reckoned)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("side", ["ours", "checkpointing"])
 def test_the_peak_of_a_step_is_what_is_reckoned(side):

@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_formula import formula, heads
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
@@ -17,23 +18,6 @@ CONFIG = ModelConfig(
     vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, image_code_offset=0, num_image_codes=8,
 )  # fmt: skip
-
-
-def heads(*shape: int, seed: int = 0, dtype=torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def formula(q, k, v, positions):
-    """softmax(q k / sqrt(H)) v over slots up to each query's position. q (B, T, N, H), k, v (B, S, K, H)."""
-    group = q.shape[2] // k.shape[2]
-    out = torch.zeros_like(q)
-    for b in range(q.shape[0]):
-        for t in range(q.shape[1]):
-            seen = int(positions[b, t]) + 1
-            for n in range(q.shape[2]):
-                keys, values = k[b, :seen, n // group], v[b, :seen, n // group]
-                out[b, t, n] = torch.softmax(keys @ q[b, t, n] / q.shape[3] ** 0.5, 0) @ values
-    return out
 
 
 def span_for(positions, length, cache, filled=None):

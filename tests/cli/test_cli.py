@@ -15,20 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_checks import ENVIRONMENT, PATIENCE, names, refused
 from commands import module_of
 from PIL import Image
 
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.outputs import OutputFolder
 
-SCRIPT = Path(__file__).parent.parent / "generate_examples" / "generate.py"
+SCRIPT = Path(__file__).parents[2] / "generate_examples" / "generate.py"
 BASE = ("--device", "cpu", "--width", "32", "--height", "32")
-PATIENCE = 300  # seconds for a process that takes three on an idle machine; only a hang may exceed it
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def script():
     return module_of("generate")
@@ -46,19 +41,6 @@ def generate(script, tiny_checkpoint, tmp_path):
 def no_weights(monkeypatch):
     """Fails the test if weights are read: what can be checked before must be."""
     monkeypatch.setattr("lumina_mgpt.pipeline.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
-def refused(capsys, code: int, *parts: str) -> None:
-    """Exit status 2 and exactly one line on stderr that holds all the parts."""
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    for part in parts:
-        assert part in err, err
 
 
 # -- what a run writes -------------------------------------------------------------------------------------------------
@@ -128,6 +110,7 @@ def test_an_int8_cache_says_so_inside(generate, tmp_path, capsys):
         assert image.text["cache_dtype"] == "int8"
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_pictures_of_one(generate, tiny_checkpoint, tmp_path):
     """Started as `accelerate launch` starts them (on GPUs by torchrun, which works on a CPU as well)."""
     prompts = ["--prompt", "a cat", "--prompt", "a snowman", "-n", "2", "--batch_size", "1", "--preview"]

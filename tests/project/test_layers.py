@@ -1,0 +1,145 @@
+"""Imports of the package go one way, modules stay small, and only commands print or exit."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from commands import ROOT
+
+PACKAGE = ROOT / "lumina_mgpt"
+MAX_FILE, MAX_FUNCTION = 400, 60  # lines
+
+# Top-level module or package -> what it may import besides itself, as names of rows above its own.
+FOUNDATIONS = {"errors", "io"}
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "resources": set(),
+    "measure": set(),
+    "console": set(),
+    "prompts": set(),
+    "io": {"errors"},
+    "checks": {"errors"},
+    "launcher": {"errors"},
+    "prompt_files": FOUNDATIONS,
+    "outputs": FOUNDATIONS,
+    "images": FOUNDATIONS,
+    "maps": {"errors", "images"},
+    "config": FOUNDATIONS | {"checks"},
+    "devices": {"errors", "config"},
+    "vocabulary": FOUNDATIONS | {"config"},
+    "unirep": {"errors", "checks", "vocabulary"},
+    "movqgan": FOUNDATIONS | {"checks", "config", "images"},
+    "panels": {"errors", "checks", "images", "movqgan", "unirep"},
+    "kernels": {"config"},
+    "model": FOUNDATIONS | {"checks", "config", "kernels"},
+    "sampling": {"errors", "checks", "config", "unirep"},
+    "results": {"unirep"},
+    "request": {"errors", "checks", "config", "images", "panels", "prompts", "sampling", "unirep"},
+}
+LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
+LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "movqgan", "prompts", "unirep", "vocabulary"}
+LAYERS["training"] = set(LAYERS) - {"console"}
+LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
+LAYERS["cli"] = set(LAYERS)
+LAYERS["__main__"] = {"cli"}
+PRINTERS = {"cli", "__main__"}
+EXITS = {"print", "exit", "quit", "sys.exit", "os._exit"}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Module name without the package's -> file; `__init__` is the package itself."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, module = name.partition(".")
+            if package != "lumina_mgpt":
+                continue
+            while module and module not in modules():
+                module = module.rpartition(".")[0]
+            yield module or "__init__"
+
+
+def layer(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_layers_form_an_order():
+    above = set()
+    for name, allowed in LAYERS.items():
+        assert allowed <= above, f"{name} may import {sorted(allowed - above)}, which are not above it"
+        above.add(name)
+
+
+def test_imports_go_to_layers_above():
+    wrong = []
+    for module, path in modules().items():
+        name = layer(module)
+        assert name in LAYERS, f"add {name} to LAYERS"
+        wrong += [f"{module} -> {other}" for other in imports(path) if layer(other) not in LAYERS[name] | {name}]
+    assert not wrong
+
+
+def test_imports_form_no_cycle():
+    graph = {module: {other for other in imports(path) if other != module} for module, path in modules().items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in sorted(graph[module]):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_only_commands_print_or_exit():
+    wrong = []
+    for module, path in modules().items():
+        if layer(module) in PRINTERS:
+            continue
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called in EXITS or called.startswith(("sys.stdout.", "sys.stderr.")):
+                    wrong.append(f"{module}, line {node.lineno}: {called}")
+            elif isinstance(node, ast.Raise) and node.exc and "SystemExit" in ast.unparse(node.exc):
+                wrong.append(f"{module}, line {node.lineno}: SystemExit")
+    assert not wrong
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for module, path in modules().items():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MAX_FILE:
+            long.append(f"{module}: {lines} lines")
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > MAX_FUNCTION:
+                    long.append(f"{module}.{node.name}: {lines} lines")
+    assert not long
