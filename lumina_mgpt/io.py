@@ -45,7 +45,7 @@ def remedy(error: BaseException, otherwise: str = "check the path") -> str:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def decode_text(data: bytes, where: str, parameter: str = "") -> str:
+def decode_text(data: bytes, where: str, parameter: str | None = None) -> str:
     """Returns the text of UTF-8 bytes, without byte order marks; joined files have one at the start of several lines.
 
     Args:
@@ -59,16 +59,16 @@ def decode_text(data: bytes, where: str, parameter: str = "") -> str:
         text = re.sub("^\ufeff", "", data.decode("utf-8"), flags=re.MULTILINE)
         if "\0" in text:  # UTF-16 without a mark is valid UTF-8 where all letters are ASCII
             raise InputError(f"{where} must be UTF-8 text, got a zero byte, as in UTF-16 and binary data, at byte "
-                             f"{data.index(0)}; save it as UTF-8, or replace it", parameter or None)  # fmt: skip
+                             f"{data.index(0)}; save it as UTF-8, or replace it", parameter)  # fmt: skip
         return text
     except UnicodeDecodeError as error:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         seems = "UTF-16" if wide else f"another encoding, perhaps Windows-1252: byte {data[error.start]:#04x}"
         message = f"{where} must be UTF-8 text, got {seems} at byte {error.start}; save it as UTF-8"
-        raise InputError(message, parameter or None) from None
+        raise InputError(message, parameter) from None
 
 
-def read_text(path: str | Path, parameter: str = "") -> str:
+def read_text(path: str | Path, parameter: str | None = None) -> str:
     """Returns the text of a UTF-8 file, without byte order marks and with unmodified line ends.
 
     Args:
@@ -80,11 +80,11 @@ def read_text(path: str | Path, parameter: str = "") -> str:
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter or None) from None
+        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter) from None
     return decode_text(data, str(path), parameter)
 
 
-def require_readable(path: str | Path, parameter: str = "") -> None:
+def require_readable(path: str | Path, parameter: str | None = None) -> None:
     """Checks that a file can be opened, for libraries whose errors do not name the reason.
 
     Raises:
@@ -94,7 +94,7 @@ def require_readable(path: str | Path, parameter: str = "") -> None:
         with open(path, "rb") as file:
             file.read(1)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter or None) from None
+        raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}", parameter) from None
 
 
 def lines_of(text: str) -> list[str]:
@@ -106,7 +106,7 @@ def lines_of(text: str) -> list[str]:
     return re.split(r"\r\n|\n|\r", text)
 
 
-def parse_json(text: str, where: str, parameter: str = "") -> object:
+def parse_json(text: str, where: str, parameter: str | None = None) -> object:
     """Returns the value of a JSON text.
 
     Args:
@@ -119,12 +119,12 @@ def parse_json(text: str, where: str, parameter: str = "") -> object:
     try:
         return json.loads(text)
     except RecursionError:
-        raise InputError(f"{where} is nested too deeply for JSON; correct or remove it", parameter or None) from None
+        raise InputError(f"{where} is nested too deeply for JSON; correct or remove it", parameter) from None
     except ValueError as error:  # JSONDecodeError, or a number with over 4,300 digits
-        raise InputError(f"{where} is not JSON ({cause(error)}); correct or remove it", parameter or None) from None
+        raise InputError(f"{where} is not JSON ({cause(error)}); correct or remove it", parameter) from None
 
 
-def read_json(path: str | Path, parameter: str = "") -> dict:
+def read_json(path: str | Path, parameter: str | None = None) -> dict:
     """Returns the mapping in a JSON file.
 
     Raises:
@@ -133,11 +133,11 @@ def read_json(path: str | Path, parameter: str = "") -> dict:
     value = parse_json(read_text(path, parameter), str(path), parameter)
     if not isinstance(value, dict):
         message = f"{path} must hold a JSON object, got a {type(value).__name__}; correct or replace it"
-        raise InputError(message, parameter or None)
+        raise InputError(message, parameter)
     return value
 
 
-def read_rows(path: str | Path, parameter: str) -> list:
+def read_rows(path: str | Path, parameter: str | None = None) -> list:
     """Returns the rows of a `.json` file (a list) or a `.jsonl` file (one value per line).
 
     Raises:

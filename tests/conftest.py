@@ -143,6 +143,22 @@ def tokens(tiny_checkpoint, tmp_path_factory) -> Path:
     return folder / "data.yaml"
 
 
+@pytest.fixture(scope="session")
+def vocabulary(tiny_checkpoint):
+    from lumina_mgpt.config import ModelConfig
+    from lumina_mgpt.vocabulary import Vocabulary
+
+    return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
+
+
+@pytest.fixture(scope="session")
+def tools(tiny_checkpoint, vocabulary):
+    """Vocabulary and image tokenizer of the tiny checkpoint, for PreTokenizer."""
+    from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+
+    return vocabulary, ImageTokenizer.from_checkpoint(tiny_checkpoint / "movqgan_270M.ckpt")
+
+
 @pytest.fixture
 def settings(tokens, tiny_checkpoint, tmp_path):
     """A training of eight steps from the tiny checkpoint, with dropout, in float32."""

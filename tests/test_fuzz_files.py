@@ -15,9 +15,10 @@ from training_runs import ONE, changed
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.archive import Archive
-from lumina_mgpt.data.dataset import TokenDataset, read_sources
+from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.records import parse_record
 from lumina_mgpt.data.shards import _open as open_shards
+from lumina_mgpt.data.sources import read_sources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import read_rows
 from lumina_mgpt.model.reading import load_model
@@ -71,7 +72,7 @@ def test_record_files(tmp_path, suffix):
             yield path
 
     def read(path: Path) -> None:
-        for row in read_rows(path, "--in_filename"):
+        for row in read_rows(path, "in_filename"):
             parse_record(row)
 
     accepted, refused = outcomes(copies(), read)

@@ -1,60 +1,69 @@
-"""Turns records (pictures and texts) into token shards: see TRAIN.md."""
+"""`lumina-mgpt pre-tokenize`: converts images and texts to token shards for training. See TRAIN.md."""
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lumina_mgpt import cli
 
+OPTIONS = ("out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block", "workers")
+
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="pre-tokenize", description="Turns records into token shards.")
-    parser.add_argument("--in_filename", required=True, help="folder, .json, .jsonl (paths as seen from here), .tar")
-    parser.add_argument("--out_dir", required=True, help="shards, record files and bad items go here")
-    parser.add_argument("--model_path", required=True, help="folder with config.json and the tokenizer")
-    parser.add_argument("--movqgan_path", help="MoVQGAN weights (default: looked for in --model_path)")
-    parser.add_argument("--splits", type=cli.whole, default=1, help="parts that the records are cut into")
-    parser.add_argument("--rank", type=cli.whole, default=0, help="which part this process does")
-    parser.add_argument(
-        "--target_size", type=cli.whole, default=768, help="area target x target at the nearest aspect ratio"
+    parser = cli.Parser(
+        prog="lumina-mgpt pre-tokenize", description="Converts images and texts to token shards for training."
     )
-    parser.add_argument("--keep_size", action="store_true", help="leave pictures whose sides are multiples of 32 uncut")
+    parser.add_argument(
+        "--in_filename", required=True, help="folder of pictures, .json, .jsonl (paths relative to here) or .tar"
+    )
+    parser.add_argument("--out_dir", required=True, help="folder for shards, record files and lists of bad records")
+    parser.add_argument("--model_path", required=True, help="folder with config.json and the tokenizer")
+    parser.add_argument("--movqgan_path", help="MoVQGAN weights (default: those in --model_path)")
+    parser.add_argument("--splits", type=cli.whole, default=1, help="number of parts of the input")
+    parser.add_argument("--rank", type=cli.whole, default=0, help="the part that this process tokenizes")
+    parser.add_argument(
+        "--target_size", type=cli.whole, default=768, help="crop to about target x target pixels, nearest aspect ratio"
+    )
+    parser.add_argument("--keep_size", action="store_true", help="do not crop pictures with sides in multiples of 32")
     parser.add_argument("--batch_size", type=cli.whole, default=16, help="pictures encoded at once")
     parser.add_argument("--workers", type=cli.whole, default=2, help="threads that read and crop pictures")
-    parser.add_argument("--block", type=cli.whole, default=512, help="records a shard")
-    parser.add_argument("--seed", type=cli.whole, default=0, help="decides which instructions leave the size out")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (auto: a GPU where there is one)")
+    parser.add_argument("--block", type=cli.whole, default=512, help="records per shard")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="selects the instructions that do not name the size")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     return parser
 
 
 def pre_tokenize(args: argparse.Namespace) -> None:
     from lumina_mgpt.config import ModelConfig
-    from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings, fingerprint
+    from lumina_mgpt.data.inputs import fingerprint, read_input
+    from lumina_mgpt.data.job import PreTokenizeConfig
+    from lumina_mgpt.data.pre_tokenize import PreTokenizer
     from lumina_mgpt.devices import resolve_device
     from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
     from lumina_mgpt.vocabulary import Vocabulary
 
+    config = PreTokenizeConfig(**{name: getattr(args, name) for name in OPTIONS})
+    source = read_input(args.in_filename)
+    files = config.files(source)
     device = resolve_device(args.device)
     folder = Path(args.model_path)
-    config = ModelConfig.from_json(folder / "config.json")
+    model = ModelConfig.from_json(folder / "config.json")
     movqgan = find_movqgan(folder, args.movqgan_path)
-    vocabulary = Vocabulary.from_folder(folder, config)
-    names = ("in_filename", "out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block",
-             "workers")  # fmt: skip
-    models = fingerprint(folder / "tokenizer.json", movqgan)
-    settings = Settings(**{name: getattr(args, name) for name in names}, panels_apart=config.panels_apart,
-                        models=f"{models}-{config.image_code_offset}")  # fmt: skip
-    job = PreTokenizer(settings, vocabulary, ImageTokenizer.from_checkpoint(movqgan, device))
-    job.images.require_codes(config, movqgan)
-    with tqdm(total=job.last - job.first, unit="record", desc=settings.name, dynamic_ncols=True) as bar:
+    vocabulary = Vocabulary.from_folder(folder, model)
+    models = f"{fingerprint(folder / 'tokenizer.json', movqgan)}-{model.image_code_offset}"
+    images = ImageTokenizer.from_checkpoint(movqgan, device)
+    images.require_codes(model, movqgan)
+    config = replace(config, panels_apart=model.panels_apart, models=models)
+    job = PreTokenizer(config, source, vocabulary, images)
+    with tqdm(total=len(files.part), unit="record", desc=files.name, dynamic_ncols=True) as bar:
         job.run(bar.update)
-    print(f"{job.good} records in {job.out / (settings.name + '-record.jsonl')}, {job.bad} left out")
+    print(f"{job.good} records in {files.record}, {job.bad} left out")
     if job.bad:
-        print(f"why: {job.out / (settings.name + '-bad.jsonl')}")
+        print(f"reasons: {files.bad}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(pre_tokenize, build_parser(), argv, stopped="the same command goes on from here")
-
+    return cli.run(pre_tokenize, build_parser(), argv, stopped="run the same command again to continue")

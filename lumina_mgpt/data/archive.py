@@ -1,4 +1,7 @@
-"""Webdataset tars as record files: pictures are read out of the archive, nothing is unpacked."""
+"""Webdataset tar -> rows for `parse_record`. Pictures are read from the tar, nothing is unpacked.
+
+Before: tars.py checks the file and lists its members. inputs.py calls this module.
+"""
 
 import io
 import logging
@@ -16,13 +19,18 @@ from lumina_mgpt.io import cause, decode_text, parse_json, remedy
 
 log = logging.getLogger(__name__)
 
-_CAPTIONS = ("prompt", "caption", "text")
+_CAPTIONS = ("prompt", "caption", "text")  # keys of a JSON caption, in order of precedence
 
 
 @dataclass
 class _Sample:
-    """Members of one sample by their kind: the name after its first dot, in lower case. `faults` are reasons to leave
-    the sample out."""
+    """Members of one sample.
+
+    Attributes:
+        name: path in the tar up to the first dot of the file name.
+        members: kind -> member. The kind is the rest of the name in lower case, such as `depth.png`.
+        faults: reasons to leave the sample out.
+    """
 
     name: str
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
@@ -34,19 +42,29 @@ class _Sample:
 
 
 class Archive:
-    """The samples of an uncompressed tar: members of one name up to its first dot are one sample.
+    """Samples of an uncompressed tar. Members whose names are equal up to the first dot are one sample.
 
-    `rows` are records in the forms of `records.parse_record`, or the InputError that says why there is none. The prompt
-    is a `.txt` member, or the first of `prompt`, `caption` and `text` in a `.json` one. Its picture is the one of a
-    plain extension (`0.png`, not `0.depth.png`), or the only one. A `.json` with `conversations` is a record, its
-    images those that its `image` names in the sample; without `image`, those of plain extensions, or all if none is.
+    A sample becomes a row in one of two forms:
+
+    - prompt and picture. The prompt is the text of a `.txt` member, else `prompt`, `caption` or `text` of a `.json`
+      member. The picture is the one with a plain extension (`0.png`, not `0.depth.png`), or the only one.
+    - conversation: a `.json` member with `conversations`. Its pictures are those that `image` names. Without `image`,
+      they are those with plain extensions, or all pictures if there are none.
+
+    Args:
+        path: tar file.
+
+    Attributes:
+        rows: raw records for `parse_record`. An InputError stands for a sample that gives none.
+        offsets: path of a picture -> its offset and size in the tar.
 
     Raises:
         InputError: the file is missing, damaged, cut or compressed.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.places = Path(path), {}
+        self.path = Path(path)
+        self.offsets: dict[str, tuple[int, int]] = {}
         samples: dict[str, _Sample] = {}
         skipped = sum(not self._sort(member, samples) for member in members_of(path) if not member.isdir())
         if skipped:
@@ -55,23 +73,24 @@ class Archive:
             self.rows = [self._row(sample, file) for sample in samples.values()]
 
     def _sort(self, member: tarfile.TarInfo, samples: dict[str, _Sample]) -> bool:
-        """Puts a member into its sample; False where its name belongs to none."""
-        folder, _, name = _plain(member.name).rpartition("/")
+        """Adds a member to its sample. False for names that belong to no sample."""
+        folder, _, name = _normalized(member.name).rpartition("/")
         stem, dot, kind = name.partition(".")
         if not dot or not stem:
             return False
         sample = samples.setdefault(f"{folder}/{stem}", _Sample(f"{folder}/{stem}".lstrip("/")))
         kind = kind.lower()
         if not (_is_picture(kind) or kind in ("json", "txt")):
-            return True  # other data of the sample, of which nothing is read
+            return True  # other data of the sample, ignored
+        where = f"{self.path}/{member.name}"
         if member.islnk() or member.issym():
-            sample.faults.append(f"{self.path}/{member.name} is a link to {member.linkname}; make the tar with "
-                                 "--dereference --hard-dereference")  # fmt: skip
+            todo = "make the tar with --dereference --hard-dereference"
+            sample.faults.append(f"{where} is a link to {member.linkname}; {todo}")
         elif not member.isreg() or member.issparse():
-            sample.faults.append(f"{self.path}/{member.name} is no plain file; make the tar without --sparse")
+            sample.faults.append(f"{where} is not a plain file; make the tar without --sparse")
         elif kind in sample.members:
-            sample.faults.append(f"{self.path}/{member.name} is there twice, at bytes {sample.members[kind].offset} and"
-                                 f" {member.offset}; keep one")  # fmt: skip
+            first = sample.members[kind].offset
+            sample.faults.append(f"{where} is there twice, at bytes {first} and {member.offset}; keep one")
         else:
             sample.members[kind] = member
         return True
@@ -85,46 +104,46 @@ class Archive:
             return error
 
     def _record(self, sample: _Sample, file: BinaryIO) -> dict:
-        """The record of a sample. Raises InputError where it has none."""
+        """The record of a sample. Raises InputError if there is none."""
         where = {kind: f"{self.path}/{member.name}" for kind, member in sample.members.items()}
         texts = {}
         for kind in {"json", "txt"} & sample.members.keys():
             file.seek(sample.members[kind].offset_data)
             texts[kind] = file.read(sample.members[kind].size)
-        told = parse_json(decode_text(texts["json"], where["json"]), where["json"]) if "json" in texts else {}
-        paths = {kind: self._place(member) for kind, member in sample.pictures.items()}
+        content = parse_json(decode_text(texts["json"], where["json"]), where["json"]) if "json" in texts else {}
+        paths = {kind: self._locate(member) for kind, member in sample.pictures.items()}
         if not paths:
             raise InputError(f"{self.path}/{sample.name} has no picture; it has {', '.join(sample.members) or 'none'}")
         plain = [kind for kind in paths if "." not in kind] or list(paths)
-        if isinstance(told, dict) and "conversations" in told:
-            if told.get("image") is None:
-                return told | {"image": [paths[kind] for kind in plain]}
-            return told | {"image": _named(told["image"], paths, where["json"])}
-        if "txt" in texts and (texts["txt"].strip() or not told):
+        if isinstance(content, dict) and "conversations" in content:
+            if content.get("image") is None:
+                return content | {"image": [paths[kind] for kind in plain]}
+            return content | {"image": _named(content["image"], paths, where["json"])}
+        if "txt" in texts and (texts["txt"].strip() or not content):
             prompt = caption_of(decode_text(texts["txt"], where["txt"]), where["txt"])
         elif "json" in texts:
-            prompt = _caption_in(told, where["json"])
+            prompt = _caption_in(content, where["json"])
         else:
             raise InputError(f"{self.path}/{sample.name} has no caption, .txt or .json; it has {', '.join(paths)}")
         if len(plain) > 1:
             raise InputError(f"{self.path}/{sample.name} has one caption for {' and '.join(plain)}; keep one picture")
         return {"prompt": prompt, "image_path": paths[plain[0]]}
 
-    def _place(self, member: tarfile.TarInfo) -> str:
-        """The path that stands for a member."""
-        path = str(self.path / _plain(member.name))
-        self.places[path] = member.offset_data, member.size
+    def _locate(self, member: tarfile.TarInfo) -> str:
+        """The path that stands for a member in rows. Notes its offset for `open`."""
+        path = str(self.path / _normalized(member.name))
+        self.offsets[path] = member.offset_data, member.size
         return path
 
     def open(self, path: Path) -> io.BytesIO | None:
-        """The bytes of a picture in the tar; None for a path elsewhere.
+        """Bytes of a picture in the tar; None for other paths.
 
         Raises:
-            InputError: the tar cannot be read any more.
+            InputError: the tar is no longer readable.
         """
-        if str(path) not in self.places:
+        if str(path) not in self.offsets:
             return None
-        offset, size = self.places[str(path)]
+        offset, size = self.offsets[str(path)]
         try:
             with open(self.path, "rb") as file:
                 file.seek(offset)
@@ -133,8 +152,8 @@ class Archive:
             raise InputError(f"{self.path} cannot be read ({cause(error)}); {remedy(error)}") from None
 
 
-def _plain(name: str) -> str:
-    """A member's name without `./`, `//` and a leading `/`, which do not make it another file."""
+def _normalized(name: str) -> str:
+    """A member's name without `./`, `//` and a leading `/`, which name the same file."""
     return posixpath.normpath(name).lstrip("/")
 
 
@@ -142,29 +161,36 @@ def _is_picture(kind: str) -> bool:
     return f".{kind.rpartition('.')[2]}" in picture_suffixes()
 
 
-def _caption_in(told: object, where: str) -> str:
-    """The caption in a sample's JSON. Raises InputError where there is none."""
-    key = next((key for key in _CAPTIONS if key in told), None) if isinstance(told, dict) else None
-    if key is None:
+def _caption_in(content: object, where: str) -> str:
+    """The caption in a sample's JSON. Raises InputError if there is none."""
+    key = next((key for key in _CAPTIONS if key in content), None) if isinstance(content, dict) else None
+    if not isinstance(content, dict) or key is None:
         raise InputError(f"{where} must hold an object with prompt, caption, text or conversations")
-    if not isinstance(told[key], str):
-        raise InputError(f"{where}: {key} must be a text, got {type(told[key]).__name__}")
-    return caption_of(told[key], f"{where}: {key}")
+    if not isinstance(content[key], str):
+        raise InputError(f"{where}: {key} must be a text, got {type(content[key]).__name__}")
+    return caption_of(content[key], f"{where}: {key}")
 
 
 def _named(image: object, paths: dict[str, str], where: str) -> list:
-    """The pictures of a sample that its `image` names, by their whole names or the last part.
+    """Paths of the pictures that `image` of a record names.
+
+    Args:
+        image: file names or paths, of which the last part counts; a nested list is one image in panels.
+        paths: kind -> path of the sample's pictures.
+        where: name of the JSON member, for the error.
 
     Raises:
-        InputError: it names another picture.
+        InputError: `image` names a picture that is not in the sample.
     """
     known = {posixpath.basename(path): path for path in paths.values()}
 
-    def find(entry: object) -> object:
+    def find(entry: object) -> str:
         path = known.get(posixpath.basename(entry)) if isinstance(entry, str) else None
         if path is None:
-            raise InputError(f"{where}: image must name pictures of its sample, {', '.join(known)}, got "
-                             f"{str(entry)[:100]!r}; correct it, or leave image out")  # fmt: skip
+            raise InputError(
+                f"{where}: image must name pictures of its sample, {', '.join(known)}, got {str(entry)[:100]!r}; "
+                "correct it, or leave image out"
+            )
         return path
 
     entries = image if isinstance(image, list) else [image]

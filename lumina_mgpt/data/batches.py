@@ -1,7 +1,9 @@
-"""Which samples go into which batch, and batches as tensors.
+"""Samples of a TokenDataset -> Planned batches -> MicroBatch tensors.
 
-The plan of an epoch is one list of micro-batches, a function of (seed, epoch) and the batch size alone: any number of
-processes walks the same list, each taking every world-th entry.
+Before: dataset.py. Next: the trainer computes the loss of each MicroBatch.
+
+The plan of an epoch is one list of micro-batches, a function of seed, epoch and batch size. Each of n processes takes
+every n-th entry of the same list.
 """
 
 from dataclasses import dataclass, replace
@@ -15,14 +17,21 @@ from lumina_mgpt.data.seeding import generator
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import IGNORED
 
-_OPEN_ROWS = 16  # more fill rows a little better, and make the plan slower
+_OPEN_ROWS = 16  # candidates of best-fit packing: more fill rows a little better, but slow down the plan
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """A fixed number of `rows`, or as many rows as fit into `tokens`; widths are multiples of `multiple`.
+    """Size of a micro-batch: a fixed number of rows, or as many rows as fit into a number of ids.
 
-    `packed`: one row of at most `tokens`, in which whole sequences lie one after another.
+    Args:
+        rows: sequences per micro-batch, 0 if `tokens` is given.
+        tokens: ids per micro-batch, padding included, 0 if `rows` is given.
+        multiple: rows are padded to a multiple of this.
+        packed: one row of at most `tokens` ids, which holds several sequences one after another.
+
+    Raises:
+        InputError: both or neither of rows and tokens are given, or a value is out of range.
     """
 
     rows: int = 0
@@ -32,28 +41,39 @@ class BatchSize:
 
     def __post_init__(self) -> None:
         if (self.rows > 0) == (self.tokens > 0) or min(self.rows, self.tokens) < 0:
-            raise InputError(f"give one of --batch_size and --max_tokens, above 0; got {self.rows} and {self.tokens}")
+            raise InputError(
+                f"give batch_size or max_tokens, above 0; got batch_size={self.rows} and max_tokens={self.tokens}"
+            )
         if self.packed and not self.tokens:
-            raise InputError(f"--pack needs --max_tokens, the ids of a packed row, got --batch_size {self.rows}")
+            raise InputError(f"needs max_tokens, the number of ids in a row, got batch_size={self.rows}", "pack")
         if self.multiple < 1:
-            raise InputError(f"--pad_multiple must be at least 1, got {self.multiple}")
+            raise InputError(f"must be at least 1, got {self.multiple}", "pad_multiple")
 
     def width(self, length: int) -> int:
-        return -(-length // self.multiple) * self.multiple
+        """Ids of a row with padding."""
+        return _round_up(length, self.multiple)
 
     def rows_of(self, width: int) -> int:
         return self.rows or max(1, self.tokens // width)
 
     def check(self, longest: int) -> None:
-        """Raises: InputError: the longest sequence alone is more than `tokens`."""
+        """Raises InputError if the longest sequence does not fit into `tokens`."""
         if 0 < self.tokens < self.width(longest):
-            raise InputError(f"--max_tokens must be at least {self.width(longest)}, the longest sequence with its "
-                             f"padding, got {self.tokens}")  # fmt: skip
+            raise InputError(
+                f"must be at least {self.width(longest)}, the longest sequence with its padding, got {self.tokens}",
+                "max_tokens",
+            )
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One micro-batch of the plan: its samples, and the shape it is padded to; `packed`: all samples in one row."""
+    """One micro-batch of a plan.
+
+    Attributes:
+        samples: numbers of the samples.
+        rows, width: shape of the ids.
+        packed: all samples share one row.
+    """
 
     samples: np.ndarray
     rows: int
@@ -63,9 +83,16 @@ class Planned:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shapes: ids (B, T) long; index (L,) positions in the flattened ids whose successor has a label; targets (L,)
-    that successor, -100 where `index` is padding. `labelled` counts the real ones, `tokens` the ids without padding.
-    `documents` are the lengths of the sequences in a packed row, its padding being the last; empty where not packed."""
+    """Tensors of a micro-batch. The loss predicts `targets` from the hidden states at `index`.
+
+    Attributes:
+        ids: input (B, T) long.
+        index: positions (L,) in the flattened ids whose next id has a label.
+        targets: that next id (L,); -100 where `index` is padding.
+        labelled: number of targets without padding.
+        tokens: number of ids without padding.
+        documents: lengths of the sequences in a packed row, the last is padding; empty if not packed.
+    """
 
     ids: Tensor
     index: Tensor
@@ -76,7 +103,7 @@ class MicroBatch:
 
 
 def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Planned]:
-    """Batches of samples of one type, in random order; of about one length, unless packed."""
+    """Micro-batches of an epoch in random order. Each holds samples of one type, of similar length unless packed."""
     samples = dataset.epoch(epoch)
     random = generator(dataset.seed, "plan", epoch)
     lengths, kinds = dataset.length(samples), dataset.kind(samples)
@@ -85,47 +112,55 @@ def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Plann
         rows = pack(lengths[order], kinds[order], size.tokens)
         batches = [Planned(samples[order[row]], 1, size.width(int(lengths[order[row]].sum())), True) for row in rows]
         return [batches[n] for n in random.permutation(len(batches))]
-    widths = -(-lengths // size.multiple) * size.multiple
-    # Within one width the order is random, so that an epoch's batches differ from the last one's.
+    widths = _round_up(lengths, size.multiple)
+    # Samples of one width are shuffled, so that each epoch has other batches.
     order = np.lexsort((random.random(len(samples)), -widths, kinds))
     batches, at = [], 0
     while at < len(order):
         width = int(widths[order[at]])
-        rows = size.rows_of(width)
-        chosen = order[at : at + rows]
+        count = size.rows_of(width)
+        chosen = order[at : at + count]
         chosen = chosen[kinds[chosen] == kinds[order[at]]]
-        batches.append(Planned(samples[chosen], rows, width))
+        batches.append(Planned(samples[chosen], count, width))
         at += len(chosen)
     return [batches[n] for n in random.permutation(len(batches))]
 
 
 def pack(lengths: np.ndarray, kinds: np.ndarray, tokens: int) -> list[list[int]]:
-    """Numbers of the sequences in each row of at most `tokens` ids; kinds come one after another, and do not mix.
+    """Packs sequences into rows of at most `tokens` ids by best fit: each goes to the fullest open row that takes it.
 
-    Best fit: each goes to the fullest of a few open rows that still takes it. Shapes: lengths, kinds (N,).
+    Args:
+        lengths, kinds: of the sequences. Equal kinds are adjacent; kinds do not share rows.
+        tokens: ids per row.
+
+    Shapes: lengths, kinds (N,).
+
+    Returns:
+        Indices of the sequences in each row.
     """
     rows: list[list[int]] = []
-    room: dict[int, int] = {}  # ids that an open row, by its number, still takes
+    free: dict[int, int] = {}  # open row -> its free ids
     for n, length in enumerate(lengths.tolist()):
         if n and kinds[n] != kinds[n - 1]:
-            room.clear()
-        fitting = [row for row, left in room.items() if left >= length]
+            free.clear()
+        fitting = [row for row, left in free.items() if left >= length]
         if not fitting:
-            if len(room) == _OPEN_ROWS:
-                del room[min(room, key=room.__getitem__)]
+            if len(free) == _OPEN_ROWS:
+                del free[min(free, key=free.__getitem__)]
             fitting = [len(rows)]
-            room[len(rows)] = tokens
+            free[len(rows)] = tokens
             rows.append([])
-        best = min(fitting, key=room.__getitem__)
+        best = min(fitting, key=free.__getitem__)
         rows[best].append(n)
-        room[best] -= length
+        free[best] -= length
     return rows
 
 
 def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, pad_id: int = 0) -> MicroBatch:
-    """Reads a planned micro-batch; rows are padded on the right, where nothing attends to it, and so are missing rows.
+    """Reads the samples of a planned micro-batch into tensors.
 
-    `index` is padded to a multiple of 8 * `multiple` (at most B * T), so that few shapes occur.
+    Rows are padded on the right, where no id attends to the padding. Missing rows are all padding. `index` is padded to
+    a multiple of 8 * `multiple`, at most B * T, so that few shapes occur (each shape may compile anew).
     """
     B, T = planned.rows, planned.width
     ids, successors = torch.full((B * T,), pad_id), torch.full((B * T,), IGNORED)
@@ -140,7 +175,7 @@ def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, 
     documents = tuple(n for n in (*lengths, T - tokens) if n) if planned.packed else ()
     index = (successors != IGNORED).nonzero().flatten()
     labelled = len(index)
-    L = min(B * T, max(1, -(-labelled // (8 * multiple))) * 8 * multiple)
+    L = min(B * T, max(8 * multiple, _round_up(labelled, 8 * multiple)))
     targets = torch.full((L,), IGNORED)
     targets[:labelled] = successors[index]
     index = torch.cat([index, index.new_zeros(L - labelled)])
@@ -148,63 +183,74 @@ def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, 
 
 
 def empty_like(batch: MicroBatch) -> MicroBatch:
-    """A batch of the same shape without any label: what a process computes when an epoch leaves it nothing."""
+    """A batch of the same shape without labels, for a process that has no batch left in a step."""
     return replace(batch, targets=torch.full_like(batch.targets, IGNORED), labelled=0, tokens=0)
 
 
 class Feed:
-    """Hands out the micro-batches of each step to one of `world` processes; its position is (epoch, done).
+    """Yields the micro-batches of one of `world` processes, step by step.
 
-    A step takes `accum` * `world` micro-batches of the plan, process r those at r, r + world, ...; at the end of an
-    epoch fewer may be left, and the step is a smaller one. Epochs without any sample are passed over: they count as
-    walked.
+    A step takes `accum` * `world` micro-batches of the plan; process r takes those at r, r + world, ... The last step
+    of an epoch may be smaller. Epochs without samples are skipped, but counted.
+
+    Attributes:
+        epoch, done: position: the epoch, and the number of its micro-batches that are done. Writable, to resume.
+        samples: samples of the last step on all processes.
     """
 
     def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:
         self.dataset, self.size, self.accum, self.rank, self.world = dataset, size, accum, rank, world
         self.epoch, self.done = 0, 0
-        self.samples: list[int] = []  # of the last step, on all processes
+        self.samples: list[int] = []
         self._plan: tuple[int, list[Planned]] | None = None
 
     @property
     def plan(self) -> list[Planned]:
+        """Micro-batches of the current epoch."""
         if self._plan is None or self._plan[0] != self.epoch:
             self._plan = self.epoch, plan_epoch(self.dataset, self.epoch, self.size)
         return self._plan[1]
 
     @property
     def epochs(self) -> float:
-        """Epochs walked so far, with their fraction."""
+        """Number of epochs done, with the fraction of the current one."""
         return self.epoch + self.done / len(self.plan)
 
     def next_step(self) -> list[MicroBatch]:
-        """This process's micro-batches of the next step, at least one; the position moves on."""
+        """This process's micro-batches of the next step, at least one. Advances the position."""
         plan, multiple = self.plan, self.size.multiple
         step = plan[self.done : self.done + self.accum * self.world]
         self.samples = [int(sample) for planned in step for sample in planned.samples]
         mine = step[self.rank :: self.world]
         batches = [collate(self.dataset, planned, self.epoch, multiple) for planned in mine]
-        for _ in range(len(range(0, len(step), self.world)) - len(mine)):  # all processes do equally many forwards
+        # All processes run equally many forward passes: their collective operations must match.
+        for _ in range(len(range(0, len(step), self.world)) - len(mine)):
             batches.append(empty_like(batches[-1] if batches else collate(self.dataset, step[0], self.epoch, multiple)))
         self.done += len(step)
         if self.done == len(plan):
             self.epoch, self.done = self.epoch + 1, 0
-            while not self.plan:  # a small source at a small ratio gives nothing to most epochs
+            while not self.plan:  # a small source at a small ratio leaves epochs empty
                 self.epoch += 1
         return batches
 
 
 def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tensor:
-    """Replaces image codes in what the model reads, never in what it is to say; about `rate` of them.
+    """Replaces a share `rate` of the image codes in the input ids, as data augmentation.
 
-    Where pictures are few and always the same, a model reads off the codes so far which one it is, and a single code
-    drawn wrong leads it astray. Half of the new codes are of another row at the same place, half any code; each row has
-    a rate of its own between 0 and twice the mean. A share `spared` of the rows keeps its first half, a given panel
-    where there are two: so the panel is what can be relied on, not what was drawn below it. Draws from torch's global
-    generator.
+    With few images, a model can recognize an image by its previous codes, and one wrong sampled code then misleads it.
+    Half of the new codes come from another row at the same position, half are random. The rate of each row is uniform
+    in [0, 2 * rate]. Draws from torch's global generator.
 
-    Shapes: ids (B, T), and so is what it returns. `codes` are the ids of image codes.
-    Source: the aim is that of scheduled sampling (arXiv 1506.03099), without a second forward.
+    Args:
+        ids: input of the model. Labels stay unmodified.
+        codes: range of the ids of image codes.
+        rate: mean share of the codes to replace.
+        spared: share of the rows whose first half of codes, a given upper panel, stays unmodified. The model then
+            learns to rely on that panel.
+
+    Shapes: ids and result (B, T).
+
+    Source: scheduled sampling (arXiv 1506.03099) has the same aim, but needs a second forward pass.
     """
     B, T = ids.shape
     other = ids[torch.randperm(B)]
@@ -213,7 +259,12 @@ def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tens
     hit = torch.rand(B, T) < 2 * rate * torch.rand(B, 1)
     is_code, fits = [(part >= codes.start) & (part < codes.stop) for part in (ids, new)]
     hit &= is_code & fits
-    if spared:  # else nothing more is drawn, and a run's random numbers stay what they were
+    if spared:  # draws nothing otherwise, so that runs without it keep their random numbers
         first_half = 2 * is_code.cumsum(1) <= is_code.sum(1, keepdim=True)
         hit &= ~(first_half & (torch.rand(B, 1) < spared))
     return torch.where(hit, new, ids)
+
+
+def _round_up(value, multiple: int):
+    """The next multiple; of an int or of each number in an array."""
+    return -(-value // multiple) * multiple

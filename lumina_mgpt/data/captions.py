@@ -1,17 +1,21 @@
-"""What a caption file says: common to folders and tars."""
+"""Caption files, as folder.py and archive.py read them."""
 
 from lumina_mgpt.errors import InputError
 
-RESOURCE_FORK = "._"  # macOS writes such a file beside each of its own; it holds no picture
+RESOURCE_FORK = "._"  # prefix of macOS metadata files, which hold no picture
 
 
 def caption_of(text: str, where: str) -> str:
-    """A caption with \\n as its line ends and no blanks around it.
+    r"""A caption with `\n` line ends and without surrounding white space.
+
+    Args:
+        text: content of the file.
+        where: name of the file, for the error.
 
     Raises:
-        InputError: it is empty; names `where`.
+        InputError: the caption is empty.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
     if not text:
-        raise InputError(f"{where} is empty; write there what the picture shows")
+        raise InputError(f"{where} is empty; write a caption of the picture into it")
     return text

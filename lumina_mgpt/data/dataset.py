@@ -1,120 +1,51 @@
-"""Token records of one or several files as one data set, a function of (seed, epoch) in everything random."""
+"""Record files -> samples of ids and labels for training.
+
+Before: record_files.py lists the sequences, sources.py says how often each is seen. Next: batches.py plans and
+collates batches. All random choices are functions of (seed, epoch).
+"""
 
 import hashlib
 import logging
 import math
-import os
-from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from lumina_mgpt.checks import is_number
-from lumina_mgpt.data.seeding import generator, unit
+from lumina_mgpt.data.record_files import read_record_file
+from lumina_mgpt.data.seeding import generator, uniform
 from lumina_mgpt.data.shards import Sequence, read_sequence
+from lumina_mgpt.data.sources import Source, weighted
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import cause, read_rows, read_text
 from lumina_mgpt.unirep import IGNORED, decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-DROPPED_SHARE = 0.1  # of the sequences lose their context, as released; guidance needs them
-_RATIO_LIMIT = 1000
-_WEIGHT_LIMIT = 10**12  # far from where floats overflow
-_DENOMINATOR = 10**12  # ratios are fractions with no larger one: 0.1 is a tenth, which no float is
-_FEWEST = 0.001  # records an epoch: an epoch in which none is due is passed over, and the next one is looked for
-_KEYS = {"path", "type", "ratio", "weight", "given"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """One entry of a data file's `META`.
-
-    An epoch holds `ratio` times the number of its records (above 1: some more than once); a fraction of a record is
-    carried over to the next epoch. Or each source has a `weight`, its part of the samples: then an epoch has as many
-    samples as there are records, and `weighted` makes ratios of weights.
-    `given`: the first half of each image, its upper panel, is read without being learnt.
-    """
-
-    path: str
-    type: str = "default"
-    ratio: float = 1.0
-    weight: float = 0.0
-    given: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.type, str):
-            raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
-        if not is_number(self.ratio) or not 0 < self.ratio <= _RATIO_LIMIT:
-            raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
-        if not is_number(self.weight) or not 0 <= self.weight <= _WEIGHT_LIMIT:
-            raise InputError(f"weight of {self.path} must be a number from 0 to {_WEIGHT_LIMIT}, got {self.weight!r}")
-        if not isinstance(self.given, bool):
-            raise InputError(f"given of {self.path} must be true or false, got {self.given!r}")
-
-
-def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
-    """The sources with ratios that give each its weight's part of an epoch; as they are, where none has a weight.
-
-    Raises:
-        InputError: a weight would need some record over a thousand times an epoch.
-    """
-    total = sum(source.weight for source in sources)
-    if not total:
-        return sources
-    ratios = [source.weight / total * sum(counts) / count for source, count in zip(sources, counts, strict=True)]
-    for source, ratio in zip(sources, ratios, strict=True):
-        if not 0 < ratio <= _RATIO_LIMIT:
-            raise InputError(f"weight of {source.path} must let its records be seen more than never and at most "
-                             f"{_RATIO_LIMIT} times an epoch, got {source.weight!r} of {total!r}; change the "
-                             "weights")  # fmt: skip
-    return [replace(source, ratio=ratio) for source, ratio in zip(sources, ratios, strict=True)]
-
-
-def read_sources(data_config: str | Path) -> list[Source]:
-    """The `META: [{path, type, ratio or weight, given}]` of a YAML file; relative paths start at the working directory.
-
-    Raises:
-        InputError: the file cannot be read, or has other keys.
-    """
-    text = read_text(data_config, "--data_config")
-    try:
-        raw = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"--data_config {data_config} cannot be read as YAML ({cause(error)}); see "
-                         "configs/data/") from None  # fmt: skip
-    entries = raw.get("META") if isinstance(raw, dict) else None
-    if not isinstance(entries, list) or not entries or set(raw) != {"META"}:
-        raise InputError(f"--data_config {data_config} must hold one list, META; see configs/data/")
-    sources = []
-    for entry in entries:
-        fits = isinstance(entry, dict) and isinstance(entry.get("path"), str)
-        if not fits or not _KEYS >= set(entry) or {"ratio", "weight"} <= set(entry):
-            rule = "an entry has path, type, ratio or weight, and given"
-            raise InputError(f"--data_config {data_config}: {rule}, got {entry!r}")
-        sources.append(Source(**entry))
-    if len({source.weight > 0 for source in sources}) > 1:
-        raise InputError(f"--data_config {data_config}: give all entries a weight above 0, or none")
-    return sources
+CONTEXT_DROPOUT = 0.1  # share of sequences that lose their context, from the released training; guidance needs them
+_DENOMINATOR = 10**12  # limit of a ratio's denominator: 0.1 becomes exactly 1/10, which no float is
+_MIN_RECORDS = 0.001  # per epoch: Feed skips empty epochs one by one, so there must not be too many
 
 
 class TokenDataset:
-    """All records of some sources.
+    """All records of several sources.
 
-    A sample is numbered (source, record, repeat) -> one integer; its length is known without reading it. Records of
-    more than `longest` ids are left out, and the log says how many (0: all are kept, for `check` to complain of).
+    A sample is an integer, record + repeat * number of records: a record that is seen several times in an epoch is
+    several samples. The length of a sample is known without reading it.
+
+    Args:
+        sources: record files, with their ratios or weights.
+        vocabulary: that of the model.
+        seed: selects the records of fractional ratios, and the samples without context.
+        longest: longer sequences are left out and counted in the log. 0 keeps all; `check` refuses them.
 
     Attributes:
-        lengths: (N,) ids of each record. kinds: (N,) number of the source's type.
+        lengths: ids per record (N,).
+        kinds: index of the record's type (N,). A batch holds records of one kind.
+        spans: first and last + 1 record of each source.
 
     Raises:
-        InputError: a record file is missing, damaged or empty.
+        InputError: a record file is missing, damaged or empty, or the ratios are too small.
     """
 
     def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0, longest: int = 0) -> None:
@@ -130,48 +61,52 @@ class TokenDataset:
             columns.append(table)
         counts = [stop - start for start, stop in self.spans]
         self.sources = weighted(sources, counts)
-        self.shares = [Fraction(source.ratio).limit_denominator(_DENOMINATOR) for source in self.sources]
-        an_epoch = float(sum(share * count for share, count in zip(self.shares, counts, strict=True)))
-        if an_epoch < _FEWEST:
-            raise InputError(f"--data_config: ratio must give at least {_FEWEST} records an epoch in all, got "
-                             f"{an_epoch:.3g}; raise it")  # fmt: skip
+        self.ratios = [Fraction(source.ratio).limit_denominator(_DENOMINATOR) for source in self.sources]
+        expected = float(sum(ratio * count for ratio, count in zip(self.ratios, counts, strict=True)))
+        if expected < _MIN_RECORDS:
+            rule = f"must have ratios that give at least {_MIN_RECORDS} records an epoch in all, got {expected:.3g}"
+            raise InputError(f"{rule}; raise a ratio", "data_config")
         self.file_numbers, self.records, self.lengths, self.kinds = np.concatenate(columns).T
-        self.given = np.concatenate([np.full(len(table), source.given)
-                                     for source, table in zip(sources, columns, strict=True)])  # fmt: skip
+        self.given = np.concatenate(
+            [np.full(len(table), source.given) for source, table in zip(sources, columns, strict=True)]
+        )
 
     def _read(self, source: Source, kind: int) -> np.ndarray:
-        rows = read_rows(source.path, "path in META")
-        if not rows:
-            raise InputError(f"{source.path} holds no records; see the bad items that lumina-mgpt pre-tokenize listed")
-        base, known, table = Path(source.path).resolve().parent, {}, []
-        for row in rows:
-            file, length, record = _row(row, source.path)
+        """Table (records, 4) of a source: file number, record, length, kind."""
+        known: dict[str, int] = {}
+        table = []
+        for file, length, record in read_record_file(source.path):
             if file not in known:
                 known[file] = len(self.files)
-                self.files.append(str(_located(base, file)))
+                self.files.append(file)
             table.append((known[file], record, length, kind))
         whole = np.array(table, dtype=np.int64)
         kept = whole[whole[:, 2] <= (self.longest or whole[:, 2].max())]
         if len(kept) < len(whole):
-            log.warning("%s: %d of %d sequences have more than %d ids and are left out", source.path,
-                        len(whole) - len(kept), len(whole), self.longest)  # fmt: skip
+            left_out = len(whole) - len(kept)
+            log.warning("%s: %d of %d sequences have more than %d ids and are left out", source.path, left_out,
+                        len(whole), self.longest)  # fmt: skip
         if not len(kept):
-            raise InputError(f"--overlong drop leaves nothing of {source.path}: its shortest sequence has "
-                             f"{whole[:, 2].min()} ids, --max_seq_len is {self.longest}; raise it")  # fmt: skip
+            shortest = whole[:, 2].min()
+            raise InputError(
+                f"must be at least {shortest}, the shortest sequence of {source.path}, got {self.longest}: "
+                "overlong=drop leaves nothing",
+                "max_seq_len",
+            )
         return kept
 
     def check(self, max_seq_len: int) -> None:
-        """What can be known to be wrong before anything is trained.
+        """Checks lengths and vocabulary before training starts. Decodes the images of one sample of each source.
 
         Raises:
-            InputError: sequences are longer than `max_seq_len` (says how many), or a source is of another vocabulary.
+            InputError: sequences are longer than `max_seq_len`, or a source was made with another vocabulary.
         """
         over = int((self.lengths > max_seq_len).sum())
         if over:
             raise InputError(
-                f"--max_seq_len must be at least {self.lengths.max()}, got {max_seq_len}: {over} of "
-                f"{len(self.lengths)} sequences are longer; raise it, pre-tokenize to a smaller --target_size, or "
-                "leave them out with --overlong drop"
+                f"must be at least {self.lengths.max()}, got {max_seq_len}: {over} of {len(self.lengths)} sequences "
+                "are longer; raise it, pre-tokenize with a smaller target_size, or leave them out with overlong=drop",
+                "max_seq_len",
             )
         for source, (start, _) in zip(self.sources, self.spans, strict=True):
             ids = self.sequence(start).ids.tolist()
@@ -181,32 +116,38 @@ class TokenDataset:
                 for begin, end in zip(begins, ends, strict=True):
                     decode_image(torch.tensor(ids[begin : end + 1]), self.vocabulary)
             except ValueError as error:
-                raise InputError(f"{source.path} was made with another vocabulary ({error}); pre-tokenize with the "
-                                 "tokenizer and config.json of this model") from None  # fmt: skip
+                raise InputError(
+                    f"{source.path} was made with another vocabulary ({error}); pre-tokenize with the tokenizer and "
+                    "config.json of this model"
+                ) from None
 
     def fingerprint(self) -> str:
-        """Changes whenever the plan of an epoch would."""
-        # `given` only where it is: a run from before there was such a thing goes on.
-        # So is "turns", of sources whose records take turns: earlier versions drew them for each epoch anew.
-        told = [(source.type, source.ratio, *[True] * source.given, *["turns"] * (share.denominator > 1))
-                for source, share in zip(self.sources, self.shares, strict=True)]  # fmt: skip
-        digest = hashlib.sha256(repr(told).encode())
+        """Hash of everything that determines the plan of an epoch."""
+        # `given` and "turns" are hashed only if they apply: runs of earlier versions, which had neither, can resume.
+        # "turns": the records of a fractional ratio take turns. Earlier versions drew them anew for each epoch.
+        options = [
+            (source.type, source.ratio, *[True] * source.given, *["turns"] * (ratio.denominator > 1))
+            for source, ratio in zip(self.sources, self.ratios, strict=True)
+        ]
+        digest = hashlib.sha256(repr(options).encode())
         digest.update(self.lengths.tobytes() + self.records.tobytes())
-        for start, _ in self.spans:  # other codes of the same pictures have the same lengths
+        for start, _ in self.spans:  # codes of another tokenizer have the same lengths
             digest.update(self.sequence(start).ids.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Numbers of the samples of an epoch, each source at its ratio; (M,), where M may be 0 after epoch 0.
+        """Samples of an epoch, each source at its ratio.
 
-        What a ratio leaves after its whole times goes round a fixed random order of the source's records: each epoch
-        continues where the one before stopped, so that all are seen equally often.
+        The fractional part of a ratio cycles through a fixed permutation of the source's records. Each epoch continues
+        where the last one stopped, so that all records are seen equally often.
+
+        Shapes: (M,). M may be 0, except in epoch 0.
         """
         parts = [np.empty(0, dtype=np.int64)]
-        for n, (share, (start, stop)) in enumerate(zip(self.shares, self.spans, strict=True)):
-            whole, part = divmod(share, 1)
+        for n, (ratio, (start, stop)) in enumerate(zip(self.ratios, self.spans, strict=True)):
+            whole, part = divmod(ratio, 1)
             parts += [np.arange(start, stop) + repeat * len(self.lengths) for repeat in range(whole)]
-            # Rounded up, so that the first epoch has a record of every source.
+            # Rounds up, so that the first epoch has a record of every source.
             first, last = (math.ceil(part * (stop - start) * at) for at in (epoch, epoch + 1))
             if last > first:
                 order = generator(self.seed, "turns", n).permutation(stop - start)
@@ -221,58 +162,49 @@ class TokenDataset:
         return self.kinds[samples % len(self.kinds)]
 
     def read(self, sample: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and labels (T,) of a sample, without its context in one case of ten, decided by (seed, epoch, sample).
+        """Ids and labels of a sample for training. One in ten, selected by (seed, epoch, sample), has no context.
+
+        Shapes: both (T,).
 
         Raises:
-            InputError: its shard is missing or damaged.
+            InputError: the shard is missing or damaged.
         """
         sequence = self.sequence(sample)
         ids, labels = sequence.ids, sequence.labels
-        if unit(self.seed, "context", epoch, sample) < DROPPED_SHARE:
+        if uniform(self.seed, "context", epoch, sample) < CONTEXT_DROPOUT:
             ids, labels = map(torch.tensor, drop_context(ids.tolist(), labels.tolist(), self.vocabulary))
         return ids, self._lower(labels) if self.given[sample % len(self.lengths)] else labels
 
     def _lower(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (T,) from the second half of the labelled codes on: of the lower panel."""
-        places = self.vocabulary.is_code(labels).nonzero().flatten()
-        if not len(places):
+        """Labels (T,) without those of the upper panel, the first half of the labelled codes."""
+        positions = self.vocabulary.is_code(labels).nonzero().flatten()
+        if not len(positions):
             return labels
-        return labels.where(torch.arange(len(labels)) >= places[len(places) // 2], IGNORED)
+        return labels.where(torch.arange(len(labels)) >= positions[len(positions) // 2], IGNORED)
 
-    def name(self, sample: int) -> dict:
-        """Where a sample lies: the shard, and its record there."""
+    def locate(self, sample: int) -> dict:
+        """Shard and record number of a sample, for logs."""
         number = int(sample) % len(self.lengths)
         return {"file": self.files[self.file_numbers[number]], "id": int(self.records[number])}
 
     def sequence(self, sample: int) -> Sequence:
-        """A sample as it lies on the disk."""
+        """The complete sequence of a sample, context included.
+
+        Raises:
+            InputError: the shard is missing or damaged, or does not match the record file or the vocabulary.
+        """
         number = int(sample) % len(self.lengths)
         path = self.files[self.file_numbers[number]]
         sequence = read_sequence(path, int(self.records[number]))
         if len(sequence.ids) != self.lengths[number]:
-            raise InputError(f"{path}: record {self.records[number]} has {len(sequence.ids)} ids, its record file says "
-                             f"{self.lengths[number]}; run lumina-mgpt concat-records again")  # fmt: skip
+            raise InputError(
+                f"{path}: record {self.records[number]} has {len(sequence.ids)} ids, its record file says "
+                f"{self.lengths[number]}; concatenate the records again"
+            )
         lowest, highest = map(int, sequence.ids.aminmax())
         if lowest < 0 or highest >= self.vocabulary.vocab_size:
-            raise InputError(f"{path} holds ids {lowest} to {highest}, the model has {self.vocabulary.vocab_size}; "
-                             "pre-tokenize with the tokenizer of this model")  # fmt: skip
+            raise InputError(
+                f"{path} holds ids {lowest} to {highest}, the model has {self.vocabulary.vocab_size}; pre-tokenize "
+                "with the tokenizer of this model"
+            )
         return sequence
-
-
-def _row(row: object, source: str) -> tuple[str, int, int]:
-    """File, length and number of a record in a record file. Raises InputError where it is damaged."""
-    file, *numbers = (row.get(key) for key in ("file", "len", "id")) if isinstance(row, dict) else (None, None, None)
-    numbers = [int(number) if isinstance(number, str) and number.isdecimal() else number for number in numbers]
-    whole = all(type(number) is int and 0 <= number < 2**63 for number in numbers)
-    if not isinstance(file, str) or not whole or not numbers[0]:
-        raise InputError(f"{source}: a record is {{file, len, id}}, got {str(row)[:200]}; make the file with "
-                         "lumina-mgpt concat-records")  # fmt: skip
-    return file, *numbers
-
-
-def _located(base: Path, file: str) -> Path:
-    """Path of a shard that a record file in folder `base` names; on Windows, that may have been with backslashes."""
-    path = base / file
-    if "\\" in file and "/" not in file and not os.path.lexists(path):
-        return base / file.replace("\\", "/")
-    return path

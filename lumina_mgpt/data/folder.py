@@ -1,4 +1,7 @@
-"""A folder of pictures as a record file: captions lie beside the pictures, or in them."""
+"""Folder of pictures and captions -> rows for `parse_record`.
+
+A caption is a text file beside its picture, or metadata in the picture. inputs.py calls this module.
+"""
 
 import logging
 import os
@@ -18,36 +21,42 @@ log = logging.getLogger(__name__)
 
 
 def read_folder(path: str | Path) -> list[dict | InputError]:
-    """Records in the forms of `records.parse_record`, one for each picture in the folder and those below it, by name.
+    """One row for each picture in a folder and its subfolders, sorted by path.
 
-    The prompt is the text of `cat.txt` beside `cat.png`. Without such a file it is the `prompt` that generate.py writes
-    into its pictures. A picture that has no usable caption, and a caption that has no picture, is represented by the
-    InputError that says why; those of captions come last. A linked folder is read too, each folder once.
+    The prompt of `cat.png` is the text of `cat.txt` in the same folder. If there is no such file, it is the prompt that
+    this project writes into the PNG files it generates. Links to folders are followed; each folder is read once.
+
+    Returns:
+        Rows `{"image_path", "prompt"}`. An InputError stands for a picture without a usable caption; at the end, one
+        for each caption without a picture.
 
     Raises:
-        InputError: there is no picture, or a folder cannot be read.
+        InputError: there is no picture, or a folder is not readable.
     """
     files = _files(Path(path))
     forks = [file for file in files if file.name.startswith(RESOURCE_FORK)]
     if forks:
         log.warning("%s: files skipped, as they begin with %s (macOS metadata): %d", path, RESOURCE_FORK, len(forks))
-    groups: dict[Path, list[Path]] = defaultdict(list)
+    groups: dict[Path, list[Path]] = defaultdict(list)  # path without extension -> files
     for file in sorted(set(files).difference(forks)):
         groups[file.with_name(file.stem)].append(file)
-    pictures = {file: group for group in groups.values() for file in group if _kind(file) in picture_suffixes()}
+    pictures = {file: group for group in groups.values() for file in group if _suffix(file) in picture_suffixes()}
     if not pictures:
-        raise InputError(f"--in_filename {path} is a folder without pictures; put PNG, JPEG, WebP or other picture "
-                         "files there, each with its caption in a .txt file of the same name")  # fmt: skip
+        raise InputError(
+            f"{path} is a folder without pictures; put PNG, JPEG, WebP or other picture files there, each with its "
+            "caption in a .txt file of the same name",
+            "in_filename",
+        )
     rows = [_row(picture, pictures[picture]) for picture in sorted(pictures)]
     return rows + [_unused(group) for group in groups.values() if _captions(group) and not pictures.keys() & set(group)]
 
 
 def _files(root: Path) -> list[Path]:
-    """All files below a folder. Links to folders are followed last, so that a file keeps its path without a link."""
+    """All files below a folder. Links to folders come last, so that a file is found by its path without links."""
     seen: set[tuple[int, int]] = set()
     files, waiting = [], [root]
     while waiting:
-        for folder, below, names in os.walk(waiting.pop(0), onerror=_unreadable):
+        for folder, below, names in os.walk(waiting.pop(0), onerror=_refuse_folder):
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
                 below.clear()
@@ -58,20 +67,24 @@ def _files(root: Path) -> list[Path]:
     return files
 
 
-def _unreadable(error: OSError) -> None:
-    raise InputError(f"--in_filename: {error.filename} cannot be read ({cause(error)}); {remedy(error)}") from None
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(str(_unreadable(error.filename, error)), "in_filename") from None
 
 
-def _kind(file: Path) -> str:
+def _unreadable(path: str | Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}")
+
+
+def _suffix(file: Path) -> str:
     return file.suffix.lower()
 
 
 def _captions(group: list[Path]) -> list[Path]:
-    return [file for file in group if _kind(file) == ".txt"]
+    return [file for file in group if _suffix(file) == ".txt"]
 
 
 def _row(picture: Path, group: list[Path]) -> dict | InputError:
-    """The record of a picture; `group` holds all files of its name."""
+    """The row of a picture; `group` holds all files of its name, with any extension."""
     try:
         return {"image_path": str(picture), "prompt": _prompt(picture, group)}
     except InputError as error:
@@ -79,43 +92,51 @@ def _row(picture: Path, group: list[Path]) -> dict | InputError:
 
 
 def _prompt(picture: Path, group: list[Path]) -> str:
-    """The caption of a picture. Raises InputError where there is none, or it may be another picture's."""
+    """The caption of a picture. Raises InputError if there is none, or if it may belong to another picture."""
     captions = _captions(group)
     if len(captions) > 1:
         raise InputError(f"{picture} has the captions {_names(captions)}; keep one")
     if captions:
-        rivals = [file for file in group if _kind(file) in picture_suffixes()]
+        rivals = [file for file in group if _suffix(file) in picture_suffixes()]
         if len(rivals) > 1:
             raise InputError(f"{captions[0]} may describe any of {_names(rivals)}; keep one picture of that name")
         return caption_of(decode_text(_read(captions[0]), str(captions[0])), str(captions[0]))
     prompt = _generated_prompt(picture)
     if not prompt:
-        raise InputError(f"{picture} has no caption: {picture.stem}.txt is missing, and generate.py has written no "
-                         "prompt into the picture; write the file")  # fmt: skip
+        raise InputError(
+            f"{picture} has no caption: there is no {picture.stem}.txt, and no prompt of lumina_mgpt in the picture; "
+            f"write {picture.stem}.txt"
+        )
     return prompt
 
 
-def _read(file: Path) -> bytes:
+def _require_regular(file: Path) -> None:
+    """Raises InputError for pipes and devices, whose reading may block forever, and for unreadable paths."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe would wait for ever
-            raise InputError(f"{file} is no regular file; replace it by one")
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    if not regular:
+        raise InputError(f"{file} is not a regular file; replace it by one")
+
+
+def _read(file: Path) -> bytes:
+    _require_regular(file)
+    try:
         return file.read_bytes()
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({cause(error)}); {remedy(error)}") from None
+        raise _unreadable(file, error) from None
 
 
 def _generated_prompt(picture: Path) -> str:
-    """The prompt in a PNG that this project wrote; "" in others, whose `prompt` may mean anything (ComfyUI: a graph).
+    """The prompt in a PNG file that this project generated, "" for other files.
+
+    Other programs write `prompt`, too, with another meaning: ComfyUI stores a graph there.
 
     Raises:
-        InputError: the file is no regular file.
+        InputError: the file is not a regular file.
     """
-    try:
-        regular = stat.S_ISREG(picture.stat().st_mode)
-    except OSError as error:
-        raise InputError(f"{picture} cannot be read ({cause(error)}); {remedy(error)}") from None
-    if not regular:
-        raise InputError(f"{picture} is no regular file; replace it by one")
+    _require_regular(picture)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,14 +148,15 @@ def _generated_prompt(picture: Path) -> str:
 
 
 def _unused(group: list[Path]) -> InputError:
-    """Why a caption is of no use."""
-    others = [file for file in group if _kind(file) != ".txt"]
+    """The reason why a caption has no picture."""
+    others = [file for file in group if _suffix(file) != ".txt"]
     if others:
-        return InputError(f"{_names(others)} has a caption, and no format that can be read; save it as PNG, JPEG or "
-                          "WebP")  # fmt: skip
+        return InputError(
+            f"{_names(others)} has a caption, but no picture format that can be read; save it as PNG, JPEG or WebP"
+        )
     return InputError(f"{group[0]} is a caption without a picture; put the picture beside it, or remove it")
 
 
 def _names(files: list[Path]) -> str:
-    """The first file with its folder, then the names of the others."""
+    """The path of the first file, and the names of the others."""
     return " and ".join([str(files[0]), *(file.name for file in files[1:])])

@@ -1,4 +1,8 @@
-"""What a user writes down about a picture, in both accepted forms, as one conversation."""
+"""Row of an input -> Record -> conversation.
+
+Before: inputs.py reads the rows. Next: image_codes.py encodes the images of a Record, and pre_tokenize.py builds its
+ids and labels from the conversation.
+"""
 
 import difflib
 import re
@@ -7,44 +11,55 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from torch import Tensor
+
 from lumina_mgpt import prompts
-from lumina_mgpt.data.seeding import unit
+from lumina_mgpt.data.seeding import uniform
 from lumina_mgpt.errors import InputError
+
+Panels = tuple[Path, ...]  # panels of one image, from the top; mostly one
 
 IMAGE_MARK = "<|image|>"
 LLAVA_MARK = "<image>"
-PLAIN_SHARE = 0.1  # of the text-to-image instructions, as released, do not name the size
+PLAIN_SHARE = 0.1  # share of text-to-image instructions that do not name the size, from the released training
 ROLES = {"human": "human", "gpt": "assistant", "assistant": "assistant"}
+_TURNS = ("human", "assistant")
 _FORMS = {"conversations", "image"}, {"image_path", "prompt"}
-# Keys of other formats that would change what is learnt. Other keys (id, width, url, ...) are taken for metadata.
+# Keys of other formats whose content would be ignored -> key to use instead. Further keys (id, width, url, ...) are
+# metadata.
 _OTHERS = {"caption": "prompt", "text": "prompt", "messages": "conversations", "system": "the first turn",
            "video": "image", "audio": "image"}  # fmt: skip
-_SIMILAR = 0.85  # of two keys, by difflib: `images` and `promt` are, `image_id` and `image_url` are not
-_OF_TURNS = ("weight", "loss", "mask", "train")  # would change what of a turn is learnt
+_SIMILAR = 0.85  # of two keys, by difflib: finds `images` and `promt`, but not `image_id` and `image_url`
+_OF_TURNS = ("weight", "loss", "mask", "train")  # keys of other formats that select what of a turn carries loss
 
 
 @dataclass(frozen=True)
 class Record:
     """One training example before tokenization.
 
-    `images` are pictures, each of them the paths of its panels from above (mostly one). `turns` are (role, parts); a
-    part is a text or the index of an image. A `caption` (the short form) becomes its two turns only when the size of
-    its picture is known.
+    Attributes:
+        images: files of the images.
+        turns: (role, parts); a part is a text or the index of an image.
+        caption: prompt of a text-to-image record, instead of turns: the instruction names the size of the cropped
+            image.
     """
 
-    images: tuple[tuple[Path, ...], ...]
+    images: tuple[Panels, ...]
     turns: tuple[tuple[str, tuple[str | int, ...]], ...] = ()
     caption: str | None = None
 
 
 def parse_record(raw: object) -> Record:
-    """One input row as a Record; relative image paths start at the working directory, as in the released code.
+    """A row of an input as a Record.
 
-    `<image>`, the mark of LLaVA, is read as `<|image|>`.
+    A row is `{"image_path", "prompt"}` (text to image) or `{"conversations", "image"}`. Relative paths start at the
+    working directory. `<image>`, the mark of LLaVA, is read as `<|image|>`.
+
+    Args:
+        raw: the row, or an InputError that states why its source has no record.
 
     Raises:
-        InputError: the row has neither form, or its image marks and images do not match. Or `raw` is one, the reason
-            why its source has no record there.
+        InputError: the row has neither form, its image marks do not match its images, or `raw` is an error.
     """
     if isinstance(raw, InputError):
         raise raw
@@ -53,30 +68,34 @@ def parse_record(raw: object) -> Record:
     _check_keys(raw)
     if "conversations" in raw:
         return _parse_conversation(raw)
-    if "image_path" in raw and "prompt" in raw:
-        path, caption = raw["image_path"], raw["prompt"]
-        caption = _unicode(caption, "prompt") if isinstance(caption, str) else ""
-        if not isinstance(path, str) or not path or not caption.strip():
-            raise InputError("image_path and prompt must be non-empty texts")
-        if LLAVA_MARK in caption:
-            raise InputError(f"prompt must describe the picture in words, got the mark {LLAVA_MARK}; remove it, or "
-                             "write the record with conversations")  # fmt: skip
-        return Record(((Path(path),),), caption=caption)
-    raise InputError(f"a record has `conversations` and `image`, or `image_path` and `prompt`; got {_shown(raw)}")
+    path, caption = raw["image_path"], raw["prompt"]
+    caption = _unicode(caption, "prompt") if isinstance(caption, str) else ""
+    if not isinstance(path, str) or not path or not caption.strip():
+        raise InputError("image_path and prompt must be non-empty texts")
+    if LLAVA_MARK in caption:
+        raise InputError(
+            f"prompt must describe the picture in words, got the mark {LLAVA_MARK}; remove it, or write the record "
+            "with conversations"
+        )
+    return Record(((Path(path),),), caption=caption)
 
 
 def _check_keys(raw: dict) -> None:
-    """Raises InputError for a key that has a meaning in other formats and is not read here."""
-    if all(form & set(raw) for form in _FORMS):
+    """Raises InputError unless a row has one form, and no keys with a meaning in other formats."""
+    mixed = all(form & set(raw) for form in _FORMS)
+    if not mixed:
+        for key in set(raw).difference(*_FORMS):
+            if meant := _meant(key.lower()):
+                raise InputError(
+                    f"a record must not have the key {key!r}, which is not read; use {meant}, or remove it"
+                )
+    if mixed or not ("conversations" in raw or _FORMS[1] <= set(raw)):
         raise InputError(f"a record has `conversations` and `image`, or `image_path` and `prompt`; got {_shown(raw)}")
-    for key in set(raw).difference(*_FORMS):
-        if meant := _meant(key.lower()):
-            raise InputError(f"a record must not have the key {key!r}, which is not read; use {meant}, or remove it")
 
 
 @lru_cache(maxsize=4096)
 def _meant(key: str) -> str | None:
-    """What to write in place of a key; None for one that is taken for metadata."""
+    """The key to write instead of one that is not read; None for metadata."""
     close = difflib.get_close_matches(key, sorted(set().union(*_FORMS)), n=1, cutoff=_SIMILAR)
     return _OTHERS.get(key) or (close[0] if close else None)
 
@@ -86,74 +105,94 @@ def _shown(keys: Iterable[str]) -> str:
 
 
 def _unicode(text: str, where: str) -> str:
-    """The text without a byte order mark, which a reader of its file may have left.
+    """The text without a byte order mark, which another program may have copied from a file.
 
     Raises:
-        InputError: JSON escapes give half of a character.
+        InputError: a JSON escape gives half of a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where} must be Unicode text, got half of a character (\\u{ord(text[error.start]):04x}); "
-                         "correct it") from None  # fmt: skip
+        raise InputError(
+            f"{where} must be Unicode text, got half of a character (\\u{ord(text[error.start]):04x}); correct it"
+        ) from None
     return text.removeprefix("\ufeff")
 
 
 def _parse_conversation(raw: dict) -> Record:
-    images = raw.get("image", [])
-    images = [images] if isinstance(images, str) else images
-    turns = raw["conversations"]
+    images = _image_paths(raw.get("image", []))
+    texts = _turn_texts(raw["conversations"])
+    marks = sum(text.count(IMAGE_MARK) for text in texts)
+    if marks == 0 and images:  # as in the released code, images without marks precede the first human text
+        texts[0] = f"{IMAGE_MARK} " * len(images) + texts[0]
+    elif marks != len(images):
+        raise InputError(
+            f"{marks} {IMAGE_MARK} or {LLAVA_MARK} marks for {len(images)} images; write one mark an image, or none"
+        )
+    counter = iter(range(len(images)))
+    turns = [(_TURNS[n % 2], tuple(_parts(text, counter))) for n, text in enumerate(texts)]
+    return Record(images, tuple(turns))
+
+
+def _image_paths(image: object) -> tuple[Panels, ...]:
+    """Files of the images in `image` of a row: a path, or a list of paths and of lists of panels."""
+    images = [image] if isinstance(image, str) else image
     if not isinstance(images, list):
         raise InputError("image must be a path or a list, in which a list of paths is one picture's panels from above")
-    stacks = [[image] if isinstance(image, str) else image for image in images]
+    stacks = [[entry] if isinstance(entry, str) else entry for entry in images]
     if not all(isinstance(stack, list) and stack and all(isinstance(path, str) for path in stack) for stack in stacks):
-        raise InputError(f"an entry of image must be a path, or a list of the paths of its panels, got "
-                         f"{str(images)[:200]}")  # fmt: skip
+        raise InputError(
+            f"an entry of image must be a path, or a list of the paths of its panels, got {str(images)[:200]}"
+        )
+    return tuple(tuple(map(Path, stack)) for stack in stacks)
+
+
+def _turn_texts(turns: object) -> list[str]:
+    """Texts of the turns, human and assistant in turn, with `<|image|>` as the only image mark."""
     if not isinstance(turns, list) or len(turns) < 2:
         raise InputError("conversations must be a list of at least two turns")
     texts = []
     for n, turn in enumerate(turns):
         role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
-        if role != ("human", "assistant")[n % 2] or not isinstance(turn.get("value"), str):
+        if role != _TURNS[n % 2] or not isinstance(turn.get("value"), str):
             raise InputError(f"turn {n} must be from {('human', 'gpt')[n % 2]} with a text as its value")
         for key in _OF_TURNS:
             if key in turn:
                 raise InputError(f"turn {n} must not have the key {key!r}, which is not read; remove it")
         texts.append(_unicode(turn["value"], f"turn {n}").replace(LLAVA_MARK, IMAGE_MARK))
-    marks = sum(text.count(IMAGE_MARK) for text in texts)
-    if marks == 0 and images:  # as released, an unmentioned image goes before the first human text
-        texts[0] = f"{IMAGE_MARK} " * len(images) + texts[0]
-    elif marks != len(images):
-        raise InputError(f"{marks} {IMAGE_MARK} or {LLAVA_MARK} marks for {len(images)} images; write one mark an "
-                         "image, or none")  # fmt: skip
-    counter = iter(range(len(images)))
-    pieces = (tuple(_parts(text, counter)) for text in texts)
-    paths = tuple(tuple(map(Path, stack)) for stack in stacks)
-    return Record(paths, tuple(zip(_roles(len(texts)), pieces, strict=True)))
-
-
-def _roles(count: int) -> list[str]:
-    return [("human", "assistant")[n % 2] for n in range(count)]
+    return texts
 
 
 def _parts(text: str, counter) -> list[str | int]:
+    """Texts between the image marks, and the next numbers of `counter` for the marks."""
     pieces = re.split(f"({re.escape(IMAGE_MARK)})", text)
     return [next(counter) if piece == IMAGE_MARK else piece for piece in pieces if piece]
 
 
 def is_plain(seed: int, record: int) -> bool:
-    """Whether the instruction of this record leaves the size out: a function of (seed, record) alone."""
-    return unit(seed, "plain", record) < PLAIN_SHARE
+    """Whether the instruction of a text-to-image record does not name the size; a function of (seed, record)."""
+    return uniform(seed, "plain", record) < PLAIN_SHARE
 
 
-def conversation(record: Record, codes: list, sizes: list[tuple[int, int]], plain: bool) -> list[tuple[str, list]]:
-    """The turns that Uni-Rep encodes: texts and code grids.
+def conversation(
+    record: Record, codes: list[Tensor], sizes: list[tuple[int, int]], plain: bool
+) -> list[tuple[str, list[str | Tensor]]]:
+    """The turns of a record as texts and code grids, for `unirep.encode_conversation`.
 
-    Shapes: each of `codes` (rows, cols); `sizes` are (width, height) in pixels after the crop.
+    Args:
+        record: the record.
+        codes: code grid of each image.
+        sizes: (width, height) of each image after the crop, in pixels.
+        plain: leave the size out of a text-to-image instruction.
+
+    Shapes: each of codes (rows, cols).
     """
     if record.caption is not None:
         width, height = sizes[0]
-        text = prompts.text_to_image_plain(record.caption) if plain else prompts.text_to_image(
-            record.caption, width, height)  # fmt: skip
-        return [("human", [text]), ("assistant", [codes[0]])]
+        instruction = (
+            prompts.text_to_image_plain(record.caption)
+            if plain
+            else prompts.text_to_image(record.caption, width, height)
+        )
+        return [("human", [instruction]), ("assistant", [codes[0]])]
     return [(role, [codes[part] if isinstance(part, int) else part for part in parts]) for role, parts in record.turns]

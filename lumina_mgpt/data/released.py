@@ -1,7 +1,11 @@
-"""Records as the released pre-tokenizer writes them: one pickle each, read without ever running what is in it."""
+"""Token records of the released pre-tokenizer: one pickle each. No code in a pickle is run.
+
+shards.py reads them like its own records.
+"""
 
 import pickle
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -11,7 +15,10 @@ from lumina_mgpt.unirep import IGNORED
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds lists, mappings, texts and numbers. Whatever a pickle can call, it must first ask for by name here."""
+    """Builds lists, dictionaries, strings and numbers only.
+
+    A pickle can call a function only after `find_class` has returned it.
+    """
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a record holds lists of numbers only")
@@ -21,23 +28,28 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_released(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels of a `.pkl` record, {"token": [...], "label": [...]}. Shapes: both (T,) long.
+    """Ids and labels of a `.pkl` record, {"token": [...], "label": [...]}.
+
+    Shapes: both (T,) long.
 
     Raises:
-        InputError: the file is missing or damaged, or holds anything but that.
+        InputError: the file is missing or damaged, or has other content.
     """
     try:
         with open(path, "rb") as file:
             raw = _PlainUnpickler(file).load()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}") from None
-    except Exception as error:  # damaged bytes lead the unpickler to raise almost anything
-        raise InputError(f"{path} cannot be read as a released record ({cause(error)}); make it again with "
-                         "lumina-mgpt pre-tokenize") from None  # fmt: skip
+    except Exception as error:  # for damaged bytes, the unpickler raises almost any exception
+        reason = f"{path} cannot be read as a released record ({cause(error)}); pre-tokenize it again"
+        raise InputError(reason) from None
     ids, labels = (raw.get(key) if isinstance(raw, dict) else None for key in ("token", "label"))
-    whole = all(isinstance(part, list) and all(type(value) is int for value in part) for part in (ids, labels))
-    if not whole or not ids or len(ids) != len(labels):
-        raise InputError(f"{path} must hold a token and a label list of whole numbers, equally long and not empty")
+    if not _are_integers(ids) or not _are_integers(labels) or not ids or len(ids) != len(labels):
+        raise InputError(f"{path} must hold two lists of integers, token and label, of equal length and not empty")
     if not all(0 <= id_ < 2**31 and label in (id_, IGNORED) for id_, label in zip(ids, labels, strict=True)):
         raise InputError(f"{path}: a label must be its id or {IGNORED}, and an id at least 0; make the record again")
     return torch.tensor(ids), torch.tensor(labels)
+
+
+def _are_integers(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int for value in values)

@@ -1,4 +1,7 @@
-"""Randomness as a pure function of a key, so that it depends on no order, process or earlier run."""
+"""Random numbers as pure functions of a key.
+
+They do not depend on the order of calls, the process, or earlier runs.
+"""
 
 import hashlib
 
@@ -10,8 +13,8 @@ def _digest(key: tuple) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def unit(*key: int | str) -> float:
-    """A number in [0, 1) that is uniform over keys."""
+def uniform(*key: int | str) -> float:
+    """A number in [0, 1), uniform over keys."""
     return (_digest(key) >> 11) * 2.0**-53
 
 
@@ -21,5 +24,5 @@ def seed_of(*key: int | str) -> int:
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A generator whose stream belongs to the key alone."""
+    """A NumPy generator that is seeded by the key."""
     return np.random.Generator(np.random.Philox(key=_digest(key)))

@@ -1,7 +1,9 @@
-"""Token shards: many sequences of ids with their labels in one safetensors file that is whole or absent.
+"""Token shards: many sequences of ids and labels in one safetensors file, written atomically.
+
+Before: pre_tokenize.py makes the sequences. Next: record_files.py lists them, dataset.py reads them.
 
 Tensors of a shard: `ids` int32 (total,), `labelled` bool (total,), `offsets` int64 (sequences + 1,), `records` int64
-(sequences,). Its metadata carries a checksum and the records left out, with their reasons.
+(sequences,). The metadata holds a checksum and the records that were left out, with reasons.
 """
 
 import json
@@ -20,12 +22,16 @@ from lumina_mgpt.io import cause, parse_json, remedy, write_atomic
 from lumina_mgpt.unirep import IGNORED
 
 FORMAT = "lumina-mgpt-tokens-1"
-_TENSORS = {"ids": "I32", "labelled": "BOOL", "offsets": "I64", "records": "I64"}  # with their types in safetensors
+_TENSORS = {"ids": "I32", "labelled": "BOOL", "offsets": "I64", "records": "I64"}  # with their safetensors types
+_AGAIN = "delete it and pre-tokenize again"
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """One tokenized record. Shapes: ids, labels (T,) long; a label is its id, or -100."""
+    """One tokenized record. A label is its id, or -100 for ids without loss.
+
+    Shapes: ids, labels (T,) long.
+    """
 
     record: int
     ids: torch.Tensor
@@ -34,18 +40,35 @@ class Sequence:
 
 @dataclass(frozen=True)
 class ShardIndex:
+    """Content of a shard without its ids.
+
+    Attributes:
+        records: number of the record of each sequence.
+        lengths: ids of each sequence.
+        bad: {"id", "reason"} of each record that was left out.
+    """
+
     records: list[int]
     lengths: list[int]
     bad: list[dict]
 
     def rows(self, file: str | PurePath) -> list[dict]:
-        """Its lines of a record file, with POSIX separators, which every system reads."""
+        """Rows of a record file. Paths have POSIX separators, which every system reads."""
         file = PurePath(file).as_posix()
         return [{"file": file, "len": n, "id": record} for record, n in zip(self.records, self.lengths, strict=True)]
 
 
 def write_shard(path: Path, sequences: list[Sequence], bad: list[dict]) -> ShardIndex:
-    """Writes a shard atomically. `bad` holds {"id", "reason"} of what was left out."""
+    """Writes a shard and returns its index.
+
+    Args:
+        path: file to write.
+        sequences: tokenized records.
+        bad: {"id", "reason"} of each record that was left out.
+
+    Raises:
+        InputError: the file is not writable.
+    """
     lengths = [len(sequence.ids) for sequence in sequences]
     empty = [torch.zeros(0, dtype=torch.long)]
     ids = torch.cat([sequence.ids for sequence in sequences] or empty).to(torch.int32)
@@ -71,53 +94,64 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def read_index(path: str | Path, check: bool = False) -> ShardIndex:
-    """What a shard holds; with `check` every byte is compared with the checksum.
+    """The index of a shard.
+
+    Args:
+        path: shard.
+        check: compare all tensors with the checksum.
 
     Raises:
-        InputError: the file is missing, half-written, damaged, or no token shard.
+        InputError: the file is missing or damaged, or is not a token shard.
     """
-    again = "delete it and run lumina-mgpt pre-tokenize again"
     try:
         open(path, "rb").close()
     except OSError as error:
-        hint = remedy(error, "run lumina-mgpt pre-tokenize again")
-        raise InputError(f"{path} is missing or cannot be read ({cause(error)}); {hint}") from None
+        todo = remedy(error, "pre-tokenize again")
+        raise InputError(f"{path} is missing or cannot be read ({cause(error)}); {todo}") from None
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InputError(f"{path} is no token shard; make it with lumina-mgpt pre-tokenize")
-            slices = {name: file.get_slice(name) for name in _TENSORS}
-            forms = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
-            if forms != {name: (dtype, 1) for name, dtype in _TENSORS.items()}:
-                raise InputError(f"{path} is damaged: its tensors have other types or shapes; {again}")
-            offsets, records = file.get_tensor("offsets"), file.get_tensor("records")
-            totals = {slices[name].get_shape()[0] for name in ("ids", "labelled")}
-            if check:
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
-                if str(_checksum(tensors)) != metadata.get("checksum"):
-                    raise InputError(f"{path} is damaged (checksum); {again}")
+        metadata, offsets, records, total = _read_header(path, check)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged ({cause(error)}); {again}") from None
+        raise InputError(f"{path} is damaged ({cause(error)}); {_AGAIN}") from None
     lengths = offsets.diff()
-    fits = len(offsets) == len(records) + 1 and int(offsets[0]) == 0 and totals == {int(offsets[-1])}
+    fits = len(offsets) == len(records) + 1 and int(offsets[0]) == 0 and total == int(offsets[-1])
     if not fits or (lengths <= 0).any():
-        raise InputError(f"{path} is damaged: its offsets do not fit; {again}")
-    return ShardIndex(records.tolist(), lengths.tolist(), _bad_items(metadata.get("bad", ""), path))
+        raise InputError(f"{path} is damaged: its offsets do not fit; {_AGAIN}")
+    return ShardIndex(records.tolist(), lengths.tolist(), _bad_records(metadata.get("bad", ""), path))
 
 
-def _bad_items(text: str, path: str | Path) -> list[dict]:
-    """What a shard's metadata says of records left out. Raises InputError where it is damaged."""
+def _read_header(path: str | Path, check: bool) -> tuple[dict, torch.Tensor, torch.Tensor, int | None]:
+    """Metadata, offsets, records, and the number of ids, None if `ids` and `labelled` differ in length."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{path} is not a token shard; make it by pre-tokenization")
+        slices = {name: file.get_slice(name) for name in _TENSORS}
+        forms = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
+        if forms != {name: (dtype, 1) for name, dtype in _TENSORS.items()}:
+            raise InputError(f"{path} is damaged: its tensors have other types or shapes; {_AGAIN}")
+        if check:
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            if str(_checksum(tensors)) != metadata.get("checksum"):
+                raise InputError(f"{path} is damaged (checksum); {_AGAIN}")
+        ids, labelled = (slices[name].get_shape()[0] for name in ("ids", "labelled"))
+        total = ids if ids == labelled else None
+        return metadata, file.get_tensor("offsets"), file.get_tensor("records"), total
+
+
+def _bad_records(text: str, path: str | Path) -> list[dict]:
+    """The records left out, from a shard's metadata. Raises InputError if it is damaged."""
     bad = parse_json(text, f"{path}: list of records left out")
     if not isinstance(bad, list) or not all(isinstance(item, dict) and type(item.get("id")) is int for item in bad):
-        raise InputError(f"{path} is damaged: its list of records left out; delete it and run pre-tokenize again")
+        raise InputError(f"{path} is damaged: its list of records left out; {_AGAIN}")
     return bad
 
 
 class _OpenShard:
+    """A memory-mapped shard, closed when the object is freed."""
+
     def __init__(self, path: str) -> None:
         index = read_index(path)
-        self.file = safe_open(path, "pt").__enter__()  # a memory map: closed with the object
+        self.file = safe_open(path, "pt").__enter__()
         self.ids, self.labelled = self.file.get_slice("ids"), self.file.get_slice("labelled")
         offsets = self.file.get_tensor("offsets").tolist()
         self.spans = {record: (offsets[n], offsets[n + 1]) for n, record in enumerate(index.records)}
@@ -129,16 +163,16 @@ def _open(path: str) -> _OpenShard:
 
 
 def read_sequence(path: str | Path, record: int) -> Sequence:
-    """One sequence of a shard, only its own bytes; or of a `.pkl` file as the released code writes them.
+    """One sequence of a shard, of which only these ids are read, or of a released `.pkl` file.
 
     Raises:
-        InputError: the shard is missing or damaged, or does not hold the record.
+        InputError: the file is missing or damaged, or does not hold the record.
     """
     if str(path).endswith(".pkl"):
         return Sequence(record, *read_released(path))
     shard = _open(str(path))
     if record not in shard.spans:
-        raise InputError(f"{path} does not hold record {record}; run lumina-mgpt concat-records again on its folder")
+        raise InputError(f"{path} does not hold record {record}; concatenate the records of its folder again")
     start, stop = shard.spans[record]
     ids = shard.ids[start:stop].long()
     return Sequence(record, ids, ids.masked_fill(~shard.labelled[start:stop], IGNORED))

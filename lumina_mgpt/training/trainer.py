@@ -11,8 +11,9 @@ import torch
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
-from lumina_mgpt.data.dataset import TokenDataset, read_sources
+from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.seeding import seed_of
+from lumina_mgpt.data.sources import read_sources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.hub import resolve
@@ -241,7 +242,7 @@ class Trainer:
         loss, z = cross / max(1.0, labelled), z / max(1.0, labelled)
         fault = self.guard.fault(loss + settings.z_loss_weight * z, norm)
         if fault:
-            self.guard.refuse(self.at + 1, fault, [self.dataset.name(sample) for sample in self.feed.samples])
+            self.guard.refuse(self.at + 1, fault, [self.dataset.locate(sample) for sample in self.feed.samples])
         else:
             self._update()
         for optimizer in self.optimizers:

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _sequences(source: Path, data_config: Path) -> list:
     """Some of the training sequences, the same ones each time."""
-    from lumina_mgpt.data.dataset import TokenDataset, read_sources
+    from lumina_mgpt.data.dataset import TokenDataset
+    from lumina_mgpt.data.sources import read_sources
     from lumina_mgpt.pipeline import Checkpoint
 
     dataset = TokenDataset(read_sources(data_config), Checkpoint.open(source).vocabulary)

@@ -1,4 +1,4 @@
-"""Tars that are cut, damaged or joined: refused with the byte, never read in part."""
+"""Tars that are cut, damaged or joined are refused with the byte, and never read in part."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tar_records import command, picture
+from records import pre_tokenize_command, square
 
 from lumina_mgpt.data.archive import Archive
 from lumina_mgpt.errors import InputError
@@ -32,14 +32,14 @@ def write_tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], form: in
 
 
 def three_samples(path: Path, form: int = tarfile.GNU_FORMAT) -> bytes:
-    """Three pictures with captions; the last name is longer than a plain header holds."""
+    """A tar of three pictures with captions; the last name is too long for a plain header."""
     long = "folder/" + "n" * 120
-    members = [pair for n in range(2) for pair in (member(f"{n}.png", picture()), member(f"{n}.txt", b"a red square"))]
-    return write_tar(path, members + [member(f"{long}.png", picture()), member(f"{long}.txt", b"red")], form)
+    members = [pair for n in range(2) for pair in (member(f"{n}.png", square()), member(f"{n}.txt", b"a red square"))]
+    return write_tar(path, members + [member(f"{long}.png", square()), member(f"{long}.txt", b"red")], form)
 
 
 def rows_of(path: Path, data: bytes) -> list[dict] | None:
-    """Rows of a tar of these bytes; None where it is refused."""
+    """Rows of a tar with this content; None if it is refused."""
     path.write_bytes(data)
     try:
         return Archive(path).rows
@@ -52,14 +52,14 @@ FORMS = pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 @FORMS
 def test_a_cut_tar_is_refused(tmp_path, form):
-    """Read as if it ended there: fewer records, exit status 0."""
+    """Bug: it gave fewer records, with exit status 0."""
     whole = three_samples(tmp_path / "whole.tar", form)
     rows = rows_of(tmp_path / "a.tar", whole)
     end = len(whole.rstrip(b"\0"))
     end += -end % BLOCK
     assert len(rows) == 3 and not any(isinstance(row, InputError) for row in rows)
     for size in [size + more for size in range(0, end + 2 * BLOCK, BLOCK) for more in (0, 1, 257, 511)]:
-        # Behind the two blocks of the end there is only padding, which a tar need not have.
+        # After the two blocks that end the archive there is only padding, which is optional.
         expected = rows if size >= end + 2 * BLOCK else None
         assert rows_of(tmp_path / "a.tar", whole[:size]) == expected, size
     for size in (0, 1, BLOCK, end - 1, end + 1):
@@ -70,7 +70,7 @@ def test_a_cut_tar_is_refused(tmp_path, form):
 
 @FORMS
 def test_a_damaged_header_is_refused(tmp_path, form):
-    """A damaged header was taken for the end of the tar: every byte of every header, one bit of it flipped."""
+    """Flips one bit in bytes of every header. Bug: a damaged header was read as the end of the tar."""
     whole = three_samples(tmp_path / "whole.tar", form)
     rows, path = rows_of(tmp_path / "a.tar", whole), tmp_path / "a.tar"
     with tarfile.open(tmp_path / "whole.tar") as tar:
@@ -83,26 +83,26 @@ def test_a_damaged_header_is_refused(tmp_path, form):
             assert rows_of(path, bytes(damaged)) in (None, rows), byte
 
 
-def test_a_damaged_header_ends_the_command(tiny_checkpoint, tmp_path, capsys):
+def test_a_damaged_header_stops_the_command(tiny_checkpoint, tmp_path, capsys):
     whole = bytearray(three_samples(tmp_path / "a.tar"))
     with tarfile.open(tmp_path / "a.tar") as tar:
         at = tar.getmembers()[2].offset
     whole[at + 20] ^= 1
     (tmp_path / "a.tar").write_bytes(whole)
-    assert command(tmp_path / "a.tar", tmp_path / "out", tiny_checkpoint) == 2
+    assert pre_tokenize_command(tmp_path / "a.tar", tmp_path / "out", tiny_checkpoint) == 2
     assert f"a.tar cannot be read as a tar: the header at byte {at} is damaged" in capsys.readouterr().err
 
 
 def test_joined_tars_are_refused(tiny_checkpoint, tmp_path, capsys):
-    """`cat a.tar b.tar`: the second was not seen, exit status 0."""
+    """As from `cat a.tar b.tar`. Bug: the second was ignored, with exit status 0."""
     whole = three_samples(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(whole + whole)
-    assert command(tmp_path / "a.tar", tmp_path / "out", tiny_checkpoint) == 2
+    assert pre_tokenize_command(tmp_path / "a.tar", tmp_path / "out", tiny_checkpoint) == 2
     assert f"data follow at byte {len(whole)}" in capsys.readouterr().err
 
 
 def test_a_damaged_size_is_refused(tmp_path):
-    """Headers with a right checksum, and a size that is negative or larger than the file."""
+    """The headers have a correct checksum, and a size that is negative or larger than the file."""
     whole = three_samples(tmp_path / "whole.tar")
     for size in (b"\xff" * 12, b"\x80" + b"\x00" * 3 + b"\x7f" * 8, b"77777777777\0"):
         for at in (0, 2 * BLOCK):
@@ -113,11 +113,11 @@ def test_a_damaged_size_is_refused(tmp_path):
 
 
 def test_zero_padding_and_the_system_tar_are_read(tmp_path):
-    """`tar cf` in its formats, long names, and zeros behind the end."""
+    """Covers `tar -c` in three formats, long names, and zeros after the end."""
     folder = tmp_path / ("long" * 20) / ("name" * 10)
     folder.mkdir(parents=True)
     for n in range(2):
-        (folder / f"{n}.png").write_bytes(picture())
+        (folder / f"{n}.png").write_bytes(square())
         (folder / f"{n}.txt").write_text("a red square")
     for form in ("gnu", "pax", "ustar"):
         subprocess.run(["tar", f"--format={form}", "-cf", tmp_path / "a.tar", "-C", tmp_path, folder.parent.name],
@@ -127,20 +127,20 @@ def test_zero_padding_and_the_system_tar_are_read(tmp_path):
         assert rows_of(tmp_path / "a.tar", (tmp_path / "a.tar").read_bytes() + bytes(3_000_001)) == rows
 
 
-def test_samples_that_are_not_clear_are_listed(tiny_checkpoint, tmp_path):
-    """A name that is there twice, links, captions that are no text, another picture named: each with its reason."""
+def test_ambiguous_samples_are_listed(tiny_checkpoint, tmp_path):
+    """Covers duplicate names, links, captions that are not text, and references to other samples."""
     talk = [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "<|image|>"}]
     members = [
-        member("0.jpg", picture("navy", "JPEG")), member("0.txt", b"first"),
-        member("0.jpg", picture("orange", "JPEG")), member("./0.txt", b"second"),
+        member("0.jpg", square("navy", "JPEG")), member("0.txt", b"first"),
+        member("0.jpg", square("orange", "JPEG")), member("./0.txt", b"second"),
         member("1.jpg", type=tarfile.SYMTYPE, linkname="0.jpg"), member("1.txt", b"a link"),
-        member("2.jpg", picture()), member("2.json", b'{"caption": null}'),
-        member("3.jpg", picture()), member("3.json", b"[" * 20_000),
-        member("4.jpg", picture()), member("4.json", b'{"caption": ' + b"1" * 5_000 + b"}"),
-        member("5.jpg", picture()), member("5.txt", "café".encode("utf-16")),
-        member("6.jpg", picture()), member("6.json", json.dumps({"conversations": talk, "image": "9.jpg"}).encode()),
-        member("7.jpg", picture()), member("7.png", picture()), member("7.txt", b"either"),
-        member("8.txt", b"no picture"), member("9.jpg", picture()),
+        member("2.jpg", square()), member("2.json", b'{"caption": null}'),
+        member("3.jpg", square()), member("3.json", b"[" * 20_000),
+        member("4.jpg", square()), member("4.json", b'{"caption": ' + b"1" * 5_000 + b"}"),
+        member("5.jpg", square()), member("5.txt", "café".encode("utf-16")),
+        member("6.jpg", square()), member("6.json", json.dumps({"conversations": talk, "image": "9.jpg"}).encode()),
+        member("7.jpg", square()), member("7.png", square()), member("7.txt", b"either"),
+        member("8.txt", b"no picture"), member("9.jpg", square()),
         member("._a.jpg", b"fork"),
     ]  # fmt: skip
     reasons = ["0.jpg is there twice", "1.jpg is a link to 0.jpg", "2.json: caption must be a text, got NoneType",
@@ -148,7 +148,7 @@ def test_samples_that_are_not_clear_are_listed(tiny_checkpoint, tmp_path):
                "6.json: image must name pictures of its sample, 6.jpg, got '9.jpg'", "one caption for jpg and png",
                "8 has no picture", "9 has no caption"]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
-    assert command(tmp_path / "a.tar", tmp_path / "out", tiny_checkpoint) == 0
+    assert pre_tokenize_command(tmp_path / "a.tar", tmp_path / "out", tiny_checkpoint) == 0
     bad = [json.loads(line) for line in (tmp_path / "out" / "0-of-1-bad.jsonl").read_text().splitlines()]
     assert [item["id"] for item in bad] == list(range(10))
     for item, reason in zip(bad, reasons, strict=True):
@@ -156,21 +156,21 @@ def test_samples_that_are_not_clear_are_listed(tiny_checkpoint, tmp_path):
 
 
 def test_the_plain_extension_is_the_picture(tmp_path):
-    """0.depth.png came first in the tar and was trained on; a byte order mark was a part of the caption.
+    """Bugs: 0.depth.png, first in the tar, was the picture; a byte order mark became part of the caption.
 
-    In a conversation without `image`, 4.depth.png was put before the first text.
+    Bug: in a conversation without `image`, 4.depth.png was put before the first text.
     """
     talk = [{"from": "human", "value": "draw <|image|>"}, {"from": "gpt", "value": "<|image|>"}]
     plain_talk = [{"from": "human", "value": "what is this?"}, {"from": "gpt", "value": "a square"}]
     members = [
-        member("0.depth.png", picture("black")), member("0.png", picture()), member("0.txt", b"\xef\xbb\xbfred\r\nsky"),
-        member("1.depth.png", picture()), member("1.json", b'\xef\xbb\xbf{"caption": "only one"}'),
-        member("a/2.x.png", picture()), member("a/2.y.png", picture()),
+        member("0.depth.png", square("black")), member("0.png", square()), member("0.txt", b"\xef\xbb\xbfred\r\nsky"),
+        member("1.depth.png", square()), member("1.json", b'\xef\xbb\xbf{"caption": "only one"}'),
+        member("a/2.x.png", square()), member("a/2.y.png", square()),
         member("a/2.json", json.dumps({"conversations": talk, "image": ["2.y.png", "elsewhere/2.x.png"]}).encode()),
-        member("/b/3.jfif", picture("red", "JPEG")), member("/b/3.txt", b"absolute"),
-        member("4.depth.png", picture("black")), member("4.png", picture()),
+        member("/b/3.jfif", square("red", "JPEG")), member("/b/3.txt", b"absolute"),
+        member("4.depth.png", square("black")), member("4.png", square()),
         member("4.json", json.dumps({"conversations": plain_talk}).encode()),
-        member("5.x.png", picture()), member("5.y.png", picture()),
+        member("5.x.png", square()), member("5.y.png", square()),
         member("5.json", json.dumps({"conversations": talk}).encode()),
     ]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
@@ -183,4 +183,4 @@ def test_the_plain_extension_is_the_picture(tmp_path):
         {"conversations": plain_talk, "image": [f"{tmp_path}/a.tar/4.png"]},
         {"conversations": talk, "image": [f"{tmp_path}/a.tar/5.x.png", f"{tmp_path}/a.tar/5.y.png"]},
     ]
-    assert archive.open(Path(archive.rows[0]["image_path"])).read() == picture()
+    assert archive.open(Path(archive.rows[0]["image_path"])).read() == square()

@@ -1,4 +1,4 @@
-"""Batches and their plan: everything random is a function of a key, and no sequence is lost or seen twice."""
+"""Data set, plan and batches: random choices are functions of a key, and no sequence is lost or seen twice."""
 
 import json
 from collections import Counter
@@ -7,20 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sources import make_source
+from records import make_source
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, collate, corrupt, pack, plan_epoch
-from lumina_mgpt.data.dataset import TokenDataset, read_sources
-from lumina_mgpt.data.seeding import generator, unit
+from lumina_mgpt.data.dataset import TokenDataset
+from lumina_mgpt.data.seeding import generator, uniform
 from lumina_mgpt.data.shards import Sequence, read_index, read_sequence, write_shard
+from lumina_mgpt.data.sources import read_sources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.vocabulary import Vocabulary
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tiny_checkpoint) -> Vocabulary:
-    return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +24,16 @@ def dataset(vocabulary, tmp_path_factory) -> TokenDataset:
     return TokenDataset([make_source(tmp_path_factory.mktemp("data"), vocabulary, 200)], vocabulary, seed=3)
 
 
-def test_unit_is_uniform_and_of_its_key_alone():
-    values = np.array([unit(1, "x", n) for n in range(4000)])
+def test_uniform_is_uniform_and_a_function_of_its_key():
+    values = np.array([uniform(1, "x", n) for n in range(4000)])
     assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.02
     assert abs((values < 0.1).mean() - 0.1) < 0.02
-    assert unit(1, "x", 5) == values[5] != unit(2, "x", 5)
+    assert uniform(1, "x", 5) == values[5] != uniform(2, "x", 5)
     assert (generator(1, 2).random(3) == generator(1, 2).random(3)).all()
-    assert unit(1, 23) != unit(12, 3)
+    assert uniform(1, 23) != uniform(12, 3)
 
 
-def test_shard_gives_back_what_went_in(tmp_path):
+def test_shard_round_trip(tmp_path):
     ids = {n: torch.arange(1, n + 2) for n in (0, 4, 2)}
     sequences = [Sequence(n, value, value.masked_fill(value == 1, -100)) for n, value in ids.items()]
     write_shard(tmp_path / "a.safetensors", sequences, [{"id": 9, "reason": "why"}])
@@ -53,7 +49,7 @@ def test_shard_gives_back_what_went_in(tmp_path):
 
 
 @pytest.mark.parametrize("size", [BatchSize(rows=7, multiple=8), BatchSize(tokens=300, multiple=16)])
-def test_plan_holds_every_sample_once_in_batches_of_one_length(dataset, size):
+def test_plan_holds_every_sample_once_in_batches_of_similar_length(dataset, size):
     plan = plan_epoch(dataset, 0, size)
     assert Counter(int(s) for planned in plan for s in planned.samples) == Counter(range(200))
     spread = []
@@ -62,7 +58,7 @@ def test_plan_holds_every_sample_once_in_batches_of_one_length(dataset, size):
         assert lengths.max() <= planned.width < lengths.max() + size.multiple and planned.width % size.multiple == 0
         assert len(planned.samples) <= planned.rows and (not size.tokens or planned.rows * planned.width <= size.tokens)
         spread.append(len({size.width(int(length)) for length in lengths}))
-    assert np.mean(spread) < 1.3  # lengths are mixed only where one length gives way to the next
+    assert np.mean(spread) < 1.3  # mixed only at the boundary of two lengths
     assert sum(planned.rows * planned.width for planned in plan) < 1.5 * dataset.lengths.sum()
 
 
@@ -73,7 +69,7 @@ def test_packed_rows_are_full_and_hold_every_sample_once(dataset):
     assert all(planned.rows == 1 and planned.width <= 400 for planned in plan)
     assert dataset.lengths.sum() / (400 * len(plan)) > 0.9
     mixed = [len(set(dataset.length(planned.samples))) for planned in plan]
-    assert np.mean(mixed) > 2  # not clustered: a row takes sequences of any length
+    assert np.mean(mixed) > 2  # rows mix sequences of different lengths
 
 
 def test_packed_kinds_do_not_mix():
@@ -82,7 +78,7 @@ def test_packed_kinds_do_not_mix():
 
 
 def test_packed_batch_predicts_each_label_from_its_own_sequence(dataset):
-    """Also where the first id of a sequence has a label (its context was dropped): the one before does not say it."""
+    """The first id of a sequence without context has a label, but is not predicted from the previous sequence."""
     size = BatchSize(tokens=800, multiple=8, packed=True)
     planned = next(p for p in plan_epoch(dataset, 0, size)
                    if sum(len(dataset.read(int(s), 0)[0]) < dataset.length(s) for s in p.samples[1:]))  # fmt: skip
@@ -115,8 +111,8 @@ def test_ratio_and_types(vocabulary, tmp_path):
         assert len(set(dataset.kind(planned.samples))) == 1
 
 
-def test_any_number_of_processes_walks_the_same_plan(dataset):
-    """Each process gets equally many batches a step; together they hold one process's step, empty ones aside."""
+def test_any_number_of_processes_follows_the_same_plan(dataset):
+    """All processes get equally many batches per step. Without empty ones, they are those of a single process."""
     alone = Feed(dataset, BatchSize(rows=9), accum=6)
     for world, accum in ((2, 3), (3, 2), (6, 1)):
         feeds = [Feed(dataset, BatchSize(rows=9), accum, rank, world) for rank in range(world)]
@@ -130,7 +126,7 @@ def test_any_number_of_processes_walks_the_same_plan(dataset):
             assert {(feed.epoch, feed.done) for feed in feeds} == {(alone.epoch, alone.done)}
 
 
-def test_batch_predicts_each_label_from_the_position_before(dataset):
+def test_batch_predicts_each_label_from_the_previous_position(dataset):
     planned = plan_epoch(dataset, 0, BatchSize(rows=8))[0]
     batch = collate(dataset, planned, 0, multiple=8)
     flat, real = batch.ids.flatten(), batch.targets >= 0
@@ -149,7 +145,7 @@ def test_dropped_context_is_a_function_of_seed_epoch_and_sample(dataset, vocabul
     assert ids[0] == vocabulary.image_start_id and ids[-1] == vocabulary.image_end_id and torch.equal(ids, labels)
 
 
-def test_a_given_panel_is_read_and_not_learnt(vocabulary, tmp_path):
+def test_a_given_panel_carries_no_loss(vocabulary, tmp_path):
     whole = make_source(tmp_path, vocabulary, 60, name="a")
     given = make_source(tmp_path, vocabulary, 60, name="b", given=True)
     dataset, dropped = TokenDataset([whole, given], vocabulary), 0
@@ -158,14 +154,14 @@ def test_a_given_panel_is_read_and_not_learnt(vocabulary, tmp_path):
         ids, labels = dataset.read(sample, 0)
         dropped += len(ids) < dataset.lengths[sample]
         codes = vocabulary.is_code(ids).nonzero().flatten()
-        lower = codes[len(codes) // 2]  # its first code; the two panels of these have as many rows
+        lower = codes[len(codes) // 2]  # its first code; both panels have equally many rows
         assert (labels[:lower] == -100).all() and torch.equal(labels[lower:], ids[lower:])
-        assert vocabulary.is_code(dataset.read(sample - 60, 0)[1]).sum() == len(codes)  # both are learnt
+        assert vocabulary.is_code(dataset.read(sample - 60, 0)[1]).sum() == len(codes)  # both carry loss
     assert 0 < dropped < 20
 
 
-def test_finetune_items_of_the_oracle(oracle_dir):
-    """With and without context, the sequences are those that the released trainer sees."""
+def test_finetune_items_match_the_oracle(oracle_dir):
+    """Sequences with and without context are identical to those of the released trainer."""
     from lumina_mgpt.unirep import drop_context
 
     size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
@@ -178,7 +174,7 @@ def test_finetune_items_of_the_oracle(oracle_dir):
         assert (ids, labels) == (wanted["token"], wanted["label"])
 
 
-def test_what_is_wrong_is_named(vocabulary, tmp_path, dataset):
+def test_errors_name_the_file_or_parameter(vocabulary, tmp_path, dataset):
     source = make_source(tmp_path, vocabulary, 6)
     with pytest.raises(InputError, match="2 of 6"):
         TokenDataset([source], vocabulary).check(int(np.sort(TokenDataset([source], vocabulary).lengths)[3]))
@@ -189,9 +185,9 @@ def test_what_is_wrong_is_named(vocabulary, tmp_path, dataset):
     (tmp_path / "a1.safetensors").unlink()
     with pytest.raises(InputError, match="a1.safetensors"):
         TokenDataset([source], vocabulary).read(5, 0)
-    with pytest.raises(InputError, match="--max_tokens"):
+    with pytest.raises(InputError, match="max_tokens"):
         BatchSize(rows=1, tokens=1)
-    with pytest.raises(InputError, match="--max_tokens must be at least 64"):
+    with pytest.raises(InputError, match="^max_tokens must be at least 64"):
         BatchSize(tokens=63).check(33)
     BatchSize(tokens=64).check(64)
 
@@ -203,7 +199,7 @@ def test_tokens_of_another_vocabulary_are_refused(vocabulary, tmp_path):
         TokenDataset([source], other).check(4096)
 
 
-def test_corruption_replaces_codes_by_codes_and_nothing_else():
+def test_corruption_replaces_codes_by_codes_only():
     torch.manual_seed(0)
     codes = slice(100, 164)
     ids = torch.randint(0, 200, (64, 500))
@@ -212,12 +208,12 @@ def test_corruption_replaces_codes_by_codes_and_nothing_else():
     was, now = ids[changed], new[changed]
     assert ((was >= 100) & (was < 164) & (now >= 100) & (now < 164)).all()
     readable = ((ids >= 100) & (ids < 164)).sum()
-    assert 0.05 < changed.sum() / readable < 0.2  # of the others' ids, many are no codes here
+    assert 0.05 < changed.sum() / readable < 0.2  # many ids of other rows are not codes in this test
     assert torch.equal(corrupt(ids, codes, 0.0), ids)
 
 
-def test_corruption_can_leave_a_given_panel_alone():
-    """The first half of the codes of a row, wherever they begin; the other half never escapes."""
+def test_corruption_can_spare_a_given_panel():
+    """Spares the first half of a row's codes, at any position, and never the second half."""
     torch.manual_seed(0)
     ids = torch.randint(100, 164, (400, 60))
     ids[:, :20] = 5  # the text

@@ -1,4 +1,4 @@
-"""Record files, shards and data files that others made or a power loss damaged."""
+"""Record files, shards and data files that other programs wrote, or that a power loss damaged."""
 
 import hashlib
 import json
@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from commands import main_of
+from records import pre_tokenize_command, square
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tar_records import command, picture
 
 from lumina_mgpt.data.batches import BatchSize, Feed
-from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
+from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.records import parse_record
 from lumina_mgpt.data.shards import ShardIndex, read_index
+from lumina_mgpt.data.sources import Source, read_sources
 from lumina_mgpt.errors import InputError
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]
@@ -27,8 +28,8 @@ def talk(human: str, gpt: str = "a cat", **more) -> dict:
 
 @pytest.fixture
 def made(tiny_checkpoint, tmp_path) -> Path:
-    """Output of pre_tokenize.py for two records, in two shards."""
-    (tmp_path / "a.png").write_bytes(picture())
+    """Output of pre-tokenization for two records, in two shards."""
+    (tmp_path / "a.png").write_bytes(square())
     rows = [json.dumps({"image_path": str(tmp_path / "a.png"), "prompt": prompt}) for prompt in ("a cat", "a dog")]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
     assert tokenize(tmp_path, tiny_checkpoint) == 0
@@ -53,15 +54,15 @@ def refused(capsys, *parts: str) -> None:
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_image_mark_of_llava_stands_for_the_image(tiny_checkpoint, tmp_path):
-    """`<image>` was trained as those letters, behind a picture that was put before them."""
-    (tmp_path / "a.png").write_bytes(picture())
+def test_the_image_mark_of_llava_is_read_as_an_image(tiny_checkpoint, tmp_path):
+    """Bug: `<image>` was tokenized as text, and its picture put before the text."""
+    (tmp_path / "a.png").write_bytes(square())
     image = str(tmp_path / "a.png")
     records = [talk("<image>\nwhat?", image=image, id="0"), talk("<|image|>\nwhat?", image=image),
                talk("<image> and <image>", image=image), talk("<image>\nwhat?"),
                {"image_path": image, "prompt": "<image> a cat"}]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert command(tmp_path / "in.jsonl", tmp_path / "out", tiny_checkpoint) == 0
+    assert pre_tokenize_command(tmp_path / "in.jsonl", tmp_path / "out", tiny_checkpoint) == 0
     bad = [json.loads(line) for line in (tmp_path / "out" / "0-of-1-bad.jsonl").read_text().splitlines()]
     assert [row["id"] for row in bad] == [2, 3, 4]
     assert "2 <|image|> or <image> marks for 1 images" in bad[0]["reason"] and "mark <image>" in bad[2]["reason"]
@@ -70,8 +71,8 @@ def test_the_image_mark_of_llava_stands_for_the_image(tiny_checkpoint, tmp_path)
     assert torch.equal(*ids.view(2, -1))
 
 
-def test_a_byte_order_mark_that_another_program_left_in_a_record_is_removed():
-    """A caption file that was read as plain UTF-8 gives JSON with \\ufeff at its start; it was trained on."""
+def test_a_byte_order_mark_in_a_record_is_removed():
+    """Bug: the mark of a caption file that another program copied into JSON became part of the caption."""
     record = parse_record(json.loads('{"image_path": "a.png", "prompt": "\\ufeffa cat"}'))
     assert record.caption == "a cat"
     assert parse_record(talk("\ufeffwhat?", "\ufeffa cat")).turns == (("human", ("what?",)), ("assistant", ("a cat",)))
@@ -84,8 +85,8 @@ def test_a_byte_order_mark_that_another_program_left_in_a_record_is_removed():
     ({"Prompt": "a dog"}, "Prompt", "prompt"), ({"image_paths": []}, "image_paths", "image_path"),
     ({"messages": []}, "messages", "conversations"),
 ])  # fmt: skip
-def test_keys_that_would_mean_something_are_refused(more, key, instead):
-    """They were passed over, and the record was trained on without them."""
+def test_keys_of_other_formats_are_refused(more, key, instead):
+    """Bug: such keys were ignored without an error."""
     with pytest.raises(InputError, match=f"must not have the key '{key}'.* use {instead}"):
         parse_record({"image_path": "a.png", "prompt": "a cat"} | more)
 
@@ -96,7 +97,7 @@ def test_keys_that_would_mean_something_are_refused(more, key, instead):
     (talk("a \udfff cat"), "half of a character"),
     ({"conversations": [TURNS[0], TURNS[1] | {"weight": 0}]}, "key 'weight'"),
 ])  # fmt: skip
-def test_records_that_are_not_clear_are_refused(record, part):
+def test_ambiguous_records_are_refused(record, part):
     with pytest.raises(InputError, match=part):
         parse_record(record)
 
@@ -113,12 +114,12 @@ def test_json_that_python_cannot_read_is_refused(tiny_checkpoint, tmp_path, caps
     refused(capsys, "in.jsonl, line 2 is")
 
 
-# -- work of pre_tokenize.py -------------------------------------------------------------------------------------------
+# -- output of pre-tokenization ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\0" * 50, b"[" * 20_000])
 def test_a_damaged_job_file_is_refused(made, tiny_checkpoint, capsys, content):
-    """A power loss leaves an empty job.json: a traceback."""
+    """Bug: an empty job file, as after a power loss, gave a traceback."""
     (made / "0-of-1-job.json").write_bytes(content)
     assert tokenize(made.parent, tiny_checkpoint) == 2
     refused(capsys, "--out_dir", "give an empty folder")
@@ -127,7 +128,7 @@ def test_a_damaged_job_file_is_refused(made, tiny_checkpoint, capsys, content):
 
 
 def test_shards_without_a_job_file_are_refused(made, tiny_checkpoint, capsys):
-    """Nothing says which settings they were made with; they were mixed with those of the new ones."""
+    """Bug: shards of unknown settings were mixed with new ones."""
     (made / "0-of-1-job.json").unlink()
     assert tokenize(made.parent, tiny_checkpoint) == 2
     refused(capsys, "shards of unknown settings", "give an empty folder")
@@ -162,7 +163,7 @@ def test_a_record_file_that_does_not_list_its_shards_is_refused(made, capsys, li
     '{"file": "a", "len": -1, "id": 0}', '{"file": "a", "len": 4.5, "id": 0}',
 ])  # fmt: skip
 def test_damaged_rows_of_a_record_file_are_refused(tmp_path, row):
-    """An infinite length, or one of 30 digits, ended the training in a traceback."""
+    """Bug: an infinite length, or one of 30 digits, gave a traceback in the training."""
     (tmp_path / "all.jsonl").write_text(row + "\n")
     with pytest.raises(InputError, match="all.jsonl: a record is {file, len, id}"):
         TokenDataset([Source(str(tmp_path / "all.jsonl"))], None)
@@ -172,7 +173,7 @@ def test_damaged_rows_of_a_record_file_are_refused(tmp_path, row):
 
 
 def test_record_files_hold_posix_separators(made):
-    """Those of the machine were written; here the path classes of Windows stand in for Windows."""
+    """Bug: record files had the separators of the system. PureWindowsPath simulates Windows."""
     (row,) = ShardIndex([0], [5], []).rows(PureWindowsPath("shards", "a.safetensors"))
     assert row["file"] == "shards/a.safetensors"
     assert concat(made) == 0
@@ -181,7 +182,7 @@ def test_record_files_hold_posix_separators(made):
 
 
 def test_record_files_of_windows_are_read(made, tokens, vocabulary):
-    """Backslashes as Windows wrote them; a name that holds one is still found."""
+    """Backslashes are separators, except in a name that contains one."""
     path = made / "0-of-1-record.jsonl"
     path.write_text(path.read_text().replace("shards/", "shards\\\\"))
     assert concat(made) == 0
@@ -189,14 +190,6 @@ def test_record_files_of_windows_are_read(made, tokens, vocabulary):
     assert len(dataset.sequence(1).ids) == dataset.lengths[1]
     (made / "shards" / "0-of-1-00000.safetensors").rename(made / "shards\\0-of-1-00000.safetensors")
     assert len(TokenDataset([Source(str(path))], vocabulary).sequence(0).ids) == dataset.lengths[0]
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tiny_checkpoint):
-    from lumina_mgpt.config import ModelConfig
-    from lumina_mgpt.vocabulary import Vocabulary
-
-    return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
 
 
 # -- data files --------------------------------------------------------------------------------------------------------
@@ -218,7 +211,7 @@ def test_encodings_of_data_files(tmp_path):
     (tmp_path / "data.yaml").write_bytes(b"\xef\xbb\xbfMETA: [{path: a}]")
     assert read_sources(tmp_path / "data.yaml") == [Source("a")]
     (tmp_path / "data.yaml").write_bytes("META: [{path: café}]".encode("cp1252"))
-    with pytest.raises(InputError, match="--data_config .*data.yaml must be UTF-8 text"):
+    with pytest.raises(InputError, match="^data_config .*data.yaml must be UTF-8 text"):
         read_sources(tmp_path / "data.yaml")
 
 
@@ -236,7 +229,7 @@ def small(tokens: Path, folder: Path, count: int, **source) -> Source:
 
 @pytest.mark.parametrize("count, ratio", [(3, 0.1), (24, 0.1), (10, 0.3), (7, 1.35), (3, 0.05), (9, 0.95)])
 def test_fractions_are_carried_over_the_epochs(tokens, vocabulary, tmp_path, count, ratio):
-    """3 records at 0.1 are 0.3 an epoch, which was rounded to none in each. All are seen equally often."""
+    """All records are seen equally often. Bug: 0.3 records per epoch were rounded to none in every epoch."""
     dataset = TokenDataset([small(tokens, tmp_path, count, ratio=ratio)], vocabulary, seed=1)
     epochs = [dataset.epoch(epoch) for epoch in range(40)]
     counts = np.array([len(samples) for samples in epochs])
@@ -257,8 +250,8 @@ def test_whole_numbers_of_records_are_the_same_in_every_epoch(tokens, vocabulary
 
 
 @pytest.mark.parametrize("size", [BatchSize(rows=2), BatchSize(tokens=256, packed=True)])
-def test_epochs_without_samples_are_passed_over(tokens, vocabulary, tmp_path, size):
-    """The same steps on one and two processes, and from any position."""
+def test_epochs_without_samples_are_skipped(tokens, vocabulary, tmp_path, size):
+    """The steps are the same on one and two processes, and after a resume at any position."""
     dataset = TokenDataset([small(tokens, tmp_path, 3, ratio=0.1)], vocabulary)
     alone, seen, places = Feed(dataset, size, accum=2), [], []
     pair = [Feed(dataset, size, 1, rank, 2) for rank in range(2)]
@@ -274,8 +267,8 @@ def test_epochs_without_samples_are_passed_over(tokens, vocabulary, tmp_path, si
     assert sorted(seen) == [0, 0, 1, 1, 2, 2] and places == [3, 6, 10, 13, 16, 20]
 
 
-def test_a_small_source_alone_is_trained_on(tokens, tiny_checkpoint, tmp_path, capsys):
-    """It ended in a traceback: need at least one array to concatenate."""
+def test_training_on_one_small_source(tokens, tiny_checkpoint, tmp_path, capsys):
+    """Bug: traceback, need at least one array to concatenate."""
     source = small(tokens, tmp_path, 3, ratio=0.1)
     (tmp_path / "data.yaml").write_text(f"META: [{{path: {source.path}, ratio: 0.1}}]")
     line = ["--init_from", str(tiny_checkpoint), "--data_config", str(tmp_path / "data.yaml"), "--output_dir",
@@ -286,14 +279,14 @@ def test_a_small_source_alone_is_trained_on(tokens, tiny_checkpoint, tmp_path, c
 
 
 def test_a_ratio_that_gives_nothing_is_refused(tokens, vocabulary, tmp_path):
-    with pytest.raises(InputError, match="ratio must give at least 0.001 records an epoch in all, got 3e-09"):
+    with pytest.raises(InputError, match="^data_config must have ratios that give at least 0.001 .*, got 3e-09"):
         TokenDataset([small(tokens, tmp_path, 3, ratio=1e-9)], vocabulary)
 
 
-def test_the_fingerprint_of_whole_ratios_is_kept(tokens, vocabulary, tmp_path):
-    """A run of an earlier version continues where its plan is the same; of a fraction, other records are due."""
+def test_the_fingerprint_of_ratios_without_a_fraction_is_that_of_earlier_versions(tokens, vocabulary, tmp_path):
+    """Runs of earlier versions can resume if their plan is the same. With a fractional ratio it differs."""
     for ratio in (1.0, 2.0, 0.5):
         dataset = TokenDataset([small(tokens, tmp_path, 6, ratio=ratio)], vocabulary)
-        digest = hashlib.sha256(repr([("default", ratio)]).encode())  # as at b0c7d2f
+        digest = hashlib.sha256(repr([("default", ratio)]).encode())  # the formula of b0c7d2f
         digest.update(dataset.lengths.tobytes() + dataset.records.tobytes() + dataset.sequence(0).ids.numpy().tobytes())
         assert (dataset.fingerprint() == digest.hexdigest()[:16]) == (ratio != 0.5)

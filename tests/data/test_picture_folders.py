@@ -1,4 +1,4 @@
-"""Folders of pictures that others made: every captioned picture is read, or listed with its reason."""
+"""Folders of pictures: every picture with a caption is read, or listed with the reason why not."""
 
 import io
 import json
@@ -9,15 +9,15 @@ import pytest
 from commands import main_of
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tar_records import command, picture
+from records import pre_tokenize_command, square
 
 from lumina_mgpt.data.folder import read_folder
 from lumina_mgpt.errors import InputError
 
 
 def tokenized(in_filename: Path, out: Path, checkpoint: Path) -> tuple[list[int], dict[int, str]]:
-    """Numbers of the records that pre_tokenize.py made, and the reasons for the others."""
-    assert command(in_filename, out, checkpoint) == 0
+    """Numbers of the tokenized records, and the reasons for the others."""
+    assert pre_tokenize_command(in_filename, out, checkpoint) == 0
     good, bad = ([json.loads(line) for line in (out / f"0-of-1-{kind}.jsonl").read_text().splitlines()]
                  for kind in ("record", "bad"))  # fmt: skip
     return [row["id"] for row in good], {row["id"]: row["reason"] for row in bad}
@@ -30,7 +30,7 @@ def saved(form: str) -> bytes:
 
 
 def test_every_format_of_pillow_is_read(tiny_checkpoint, tmp_path):
-    """Three of ten were read, and `0 left out` was printed."""
+    """Bug: three of ten were read, with the message `0 left out`."""
     forms = {"jfif": "JPEG", "jpe": "JPEG", "JPEG": "JPEG", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "ppm": "PPM",
              "tga": "TGA", "ico": "ICO", "png": "PNG"}  # fmt: skip
     for n, (kind, form) in enumerate(forms.items()):
@@ -40,32 +40,32 @@ def test_every_format_of_pillow_is_read(tiny_checkpoint, tmp_path):
     assert tokenized(tmp_path / "in", tmp_path / "out", tiny_checkpoint) == (list(range(10)), {})
 
 
-def test_what_is_not_read_is_listed(tiny_checkpoint, tmp_path, capsys):
-    """Formats that Pillow cannot decode by itself, captions without a picture, macOS metadata, broken links, pipes."""
+def test_unreadable_pictures_and_captions_are_listed(tiny_checkpoint, tmp_path, capsys):
+    """Covers formats that are not read, captions without a picture, macOS metadata, broken links and pipes."""
     for name in ("a.png", "b.heic", "c.eps", "d.pdf"):
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(square())
         (tmp_path / name).with_suffix(".txt").write_text("red")
     (tmp_path / "._a.png").write_bytes(b"fork")
     (tmp_path / "alone.txt").write_text("red")
     (tmp_path / "data.npz").write_bytes(b"not a picture, no caption")
     (tmp_path / "e.png").symlink_to(tmp_path / "nowhere")
-    (tmp_path / "f.png").write_bytes(picture())
+    (tmp_path / "f.png").write_bytes(square())
     os.mkfifo(tmp_path / "f.txt")
     good, bad = tokenized(tmp_path, tmp_path / "out", tiny_checkpoint)
     said = capsys.readouterr()
     assert good == [0] and len(bad) == 6 and "6 left out" in said.out
     assert "begin with ._ (macOS metadata): 1" in said.err
-    reasons = ["e.png cannot be read (No such file", "f.txt is no regular file", "alone.txt is a caption without",
-               "b.heic has a caption, and no format", "c.eps has a caption", "d.pdf has a caption"]  # fmt: skip
+    reasons = ["e.png cannot be read (No such file", "f.txt is not a regular file", "alone.txt is a caption without",
+               "b.heic has a caption, but no picture format", "c.eps has a caption", "d.pdf has a caption"]  # fmt: skip
     for reason, part in zip(bad.values(), reasons, strict=True):
         assert part in reason
 
 
 def test_linked_folders_are_read_once(tmp_path):
-    """Pictures behind a link to a folder were left out without a word; links in a circle end."""
+    """Also with links in a circle. Bug: pictures in linked folders were left out without a message."""
     for folder in ("in/z", "elsewhere/below"):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "a.png").write_bytes(picture())
+        (tmp_path / folder / "a.png").write_bytes(square())
         (tmp_path / folder / "a.txt").write_text(folder)
     (tmp_path / "in" / "b").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "c").symlink_to(tmp_path / "elsewhere" / "below")
@@ -77,13 +77,13 @@ def test_linked_folders_are_read_once(tmp_path):
     ]
 
 
-def test_captions_are_read_as_written(tmp_path):
-    """A byte order mark was a part of the caption; `.TXT` was not found; other encodings were `no prompt`."""
+def test_encodings_of_captions(tmp_path):
+    """Bugs: a byte order mark became part of the caption, `.TXT` was not found, other encodings gave no reason."""
     captions = {"a.txt": b"\xef\xbb\xbfa caf\xc3\xa9\r\n", "b.TXT": b"one\r\ntwo", "c.txt": "café".encode("utf-16"),
                 "d.txt": "café".encode("cp1252"), "e.txt": b"\r\n", "f.txt": "cat".encode("utf-16-le")}  # fmt: skip
     for name, text in captions.items():
         (tmp_path / name).write_bytes(text)
-        (tmp_path / name).with_suffix(".png").write_bytes(picture())
+        (tmp_path / name).with_suffix(".png").write_bytes(square())
     first, second, *others = read_folder(tmp_path)
     assert (first["prompt"], second["prompt"]) == ("a café", "one\ntwo")
     expected = ["c.txt must be UTF-8 text, got UTF-16", "d.txt must be UTF-8 text, got another encoding, perhaps "
@@ -92,8 +92,8 @@ def test_captions_are_read_as_written(tmp_path):
         assert isinstance(row, InputError) and part in str(row)
 
 
-def test_only_own_pictures_hold_their_caption(tmp_path):
-    """ComfyUI writes its JSON graph as the PNG text `prompt`: it was trained on as a caption."""
+def test_prompts_are_read_from_generated_pictures_only(tmp_path):
+    """Bug: the JSON graph that ComfyUI writes as the PNG text `prompt` was used as a caption."""
     for name, software in (("comfy", None), ("other", "Photos 1.0"), ("own", "lumina_mgpt 2.0")):
         info = PngInfo()
         info.add_itxt("prompt", "a cow")
@@ -107,9 +107,9 @@ def test_only_own_pictures_hold_their_caption(tmp_path):
 
 
 def test_one_caption_describes_one_picture(tmp_path):
-    """cat.jpg and cat.png beside one cat.txt, and cat.txt beside cat.TXT: nothing says which belong together."""
+    """Refuses cat.jpg and cat.png with one cat.txt, and cat.png with both cat.txt and cat.TXT."""
     for name in ("cat.jpg", "cat.png", "dog.png", "cow.png", "cow.depth.png"):
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(square())
     for name in ("cat.txt", "dog.txt", "dog.TXT", "cow.txt"):
         (tmp_path / name).write_text("an animal")
     jpg, png, depth, cow, dog = read_folder(tmp_path)
@@ -122,7 +122,7 @@ def test_one_caption_describes_one_picture(tmp_path):
 def test_a_folder_may_end_in_tar(tmp_path, tiny_checkpoint):
     folder = tmp_path / "photos.tar"
     folder.mkdir()
-    (folder / "a.png").write_bytes(picture())
+    (folder / "a.png").write_bytes(square())
     (folder / "a.txt").write_text("red")
     assert tokenized(folder, tmp_path / "out", tiny_checkpoint) == ([0], {})
 
@@ -131,9 +131,9 @@ def test_a_folder_may_end_in_tar(tmp_path, tiny_checkpoint):
     (["--rank", "-1"], "--rank"), (["--splits", "0"], "--rank"), (["--splits", str(10**30)], "none for this rank"),
     (["--target_size", str(32 * 10**9)], "--target_size"), (["--out_dir", "a.png/out"], "--out_dir"),
 ])  # fmt: skip
-def test_odd_options_are_refused(tiny_checkpoint, tmp_path, capsys, monkeypatch, options, parts):
+def test_invalid_options_are_refused(tiny_checkpoint, tmp_path, capsys, monkeypatch, options, parts):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(square())
     (tmp_path / "a.txt").write_text("red")
     line = ["--in_filename", ".", "--out_dir", "out", "--model_path", str(tiny_checkpoint), "--target_size", "64"]
     assert main_of("pre_tokenize")([*line, *options]) == 2
@@ -141,7 +141,7 @@ def test_odd_options_are_refused(tiny_checkpoint, tmp_path, capsys, monkeypatch,
 
 
 def test_a_seed_may_have_any_number_of_digits(tiny_checkpoint, tmp_path):
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(square())
     (tmp_path / "a.txt").write_text("red")
     line = ["--in_filename", str(tmp_path), "--out_dir", str(tmp_path / "out"), "--model_path", str(tiny_checkpoint)]
     for _ in range(2):  # made, and continued

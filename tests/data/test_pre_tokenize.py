@@ -1,4 +1,4 @@
-"""Pictures and texts to token shards: against the oracle, after kills, with bad items."""
+"""Pictures and texts to token shards: compared with the oracle, after kills, with bad records."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import line_of
-from record_files import picture, rows_of, tokenize, write_records
+from commands import line_of, main_of
+from records import picture, rows_of, tokenize, write_records
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.pre_tokenize import concat_records
+from lumina_mgpt.data.concat import concat_records
 from lumina_mgpt.data.records import conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
-def test_oracle_items(oracle_dir, oracle_movqgan, tmp_path):
-    """Picture + prompt -> the ids and labels that the released code wrote, for all twelve items."""
+def test_items_match_the_oracle(oracle_dir, oracle_movqgan, tmp_path):
+    """Ids and labels of all twelve items are identical to those of the released code."""
     size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     vocabulary = Vocabulary.from_folder(oracle_dir / "tokenizer", ModelConfig(vocab_size=171520, **size))
     images = ImageTokenizer.from_checkpoint(oracle_movqgan)
@@ -74,7 +74,7 @@ def test_unmentioned_image_comes_before_the_first_text(tools, tmp_path):
 
 
 def test_several_turns_with_several_pictures(tools, tmp_path):
-    """Pictures come where their marks are, in order; both answers carry loss, a text and a picture, nothing else."""
+    """Pictures are in the order and at the positions of their marks. Both answers carry loss, nothing else."""
     vocabulary, images = tools
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(3)]
     said = ["first <|image|> then <|image|>", "two", "draw a third", "<|image|>"]
@@ -95,7 +95,7 @@ def test_several_turns_with_several_pictures(tools, tmp_path):
 
 
 def test_instruction_names_the_size_after_the_crop(tools, tmp_path):
-    """--keep_size leaves 32 x 96 as it is; otherwise the best candidate for the target is cut."""
+    """keep_size leaves 96 x 32 uncropped; otherwise the picture is cropped to the best candidate size."""
     name = picture(tmp_path / "a.png", (96, 32))
     path = write_records(tmp_path, [{"image_path": name, "prompt": f"cat {n}"} for n in range(40)])
     expected = {True: "96x32", False: "128x32" if (128, 32) == best_size((96, 32), candidate_sizes(64)) else "96x32"}
@@ -127,7 +127,7 @@ def test_picture_of_several_records_is_encoded_once(tools, tmp_path):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_panels_of_one_picture_may_lie_in_files_of_their_own(tools, tmp_path, apart):
+def test_panels_of_one_picture_may_be_separate_files(tools, tmp_path, apart):
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(2)]
     both, other = stacked([open_image(name) for name in names]), picture(tmp_path / "other.png", (96, 64))
     turns = [{"from": "human", "value": "<|image|> beside?"}, {"from": "gpt", "value": "<|image|>"}]
@@ -142,12 +142,13 @@ def test_panels_of_one_picture_may_lie_in_files_of_their_own(tools, tmp_path, ap
     assert read_sequence(out / row["file"], row["id"]).ids.tolist() == list(expected)
 
 
-def test_an_input_that_is_not_there(tools, tmp_path):
-    with pytest.raises(InputError, match="must be a picture folder, or end in .json, .jsonl or .tar, got .*nowhere"):
+def test_a_missing_input_is_refused(tools, tmp_path):
+    rule = "in_filename must be a folder of pictures, or a file that ends in .json, .jsonl or .tar, got .*nowhere"
+    with pytest.raises(InputError, match=rule):
         tokenize(tools, tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_bad_items_are_logged_and_never_replaced(tools, tmp_path):
+def test_bad_records_are_listed_and_not_replaced(tools, tmp_path):
     name = picture(tmp_path / "a.png")
     (tmp_path / "no.png").write_text("no picture")
     good = {"image_path": name, "prompt": "a cat"}
@@ -186,7 +187,7 @@ def test_splits_together_hold_every_record_once(tools, tmp_path):
 
 @pytest.mark.slow
 def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
-    """SIGKILL at several moments, a torn record line, a partial file: nothing lost, nothing doubled."""
+    """After SIGKILL at several moments, half a line and a partial file, each record is there once."""
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(24)]
     path = write_records(tmp_path, [{"image_path": names[n % 24], "prompt": f"cat {n}"} for n in range(48)])
     out, block = tmp_path / "out", ["--block", "2", "--batch_size", "2"]
@@ -199,7 +200,7 @@ def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
-    assert kills, "no process was killed in its work; the test shows nothing"
+    assert kills, "no process was killed while it worked, so nothing was tested"
     with pytest.raises(InputError, match="not finished"):
         concat_records(out, tmp_path / "all.jsonl")
     with open(out / "0-of-1-record.jsonl", "a") as file:
@@ -215,17 +216,17 @@ def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
 
 
 def test_a_second_process_of_the_same_rank_is_refused(tools, tmp_path):
-    """Two of them at once listed blocks twice in the record file; other ranks may be at work there."""
+    """Other ranks may work in the same folder. Bug: two processes listed blocks twice in the record file."""
     records = [{"image_path": picture(tmp_path / f"{n}.png"), "prompt": f"{n}"} for n in range(2)]
     path, out = write_records(tmp_path, records), tmp_path / "out"
     beside = []
 
     def meanwhile(_: int) -> None:
         beside.append(tokenize(tools, path, out, splits=2, rank=1).good)
-        with pytest.raises(InputError, match="--out_dir .*: another run is at work there"):
+        with pytest.raises(InputError, match="^out_dir .*another run"):
             tokenize(tools, path, out, splits=2, rank=0)
 
-    PreTokenizer(Settings(str(path), str(out), splits=2, rank=0, target_size=64), *tools).run(meanwhile)
+    tokenize(tools, path, out, meanwhile, splits=2, rank=0)
     assert beside and len(rows_of(out, "0-of-2-record.jsonl")) == 1
 
 
@@ -261,3 +262,10 @@ def test_script_names_the_wrong_option(tiny_checkpoint, tmp_path, options, messa
     command += ["--model_path", tiny_checkpoint, *options]
     run = subprocess.run(list(map(str, command)), cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert run.returncode == 2 and message in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_the_input_is_checked_before_models_are_loaded(tmp_path, capsys):
+    """Bug: a wrong --in_filename was reported only after the MoVQGAN was loaded."""
+    line = ["--in_filename", str(tmp_path / "none.jsonl"), "--out_dir", str(tmp_path / "out"), "--model_path", "none"]
+    assert main_of("pre_tokenize")(line) == 2
+    assert capsys.readouterr().err.startswith("error: --in_filename ")

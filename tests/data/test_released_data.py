@@ -1,4 +1,4 @@
-"""What others have: pickled records of the released code, webdataset tars, folders, mixtures by weight."""
+"""Inputs from other sources: pickled records of the released code, webdataset tars, folders, weighted mixtures."""
 
 import io
 import json
@@ -12,30 +12,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from record_files import picture, rows_of, tokenize, write_records
-from sources import make_source
+from records import make_source, picture, rows_of, tokenize, write_records
 from training_runs import ROOT, environment, path_with_python
 
-from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, plan_epoch
-from lumina_mgpt.data.dataset import Source, TokenDataset, read_sources
+from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.released import read_released
 from lumina_mgpt.data.shards import read_sequence
+from lumina_mgpt.data.sources import Source, read_sources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.unirep import encode_conversation
-from lumina_mgpt.vocabulary import Vocabulary
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tiny_checkpoint) -> Vocabulary:
-    return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
-
 
 # -- pickled records ---------------------------------------------------------------------------------------------------
 
 
-def test_released_records_are_read_as_they_are(vocabulary, tmp_path):
+def test_released_records_are_read_without_conversion(vocabulary, tmp_path):
     rows, wanted = [], []
     for n in range(3):
         codes = torch.full((4, 4), n)
@@ -53,7 +45,7 @@ def test_released_records_are_read_as_they_are(vocabulary, tmp_path):
 
 
 class Malicious:
-    """Writes a file when it is unpickled; the plain reader must not get that far."""
+    """Makes a folder when it is unpickled by `pickle.loads`."""
 
     def __init__(self, path) -> None:
         self.path = path
@@ -63,13 +55,13 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_runs_nothing(tmp_path, protocol):
+def test_no_code_in_a_pickle_is_run(tmp_path, protocol):
     harmful = pickle.dumps({"token": [1], "label": [1], "x": Malicious(tmp_path / "ran")}, protocol=protocol)
     (tmp_path / "a.pkl").write_bytes(harmful)
     with pytest.raises(InputError, match="asks for"):
         read_released(tmp_path / "a.pkl")
     assert not (tmp_path / "ran").exists()
-    pickle.loads(harmful)  # what it would have done
+    pickle.loads(harmful)  # shows that the pickle is harmful
     assert (tmp_path / "ran").exists()
 
 
@@ -77,7 +69,7 @@ def test_a_pickle_runs_nothing(tmp_path, protocol):
     {"token": [1, 2], "label": [1]}, {"token": [], "label": []}, {"token": [1.0], "label": [1]}, [1], {"token": [1]},
     {"token": [1, 2], "label": [-100, 3]}, {"token": [-1], "label": [-1]}, {"token": [2**40], "label": [2**40]},
 ])  # fmt: skip
-def test_other_pickles_are_refused_in_one_line(tmp_path, content):
+def test_other_pickles_are_refused_with_a_one_line_error(tmp_path, content):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(InputError, match="a.pkl") as caught:
         read_released(tmp_path / "a.pkl")
@@ -112,8 +104,8 @@ def png(seed: int, form: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def test_a_tar_gives_what_its_files_would(tools, tmp_path):  # noqa: F811
-    """Captions as text and as JSON, a conversation with two pictures, and a sample that is bad."""
+def test_a_tar_gives_the_same_tokens_as_its_files(tools, tmp_path):
+    """Covers text and JSON captions, a conversation with two pictures, and two bad samples."""
     talk = [{"from": "human", "value": "same? <|image|><|image|>"}, {"from": "gpt", "value": "no"}]
     members = {
         "a/0.png": png(0), "a/0.txt": b"a cat\n", "a/1.json": b'{"caption": "a dog"}', "a/1.png": png(1),
@@ -135,17 +127,17 @@ def test_a_tar_gives_what_its_files_would(tools, tmp_path):  # noqa: F811
         assert torch.equal(*ids)
 
 
-def test_a_damaged_tar_is_named(tools, tmp_path):  # noqa: F811
+def test_a_damaged_tar_is_named(tools, tmp_path):
     tar = make_tar(tmp_path / "in.tar", {"0.png": png(0), "0.txt": b"a cat"})
     (tmp_path / "in.tar").write_bytes(b"x" + (tmp_path / "in.tar").read_bytes()[1:])
     for path in (tar, str(tmp_path / "missing.tar")):
-        with pytest.raises(InputError, match="--in_filename .* as a tar"):
+        with pytest.raises(InputError, match="^in_filename .* as a tar"):
             tokenize(tools, path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [1, 5])
-def test_workers_change_nothing(tools, tmp_path, workers):  # noqa: F811
-    """More pictures than are read ahead, of two sizes, one of them missing."""
+def test_the_number_of_workers_does_not_change_the_tokens(tools, tmp_path, workers):
+    """Uses more pictures than are read in advance, of two sizes, one of them missing."""
     names = [picture(tmp_path / f"{n}.png", (64, 64) if n % 2 else (96, 32), n) for n in range(9)]
     records = [{"image_path": name, "prompt": "a cat"} for name in (*names, "missing.png")]
     job = tokenize(tools, write_records(tmp_path, records), tmp_path / "out", workers=workers, batch_size=2)
@@ -158,8 +150,8 @@ def test_workers_change_nothing(tools, tmp_path, workers):  # noqa: F811
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_gives_what_its_captions_say(tools, tmp_path):  # noqa: F811
-    """A caption beside a picture, one that generate.py left in it, one below; a picture without any is named."""
+def test_a_folder_gives_the_same_tokens_as_a_record_file(tools, tmp_path):
+    """Covers captions in text files, in a generated PNG and in a subfolder, and a picture without caption."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for n, name in enumerate(("b.png", "c.png", "d.jpeg", "more/a.PNG")):
@@ -185,15 +177,15 @@ def test_a_folder_gives_what_its_captions_say(tools, tmp_path):  # noqa: F811
         tokenize(tools, folder, tmp_path / "folder")
 
 
-def test_a_folder_without_pictures_is_named(tools, tmp_path):  # noqa: F811
-    with pytest.raises(InputError, match="--in_filename .* without pictures"):
+def test_a_folder_without_pictures_is_named(tools, tmp_path):
+    with pytest.raises(InputError, match="^in_filename .* without pictures"):
         tokenize(tools, tmp_path, tmp_path / "out")
 
 
 # -- mixtures ----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_parts_of_an_epoch(vocabulary, tmp_path):
+def test_weights_are_shares_of_an_epoch(vocabulary, tmp_path):
     sources = [make_source(tmp_path, vocabulary, 40, "a", type="x", weight=3),
                make_source(tmp_path, vocabulary, 20, "b", type="y", weight=1)]  # fmt: skip
     dataset = TokenDataset(sources, vocabulary)
@@ -205,13 +197,13 @@ def test_weights_are_parts_of_an_epoch(vocabulary, tmp_path):
 @pytest.mark.parametrize("text", [
     "META: [{path: a, weight: 1}, {path: b}]", "META: [{path: a, weight: 1, ratio: 2}]", "META: [{path: a, weight: -1}]"
 ])  # fmt: skip
-def test_weights_that_make_no_sense_are_refused(tmp_path, text):
+def test_invalid_weights_are_refused(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(InputError, match="weight"):
         read_sources(tmp_path / "data.yaml")
 
 
-def test_the_mixtures_that_come_along_can_be_read(monkeypatch):
+def test_the_data_files_in_configs_can_be_read(monkeypatch):
     monkeypatch.setenv("DATA", "here")
     monkeypatch.setenv("SIZE", "768")
     (source,) = read_sources(ROOT / "configs/data/fp_sft.yaml")
@@ -222,7 +214,7 @@ def test_the_mixtures_that_come_along_can_be_read(monkeypatch):
 
 @pytest.mark.slow
 def test_stages_follow_one_another(vocabulary, tiny_checkpoint, tmp_path):
-    """Two stages of one step; the second begins with the first's export, and a finished stage is not done again."""
+    """The second stage starts from the export of the first. A finished stage is not repeated."""
     for size in ("32", "64"):
         (tmp_path / size).mkdir()
         source = make_source(tmp_path / size, vocabulary, 6, "records")

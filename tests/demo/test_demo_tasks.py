@@ -19,7 +19,9 @@ from scenes import Scene
 
 from lumina_mgpt import Checkpoint, Pipeline, prompt_files
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.pre_tokenize import PreTokenizer, Settings
+from lumina_mgpt.data.inputs import read_input
+from lumina_mgpt.data.job import PreTokenizeConfig
+from lumina_mgpt.data.pre_tokenize import PreTokenizer
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import IGNORED, encode_image
@@ -123,13 +125,12 @@ def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pic
     (tmp_path / "omni.jsonl").write_text("".join(lines))
     checkpoint = Checkpoint.open(tiny_checkpoint)
     tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path)
-    settings = Settings(str(tmp_path / "omni.jsonl"), str(tmp_path / "tokens"), target_size=96, keep_size=True,
-                        panels_apart=apart)  # fmt: skip
-    job = PreTokenizer(settings, checkpoint.vocabulary, tokenizer)
+    config = PreTokenizeConfig(str(tmp_path / "tokens"), target_size=96, keep_size=True, panels_apart=apart)
+    job = PreTokenizer(config, read_input(tmp_path / "omni.jsonl"), checkpoint.vocabulary, tokenizer)
     job.run()
     assert (job.good, job.bad) == (len(examples), 0)
     for n, example in enumerate(examples):
-        sequence = read_sequence(job.shard(0), n)
+        sequence = read_sequence(job.files.shard(0), n)
         layout = checkpoint.layout(*omni.SIZE, example.task)
         (start,) = checkpoint.prompt_ids([example.prompt], layout, example.task, example.shown)
         codes = tokenizer.encode([omni.draw(example, pictures)], 2 if apart else 1)[0]

@@ -1,4 +1,4 @@
-"""TRAIN.md's example, as it stands: its commands are taken from the text and run, with shorter times."""
+"""The commands of TRAIN.md: those of the example are run, with shorter times; the others name options that exist."""
 
 import re
 import subprocess
@@ -10,17 +10,19 @@ from training_runs import ROOT, environment, metrics_of, path_with_python
 
 from lumina_mgpt.io import read_rows
 
-EXAMPLE = (ROOT / "TRAIN.md").read_text().split("## Step by step")[0]
+TEXT = (ROOT / "TRAIN.md").read_text()
+EXAMPLE = TEXT.split("## Step by step")[0]
 SHORT = {"MINUTES": "0.1", "KNOWN": "2"}
+BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the project's tree, by links, in which the commands have been run."""
+    """A folder with links to the project's files, in which the commands of the example were run."""
     folder = tmp_path_factory.mktemp("project")
     for name in ("assets", "configs", "generate_examples", "lumina_mgpt", "scripts"):
         (folder / name).symlink_to(ROOT / name)
-    commands = "\n".join(re.findall(r"^```bash\n(.*?)^```", EXAMPLE, re.MULTILINE | re.DOTALL))
+    commands = "\n".join(BASH.findall(EXAMPLE))
     assert commands.count("python ") == 7 and "scripts/train.sh" in commands
     python = environment() | SHORT | {"PATH": path_with_python(folder)}
     done = subprocess.run(["bash", "-euc", commands], cwd=folder, env=python, capture_output=True, text=True)
@@ -29,8 +31,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_commands_make_what_the_text_says(folder):
-    records = {part: read_rows(folder / f"tokens/{part}/records.jsonl", "") for part in ("lighthouse", "known")}
+def test_example_writes_the_files_that_the_text_names(folder):
+    records = {part: read_rows(folder / f"tokens/{part}/records.jsonl") for part in ("lighthouse", "known")}
     assert {part: len(rows) for part, rows in records.items()} == {"lighthouse": 112, "known": 2}
     assert len(metrics_of(folder / "run")) >= 1
     assert (folder / "run/export/model.safetensors").is_file() and (folder / "run/export/movqgan.safetensors").is_file()
@@ -40,17 +42,23 @@ def test_the_commands_make_what_the_text_says(folder):
     assert Image.open(folder / "sheet.png").size == Image.open(ROOT / "assets/finetuned.png").size
 
 
-def test_other_commands_of_the_text_name_options_that_exist():
-    """What is not run (GPUs, many machines) at least says what the programs understand."""
-    text = (ROOT / "TRAIN.md").read_text()
-    told = {script: set() for script in re.findall(r"scripts/([\w/]+)\.py", text)}
-    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for command in block.replace("\\\n", " ").replace("train.sh", "finetune.py").split("\n"):
-            found = re.search(r"scripts/([\w/]+)\.py", command)
-            if found:
-                options = command[found.end():]
-                told.setdefault(found[1], set()).update(re.findall(r"(?<=\s)--\w+", options))
-    for script, options in told.items():
-        shown = subprocess.run([sys.executable, f"scripts/{script}.py", "--help"], cwd=ROOT, env=environment(),
-                               capture_output=True, text=True, check=True).stdout  # fmt: skip
-        assert options <= set(re.findall(r"--\w+", shown)), script
+def options_of_commands() -> dict[str, set[str]]:
+    """Script or command of the package -> the options that TRAIN.md gives it."""
+    found: dict[str, set[str]] = {script: set() for script in re.findall(r"(scripts/[\w/]+\.py)", TEXT)}
+    lines = "\n".join(BASH.findall(TEXT)).replace("\\\n", " ").replace("scripts/train.sh", "scripts/finetune.py")
+    for line in lines.split("\n"):
+        if command := re.search(r"scripts/[\w/]+\.py|lumina-mgpt [\w-]+", line):
+            options = set(re.findall(r"(?<=\s)--\w+", line[command.end() :]))
+            found.setdefault(command[0], set()).update(options)
+    return found
+
+
+def test_commands_name_options_that_exist():
+    """Also those that need GPUs or several machines, which no test runs."""
+    found = options_of_commands()
+    assert {"scripts/finetune.py", "scripts/pre_tokenize.py", "lumina-mgpt export"} <= found.keys()
+    for command, options in found.items():
+        start = ["-m", *command.replace("lumina-mgpt", "lumina_mgpt").split()] if " " in command else [command]
+        shown = subprocess.run([sys.executable, *start, "--help"], cwd=ROOT, env=environment(), capture_output=True,
+                               text=True, check=True).stdout  # fmt: skip
+        assert options <= set(re.findall(r"--\w+", shown)), command
