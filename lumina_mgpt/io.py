@@ -228,7 +228,8 @@ def new_folder(target: str | Path, parameter: str) -> Iterator[Path]:
             hidden.rename(place)
         done = True
     except InputError as error:
-        raise InputError(str(error).replace(str(hidden), f"{parameter} {target}")) from None
+        message = error.message.replace(str(hidden), f"{parameter} {target}")
+        raise InputError(message, error.parameter) from None
     except OSError as error:
         names = [Path(name) for name in (error.filename, error.filename2) if name is not None]
         if names and not any(hidden in (name, *name.parents) or name in hidden.parents for name in names):
@@ -294,8 +295,8 @@ def alone_in(folder: Path, parameter: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"{parameter} {folder}: another run is at work there; stop it, or give another "
-                         "folder") from None  # fmt: skip
+        raise InputError(f"{folder}: another run is at work there; stop it, or give another folder",
+                         parameter) from None  # fmt: skip
     except (NotImplementedError, OSError):  # a file system without locks
         pass
     try:

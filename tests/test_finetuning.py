@@ -14,10 +14,10 @@ from training_runs import ONE, changed, metrics_of, weights_of
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
-from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training import run_folder
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.metrics import batch_flops
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import Trainer
 
 # -- bad steps ---------------------------------------------------------------------------------------------------------
@@ -38,12 +38,12 @@ def poison(trainer: Trainer, *steps: int) -> Trainer:
 
 
 def test_a_bad_step_stops_and_its_records_are_written_down(settings):
-    with pytest.raises(InputError, match="--on_nonfinite stop: .* at step 3.*checkpoints/step-N, a .* before it"):
+    with pytest.raises(InputError, match="on_nonfinite stop: .* at step 3.*checkpoints/step-N, a .* before it"):
         poison(Trainer(changed(settings, save_iteration_interval=2), ONE), 3).run()
     (row,) = map(json.loads, (Path(settings.output_dir) / "bad_steps.jsonl").read_text().splitlines())
     assert row["step"] == 3 and len(row["samples"]) == 4
     assert all(Path(sample["file"]).is_file() and 0 <= sample["id"] < 24 for sample in row["samples"])
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000002"
 
 
 def test_a_bad_step_is_left_out_and_nothing_else(settings, tmp_path):
@@ -61,7 +61,7 @@ def test_a_bad_step_is_left_out_and_nothing_else(settings, tmp_path):
 def test_weights_that_are_lost_end_a_run_that_skips(settings):
     trainer = Trainer(changed(settings, on_nonfinite="skip", max_steps=50), ONE)
     trainer.model.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(InputError, match="--on_nonfinite skip: .* at step 11, and so were the 10 steps before"):
+    with pytest.raises(InputError, match="on_nonfinite skip: .* at step 11 and at the 10 steps before"):
         trainer.run()
 
 
@@ -102,7 +102,7 @@ def test_frozen_embeddings_stay_and_are_not_kept_twice(settings, tiny_checkpoint
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= same
     assert not any(name.endswith("proj.weight") for name in same)
     Trainer(changed(run, max_steps=4, resume="auto"), ONE).run()
-    with pytest.raises(InputError, match="--freeze_embeddings"):
+    with pytest.raises(InputError, match="freeze_embeddings=True"):
         Trainer(changed(run, freeze_embeddings=False, resume="auto"), ONE)
 
 
@@ -117,7 +117,7 @@ def test_adapters_are_all_that_is_trained_saved_and_merged(settings, tiny_checkp
     rows = metrics_of(settings.output_dir)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     folder = Path(settings.output_dir)
-    size = sum(file.stat().st_size for file in checkpoint.newest(folder).rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in run_folder.newest(folder).rglob("*") if file.is_file())
     assert size < (tiny_checkpoint / "model.safetensors").stat().st_size
     ids, wide = torch.arange(40)[None], ["--dtype", "fp32"]
     with torch.no_grad():
@@ -167,15 +167,15 @@ def test_merge_refuses_adapters_of_another_model(tiny_checkpoint, tmp_path, caps
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"init_from": None, "model_config": "x", "tokenizer_path": "x", "lora_rank": 2}, "--init_from"),
-    ({"lora_rank": 2, "freeze_embeddings": True}, "--freeze_embeddings"), ({"lora_alpha": 3.0}, "--lora_alpha"),
-    ({"lora_rank": 2, "optimizer": "muon"}, "--optimizer"), ({"spike": 0.5}, "--spike"),
-    ({"on_nonfinite": "hope"}, "--on_nonfinite"), ({"overlong": "cut"}, "--overlong"),
+    ({"init_from": None, "model_config": "x", "tokenizer_path": "x", "lora_rank": 2}, "init_from"),
+    ({"lora_rank": 2, "freeze_embeddings": True}, "freeze_embeddings"), ({"lora_alpha": 3.0}, "lora_alpha"),
+    ({"lora_rank": 2, "optimizer": "muon"}, "optimizer"), ({"spike": 0.5}, "spike"),
+    ({"on_nonfinite": "hope"}, "on_nonfinite"), ({"overlong": "cut"}, "overlong"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_named(values, message):
     base = dict(data_config="x", output_dir="x", init_from="x", batch_size=1, max_steps=1)
     with pytest.raises(InputError, match=message):
-        Settings(**(base | values))
+        TrainingConfig.of(**(base | values))
 
 
 # -- exports and watching ----------------------------------------------------------------------------------------------

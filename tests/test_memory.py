@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.adapters import choose_trained
 from lumina_mgpt.training.memory import Plan
+from lumina_mgpt.training.options import ModelOptions
 
 IDS = 1100  # over the length up to which attention is written out on a CPU, unlike on a GPU
 
@@ -34,7 +34,7 @@ def saved_bytes(plan: Plan) -> int:
     if not plan.wide and (plan.lora_rank or plan.sharded):
         model.to(torch.bfloat16)
     if plan.lora_rank:
-        choose_trained(model, SimpleNamespace(lora_rank=plan.lora_rank, lora_alpha=0.0, seed=0))
+        choose_trained(model, ModelOptions(init_from="x", lora_rank=plan.lora_rank))
     held = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,12 @@
 """Environments and settings that a training cannot use: a one-line error, exit status 2, and no traceback."""
 
-import dataclasses
-
 import pytest
 from commands import main_of, refused, run_process
 
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import TrainingConfig
 
 finetune = main_of("finetune")
-NUMBERS = [field for field in dataclasses.fields(Settings) if field.type in (int, float)]
+NUMBERS = [item for item in TrainingConfig.options().values() if item.type in (int, float)]
 
 
 @pytest.fixture

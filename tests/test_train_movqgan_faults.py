@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGANConfig
-from lumina_mgpt.training.image_tokenizer import MoVQGANTraining, Pictures, Trainer
+from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 
 CONFIG = MoVQGANConfig(ch=32, blocks=1, num_codes=16)  # of the command's --num_codes 16
-SETTINGS = MoVQGANTraining(minutes=1.0)
+SETTINGS = MoVQGANTrainingConfig(minutes=1.0)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def train(tmp_path, folder, capsys):
 
 def finished(folder: Path, out: Path) -> Path:
     """The files of a run that has used its minute; returns its state."""
-    trainer = Trainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), out)
+    trainer = ImageTokenizerTrainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), out)
     trainer.step, trainer.elapsed, trainer.quantizing = 20, 60.0, True
     trainer.save()
     return out / "training.pt"
@@ -160,7 +160,7 @@ def test_an_out_dir_that_cannot_be_a_folder_is_refused(train, tmp_path, place):
 
 def test_a_full_disk_leaves_no_partial_file(folder, tmp_path, monkeypatch):
     """Half a `movqgan.part` stayed, and the message asked to free space whatever the cause."""
-    trainer = Trainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path / "out")
+    trainer = ImageTokenizerTrainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path / "out")
 
     def write(path, tensors):
         Path(path).write_bytes(b"half")

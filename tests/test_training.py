@@ -21,9 +21,10 @@ from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.checkpoint import load_model
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training import run_folder
 from lumina_mgpt.training.loss import TAIL_MASS, LossModel, token_losses
 from lumina_mgpt.training.optimizer import Ema, schedule
+from lumina_mgpt.training.state import read_state
 from lumina_mgpt.training.trainer import Trainer
 from lumina_mgpt.unirep import IGNORED
 
@@ -86,16 +87,16 @@ def test_a_packed_run_learns_and_resumes(settings):
     Trainer(packed, ONE).run()
     rows = metrics_of(settings.output_dir)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    with pytest.raises(InputError, match="--pack"):
+    with pytest.raises(InputError, match="pack=True"):
         Trainer(changed(packed, pack=False, resume="auto"), ONE)
-    with pytest.raises(InputError, match="--pack does not go with --compile"):
+    with pytest.raises(InputError, match="pack cannot be used with compile=True"):
         changed(packed, compile=True)
 
 
 def test_noise_that_spares_panels_needs_noise(settings):
     cases = (
-        ({"spare_panel": 0.5}, "--spare_panel 0.5 means nothing without --code_noise"),
-        ({"spare_panel": 1.5, "code_noise": 0.5}, r"--spare_panel must be in \[0, 1\], got 1.5"),
+        ({"spare_panel": 0.5}, "spare_panel 0.5 means nothing without code_noise"),
+        ({"spare_panel": 1.5, "code_noise": 0.5}, r"spare_panel must be in \[0, 1\], got 1.5"),
     )
     for wrong, rule in cases:
         with pytest.raises(InputError, match=rule):
@@ -206,11 +207,11 @@ def test_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, optimizer)
 
 def test_run_that_is_there_is_not_overwritten(settings):
     Trainer(changed(settings, max_steps=1), ONE).run()
-    with pytest.raises(InputError, match="--resume auto"):
+    with pytest.raises(InputError, match="resume=auto"):
         Trainer(settings, ONE)
-    with pytest.raises(InputError, match="--seed"):
+    with pytest.raises(InputError, match="seed=0"):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
-    with pytest.raises(InputError, match="--resume must be auto or the folder of a checkpoint, got nowhere"):
+    with pytest.raises(InputError, match="resume must be auto or the folder of a checkpoint, got nowhere"):
         Trainer(changed(settings, resume="nowhere"), ONE)
 
 
@@ -221,7 +222,7 @@ def test_two_runs_in_one_folder_are_one_too_many(settings):
 
     def step_beside_another(began):
         if first.at == 3:
-            with pytest.raises(InputError, match="--output_dir .* another run is at work there"):
+            with pytest.raises(InputError, match="output_dir .* another run is at work there"):
                 second.run()
         step(began)
 
@@ -240,7 +241,7 @@ def test_ctrl_c_writes_a_checkpoint(settings):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume auto" in errors, errors
-    state = checkpoint.read_state(checkpoint.newest(Path(settings.output_dir)))
+    state = read_state(run_folder.newest(Path(settings.output_dir)))
     assert state["step"] == metrics_of(settings.output_dir)[-1]["step"]
 
 
@@ -268,8 +269,8 @@ def test_torchrun_with_two_processes_equals_one(settings, tmp_path):
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"max_seq_len": 30}, "24 of 24|12 of 24"), ({"batch_size": 0}, "--batch_size"), ({"epochs": 1}, "--epochs"),
-    ({"lr": 0.0}, "--lr"), ({"data_config": "missing.yaml"}, "--data_config"), ({"optimizer": "sgd"}, "--optimizer"),
+    ({"max_seq_len": 30}, "24 of 24|12 of 24"), ({"batch_size": 0}, "batch_size"), ({"epochs": 1}, "epochs=N"),
+    ({"lr": 0.0}, "lr must"), ({"data_config": "missing.yaml"}, "data_config"), ({"optimizer": "sgd"}, "optimizer"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(settings, values, message):
     with pytest.raises(InputError, match=message):
@@ -286,14 +287,14 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(settings):
         step(began)
 
     trainer._step = poisoned
-    with pytest.raises(InputError, match="--lr"):
+    with pytest.raises(InputError, match="lower lr"):
         trainer.run()
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000002"
 
 
 def test_damaged_checkpoint_is_named(settings):
     Trainer(changed(settings, max_steps=2), ONE).run()
-    path = checkpoint.newest(Path(settings.output_dir))
+    path = run_folder.newest(Path(settings.output_dir))
     data = next(path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(InputError, match=path.name):
@@ -313,7 +314,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(settings):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000002"
     assert Trainer(changed(settings, max_steps=3, resume="auto"), ONE).at == 2
 
 
@@ -336,7 +337,7 @@ def test_a_disk_that_fills_up_beside_the_steps_is_one_line_too(settings):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert "\n" not in str(caught.value)
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000004"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000004"
 
 
 def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens, tmp_path):

@@ -1,6 +1,5 @@
 """What a week of training rests on: kills, other numbers of processes, and disks that fail."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -14,8 +13,8 @@ from training_runs import ONE, ROOT, changed, environment, metrics_of, weights_o
 
 from lumina_mgpt.data import shards
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.training import checkpoint
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training import run_folder
+from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import Trainer
 
 
@@ -27,8 +26,8 @@ def run_forked(tmp_path_factory):
         options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True)
         server = subprocess.Popen([sys.executable, "tests/forked_runs.py"], cwd=ROOT, env=environment(), **options)
 
-    def run(settings: Settings, **job) -> dict:
-        print(json.dumps({"settings": dataclasses.asdict(settings), **job}), file=server.stdin, flush=True)
+    def run(settings: TrainingConfig, **job) -> dict:
+        print(json.dumps({"settings": settings.flat(), **job}), file=server.stdin, flush=True)
         said = json.loads(server.stdout.readline() or "{}")
         assert set(said.get("statuses", ())) == {0}, (said, errors.read_text()[-3000:])
         return said
@@ -137,7 +136,7 @@ def test_a_data_file_that_vanishes_is_one_line_and_costs_no_checkpoint(settings,
     with pytest.raises(InputError, match="a.safetensors is missing") as caught:
         trainer.run()
     assert "\n" not in str(caught.value)
-    assert checkpoint.newest(Path(run.output_dir)).name == "step-00000004"
+    assert run_folder.newest(Path(run.output_dir)).name == "step-00000004"
     (tmp_path / "away").rename(tmp_path / "a.safetensors")
     Trainer(run, ONE).run()
     whole = changed(run, output_dir=str(tmp_path / "whole"))

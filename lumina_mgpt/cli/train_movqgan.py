@@ -67,12 +67,12 @@ def train(args: argparse.Namespace) -> None:
     import torch  # takes seconds to import: only now
 
     from lumina_mgpt.movqgan.model import MoVQGANConfig
-    from lumina_mgpt.training.image_tokenizer import MoVQGANTraining, Pictures, Trainer
+    from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 
     torch.set_num_threads(args.threads)
     config = MoVQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)
-    settings = MoVQGANTraining(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
-    Trainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
+    settings = MoVQGANTrainingConfig(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
+    ImageTokenizerTrainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
