@@ -81,7 +81,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_have_no_checksum
     _, checkpoint, go = run
     as_an_earlier_version_wrote_it(checkpoint)
     assert go() == 0
-    assert "without checksums: damage to it is not noticed" in capsys.readouterr().err
+    assert "without checksums: damage to it is not detected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["step", "epoch", "done", "elapsed", "tokens", "ema", "identity", "model", "settings"])

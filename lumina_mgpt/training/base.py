@@ -74,7 +74,7 @@ def _digest(weight: tuple[str, Tensor]) -> str:
     name, tensor = weight
     data = tensor.to(torch.bfloat16).contiguous().view(-1).view(torch.uint8)
     digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} ".encode())
-    digest.update(memoryview(data.numpy()))
+    digest.update(data.numpy().data)
     return digest.hexdigest()
 
 
