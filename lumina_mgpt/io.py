@@ -45,13 +45,17 @@ def remedy(error: BaseException, otherwise: str = "check the path") -> str:
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """Text of UTF-8 bytes, without a byte order mark.
+    """Text of UTF-8 bytes, without byte order marks: files that are joined have one at the start of several lines.
 
     Raises:
-        InputError: the bytes are not UTF-8; names `where` and the encoding that they seem to have.
+        InputError: the bytes are not UTF-8, or hold a zero byte; names `where` and the encoding that they seem to have.
     """
     try:
-        return data.decode("utf-8-sig")
+        text = re.sub("^\ufeff", "", data.decode("utf-8"), flags=re.MULTILINE)
+        if "\0" in text:  # UTF-16 without a mark is valid UTF-8 where all letters are ASCII
+            raise InputError(f"{where} must be UTF-8 text, got a zero byte, as in UTF-16 and binary data, at byte "
+                             f"{data.index(0)}; save it as UTF-8, or replace it")  # fmt: skip
+        return text
     except UnicodeDecodeError as error:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
         seems = "UTF-16" if wide else f"another encoding, perhaps Windows-1252: byte {data[error.start]:#04x}"
@@ -59,7 +63,7 @@ def decode_text(data: bytes, where: str) -> str:
 
 
 def read_text(path: str | Path, parameter: str = "") -> str:
-    """Text of a UTF-8 file, without a byte order mark; line ends are left unmodified.
+    """Text of a UTF-8 file, without byte order marks; line ends are left unmodified.
 
     Args:
         parameter: what the file was given as, for messages.
@@ -194,9 +198,9 @@ def require_new(target: str | Path, parameter: str) -> None:
     except FileNotFoundError:
         taken = False
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise InputError(f"{parameter} {target} cannot be used ({cause(error)}); {remedy(error)}") from None
+        raise InputError(f"{target} cannot be used ({cause(error)}); {remedy(error)}", parameter) from None
     if taken:
-        raise InputError(f"{parameter} {target} is there already, and is kept; give a new folder")
+        raise InputError(f"{target} is there already, and is kept; give a new folder", parameter)
 
 
 @contextmanager
@@ -228,13 +232,13 @@ def new_folder(target: str | Path, parameter: str) -> Iterator[Path]:
             hidden.rename(place)
         done = True
     except InputError as error:
-        message = error.message.replace(str(hidden), f"{parameter} {target}")
-        raise InputError(message, error.parameter) from None
+        named = error.parameter or (parameter if error.message.startswith(str(hidden)) else None)
+        raise InputError(error.message.replace(str(hidden), str(target)), named) from None
     except OSError as error:
         names = [Path(name) for name in (error.filename, error.filename2) if name is not None]
         if names and not any(hidden in (name, *name.parents) or name in hidden.parents for name in names):
             raise  # of another file, such as one that is read
-        raise InputError(f"{parameter} {target} cannot be written ({cause(error)}); {remedy(error)}") from None
+        raise InputError(f"{target} cannot be written ({cause(error)}); {remedy(error)}", parameter) from None
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         for folder in parents if not done else ():
@@ -284,14 +288,18 @@ def json_line(row: dict) -> str:
 
 
 @contextmanager
-def alone_in(folder: Path, parameter: str) -> Iterator[None]:
+def alone_in(folder: Path, parameter: str, name: str = ".lock") -> Iterator[None]:
     """Keeps a second process out of a folder; the system ends the lock with the process.
+
+    Args:
+        parameter: what the folder was given as, for messages.
+        name: of the lock's file; processes with other names may work in the folder at the same time.
 
     Raises:
         InputError: another process is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / name)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -168,14 +168,22 @@ def test_samples_that_are_not_clear_are_listed(tiny_checkpoint, tmp_path):
 
 
 def test_the_plain_extension_is_the_picture(tmp_path):
-    """0.depth.png came first in the tar and was trained on; a byte order mark was a part of the caption."""
+    """0.depth.png came first in the tar and was trained on; a byte order mark was a part of the caption.
+
+    In a conversation without `image`, 4.depth.png was put before the first text.
+    """
     talk = [{"from": "human", "value": "draw <|image|>"}, {"from": "gpt", "value": "<|image|>"}]
+    plain_talk = [{"from": "human", "value": "what is this?"}, {"from": "gpt", "value": "a square"}]
     members = [
         member("0.depth.png", picture("black")), member("0.png", picture()), member("0.txt", b"\xef\xbb\xbfred\r\nsky"),
         member("1.depth.png", picture()), member("1.json", b'\xef\xbb\xbf{"caption": "only one"}'),
         member("a/2.x.png", picture()), member("a/2.y.png", picture()),
         member("a/2.json", json.dumps({"conversations": talk, "image": ["2.y.png", "elsewhere/2.x.png"]}).encode()),
         member("/b/3.jfif", picture("red", "JPEG")), member("/b/3.txt", b"absolute"),
+        member("4.depth.png", picture("black")), member("4.png", picture()),
+        member("4.json", json.dumps({"conversations": plain_talk}).encode()),
+        member("5.x.png", picture()), member("5.y.png", picture()),
+        member("5.json", json.dumps({"conversations": talk}).encode()),
     ]  # fmt: skip
     write_tar(tmp_path / "a.tar", members)
     archive = Archive(tmp_path / "a.tar")
@@ -184,5 +192,7 @@ def test_the_plain_extension_is_the_picture(tmp_path):
         {"prompt": "only one", "image_path": f"{tmp_path}/a.tar/1.depth.png"},
         {"conversations": talk, "image": [f"{tmp_path}/a.tar/a/2.y.png", f"{tmp_path}/a.tar/a/2.x.png"]},
         {"prompt": "absolute", "image_path": f"{tmp_path}/a.tar/b/3.jfif"},
+        {"conversations": plain_talk, "image": [f"{tmp_path}/a.tar/4.png"]},
+        {"conversations": talk, "image": [f"{tmp_path}/a.tar/5.x.png", f"{tmp_path}/a.tar/5.y.png"]},
     ]
     assert archive.open(Path(archive.rows[0]["image_path"])).read() == picture()

@@ -70,6 +70,15 @@ def test_the_image_mark_of_llava_stands_for_the_image(tiny_checkpoint, tmp_path)
     assert torch.equal(*ids.view(2, -1))
 
 
+def test_a_byte_order_mark_that_another_program_left_in_a_record_is_removed():
+    """A caption file that was read as plain UTF-8 gives JSON with \\ufeff at its start; it was trained on."""
+    record = parse_record(json.loads('{"image_path": "a.png", "prompt": "\\ufeffa cat"}'))
+    assert record.caption == "a cat"
+    assert parse_record(talk("\ufeffwhat?", "\ufeffa cat")).turns == (("human", ("what?",)), ("assistant", ("a cat",)))
+    with pytest.raises(InputError, match="non-empty"):
+        parse_record({"image_path": "a.png", "prompt": "\ufeff"})
+
+
 @pytest.mark.parametrize("more, key, instead", [
     ({"images": ["a.png"]}, "images", "image"), ({"caption": "a dog"}, "caption", "prompt"),
     ({"Prompt": "a dog"}, "Prompt", "prompt"), ({"image_paths": []}, "image_paths", "image_path"),

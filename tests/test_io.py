@@ -22,9 +22,18 @@ def test_a_byte_order_mark_is_removed(tmp_path):
     assert io.read_text(path) == "a café"
 
 
+def test_the_marks_of_joined_files_are_removed():
+    """A prompt file made by `cat a.txt b.txt` gave a prompt that began with the second mark."""
+    assert io.decode_text(BOM + b"a cat\r\n" + BOM + b"a dog\n" + BOM, "joined.txt") == "a cat\r\na dog\n"
+
+
 @pytest.mark.parametrize(
-    "data, seems", [("a café".encode("utf-16"), "UTF-16"), ("a café".encode("cp1252"), "Windows-1252: byte 0xe9")]
-)
+    "data, seems",
+    [
+        ("a café".encode("utf-16"), "UTF-16"), ("a café".encode("cp1252"), "Windows-1252: byte 0xe9"),
+        (BOM + b"a caf\xe9", "byte 0xe9 at byte 8"), ("a cat".encode("utf-16-le"), "a zero byte"),
+    ],
+)  # fmt: skip
 def test_other_encodings_are_named(tmp_path, data, seems):
     path = tmp_path / "caption.txt"
     path.write_bytes(data)

@@ -80,14 +80,14 @@ def test_linked_folders_are_read_once(tmp_path):
 def test_captions_are_read_as_written(tmp_path):
     """A byte order mark was a part of the caption; `.TXT` was not found; other encodings were `no prompt`."""
     captions = {"a.txt": b"\xef\xbb\xbfa caf\xc3\xa9\r\n", "b.TXT": b"one\r\ntwo", "c.txt": "café".encode("utf-16"),
-                "d.txt": "café".encode("cp1252"), "e.txt": b"\r\n"}  # fmt: skip
+                "d.txt": "café".encode("cp1252"), "e.txt": b"\r\n", "f.txt": "cat".encode("utf-16-le")}  # fmt: skip
     for name, text in captions.items():
         (tmp_path / name).write_bytes(text)
         (tmp_path / name).with_suffix(".png").write_bytes(picture())
     first, second, *others = read_folder(tmp_path)
     assert (first["prompt"], second["prompt"]) == ("a café", "one\ntwo")
     expected = ["c.txt must be UTF-8 text, got UTF-16", "d.txt must be UTF-8 text, got another encoding, perhaps "
-                "Windows-1252", "e.txt is empty"]  # fmt: skip
+                "Windows-1252", "e.txt is empty", "f.txt must be UTF-8 text, got a zero byte"]  # fmt: skip
     for row, part in zip(others, expected, strict=True):
         assert isinstance(row, InputError) and part in str(row)
 

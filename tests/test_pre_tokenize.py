@@ -244,6 +244,21 @@ def test_resume_after_kills(tools, tiny_checkpoint, tmp_path):
         tokenize(tools, path, out, block=2, models=models, seed=1)
 
 
+def test_a_second_process_of_the_same_rank_is_refused(tools, tmp_path):
+    """Two of them at once listed blocks twice in the record file; other ranks may be at work there."""
+    records = [{"image_path": picture(tmp_path / f"{n}.png"), "prompt": f"{n}"} for n in range(2)]
+    path, out = write_records(tmp_path, records), tmp_path / "out"
+    beside = []
+
+    def meanwhile(_: int) -> None:
+        beside.append(tokenize(tools, path, out, splits=2, rank=1).good)
+        with pytest.raises(InputError, match="--out_dir .*: another run is at work there"):
+            tokenize(tools, path, out, splits=2, rank=0)
+
+    PreTokenizer(Settings(str(path), str(out), splits=2, rank=0, target_size=64), *tools).run(meanwhile)
+    assert beside and len(rows_of(out, "0-of-2-record.jsonl")) == 1
+
+
 def test_concat_refuses_damage(tools, tmp_path):
     name = picture(tmp_path / "a.png")
     path = write_records(tmp_path, [{"image_path": name, "prompt": f"cat {n}"} for n in range(6)])

@@ -146,3 +146,35 @@ def test_the_fingerprint_is_the_same_in_every_precision(tiny_checkpoint):
     with torch.no_grad():
         models[0].layers[1].mlp.up_proj.weight[0, 0] += 0.1
     assert fingerprint(models[0].named_parameters()) != fingerprint(models[1].named_parameters())
+
+
+# -- where an export goes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "x" * 300])
+@pytest.mark.parametrize("option", ["--export_dir", "--output_dir"])
+def test_a_folder_that_no_export_can_use_is_refused_before_the_training(began, tmp_path, capsys, folder, option):
+    """An --export_dir that is a file or has a too long name was noticed after the last step."""
+    run = began()
+    Path("file").write_text("")
+    line = ["--data_config", str(tmp_path / "none.yaml"), "--init_from", str(tmp_path / "start" / "base" / "tiny")]
+    values = {"--output_dir": str(run), option: folder}
+    options = [part for pair in values.items() for part in pair]
+    assert finetune([*line, "--batch_size", "4", "--max_steps", "2", "--resume", "auto", *options]) == 2
+    (error,) = capsys.readouterr().err.splitlines()[-1:]
+    assert error.startswith(f"error: {option} {folder}"), error
+
+
+@pytest.mark.parametrize("options", [[], ["--lora_rank", "2"]], ids=["whole", "adapters"])
+def test_an_export_does_not_replace_the_weights_that_the_run_began_with(began, tmp_path, capsys, options):
+    """`--export_dir` with the folder of `--init_from` overwrote the user's checkpoint."""
+    base = tmp_path / "start" / "base" / "tiny"
+    run = began(*options)
+    before = (base / "model.safetensors").read_bytes()
+    line = ["--output_dir", str(run), "--export_dir", str(base)]
+    assert finetune([*line, "--export_only"]) == 2
+    assert "is the folder of --init_from" in capsys.readouterr().err
+    assert finetune([*line, "--data_config", "none.yaml", "--init_from", str(base), "--batch_size", "4",
+                     "--max_steps", "2", "--resume", "auto", *options]) == 2  # fmt: skip
+    assert "is the folder of --init_from" in capsys.readouterr().err
+    assert (base / "model.safetensors").read_bytes() == before

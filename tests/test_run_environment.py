@@ -1,9 +1,12 @@
 """Environments and settings that a training cannot use: a one-line error, exit status 2, and no traceback."""
 
+import signal
+
 import pytest
 from commands import main_of, refused, run_process
 
 from lumina_mgpt.training.options import TrainingConfig
+from lumina_mgpt.training.trainer import Trainer
 
 finetune = main_of("finetune")
 NUMBERS = [item for item in TrainingConfig.options().values() if item.type in (int, float)]
@@ -46,6 +49,26 @@ def test_processes_that_cannot_meet_say_so(line):
         run = run_process("finetune", *line, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=port)  # fmt: skip
     refused(run, f"MASTER_PORT {port}", "cannot meet")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_loses_no_step(line, tmp_path, monkeypatch, capsys):
+    """SIGHUP, which comes twice then, ended the training without a checkpoint."""
+    step = Trainer._step
+
+    def interrupted(self, began) -> None:
+        for _ in range(2 * (self.at == 1)):
+            signal.raise_signal(signal.SIGHUP)
+        step(self, began)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert finetune([*line, "--max_steps", "9", "--save_iteration_interval", "0"]) == 128 + signal.SIGHUP
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "stopped after a checkpoint" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda field: field.name)

@@ -157,4 +157,13 @@ def test_a_checkpoint_whose_name_is_wrong_is_refused(run, capsys):
     folder, go = run
     (folder / "checkpoints" / "step-00000004").rename(folder / "checkpoints" / "step-00000009")
     assert go("--resume", "auto", "--max_steps", "12") == 2
-    assert "is of step 4; rename it to step-00000004" in capsys.readouterr().err
+    assert "holds step 4, which is not its name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("note", ["", "{}", '{"to": "step-00000004", "aside": "../x"}', "[" * 20000])
+def test_a_damaged_note_of_going_back_names_the_right_remedy(run, capsys, note):
+    """Removing the note alone would go on with the abandoned branch."""
+    folder, go = run
+    (folder / "checkpoints" / "going_back.json").write_text(note)
+    assert go("--resume", "auto", "--max_steps", "9") == 2
+    assert "remove it, and all checkpoints later than the one to go on from" in capsys.readouterr().err

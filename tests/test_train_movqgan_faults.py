@@ -71,6 +71,15 @@ def test_pictures_of_all_formats_are_read(folder):
     assert images.shape == (6, 32, 32, 3) and not others
 
 
+def test_what_is_no_picture_is_counted(folder, caplog):
+    """A folder of which half had another format was read in silence; captions are expected there."""
+    for name in ("a.txt", "b.heic", "c.raw"):
+        (folder / name).write_text("no picture")
+    (folder / "below").mkdir()
+    Pictures({folder: 1.0})
+    assert f"images {folder}: entries left out, as they have no extension of a picture: 3" in caplog.text
+
+
 def test_a_damaged_picture_is_refused_by_name(train, folder, tmp_path):
     (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:60])
     status, error = train()

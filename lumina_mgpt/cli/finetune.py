@@ -86,17 +86,23 @@ def train(settings: TrainingConfig) -> tuple[int, bool, Path | None]:
 
 
 def finetune(args: argparse.Namespace) -> int:
-    signal, first, last = (0, True, None) if args.export_only else train(config_of(args))
+    settings = None if args.export_only else config_of(args)
+    parameter, folder = "export_dir", Path(args.export_dir or "")
+    if not args.export_dir:
+        parameter, folder = "output_dir", Path(args.output_dir) / "export"
+
+    from lumina_mgpt.training.export import export_checkpoint, require_export_folder  # imports torch: takes seconds
+
+    signal, first, last = 0, True, None
+    if settings:
+        require_export_folder(folder, settings, parameter)  # before the training
+        signal, first, last = train(settings)
     if signal:
         if first:
             print("stopped after a checkpoint; the same command with --resume auto goes on", file=sys.stderr)
         return 128 + signal
     if first:
-        from lumina_mgpt.training.export import export_checkpoint
-
-        folder = export_checkpoint(
-            args.output_dir, args.export_dir, args.export_dtype, checkpoint=last, parameter="--export_dir"
-        )
+        folder = export_checkpoint(args.output_dir, folder, args.export_dtype, last, parameter)
         print(f"exported to {folder}")
     return 0
 

@@ -39,7 +39,7 @@ class Archive:
     `rows` are records in the forms of `records.parse_record`, or the InputError that says why there is none. The prompt
     is a `.txt` member, or the first of `prompt`, `caption` and `text` in a `.json` one. Its picture is the one of a
     plain extension (`0.png`, not `0.depth.png`), or the only one. A `.json` with `conversations` is a record, its
-    images those that its `image` names in the sample, or all pictures of the sample.
+    images those that its `image` names in the sample; without `image`, those of plain extensions, or all if none is.
 
     Raises:
         InputError: the file is missing, damaged, cut or compressed.
@@ -95,15 +95,17 @@ class Archive:
         paths = {kind: self._place(member) for kind, member in sample.pictures.items()}
         if not paths:
             raise InputError(f"{self.path}/{sample.name} has no picture; it has {', '.join(sample.members) or 'none'}")
+        plain = [kind for kind in paths if "." not in kind] or list(paths)
         if isinstance(told, dict) and "conversations" in told:
-            return told | {"image": _named(told.get("image"), paths, where["json"])}
+            if told.get("image") is None:
+                return told | {"image": [paths[kind] for kind in plain]}
+            return told | {"image": _named(told["image"], paths, where["json"])}
         if "txt" in texts and (texts["txt"].strip() or not told):
             prompt = caption_of(decode_text(texts["txt"], where["txt"]), where["txt"])
         elif "json" in texts:
             prompt = _caption_in(told, where["json"])
         else:
             raise InputError(f"{self.path}/{sample.name} has no caption, .txt or .json; it has {', '.join(paths)}")
-        plain = [kind for kind in paths if "." not in kind] or list(paths)
         if len(plain) > 1:
             raise InputError(f"{self.path}/{sample.name} has one caption for {' and '.join(plain)}; keep one picture")
         return {"prompt": prompt, "image_path": paths[plain[0]]}
@@ -151,20 +153,18 @@ def _caption_in(told: object, where: str) -> str:
 
 
 def _named(image: object, paths: dict[str, str], where: str) -> list:
-    """The pictures of a sample that its `image` names, by their whole names or the last part; all without such a key.
+    """The pictures of a sample that its `image` names, by their whole names or the last part.
 
     Raises:
         InputError: it names another picture.
     """
-    if image is None:
-        return list(paths.values())
     known = {posixpath.basename(path): path for path in paths.values()}
 
     def find(entry: object) -> object:
         path = known.get(posixpath.basename(entry)) if isinstance(entry, str) else None
         if path is None:
             raise InputError(f"{where}: image must name pictures of its sample, {', '.join(known)}, got "
-                             f"{str(entry)[:100]!r}; without image, all of them are taken")  # fmt: skip
+                             f"{str(entry)[:100]!r}; correct it, or leave image out")  # fmt: skip
         return path
 
     entries = image if isinstance(image, list) else [image]

@@ -36,9 +36,9 @@ _KEYS = {"path", "type", "ratio", "weight", "given"}
 class Source:
     """One entry of a data file's `META`.
 
-    `ratio` of its records are seen an epoch (above 1: some more than once); what is less than a record is carried over
-    to the next epoch. Or each source has a `weight`, its part of
-    what is seen: then an epoch has as many samples as there are records, and `weighted` makes ratios of weights.
+    An epoch holds `ratio` times the number of its records (above 1: some more than once); a fraction of a record is
+    carried over to the next epoch. Or each source has a `weight`, its part of the samples: then an epoch has as many
+    samples as there are records, and `weighted` makes ratios of weights.
     `given`: the first half of each image, its upper panel, is read without being learnt.
     """
 

@@ -23,7 +23,7 @@ from lumina_mgpt.data.records import Record, conversation, is_plain, parse_recor
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
-from lumina_mgpt.io import append_lines, cause, json_line, read_json, read_rows, remedy, write_atomic
+from lumina_mgpt.io import alone_in, append_lines, cause, json_line, read_json, read_rows, remedy, write_atomic
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import GRID_UNIT, UniRepError, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
@@ -118,7 +118,19 @@ class PreTokenizer:
         return self.out / "shards" / f"{self.settings.name}-{number:05d}.safetensors"
 
     def run(self, progress: Callable[[int], None] = lambda records: None) -> None:
-        """Does what is not done yet; `progress` is told the number of records after each block."""
+        """Does what is not done yet; `progress` is told the number of records after each block.
+
+        Raises:
+            InputError: another process does the same rank, or `out_dir` cannot be written or holds other work.
+        """
+        try:
+            (self.out / "shards").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out_dir {self.out} cannot be made ({cause(error)}); {remedy(error)}") from None
+        with alone_in(self.out, "--out_dir", f".{self.settings.name}.lock"):
+            self._run(progress)
+
+    def _run(self, progress: Callable[[int], None]) -> None:
         todo = self._resume(progress)
         records = {n: self._parse(n) for number in todo for n in self.blocks[number]}
         readable = [record for record in records.values() if isinstance(record, Record)]
@@ -143,10 +155,6 @@ class PreTokenizer:
 
     def _resume(self, progress: Callable[[int], None]) -> list[int]:
         """Brings the record file in line with the shards; returns the blocks that are to be done."""
-        try:
-            (self.out / "shards").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out_dir {self.out} cannot be made ({cause(error)}); {remedy(error)}") from None
         job = asdict(self.settings) | {"records": len(self.rows), "input": self.input}
         for unimportant in ("in_filename", "out_dir", "batch_size", "workers"):
             del job[unimportant]

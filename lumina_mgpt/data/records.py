@@ -55,9 +55,10 @@ def parse_record(raw: object) -> Record:
         return _parse_conversation(raw)
     if "image_path" in raw and "prompt" in raw:
         path, caption = raw["image_path"], raw["prompt"]
-        if not isinstance(path, str) or not isinstance(caption, str) or not path or not caption.strip():
+        caption = _unicode(caption, "prompt") if isinstance(caption, str) else ""
+        if not isinstance(path, str) or not path or not caption.strip():
             raise InputError("image_path and prompt must be non-empty texts")
-        if LLAVA_MARK in _unicode(caption, "prompt"):
+        if LLAVA_MARK in caption:
             raise InputError(f"prompt must describe the picture in words, got the mark {LLAVA_MARK}; remove it, or "
                              "write the record with conversations")  # fmt: skip
         return Record(((Path(path),),), caption=caption)
@@ -85,13 +86,17 @@ def _shown(keys: Iterable[str]) -> str:
 
 
 def _unicode(text: str, where: str) -> str:
-    """The text. Raises InputError where JSON escapes give half of a character."""
+    """The text without a byte order mark, which a reader of its file may have left.
+
+    Raises:
+        InputError: JSON escapes give half of a character.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{where} must be Unicode text, got half of a character (\\u{ord(text[error.start]):04x}); "
                          "correct it") from None  # fmt: skip
-    return text
+    return text.removeprefix("\ufeff")
 
 
 def _parse_conversation(raw: dict) -> Record:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import new_folder, write_atomic
+from lumina_mgpt.io import cause, new_folder, remedy, require_new, write_atomic
 from lumina_mgpt.model.checkpoint import COMPANIONS, save_model
 from lumina_mgpt.training import base
 from lumina_mgpt.training.adapters import plain_copy
@@ -47,6 +47,7 @@ def export_checkpoint(
     folder = Path(folder) if folder else output_dir / "export"
     checkpoint = checkpoint or find(output_dir)
     model, settings = trained_model(checkpoint)
+    require_export_folder(folder, settings, parameter)
     companions = _all_companions(output_dir, settings, read_state(checkpoint).get("base"))
     model = plain_copy(model, DTYPES[dtype], "cpu") if settings.model.lora_rank else model
     with _new_or_renewed(folder, parameter) as part:
@@ -54,6 +55,29 @@ def export_checkpoint(
         for file in companions:
             shutil.copyfile(file, part / file.name)
     return folder
+
+
+def require_export_folder(folder: Path, settings: TrainingConfig, parameter: str) -> None:
+    """Checks that an export can be written to a folder; call it before the training.
+
+    A new or empty folder and a former export are allowed.
+
+    Raises:
+        InputError: it is a file, cannot be examined, or holds the checkpoint that the run started from.
+    """
+    try:
+        if not os.path.isdir(folder) or not any(os.scandir(folder)):
+            require_new(folder, parameter)
+            return
+        source = os.path.expanduser(settings.model.init_from or "")
+        if os.path.isdir(source) and os.path.samefile(folder, source):
+            raise InputError(
+                f"{folder} is the folder of init_from={source}, whose weights an export would replace; give another "
+                "folder",
+                parameter,
+            )
+    except OSError as error:
+        raise InputError(f"{folder} cannot be used ({cause(error)}); {remedy(error)}", parameter) from None
 
 
 def keep_companions(source: str | Path, output_dir: Path) -> None:

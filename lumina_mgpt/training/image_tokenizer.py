@@ -30,6 +30,8 @@ from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
 
 logger = logging.getLogger(__name__)
 
+_BESIDE_PICTURES = {".txt", ".json", ".jsonl"}  # captions
+
 
 @dataclass(frozen=True)
 class MoVQGANTrainingConfig:
@@ -82,9 +84,14 @@ class Pictures:
         self._first: dict[tuple[int, int], Path] = {}  # (width, height) -> a picture of that size
         for folder, weight in folders.items():
             by_size = defaultdict(list)
-            paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in picture_suffixes())
+            found = sorted(folder.glob("*"))
+            paths = [path for path in found if path.suffix.lower() in picture_suffixes()]
             if not paths:
                 raise InputError(f"{folder} has no .png, .jpg or other picture; give another folder", "images")
+            skipped = [path.name for path in found if path.suffix.lower() not in picture_suffixes() | _BESIDE_PICTURES]
+            if skipped:
+                logger.warning("images %s: entries left out, as they have no extension of a picture: %d, the first is "
+                               "%s", folder, len(skipped), skipped[0])  # fmt: skip
             for path in tqdm(paths, desc=f"reading {folder.name}", unit="picture"):
                 try:
                     image = open_image(path)

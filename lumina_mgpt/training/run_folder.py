@@ -127,12 +127,16 @@ def _read_note(output_dir: Path) -> dict | None:
     path = folder / _GOING_BACK
     if not path.exists():
         return None
-    note = read_json(path)
+    todo = "remove it, and all checkpoints later than the one to go on from"
+    try:
+        note = read_json(path)
+    except InputError as error:  # without the note, the run would resume from a checkpoint that it has abandoned
+        raise InputError(f"{path} is damaged ({error.message.partition('; ')[0]}); {todo}") from None
     to, aside = (Path(str(note.get(key))) for key in ("to", "aside"))
     right = step_of(folder / to.name) is not None and re.fullmatch(_ASIDE + r"\d+", aside.name)
     if not right or not (folder / to.name).is_dir():
         raise InputError(
-            f"{path} must name a checkpoint beside it, got {str(to)!r}; remove it, and all checkpoints later than the "
-            "one to go on from"
+            f"{path} must name a checkpoint beside it and a {_ASIDE}N folder, got {str(to)!r} and {str(aside)!r}; "
+            f"{todo}"
         )
     return {"to": to.name, "aside": aside.name}

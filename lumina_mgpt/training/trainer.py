@@ -188,7 +188,9 @@ class Trainer:
         state = loading.verified_state(path, self.processes)
         self._check_identity(path, state["identity"])
         if run_folder.belongs(path, self.output_dir) and run_folder.step_of(path.resolve()) != state["step"]:
-            raise InputError(f"{path} is of step {state['step']}; rename it to {run_folder.name_of(state['step'])}")
+            raise InputError(
+                f"{path} holds step {state['step']}, which is not its name; give an unmodified checkpoint"
+            )
         loading.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
@@ -353,17 +355,23 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current step; a second one raises KeyboardInterrupt."""
+        """Ctrl-C, SIGTERM and SIGHUP end the run after the current step; a second one raises KeyboardInterrupt.
+
+        A second SIGHUP does not: when a terminal closes, both the kernel and the shell send it. If SIGHUP was ignored
+        before (`nohup`), it stays ignored.
+        """
         handlers = {}
+        hangup = getattr(signal, "SIGHUP", None)  # None on Windows
 
         def note(number, frame) -> None:
-            if self.stop:
+            if self.stop and number != hangup:
                 raise KeyboardInterrupt
-            self.stop = number
+            self.stop = self.stop or number
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
             with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-                handlers[number] = signal.signal(number, note)
+                if number != hangup or signal.getsignal(number) != signal.SIG_IGN:
+                    handlers[number] = signal.signal(number, note)
         try:
             yield
         finally:
