@@ -1,9 +1,10 @@
-"""Runs trainings in processes of their own, forked from one interpreter, so that starting one takes no time.
+"""Runs trainings in processes forked from one interpreter, which start quickly.
 
     python tests/forked_runs.py    # reads jobs as lines of JSON, prints one line of JSON for each
 
-A job is {"settings": {...}, "world": 1, "until": 0, "kills": 0, "chunks": false}. `until` leaves after that step, as
-SIGTERM would; `kills` first kills the run so many times with SIGKILL, half of them while it writes a checkpoint.
+A job is {"settings": {...}, "world": 1, "until": 0, "kills": 0, "chunks": false}. `until` stops after that step, as
+SIGTERM does; `kills` is the number of times that the run is killed by SIGKILL first, half of them while it writes a
+checkpoint.
 """
 
 import importlib
@@ -67,7 +68,7 @@ def start(job: dict) -> list[int]:
 
 
 def kill(job: dict, number: int, chance: random.Random) -> bool:
-    """Starts the run and kills it at some moment; says whether it was writing a checkpoint."""
+    """Starts the run and kills it at a random moment; returns whether it was writing a checkpoint."""
     folder = Path(job["settings"]["output_dir"])
     before = run_folder.newest(folder)
     (child,) = start(job)

@@ -1,4 +1,4 @@
-"""A package that is not installed is told from one that is installed and fails to import."""
+"""Messages distinguish a package that is missing from one whose import fails."""
 
 import sys
 from pathlib import Path

@@ -71,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
 
 
 def test_the_log_of_a_resumed_run_has_each_step_once(folder, tmp_path):
-    """Steps after the last save were listed twice once."""
+    """Steps after the last save appeared twice."""
     train(folder, tmp_path, 21)
     with open(tmp_path / "log.jsonl", "a") as file:  # as a run leaves it that was killed at step 60
         file.write('{"step": 40, "loss": 1.0}\n{"step": 6')
@@ -80,7 +80,7 @@ def test_the_log_of_a_resumed_run_has_each_step_once(folder, tmp_path):
     assert [row["step"] for row in rows] == [20, 40] and "psnr" in rows[1]
 
 
-def test_a_decoder_trained_on_leaves_codes_as_they_are(folder, tmp_path):
+def test_training_the_decoder_keeps_the_codes(folder, tmp_path):
     train(folder, tmp_path / "first", 8)
     first = load_state_dict(tmp_path / "first" / "movqgan.safetensors")
     settings = replace(SETTINGS, decoder_of=str(tmp_path / "first" / "movqgan.safetensors"))
@@ -156,7 +156,7 @@ def test_kmeans_finds_separate_clusters():
     assert torch.cdist(points, many).min(1).values.mean() < 0.2
 
 
-def test_dead_codes_move_to_latents_and_used_ones_follow_their_mean(folder, tmp_path):
+def test_dead_codes_move_to_latents_and_used_codes_to_their_mean(folder, tmp_path):
     trainer = ImageTokenizerTrainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path)
     codes = MovingCodes(trainer.model.quantize.embedding.weight, 0.0, SETTINGS.dead_below)
     codes.start(torch.arange(16.0)[:, None].expand(16, 4).clone())
@@ -185,7 +185,7 @@ def test_the_text_tokenizer_fits_the_demo_configuration(tmp_path):
     (["--ch", "40"], "--ch"), (["--minutes", "0"], "--minutes"), (["--minutes", "nan"], "--minutes"), ([], "no .png"),
     (["--ch", "64", "--decoder_of", "x.safetensors"], "--ch 64 means nothing with --decoder_of"),
 ])  # fmt: skip
-def test_options_out_of_range_are_one_line(tmp_path, options, named):
+def test_options_out_of_range_print_one_line(tmp_path, options, named):
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-m", "lumina_mgpt", "train-movqgan", "--images", str(tmp_path / "empty"),
                "--out_dir", str(tmp_path / "out"), *options]  # fmt: skip

@@ -1,4 +1,4 @@
-"""train_movqgan.py with pictures, settings and files of an earlier run that are not as expected."""
+"""`train-movqgan` with unusable pictures, options and files of an earlier run."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def finished(folder: Path, out: Path) -> Path:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_opened_as_everywhere_else(folder):
+def test_pictures_are_opened_by_the_shared_function(folder):
     """Transparent pixels were black, 16-bit grey was white from 256 on, EXIF orientation was not applied."""
     (folder / "a.png").unlink()
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(folder / "clear.png")
@@ -87,7 +87,7 @@ def test_a_damaged_picture_is_refused_by_name(train, folder, tmp_path):
 
 
 def test_sides_that_do_not_fit_the_codes_are_refused_before_the_training(train, folder, tmp_path):
-    """The training ended in a traceback of torch once such a picture was drawn."""
+    """The training ended in a traceback once a batch had that picture."""
     Image.new("RGB", (36, 32)).save(folder / "odd.png")
     status, error = train()
     assert status == 2 and "odd.png: width and height must be multiples of 8, got 36x32" in error

@@ -1,4 +1,4 @@
-"""What the tests of training share: starting runs, in this process or in others, and reading what they left."""
+"""Helpers of the training tests: start runs in this or another process, and read their results."""
 
 import json
 import os
