@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this machine, or in one process where there is none: scripts/train.sh [options of finetune.py]
+# Trains on all GPUs of this machine, or in one process without a GPU: scripts/train.sh [options of finetune.py]
 #
 #   scripts/train.sh --init_from Alpha-VLLM/Lumina-mGPT-2.0 --data_config data.yaml --output_dir outputs/finetune \
 #       --batch_size 8 --accum_iter 4 --epochs 2 --warmup_epochs 0.01 --lr 2e-5 --min_lr 2e-5 --wd 0.1 --clip_grad 4 \

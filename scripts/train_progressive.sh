@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Finetunes in stages of growing pictures, each from the export of the one before:
+# Finetunes in stages of growing picture sizes. Each stage starts from the export of the previous one:
 #
 #   DATA=data scripts/train_progressive.sh INIT_FROM OUTPUT_DIR [options of finetune.py, for every stage]
 #
-# DATA holds SIZE/records.jsonl for each of SIZES (default: "512 768 1024"), made with pre_tokenize.py --target_size SIZE.
-# Each stage goes on where it was when the script is started again after a stop.
+# DATA holds SIZE/records.jsonl for each of SIZES (default: "512 768 1024"), made by pre_tokenize.py --target_size SIZE.
+# After a stop, the same command resumes the current stage.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "error: give INIT_FROM and OUTPUT_DIR; see the head of $0" >&2; exit 2; }
 here="$(dirname "${BASH_SOURCE[0]}")"

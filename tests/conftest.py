@@ -162,7 +162,8 @@ def tools(tiny_checkpoint, vocabulary):
 @pytest.fixture
 def settings(tokens, tiny_checkpoint, tmp_path):
     """A training of eight steps from the tiny checkpoint, with dropout, in float32."""
-    from lumina_mgpt.training.options import Settings
+    from lumina_mgpt.training.options import TrainingConfig
 
-    return Settings(str(tokens), str(tmp_path / "run"), init_from=str(tiny_checkpoint), batch_size=4, max_steps=8,
-                    lr=1e-3, warmup=0.2, precision="fp32", dropout=0.1, save_iteration_interval=0)  # fmt: skip
+    return TrainingConfig.of(data_config=str(tokens), output_dir=str(tmp_path / "run"), init_from=str(tiny_checkpoint),
+                             batch_size=4, max_steps=8, lr=1e-3, warmup=0.2, precision="fp32", dropout=0.1,
+                             save_iteration_interval=0)  # fmt: skip

@@ -1,9 +1,10 @@
-"""Runs trainings in processes of their own, forked from one interpreter, so that starting one takes no time.
+"""Runs trainings in processes forked from one interpreter, which start quickly.
 
     python tests/forked_runs.py    # reads jobs as lines of JSON, prints one line of JSON for each
 
-A job is {"settings": {...}, "world": 1, "until": 0, "kills": 0, "chunks": false}. `until` leaves after that step, as
-SIGTERM would; `kills` first kills the run so many times with SIGKILL, half of them while it writes a checkpoint.
+A job is {"settings": {...}, "world": 1, "until": 0, "kills": 0, "chunks": false}. `until` stops after that step, as
+SIGTERM does; `kills` is the number of times that the run is killed by SIGKILL first, half of them while it writes a
+checkpoint.
 """
 
 import importlib
@@ -18,16 +19,16 @@ import traceback
 from pathlib import Path
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.training import checkpoint, loss
+from lumina_mgpt.training import loss, run_folder
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import Trainer
 
 
 def train(job: dict) -> int:
     loss.WHOLE_LOGITS = 0 if job.get("chunks") else loss.WHOLE_LOGITS
     processes = Processes.start("cpu")
-    trainer = Trainer(Settings(**job["settings"]), processes)
+    trainer = Trainer(TrainingConfig.of(**job["settings"]), processes)
     step = trainer._step
 
     def step_and_leave(began: float) -> None:
@@ -67,15 +68,15 @@ def start(job: dict) -> list[int]:
 
 
 def kill(job: dict, number: int, chance: random.Random) -> bool:
-    """Starts the run and kills it at some moment; says whether it was writing a checkpoint."""
+    """Starts the run and kills it at a random moment; returns whether it was writing a checkpoint."""
     folder = Path(job["settings"]["output_dir"])
-    before = checkpoint.newest(folder)
+    before = run_folder.newest(folder)
     (child,) = start(job)
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if number % 2 and any(folder.glob("checkpoints/.partial-*")):
             time.sleep(chance.uniform(0, 0.02))
             break
-        if not number % 2 and checkpoint.newest(folder) != before:
+        if not number % 2 and run_folder.newest(folder) != before:
             time.sleep(chance.uniform(0, 0.1))
             break
         time.sleep(0.0005)

@@ -23,7 +23,8 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import read_rows
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
-from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training import run_folder
+from lumina_mgpt.training.export import export_checkpoint
 from lumina_mgpt.training.trainer import Trainer
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -159,7 +160,7 @@ def test_training_checkpoints(settings, tmp_path):
     """Every damaged byte of a training checkpoint is noticed when a run resumes, and when it is exported."""
     run = changed(settings, max_steps=1)
     Trainer(run, ONE).run()
-    folder, rng = checkpoint.newest(Path(run.output_dir)), random.Random(5)
+    folder, rng = run_folder.newest(Path(run.output_dir)), random.Random(5)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def copies() -> Iterator[Path]:
@@ -179,4 +180,4 @@ def test_training_checkpoints(settings, tmp_path):
     assert (accepted, refused) == (0, 60)
     (folder / sorted(whole)[0]).write_bytes(b"damaged")
     with pytest.raises(InputError):
-        checkpoint.export(run.output_dir, tmp_path / "export")
+        export_checkpoint(run.output_dir, tmp_path / "export")

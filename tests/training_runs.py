@@ -1,6 +1,5 @@
-"""What the tests of training share: starting runs, in this process or in others, and reading what they left."""
+"""Helpers of the training tests: start runs in this or another process, and read their results."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -9,20 +8,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lumina_mgpt.training import checkpoint
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.export import export_checkpoint
+from lumina_mgpt.training.options import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 ONE = Processes(0, 1, torch.device("cpu"))
 
 
-def changed(settings: Settings, **values) -> Settings:
-    return dataclasses.replace(settings, **values)
+def changed(settings: TrainingConfig, **values) -> TrainingConfig:
+    return TrainingConfig.of(**settings.flat() | values)
 
 
 def weights_of(output_dir) -> dict:
-    return load_file(checkpoint.export(output_dir, dtype="fp32") / "model.safetensors")
+    return load_file(export_checkpoint(output_dir, dtype="fp32") / "model.safetensors")
 
 
 def metrics_of(output_dir) -> list[dict]:
@@ -42,15 +41,14 @@ def path_with_python(folder) -> str:
     return f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
 
-def command(settings: Settings, *options, processes: int = 1) -> list[str]:
+def command(settings: TrainingConfig, *options, processes: int = 1) -> list[str]:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    values = []
-    for field in dataclasses.fields(Settings):
-        value = getattr(settings, field.name)
-        if value != field.default:
-            values += [f"--{field.name}"] + ([] if value is True else [str(value)])
+    values, defaults = [], {name: item.default for name, item in TrainingConfig.options().items()}
+    for name, value in settings.flat().items():
+        if value != defaults[name]:
+            values += [f"--{name}"] + ([] if value is True else [str(value)])
     return [*start, "scripts/finetune.py", *values, *options]
 
 

@@ -1,6 +1,8 @@
-"""Adds adapters, as export --adapter or peft writes them, to the weights that they were trained on. Needs peft.
+"""Adds adapters to the weights that they were trained on. Needs peft.
 
     lumina-mgpt merge-lora --model_path Lumina-mGPT-2.0 --adapter outputs/adapter --save_path outputs/merged
+
+It reads adapters in peft's format, as `lumina-mgpt export --adapter` writes them too.
 """
 
 import argparse
@@ -12,27 +14,27 @@ from lumina_mgpt import cli
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="lumina-mgpt merge-lora", description="Adds adapters to the weights they were trained on.")
-    parser.add_argument("--model_path", required=True, help="checkpoint folder, or hub id, that training began with")
+    parser.add_argument("--model_path", required=True, help="checkpoint folder, or hub id, that training started from")
     parser.add_argument("--adapter", required=True, type=Path, help="folder of adapter_model.safetensors")
-    parser.add_argument("--save_path", required=True, type=Path, help="folder for the new checkpoint, not there yet")
+    parser.add_argument("--save_path", required=True, type=Path, help="folder for the new checkpoint; must not exist")
     return parser
 
 
 def merge(args: argparse.Namespace) -> None:
-    from lumina_mgpt.io import new_folder
-    from lumina_mgpt.model.convert import check_target, copy_companions
+    from lumina_mgpt.io import new_folder, require_new
+    from lumina_mgpt.model.convert import copy_companions
     from lumina_mgpt.model.hub import resolve
     from lumina_mgpt.model.reading import load_model, require_plain_weights
     from lumina_mgpt.model.writing import save_model
-    from lumina_mgpt.training.adapters import merge_adapter
     from lumina_mgpt.training.base import check_beside_adapter
+    from lumina_mgpt.training.merging import merge_adapter
 
-    check_target(args.save_path)
+    require_new(args.save_path, "save_path")  # before the weights are loaded
     source = resolve(cli.checkpoint_path(args.model_path))
     require_plain_weights(source, "model_path", "merged")
-    with new_folder(args.save_path, "--save_path") as folder:
+    with new_folder(args.save_path, "save_path") as folder:
         model = load_model(source, None, "cpu")
-        check_beside_adapter(model, args.adapter, f"--model_path {args.model_path}")
+        check_beside_adapter(model, args.adapter, args.model_path)
         merge_adapter(model, args.adapter, args.model_path)
         save_model(model, folder)
         copy_companions(source, folder)
@@ -41,4 +43,3 @@ def merge(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(merge, build_parser(), argv)
-

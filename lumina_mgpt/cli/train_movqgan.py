@@ -2,7 +2,7 @@
 
 lumina-mgpt train-movqgan --images work/demo/pictures/single=3 work/demo/pictures/maps=1 --out_dir work/movqgan
 
-Ends with `movqgan.safetensors` in --out_dir, under the names of the released files. Run again after a stop, it goes on.
+Writes `movqgan.safetensors` to --out_dir, with the names of the released files. After a stop, the same command resumes.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from lumina_mgpt.errors import InputError
 SIZES = {"ch": 32, "blocks": 1, "num_codes": 2048}
 LARGEST = {"ch": 512, "blocks": 16, "num_codes": 65536, "threads": 1024, "minutes": 1e6, "lr": 10.0}
 MEANING = {"ch": "width of the finest level, a multiple of 32", "blocks": "residual blocks a level",
-           "num_codes": "codes to choose from"}  # fmt: skip
+           "num_codes": "size of the codebook"}  # fmt: skip
 
 
 def weighted_folder(text: str) -> tuple[Path, float]:
-    """`folder` or `folder=weight`."""
+    """Type of an option `FOLDER` or `FOLDER=WEIGHT`."""
     folder, _, weight = text.partition("=")
     try:
         value = float(weight or 1)
@@ -34,12 +34,12 @@ def weighted_folder(text: str) -> tuple[Path, float]:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="lumina-mgpt train-movqgan", description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=weighted_folder, nargs="+", required=True, metavar="FOLDER[=WEIGHT]",
-                        help="folders of pictures, each with how often it is drawn from")  # fmt: skip
-    parser.add_argument("--out_dir", type=Path, required=True, help="weights and the state of the training go here")
+                        help="folders of pictures, each with the weight of its choice")  # fmt: skip
+    parser.add_argument("--out_dir", type=Path, required=True, help="folder for weights and training state")
     parser.add_argument("--minutes", type=cli.number, default=45.0, help="length of the training")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=cli.whole, help=f"{MEANING[name]} (default: {value})")
-    parser.add_argument("--decoder_of", help="finished weights: train on their decoder alone; codes keep their meaning")
+    parser.add_argument("--decoder_of", help="trained weights: train only their decoder; codes keep their meaning")
     parser.add_argument("--lr", type=cli.number, default=3e-3, help="peak learning rate")
     parser.add_argument("--threads", type=cli.whole, default=2, help="CPU threads")
     parser.add_argument("--seed", type=cli.whole, default=0, help="of weights and batches")
@@ -49,30 +49,30 @@ def build_parser() -> cli.Parser:
 def train(args: argparse.Namespace) -> None:
     for name, value in SIZES.items():
         if args.decoder_of and getattr(args, name) is not None:
-            raise InputError(f"--{name} {getattr(args, name)} means nothing with --decoder_of, whose file has its "
-                             "sizes; leave it out")  # fmt: skip
+            raise InputError(f"{getattr(args, name)} means nothing with --decoder_of, whose file has its sizes; leave "
+                             "it out", name)  # fmt: skip
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.ch < 32 or args.ch % 32:
-        raise InputError(f"--ch must be a multiple of 32 (group norm has 32 groups), got {args.ch}; try 32")
+        raise InputError(f"must be a multiple of 32 (group norm has 32 groups), got {args.ch}; try 32", "ch")
     for name, largest in LARGEST.items():
         if not 0 < getattr(args, name) <= largest:
-            raise InputError(f"--{name} must be above 0 and at most {largest:g}, got {getattr(args, name)}")
+            raise InputError(f"must be above 0 and at most {largest:g}, got {getattr(args, name)}", name)
     if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed must be a whole number in 0 ... 2**63 - 1, got {args.seed}; try 0")
+        raise InputError(f"must be a whole number in 0 ... 2**63 - 1, got {args.seed}; try 0", "seed")
     folders = Counter(folder for folder, _ in args.images)
     twice = [folder for folder, count in folders.items() if count > 1]
     if twice:
-        raise InputError(f"--images must name different folders, got {twice[0]} several times; give it a larger weight")
+        raise InputError(f"must name different folders, got {twice[0]} twice; give it a larger weight", "images")
 
-    import torch  # takes seconds to import: only now
+    import torch  # takes seconds: after the checks
 
     from lumina_mgpt.movqgan.model import MoVQGANConfig
-    from lumina_mgpt.training.image_tokenizer import MoVQGANTraining, Pictures, Trainer
+    from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 
     torch.set_num_threads(args.threads)
     config = MoVQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)
-    settings = MoVQGANTraining(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
-    Trainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
+    settings = MoVQGANTrainingConfig(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
+    ImageTokenizerTrainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

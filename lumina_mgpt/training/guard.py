@@ -1,4 +1,4 @@
-"""Steps that would harm the weights: found by rule, written down, stopped at or left out."""
+"""Detects steps that would damage the weights, records them, and stops or skips them."""
 
 import math
 import sys
@@ -7,16 +7,21 @@ from pathlib import Path
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import append_lines, keep_until
 
-_REMEMBERED = 100  # gradient norms of good steps that a spike is measured against
-_NEEDED = 20  # of them, before anything counts as a spike
-_LIMIT = 10  # steps left out in a row, after which no more are: the weights themselves are at fault
+# Chosen values, not tuned.
+_REMEMBERED = 100  # gradient norms of good steps, whose median a spike is compared with
+_NEEDED = 20  # norms that must be known before a step can be a spike
+_LIMIT = 10  # consecutive skipped steps; if there are more, the weights themselves are not finite
 
 
 class Guard:
-    """Judges each step before its gradient is used, alike on every process.
+    """Checks each step before its gradient is applied, with the same result on every process.
 
-    `rule` is stop or skip; `spike` times the median of the last norms is too much (0: only what is not finite is). What
-    it remembers is part of a checkpoint, so that a resumed run judges as an uninterrupted one.
+    Args:
+        rule: "stop" or "skip".
+        spike: a gradient norm above `spike` times the median of the last norms is a fault; 0: only values that are not
+            finite are.
+        folder: output folder, for `bad_steps.jsonl`.
+        active: whether this process writes that file.
     """
 
     def __init__(self, rule: str, spike: float, folder: Path, active: bool) -> None:
@@ -25,18 +30,20 @@ class Guard:
         self.in_a_row = 0
 
     def begin(self) -> None:
-        """Removes lines of the file that a power loss has damaged; bad steps of all attempts stay in it."""
+        """Removes damaged lines from the file, as a power loss leaves them; bad steps of all attempts stay."""
         if self.active:
             keep_until(self.path, sys.maxsize)
 
     def state(self) -> dict:
+        """Returns the state for a checkpoint, so that a resumed run makes the same decisions."""
         return {"norms": self.norms, "in_a_row": self.in_a_row}
 
     def load(self, state: dict) -> None:
+        """Restores what `state` returned."""
         self.norms, self.in_a_row = list(state.get("norms", [])), state.get("in_a_row", 0)
 
     def fault(self, loss: float, norm: float) -> str | None:
-        """Why a step is not to be taken; None for a good one, whose norm is remembered."""
+        """Returns why a step must not be applied; None for a good step, whose norm is recorded."""
         if not math.isfinite(loss + norm):
             return f"the loss is {loss} and the gradient norm {norm}"
         usual = sorted(self.norms)[len(self.norms) // 2] if len(self.norms) >= _NEEDED else math.inf
@@ -46,20 +53,23 @@ class Guard:
         return None
 
     def refuse(self, step: int, fault: str, samples: list[dict]) -> None:
-        """Writes a bad step down with the records of its batches; then it is the caller's to leave it out.
+        """Records a bad step with the sequences of its batches. The caller skips the step.
 
         Raises:
-            InputError: the rule is to stop, or too many steps in a row are bad.
+            InputError: the rule is "stop", or too many consecutive steps are bad.
         """
         self.in_a_row += 1
         if self.active:
             append_lines(self.path, [{"step": step, "reason": fault, "samples": samples}])
         before = self.path.parent / "checkpoints" / "step-N"
-        kept = f"its records are in {self.path}"
-        remedy = f"go back with --resume {before}, a checkpoint before it, and a lower --lr"
+        recorded = f"its records are in {self.path}"
+        remedy = f"go back with resume={before}, a checkpoint before it, and a lower lr"
         if self.rule == "stop":
-            raise InputError(f"--on_nonfinite stop: {fault} at step {step}; {kept}: go on with --resume auto and "
-                             f"--on_nonfinite skip, or {remedy}")  # fmt: skip
+            raise InputError(
+                f"stop: {fault} at step {step}; {recorded}: go on with resume=auto and on_nonfinite=skip, or {remedy}",
+                "on_nonfinite",
+            )
         if self.in_a_row > _LIMIT:
-            raise InputError(f"--on_nonfinite skip: {fault} at step {step}, and so were the {_LIMIT} steps before; "
-                             f"{kept}: {remedy}")  # fmt: skip
+            raise InputError(
+                f"skip: {fault} at step {step} and at the {_LIMIT} steps before; {recorded}: {remedy}", "on_nonfinite"
+            )

@@ -1,7 +1,7 @@
 """Trains a MoVQGAN from scratch on a CPU: autoencoder warm-up, k-means codes, then codes by moving averages.
 
-No perceptual or adversarial term: both need networks trained elsewhere, and at small sizes L1 + L2 with a term on
-pixel differences keeps edges sharp enough.
+The loss has no perceptual or adversarial term, which need other trained networks. L1 and L2 with a term on pixel
+differences give sharp edges at small sizes.
 """
 
 import logging
@@ -26,44 +26,60 @@ from lumina_mgpt.images import open_image, picture_suffixes
 from lumina_mgpt.io import append_lines, cause, keep_until, remedy, write_tensors
 from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
 from lumina_mgpt.movqgan.tokenizer import load_state_dict
+from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BESIDE_PICTURES = {".txt", ".json", ".jsonl"}  # captions
 
 
 @dataclass(frozen=True)
-class MoVQGANTraining:
-    """Settings; `minutes` is the whole budget and the learning rate falls linearly over it.
+class MoVQGANTrainingConfig:
+    """Configuration of a training of the image tokenizer.
 
-    `decoder_of` names finished weights: encoder and codes stay as they are there, so that tokens made with them keep
-    their meaning, and only what turns codes into pixels is trained on.
+    Args:
+        minutes: length of the training; the learning rate decays linearly over it.
+        decoder_of: file of trained weights, of which only the decoder is trained. Encoder and codes do not change, and
+            existing tokens keep their meaning.
+        pixels: pixels of a batch.
+        lr: peak learning rate.
+        warmup_steps: steps in which the learning rate rises.
+        continuous_steps: first steps, without quantization, after which k-means initializes the codes.
+        commitment: weight of the commitment loss.
+        decay: decay of the codes' moving averages.
+        dead_below: codes with fewer latents per step are dead, and are moved to a latent of the batch.
+        revive_every: steps between moves of dead codes.
+        revive_until: fraction of the run after which dead codes are not moved.
+        save_minutes: minutes between saves.
+        seed: seed of weights and batches.
     """
 
     minutes: float = 45.0
     decoder_of: str | None = None
-    pixels: int = 4 * 96 * 96  # of one batch
+    pixels: int = 4 * 96 * 96
     lr: float = 3e-3
     warmup_steps: int = 50
-    continuous_steps: int = 400  # without quantization, so that codes are not fitted to noise
+    continuous_steps: int = 400
     commitment: float = 0.25
-    decay: float = 0.995  # of the codes' moving averages (van den Oord et al. 2017, appendix A.1)
-    dead_below: float = 0.05  # codes used less often than this per step are moved to a latent of the batch
+    decay: float = 0.995
+    dead_below: float = 0.05
     revive_every: int = 20
-    revive_until: float = 0.8  # part of the budget after which codes are left where they are
+    revive_until: float = 0.8
     save_minutes: float = 3.0
     seed: int = 0
 
 
 class Pictures:
-    """Pictures in memory by group and size; a batch is drawn from one group and one size."""
+    """Pictures in memory, grouped by folder and size. A batch is taken from one group.
+
+    Args:
+        folders: folder -> weight with which it is chosen.
+
+    Raises:
+        InputError: a folder has no picture, or a picture cannot be opened.
+    """
 
     def __init__(self, folders: dict[Path, float]) -> None:
-        """folder -> weight of being drawn from.
-
-        Raises:
-            InputError: a folder has no picture, or a picture cannot be opened.
-        """
         self.groups: list[tuple[float, np.ndarray]] = []
         self._first: dict[tuple[int, int], Path] = {}  # (width, height) -> a picture of that size
         for folder, weight in folders.items():
@@ -71,17 +87,16 @@ class Pictures:
             found = sorted(folder.glob("*"))
             paths = [path for path in found if path.suffix.lower() in picture_suffixes()]
             if not paths:
-                raise InputError(f"--images {folder} has no .png, .jpg or other picture; run make_data.py or "
-                                 "give another folder")  # fmt: skip
+                raise InputError(f"{folder} has no .png, .jpg or other picture; give another folder", "images")
             skipped = [path.name for path in found if path.suffix.lower() not in picture_suffixes() | _BESIDE_PICTURES]
             if skipped:
-                log.warning("--images %s: entries left out, as they have no extension of a picture: %d, the first is "
-                            "%s", folder, len(skipped), skipped[0])  # fmt: skip
+                logger.warning("images %s: entries left out, as they have no extension of a picture: %d, the first is "
+                               "%s", folder, len(skipped), skipped[0])  # fmt: skip
             for path in tqdm(paths, desc=f"reading {folder.name}", unit="picture"):
                 try:
                     image = open_image(path)
                 except InputError as error:
-                    raise InputError(f"--images {error}") from None
+                    raise InputError(str(error), "images") from None
                 by_size[image.size].append(np.asarray(image))
                 self._first.setdefault(image.size, path)
             for images in by_size.values():
@@ -90,67 +105,26 @@ class Pictures:
         self.weights = [weight / total for weight, _ in self.groups]
 
     def check_sides(self, cell: int) -> None:
-        """Raises InputError for a picture whose sides are not multiples of `cell` pixels."""
+        """Checks that the sides of all pictures are multiples of `cell` pixels.
+
+        Raises:
+            InputError: a picture has other sides.
+        """
         for (width, height), path in self._first.items():
             if width % cell or height % cell:
-                raise InputError(f"--images {path}: width and height must be multiples of {cell}, got "
-                                 f"{width}x{height}; crop or scale the picture")  # fmt: skip
+                raise InputError(f"{path}: width and height must be multiples of {cell}, got {width}x{height}; crop or "
+                                 "scale the picture", "images")  # fmt: skip
 
     def batch(self, rng: np.random.Generator, pixels: int) -> Tensor:
-        """(B, 3, H, W) in [-1, 1], B such that B * H * W is about `pixels`."""
+        """Returns random pictures of one group, of about `pixels` pixels in total.
+
+        Shapes: returns (B, 3, height, width), in [-1, 1].
+        """
         _, images = self.groups[rng.choice(len(self.groups), p=self.weights)]
         count = max(1, pixels // (images.shape[1] * images.shape[2]))
         chosen = images[rng.integers(0, len(images), count)]
-        pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return pixels.contiguous()  # channels-last convolutions are several times slower on a CPU
-
-
-def kmeans(points: Tensor, count: int, steps: int = 12, generator: torch.Generator | None = None) -> Tensor:
-    """Lloyd's algorithm; (N, Z) -> (count, Z). Empty centres are put on random points."""
-    centres = points[torch.randperm(len(points), generator=generator)[:count]].clone()
-    for _ in range(steps):
-        nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in points.split(8192)])
-        sizes = torch.bincount(nearest, minlength=count).unsqueeze(1)
-        centres = torch.zeros_like(centres).index_add_(0, nearest, points) / sizes.clamp(min=1)
-        empty = (sizes == 0).squeeze(1)
-        centres[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
-    return centres
-
-
-class MovingCodes:
-    """Codes as moving averages of the latents that fall to them."""
-
-    def __init__(self, model: MoVQGAN, settings: MoVQGANTraining) -> None:
-        self.codes = model.quantize.embedding.weight
-        self.settings = settings
-        self.sizes = torch.zeros(len(self.codes))
-        self.sums = torch.zeros_like(self.codes)
-
-    def start(self, centres: Tensor) -> None:
-        self.codes.data.copy_(centres)
-        self.sizes.fill_(1.0)
-        self.sums.copy_(centres)
-
-    @torch.no_grad()
-    def update(self, flat: Tensor, nearest: Tensor) -> None:
-        """flat (N, Z) latents, nearest (N,) their codes."""
-        decay, count = self.settings.decay, len(self.codes)
-        self.sizes.mul_(decay).add_(torch.bincount(nearest, minlength=count), alpha=1 - decay)
-        self.sums.mul_(decay).add_(torch.zeros_like(self.sums).index_add_(0, nearest, flat), alpha=1 - decay)
-        alive = self.sizes > 1e-4
-        self.codes.data[alive] = self.sums[alive] / self.sizes[alive, None]
-
-    @torch.no_grad()
-    def revive(self, flat: Tensor, generator: torch.Generator) -> int:
-        """Moves dead codes to latents of the batch, those far from any code first; returns how many."""
-        dead = (self.sizes < self.settings.dead_below).nonzero().squeeze(1)
-        far = torch.cat([torch.cdist(part, self.codes).min(1).values for part in flat.split(8192)])
-        dead = dead[: len(flat) // 8]  # a batch has only so many latents that stand for something new
-        if len(dead):
-            chosen = torch.multinomial(far + 1e-6, len(dead), generator=generator)
-            self.codes.data[dead] = flat[chosen]
-            self.sums[dead], self.sizes[dead] = flat[chosen], 1.0
-        return len(dead)
+        batch = torch.from_numpy(chosen).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return batch.contiguous()  # channels-last convolutions are several times slower on a CPU
 
 
 def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,10 +132,10 @@ def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(out: Tensor, pixels: Tensor) -> Tensor:
-    """Mean squared error of pixels and of the differences of neighbouring pixels, with a little L1.
+    """Returns the squared error of pixels and of differences of neighbouring pixels, plus 0.1 times the L1 error.
 
-    Squares first: the median of an edge whose place is still uncertain is no edge at all, so that L1 alone stalls at
-    blurred cells, where the mean keeps pulling towards the right place.
+    The squared error dominates: while the position of an edge is uncertain, the minimum of L1 is the median, which has
+    no edge, and training with L1 alone stalls at blurred images.
     """
     error = out - pixels
     sharpness = sum(d.square().mean() for d in _differences(error))
@@ -169,10 +143,11 @@ def reconstruction_loss(out: Tensor, pixels: Tensor) -> Tensor:
 
 
 class ConvMuon:
-    """Muon for the wide convolutions, each as the matrix (out, in * k * k), AdamW for all other parameters.
+    """Muon for wide convolutions, as matrices (out, in * k * k), and AdamW for all other parameters.
 
-    Source: https://kellerjordan.github.io/posts/muon/, where convolutions are flattened alike; steps are scaled to
-    AdamW's size (arXiv 2502.16982), so one learning rate serves both.
+    Updates are scaled to the size of AdamW's (arXiv 2502.16982), and both use one learning rate.
+
+    Source: https://kellerjordan.github.io/posts/muon/, which flattens convolutions in the same way.
     """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
@@ -180,16 +155,17 @@ class ConvMuon:
         self.convolutions = [p for p in trained if p.ndim == 4 and min(p.shape[:2]) >= 16]
         wide = set(map(id, self.convolutions))
         others = [p for p in trained if id(p) not in wide]
-        # Two-dimensional parameters on the same storage: what Muon does to them, it does to the convolutions.
+        # Two-dimensional views of the convolutions, which Muon updates in place.
         self.matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.convolutions]
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
         self.muon = torch.optim.Muon(self.matrices, lr=lr, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw")
         self.parameters = trained
 
     def step(self, lr: float) -> None:
-        """One step at that learning rate; gradients are cleared."""
+        """Updates all parameters with learning rate `lr`, and clears the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for matrix, convolution in zip(self.matrices, self.convolutions, strict=True):
+            assert convolution.grad is not None
             matrix.grad = convolution.grad.view_as(matrix)
         for optimizer in (self.adamw, self.muon):
             for group in optimizer.param_groups:
@@ -199,30 +175,42 @@ class ConvMuon:
             parameter.grad = None
 
     def state_dict(self) -> dict:
+        """Returns the state of both optimizers."""
         return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restores what `state_dict` returned."""
         self.adamw.load_state_dict(state["adamw"])
         self.muon.load_state_dict(state["muon"])
 
 
-class Trainer:
-    """One process, time-boxed; `run` returns the final model. State is saved every few minutes and found again."""
+class ImageTokenizerTrainer:
+    """Trains an image tokenizer in one process for a given time; resumes from the state in `out_dir`.
 
-    def __init__(self, config: MoVQGANConfig, settings: MoVQGANTraining, pictures: Pictures, out_dir: Path) -> None:
+    Args:
+        config: sizes of the model; ignored with `decoder_of`.
+        out_dir: folder for weights, state and log.
+
+    Raises:
+        InputError: pictures, weights or saved state cannot be used.
+    """
+
+    def __init__(
+        self, config: MoVQGANConfig, settings: MoVQGANTrainingConfig, pictures: Pictures, out_dir: Path
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.model, self.settings, self.pictures, self.out_dir = MoVQGAN(config), settings, pictures, out_dir
-        if settings.decoder_of:  # of the size that it has, whatever `config` says
+        if settings.decoder_of:
             try:
                 self.model = MoVQGAN.from_state_dict(load_state_dict(settings.decoder_of))
             except InputError as error:
-                raise InputError(f"--decoder_of: {error}") from None
+                raise InputError(str(error), "decoder_of") from None
             self.model.float().train().requires_grad_(True)
             for part in (self.model.encoder, self.model.quant_conv):
                 part.requires_grad_(False)
         pictures.check_sides(self.model.config.cell)
         self.model.quantize.embedding.weight.requires_grad_(False)
-        self.codes = MovingCodes(self.model, settings)
+        self.codes = MovingCodes(self.model.quantize.embedding.weight, settings.decay, settings.dead_below)
         self.optimizers = ConvMuon(self.model, settings.lr)
         self.step, self.elapsed, self.quantizing = 0, 0.0, bool(settings.decoder_of)
         self.latents: list[Tensor] = []
@@ -233,7 +221,7 @@ class Trainer:
 
     def _restore(self) -> None:
         try:
-            with zipfile.ZipFile(self.state_path) as file:  # torch.load does not compare the checksums
+            with zipfile.ZipFile(self.state_path) as file:  # torch.load does not check checksums
                 if damaged := file.testzip():
                     raise ValueError(f"checksum of {damaged}")
             state = torch.load(self.state_path, weights_only=True)
@@ -241,21 +229,26 @@ class Trainer:
             if self.settings.decoder_of and any(
                 not torch.equal(self.model.get_parameter(name), state["model"][name]) for name in fixed
             ):
-                raise ValueError("its codes are not those of --decoder_of")
+                raise ValueError("its codes are not those of decoder_of")
             self.model.load_state_dict(state["model"])
             self.optimizers.load_state_dict(state["optimizers"])
             self.codes.sizes.copy_(state["sizes"])
             self.codes.sums.copy_(state["sums"])
             self.step, self.elapsed, self.quantizing = state["step"], state["elapsed"], state["quantizing"]
         except OSError as error:
-            raise InputError(f"--out_dir: {self.state_path} cannot be read ({cause(error)}); {remedy(error)}") from None
-        except Exception as error:  # the unpickler raises errors of any class for damaged bytes
+            raise InputError(f"{self.state_path} cannot be read ({cause(error)}); {remedy(error)}", "out_dir") from None
+        except Exception as error:  # the unpickler may raise any class for damaged bytes
             raise InputError(
-                f"--out_dir: {self.state_path} is damaged or of another size ({cause(error)}); remove it to start anew"
+                f"{self.state_path} is damaged or of another size ({cause(error)}); remove it to start again", "out_dir"
             ) from None
-        log.info("resumed at step %d, %.1f minutes", self.step, self.elapsed / 60)
+        logger.info("resumed at step %d, %.1f minutes", self.step, self.elapsed / 60)
 
     def save(self) -> None:
+        """Writes the state, and the weights as `movqgan.safetensors`.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
         state = {
             "model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "sizes": self.codes.sizes,
             "sums": self.codes.sums, "step": self.step, "elapsed": self.elapsed, "quantizing": self.quantizing,
@@ -269,10 +262,13 @@ class Trainer:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             todo = remedy(error, "check that the folder can be written and has space")
-            raise InputError(f"--out_dir {self.out_dir} cannot be written ({cause(error)}); {todo}") from None
+            raise InputError(f"{self.out_dir} cannot be written ({cause(error)}); {todo}", "out_dir") from None
 
     def _quantize(self, latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Straight-through codes of a latent (B, Z, h, w), and the commitment loss."""
+        """Returns the codes of a latent with straight-through gradient, and the commitment loss.
+
+        Shapes: latent (B, Z, h, w), and so is the result.
+        """
         cells = rearrange(latent.float(), "B Z h w -> B h w Z")
         flat = cells.detach().reshape(-1, cells.shape[-1])
         nearest = self.model.quantize.nearest(cells.detach())
@@ -287,6 +283,7 @@ class Trainer:
         return rearrange(cells + (chosen - cells).detach(), "B h w Z -> B Z h w"), commitment
 
     def _train_step(self, pixels: Tensor, generator: torch.Generator) -> tuple[float, float]:
+        """Trains on one batch; returns its loss and PSNR."""
         done = self.elapsed / (self.settings.minutes * 60)
         rate = self.settings.lr * min(1.0, (self.step + 1) / self.settings.warmup_steps) * max(0.02, 1 - done)
         with torch.autocast("cpu", torch.bfloat16):
@@ -301,39 +298,35 @@ class Trainer:
             out = self.model.decode_latent(latent)
         loss = reconstruction_loss(out.float(), pixels) + self.settings.commitment * commitment
         if not math.isfinite(loss.item()):
-            raise InputError(f"the loss is {loss.item()} at step {self.step}; start again with a lower --lr")
+            raise InputError(f"the loss is {loss.item()} at step {self.step}; start again with a lower lr")
         loss.backward()
         self.optimizers.step(rate)
         return loss.item(), -10 * math.log10(F.mse_loss(out.detach().float().clamp(-1, 1), pixels).item() / 4 + 1e-12)
 
     def run(self) -> MoVQGAN:
-        """Trains until the budget is used, counting the minutes of earlier runs.
+        """Trains until the time is used, including that of earlier runs; returns the model.
 
         Raises:
-            InputError: the disk is full, the loss is not finite, or the budget ends before there are codes.
+            InputError: the disk is full, the loss is not finite, or the time ends before there are codes.
         """
         budget = self.settings.minutes * 60
         bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc="movqgan")
         last_save, psnr = self.elapsed, None
-        metrics = self.out_dir / "log.jsonl"
-        keep_until(metrics, self.step)
+        log = self.out_dir / "log.jsonl"
+        keep_until(log, self.step)
         while self.elapsed < budget:
             began = time.monotonic()
             rng = np.random.default_rng((self.settings.seed, self.step))
             generator = torch.Generator().manual_seed(self.step)
-            enough = sum(map(len, self.latents)) >= 8 * len(self.codes.codes)  # a resumed run gathers them anew
-            if not self.quantizing and self.step >= self.settings.continuous_steps and enough:
-                self.codes.start(kmeans(torch.cat(self.latents), len(self.codes.codes), generator=generator))
-                self.quantizing, self.latents = True, []
+            self._start_codes(generator)
             loss, now = self._train_step(self.pictures.batch(rng, self.settings.pixels), generator)
             psnr = now if psnr is None else 0.98 * psnr + 0.02 * now
             self.step += 1
             self.elapsed += time.monotonic() - began
             if self.step % 20 == 0:
-                used = int((self.codes.sizes >= self.settings.dead_below).sum())
-                line = {"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(loss, 4),
-                        "psnr": round(psnr, 2), "codes_used": used}  # fmt: skip
-                append_lines(metrics, [line])
+                used = self.codes.used()
+                append_lines(log, [{"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(loss, 4),
+                                    "psnr": round(psnr, 2), "codes_used": used}])  # fmt: skip
                 bar.set_postfix(step=self.step, loss=f"{loss:.3f}", dB=f"{psnr:.2f}", codes=used)
             bar.update(round(self.elapsed) - bar.n)
             if self.elapsed - last_save > self.settings.save_minutes * 60:
@@ -341,14 +334,25 @@ class Trainer:
                 last_save = self.elapsed
         bar.close()
         if not self.quantizing:
-            raise InputError(f"--minutes {self.settings.minutes} end before the codes begin; give more")
+            raise InputError(f"must leave time to train the codes, got {self.settings.minutes}; give more", "minutes")
         self.save()
         return self.model
 
+    def _start_codes(self, generator: torch.Generator) -> None:
+        """Initializes the codes by k-means, once enough steps and latents have passed; quantization begins."""
+        count = len(self.codes.codes)
+        enough = sum(map(len, self.latents)) >= 8 * count  # latents are not saved: a resumed run collects new ones
+        if not self.quantizing and self.step >= self.settings.continuous_steps and enough:
+            self.codes.start(kmeans(torch.cat(self.latents), count, generator=generator))
+            self.quantizing, self.latents = True, []
+
 
 def export(model: MoVQGAN, path: Path) -> None:
-    """Writes the weights as safetensors under the released names, in float16: half the size, and the codes that later
-    trainings see are made by the very weights that are shipped."""
+    """Writes the weights as safetensors under the released names, in float16.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written; a partial file is removed.
+    """
     temporary = path.with_suffix(".part")
     tensors = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()}
     try:

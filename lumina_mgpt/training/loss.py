@@ -1,4 +1,4 @@
-"""Next-id loss over labelled positions."""
+"""Next-id loss over labelled positions, computed whole or in chunks of rows."""
 
 import math
 
@@ -8,23 +8,27 @@ from torch.autograd.function import once_differentiable
 
 from lumina_mgpt.model.transformer import Transformer
 
-TAIL_MASS = 1.5e-3  # probability that all unlikely ids together are drawn to
-WHOLE_LOGITS = 1 << 25  # up to so many (128 MiB in float32) the plain loss is as lean, and can be compiled
-CHUNK_LOGITS = 1 << 26  # of one chunk, where that is not too few rows; each chunk reads the head and its gradient anew
-SUM_ROWS = 32  # of logits whose exponentials are there at once, for their sum
-MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the head takes longer than multiplying by it
+TAIL_MASS = 1.5e-3  # total probability that the tail term pulls the unlikely ids towards; chosen
+WHOLE_LOGITS = 1 << 25  # up to this number (128 MiB in float32) the loss is not split, and can be compiled
+CHUNK_LOGITS = 1 << 26  # logits of one chunk; each chunk reads the head and its gradient once more
+SUM_ROWS = 32  # rows of logits whose exponentials are in memory together
+MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the head takes longer than the product
 
 
 def token_losses(logits: Tensor, targets: Tensor, tail_weight: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Sums of the cross-entropy and of logsumexp² (the z-loss) in float32; a target below 0 counts nothing.
+    """Returns the sums of the cross-entropy and of logsumexp² (the z-loss), in float32.
 
-    `tail_weight` times the mean squared distance of unlikely ids from one level, in log-probability, is added to the
-    cross-entropy. Cross-entropy leaves it open how unlikely they are, and guidance multiplies the differences that
-    follow between the laws with and without a prompt: at scale 4 and without top-k, a deviation of 1.5 nats gives them
-    a tenth of every draw.
+    The tail term adds to the cross-entropy the mean squared distance of unlikely ids from one log-probability.
+    Cross-entropy hardly constrains their probabilities, and guidance multiplies the resulting differences between the
+    conditional and the unconditional distribution: at scale 4 and without top-k, a deviation of 1.5 nats gives the
+    unlikely ids a tenth of the probability.
+
+    Args:
+        targets: labels; positions with a label below 0 are not counted.
+        tail_weight: weight of the tail term, at least 0.
 
     Shapes: logits (L, V), targets (L,); returns two scalars.
-    Source: z-loss of PaLM (arXiv 2204.02311), section 5; the tail term is this project's own.
+    Source: z-loss of PaLM (arXiv 2204.02311), section 5. The tail term is not from a paper.
     """
     logits = logits.float()
     counted = targets >= 0
@@ -40,27 +44,26 @@ def token_losses(logits: Tensor, targets: Tensor, tail_weight: float = 0.0) -> t
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The loss of some rows without their logits ever being there all at once.
+    """Head and loss in one function that holds the logits of one chunk of rows at a time.
 
-    Logits of a few rows are made, their gradient is taken, and both are used up before the next rows come: backward
-    only scales what forward has left, and no product with the head is made twice. Needs, beyond the gradient of the
-    head itself, a float for each logit of a chunk (three with the tail term).
+    Forward computes the gradients of each chunk as well, and backward only scales them; no product with the head is
+    computed twice. Beyond the gradient of the head, memory is one float per logit of a chunk (three with the tail
+    term).
 
-    Shapes: rows (L, D), weight (V, D), targets (L,); returns total = cross + z_weight * z, and cross and z without
-    gradients.
-    Source: the idea is that of Liger Kernel's fused linear cross-entropy (arXiv 2410.10989).
+    Shapes: rows (L, D), weight (V, D), targets (L,); returns three scalars: cross + z_weight * z, and cross and z
+    without gradients.
+    Source: fused linear cross-entropy of Liger Kernel (arXiv 2410.10989).
     """
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, z_weight: float, tail_weight: float):
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-        wants_rows, wants_weight = ctx.needs_input_grad[:2]
         with torch.autocast(kind, enabled=False):
             narrow, head = rows.to(dtype), weight.to(dtype)
-            d_rows = torch.empty_like(rows) if wants_rows else None
-            direct = weight.dtype == dtype  # else the gradient is wider than what is multiplied
-            d_weight = (torch.empty_like if direct else torch.zeros_like)(weight) if wants_weight else None
+            d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+            direct = weight.dtype == dtype  # otherwise products are narrower than the gradient
+            d_weight = (torch.empty_like if direct else torch.zeros_like)(weight) if ctx.needs_input_grad[1] else None
             cross = z = rows.new_zeros((), dtype=torch.float32)
             least = MIN_ROWS if kind == "cpu" else MIN_ROWS_ON_GPU
             for span in _spans(len(rows), max(least, CHUNK_LOGITS // len(head))):
@@ -68,14 +71,14 @@ class ChunkedLoss(torch.autograd.Function):
                 part_cross, part_z, d_logits = _with_gradient(chunk @ head.T, targets[span], z_weight, tail_weight)
                 d_logits = d_logits.to(dtype)
                 cross, z = cross + part_cross, z + part_z
-                if wants_rows:
+                if d_rows is not None:
                     d_rows[span] = d_logits @ head
-                if wants_weight and direct:
+                if d_weight is not None and direct:
                     d_weight.addmm_(d_logits.T, chunk, beta=int(span.start > 0))
-                elif wants_weight:  # in slabs: a whole product beside the sum would be another head
+                elif d_weight is not None:  # in parts: a whole product would take the memory of another head
                     for slab in _spans(len(head), max(1, CHUNK_LOGITS // head.shape[1])):
                         d_weight[slab] += d_logits[:, slab].T @ chunk
-                del d_logits  # before the next ones are made
+                del d_logits  # free the memory before the next chunk
         ctx.gradients = d_rows, d_weight
         ctx.mark_non_differentiable(cross, z)
         return cross + z_weight * z, cross, z
@@ -84,7 +87,7 @@ class ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_total: Tensor, *_):
         d_rows, d_weight = ctx.gradients
-        ctx.gradients = None  # so that the weight's can become its .grad, and not a copy of it
+        ctx.gradients = None  # lets autograd use the tensor as .grad without a copy
         return *(None if part is None else part.mul_(d_total) for part in (d_rows, d_weight)), None, None, None
 
 
@@ -93,7 +96,7 @@ def _spans(length: int, step: int) -> list[slice]:
 
 
 def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight: float):
-    """Both sums of `token_losses`, and the gradient of cross + z_weight * z by the logits, which takes their place."""
+    """Returns both sums of `token_losses`, and the gradient of cross + z_weight * z, which overwrites the logits."""
     logits, counted, labels = logits.float(), (targets >= 0).float(), targets.clamp(min=0)[:, None]
     total = torch.cat([part.logsumexp(-1) for part in logits.split(SUM_ROWS)])  # (L,)
     logs = logits.sub_(total[:, None])
@@ -114,7 +117,12 @@ def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight
 
 
 class LossModel(nn.Module):
-    """The transformer with its loss as one module, so that what shards or compiles modules sees every product."""
+    """The transformer and its loss as one module, so that sharding and compilation include the head.
+
+    Args:
+        z_weight: weight of the z-loss.
+        tail_weight: weight of the tail term, see `token_losses`.
+    """
 
     def __init__(self, model: Transformer, z_weight: float = 0.0, tail_weight: float = 0.0) -> None:
         super().__init__()
@@ -126,20 +134,27 @@ class LossModel(nn.Module):
         return cross + self.z_weight * z, cross.detach(), z.detach()
 
     def compile_parts(self) -> None:
-        """Compiles each layer, once for every batch shape, and the loss of few logits, once for all."""
-        torch._dynamo.config.recompile_limit = 64  # widths x (first and later layers): more than the default of 8
+        """Compiles each layer for each batch shape, and the whole loss for all shapes.
+
+        Sets torch's process-wide recompile limit to 64: batch widths times two kinds of layers exceed the default of 8.
+        """
+        torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
             layer.compile(dynamic=False)
-        self.whole_losses = torch.compile(self._whole_losses, dynamic=True)  # labels are never quite as many
+        self.whole_losses = torch.compile(self._whole_losses, dynamic=True)  # the number of labels varies
 
     def forward(self, ids: Tensor, index: Tensor, targets: Tensor,
                 documents: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """The sum to be minimized, and its parts without gradients: cross-entropy and z-loss.
+        """Returns the sum to minimize, and its parts without gradients: cross-entropy and z-loss.
 
-        Only the positions in `index` reach the head. Few logits are made at once, many in chunks.
+        Only the positions in `index` are projected by the head, in chunks above WHOLE_LOGITS logits.
 
-        Shapes: ids (B, T); index (L,) into the flattened ids; targets (L,), -100 where nothing is counted. `documents`
-        are those of `Transformer.forward`.
+        Args:
+            index: labelled positions, as indices into the flattened ids.
+            targets: their labels, -100 for padding.
+            documents: lengths of packed sequences, see `Transformer.forward`.
+
+        Shapes: ids (B, T), index (L,), targets (L,); returns three scalars.
         """
         hidden = self.model(ids, documents=documents)  # (B, T, D)
         rows = hidden.flatten(0, 1)[index]

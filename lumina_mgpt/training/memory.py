@@ -1,6 +1,7 @@
-"""How much memory a training takes on each device, reckoned from the sizes of the model.
+"""Estimates the memory of a training on each device from the sizes of the model.
 
-Confirmed on a CPU only (tests/test_memory.py): what a layer saves for its backward, and the peak of whole steps.
+Compared with measurements on a CPU only (tests/test_memory.py): the tensors that a layer saves for its backward pass,
+and the peak of whole steps.
 """
 
 from dataclasses import dataclass
@@ -8,19 +9,31 @@ from dataclasses import dataclass
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.training.loss import CHUNK_LOGITS, MIN_ROWS, MIN_ROWS_ON_GPU
 
-# Bytes that one layer saves for its backward, for each id and channel of the model's width, or of the inner one:
-# 12 and 4 tensors in float32; in bfloat16 half of it, but for the norms (and the inputs of adapters), which stay wide.
+# Bytes that one layer saves for its backward pass, per id: (per channel of the model's width, per channel of the inner
+# width). In float32 12 and 4 tensors; in bfloat16 half of that, except for the norms and the inputs of adapters.
 SAVED_WIDE, SAVED_NARROW = (48, 16), (34, 9)
-_LOGIT_WIDE, _LOGIT_NARROW = 4, 8  # bytes of one logit of a chunk: float32 in place; bfloat16, float32, narrow again
+_LOGIT_WIDE, _LOGIT_NARROW = 4, 8  # bytes of one logit of a chunk: float32 in place; bfloat16, float32, bfloat16
 _RUNTIME = 1.2e9  # CUDA's context and kernels, NCCL's buffers: a usual size, not measured here
+
+
+def layer_weights(config: ModelConfig) -> int:
+    """Returns the number of weights in the matrices of all layers, without embedding and head."""
+    ends = 1 if config.tie_word_embeddings else 2
+    return config.weight_count - ends * config.vocab_size * config.hidden_size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training as far as memory goes; `ids` are those of a micro-batch on one device.
+    """A training, as far as its memory depends on it. All results are in bytes on each device.
 
-    `wide`: all is float32. Else products are bfloat16, weights and optimizer state float32; with `lora_rank` weights
-    that stay as they are, are bfloat16 too. `offload`: shares of weights and optimizer lie in the CPU's memory (FSDP).
+    Args:
+        ids: ids of one micro-batch on one device.
+        devices: number of devices that share weights and optimizer state (FSDP).
+        wide: everything is float32. Otherwise products are bfloat16, and weights and optimizer state float32.
+        checkpointing: activations are recomputed in the backward pass.
+        lora_rank: rank of the adapters, 0 to train all weights; frozen weights are bfloat16 unless `wide`.
+        offload: weights and optimizer state are in the CPU's memory.
+        gpu: the devices are GPUs.
     """
 
     config: ModelConfig
@@ -34,31 +47,34 @@ class Plan:
 
     @property
     def sharded(self) -> bool:
+        """Whether weights are gathered for each layer (FSDP)."""
         return self.devices > 1 or self.offload
 
     @property
     def matrix(self) -> int:
-        """Weights of the embedding, and of the head."""
+        """Number of weights of the embedding, and of the head."""
         return self.config.vocab_size * self.config.hidden_size
 
     @property
     def layer(self) -> int:
-        """Weights of one layer's matrices."""
-        return self.config.layer_weight_count
+        """Number of weights of one layer's matrices."""
+        return layer_weights(self.config) // self.config.num_hidden_layers
 
     @property
     def weights(self) -> int:
+        """Number of weights in all matrices."""
         return self.config.weight_count
 
     @property
     def adapters(self) -> int:
+        """Number of weights of the adapters: a rank times the input and output widths of each matrix."""
         c, inner = self.config, self.config.intermediate_size
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        ends = 2 * (c.hidden_size + q) + 2 * (c.hidden_size + k) + 3 * (c.hidden_size + inner)
-        return c.num_hidden_layers * self.lora_rank * ends
+        widths = 2 * (c.hidden_size + q) + 2 * (c.hidden_size + k) + 3 * (c.hidden_size + inner)
+        return c.num_hidden_layers * self.lora_rank * widths
 
     def state(self, gradients: bool) -> float:
-        """Weights and optimizer state between steps, of which each device has its share; with or without gradients."""
+        """Share of one device in weights and optimizer state, with or without gradients."""
         trained = 16 if gradients else 12  # float32: weight, two moments of AdamW, gradient
         if self.offload:
             return 0
@@ -67,7 +83,7 @@ class Plan:
         return trained * self.weights / self.devices
 
     def saved(self) -> tuple[float, float]:
-        """What layers keep for the backward: all of them together, and what the one at work has beside that."""
+        """Tensors saved for the backward pass: of all layers together, and additionally of the current layer."""
         c = self.config
         width, inner = SAVED_WIDE if self.wide else SAVED_NARROW
         one = self.ids * (width * c.hidden_size + inner * c.intermediate_size)
@@ -77,24 +93,31 @@ class Plan:
         return c.num_hidden_layers * self.ids * c.hidden_size * stream, one
 
     def moments(self) -> dict[str, float]:
-        """Bytes in use when the loss is made, in the first layer of the backward, and at its end."""
-        c, product = self.config, 4 if self.wide else 2
-        whole = 0 if self.lora_rank else product * self.matrix  # the head's gradient before it is shared out
+        """Bytes in use when the loss is computed, in the first layer of the backward pass, and at its end."""
+        rows = max(MIN_ROWS_ON_GPU if self.gpu else MIN_ROWS, CHUNK_LOGITS // self.config.vocab_size)
+        logits = min(rows, self.ids) * self.config.vocab_size * (_LOGIT_WIDE if self.wide else _LOGIT_NARROW)
+        return self._sharded_moments(logits) if self.sharded else self._whole_moments(logits)
+
+    def _whole_moments(self, logits: int) -> dict[str, float]:
+        """Of one device that holds all weights."""
         kept, one = self.saved()
-        rows = max(MIN_ROWS_ON_GPU if self.gpu else MIN_ROWS, CHUNK_LOGITS // c.vocab_size)
-        logits = min(rows, self.ids) * c.vocab_size * (_LOGIT_WIDE if self.wide else _LOGIT_NARROW)
-        if not self.sharded:
-            copies = 0 if self.wide or self.lora_rank else 2 * c.num_hidden_layers * self.layer  # autocast's
-            gradient = 0 if self.lora_rank else 4 * self.matrix
-            narrow_head = 0 if self.wide or self.lora_rank else 2 * self.matrix
-            return {
-                "loss": self.state(False) + copies + kept + gradient + narrow_head + logits,
-                "backward": self.state(False) + copies + kept + gradient + one,
-                "end": self.state(True) + copies,
-            }
+        copies = 0 if self.wide or self.lora_rank else 2 * self.config.num_hidden_layers * self.layer  # autocast's
+        gradient = 0 if self.lora_rank else 4 * self.matrix
+        narrow_head = 0 if self.wide or self.lora_rank else 2 * self.matrix
+        return {
+            "loss": self.state(False) + copies + kept + gradient + narrow_head + logits,
+            "backward": self.state(False) + copies + kept + gradient + one,
+            "end": self.state(True) + copies,
+        }
+
+    def _sharded_moments(self, logits: int) -> dict[str, float]:
+        """Of one device among several that share the weights."""
+        product = 4 if self.wide else 2
+        kept, one = self.saved()
         gathered = product * self.matrix  # the head, from its use to the end of the step
-        layers = 2 * product * self.layer  # the one at work and the next
-        summed = 0 if self.lora_rank else (product + 4) * self.layer  # a layer's gradient, and wide for the sum
+        whole = 0 if self.lora_rank else product * self.matrix  # the head's gradient before it is reduced
+        layers = 2 * product * self.layer  # the current layer and the next
+        summed = 0 if self.lora_rank else (product + 4) * self.layer  # a layer's gradient, and in float32 for the sum
         last = 0 if self.lora_rank else 2 * product * self.matrix + 4 * self.matrix  # embedding: weights, gradient, sum
         return {
             "loss": self.state(False) + gathered + whole + kept + logits,
@@ -103,5 +126,5 @@ class Plan:
         }
 
     def peak(self) -> float:
-        """Bytes on each device."""
+        """Peak over a step, in bytes on each device."""
         return max(self.moments().values()) + (_RUNTIME if self.gpu else 0)

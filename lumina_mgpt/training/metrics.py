@@ -1,8 +1,10 @@
-"""What a run tells about itself: a progress bar, one JSON line a step, TensorBoard, the share of peak FLOPs."""
+"""Metrics of a run: a progress bar, one JSON line a step, TensorBoard, and the share of peak FLOP/s."""
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,70 +15,83 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import MicroBatch
 from lumina_mgpt.errors import package_error
 from lumina_mgpt.io import append_lines, keep_until
+from lumina_mgpt.training.memory import layer_weights
 
 _FLUSH_SECONDS = 5
-# Of the dense bf16 products, from NVIDIA's data sheets; the first that is part of the device's name holds.
+# Dense bf16 TFLOP/s, from NVIDIA's data sheets. The first key that is part of the device's name counts.
 _PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A6000": 155.0, "4090": 165.0,
     "3090": 71.0,
 }  # fmt: skip
 
 
-def peak_flops(device: torch.device, told: float = 0.0) -> float:
-    """FLOPs a second that a device could do: `told` is in TFLOPs; 0 where it is not known."""
+def peak_flops(device: torch.device, tflops: float = 0.0) -> float:
+    """Returns the peak FLOP/s of a device, 0 if unknown.
+
+    Args:
+        tflops: the peak in TFLOP/s, if the caller knows it.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return 1e12 * (told or next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), 0.0))
+    return 1e12 * (tflops or next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), 0.0))
 
 
 def batch_flops(config: ModelConfig, batch: MicroBatch) -> float:
-    """FLOPs that forward and backward of a micro-batch cannot do without: none for padding or recomputing.
+    """Returns the FLOPs of forward and backward of a micro-batch, without padding and recomputation.
 
-    Six for each weight and id (the head: and label), and twelve for each channel and pair of ids that see each other.
+    6 for each weight and id (of the head: weight and label), and 12 for each channel and pair of ids that attend to
+    each other.
+
     Source: PaLM (arXiv 2204.02311), appendix B; halved for attention, which is causal.
     """
-    D, inner = config.hidden_size, config.intermediate_size
-    layer = 2 * D * D + 2 * D * config.num_key_value_heads * config.head_dim + 3 * D * inner
     pairs = sum(n * n for n in batch.documents) / 2 if batch.documents else batch.tokens * batch.ids.shape[1] / 2
-    products = layer * batch.tokens * config.num_hidden_layers + config.vocab_size * D * batch.labelled
-    return 6.0 * products + 12.0 * config.num_hidden_layers * D * pairs
+    products = layer_weights(config) * batch.tokens + config.vocab_size * config.hidden_size * batch.labelled
+    return 6.0 * products + 12.0 * config.num_hidden_layers * config.hidden_size * pairs
 
 
 class Metrics:
-    """Bar, `metrics.jsonl` and TensorBoard's files of the first process; silent on the others.
+    """Progress bar, `metrics.jsonl` and TensorBoard files of the first process; does nothing on the others.
+
+    Args:
+        folder: output folder.
+        step, progress: position that the run starts from; progress in [0, 1].
+        active: whether this is the first process.
+        tensorboard: whether TensorBoard files are written.
 
     Raises:
-        InputError: TensorBoard is asked for and not installed.
+        InputError: TensorBoard is requested and not installed.
     """
 
     def __init__(self, folder: Path, step: int, progress: float, active: bool, tensorboard: bool = False) -> None:
-        self.active, self.path, self.waiting = active, folder / "metrics.jsonl", []
-        self.flushed, self.writer, self.make_writer = 0.0, None, None
+        self.active, self.path, self.waiting = active, folder / "metrics.jsonl", list[dict]()
+        self.flushed, self.writer = 0.0, None
+        self.make_writer: Callable[[], Any] | None = None
         if not active:
             return
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-            except Exception as error:  # whatever one of its own imports raises
-                raise package_error(error, "--tensorboard", "tensorboard", ("tensorboard", "torch.utils.tensorboard"),
+            except Exception as error:  # a failing import of TensorBoard may raise any class
+                modules = ("tensorboard", "torch.utils.tensorboard")
+                raise package_error(error, "tensorboard=True", "tensorboard", modules,
                                     "leave it out: metrics.jsonl holds the same") from None  # fmt: skip
             self.make_writer = lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         form = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=1.0, initial=min(1.0, progress), bar_format=form, dynamic_ncols=True, smoothing=0.05)
 
     def begin(self, step: int) -> None:
-        """Readies the file of an earlier run of which `step` steps count."""
+        """Removes lines after `step` from the file of an earlier run, and opens TensorBoard's files."""
         if self.active:
             keep_until(self.path, step)
             self.writer = self.make_writer() if self.make_writer else None
 
     def step(self, row: dict) -> None:
-        """Takes one step's numbers; what is not finite becomes null, which every reader of JSON knows."""
+        """Records the metrics of one step; values that are not finite become null, which is valid JSON."""
         if not self.active:
             return
         row = {key: value if _finite(value) else None for key, value in row.items()}
         self.waiting.append(row)
         self.bar.update(max(0.0, min(1.0, row["progress"]) - self.bar.n))
-        loss = "left out" if row["loss"] is None or "skipped" in row else f"{row['loss']:.3f}"
+        loss = "skipped" if row["loss"] is None or "skipped" in row else f"{row['loss']:.3f}"
         share = f" {100 * row['peak_share']:.1f} % of peak" if "peak_share" in row else ""
         self.bar.set_postfix_str(
             f"step {row['step']} loss {loss} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s{share}"
@@ -89,10 +104,17 @@ class Metrics:
             self.flush()
 
     def pictures(self, step: int, pictures: list[Image.Image]) -> None:
-        for n, picture in enumerate(pictures if self.writer else []):
-            self.writer.add_image(f"samples/{n}", np.asarray(picture), step, dataformats="HWC")
+        """Adds sample pictures to TensorBoard."""
+        if self.writer:
+            for n, picture in enumerate(pictures):
+                self.writer.add_image(f"samples/{n}", np.asarray(picture), step, dataformats="HWC")
 
     def flush(self) -> None:
+        """Writes the recorded rows to the disk.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         if self.active:
             append_lines(self.path, self.waiting)
             self.waiting, self.flushed = [], time.monotonic()
@@ -100,6 +122,7 @@ class Metrics:
             self.writer.flush()
 
     def close(self) -> None:
+        """Flushes, and closes bar and files."""
         if self.active:
             self.flush()
             self.bar.close()

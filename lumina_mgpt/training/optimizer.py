@@ -1,22 +1,25 @@
-"""Optimizers, the learning rate over a run, and the moving average of the weights."""
+"""Optimizers, learning rate schedule, and moving average of the weights."""
 
 import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import OptimizerOptions
 
-BETAS = (0.9, 0.95)  # as released
+BETAS = (0.9, 0.95)  # of the released training code
 
 
-def build_optimizers(model: Transformer, settings: Settings) -> list[Optimizer]:
-    """AdamW for everything; or Muon for the matrices inside the layers and AdamW for the rest.
+def build_optimizers(model: Transformer, options: OptimizerOptions) -> list[Optimizer]:
+    """Returns AdamW for all trained weights, or Muon for the matrices of the layers and AdamW for the rest.
 
-    Norms and biases are not decayed. Source: Muon for hidden matrices only, https://kellerjordan.github.io/posts/muon/.
+    Norms and biases have no weight decay.
+
+    Source: Muon for hidden matrices only, https://kellerjordan.github.io/posts/muon/.
     """
     hidden, other, plain = [], [], []
     for name, parameter in model.named_parameters():
@@ -24,15 +27,15 @@ def build_optimizers(model: Transformer, settings: Settings) -> list[Optimizer]:
             continue
         if "norm" in name or name.endswith("bias"):
             plain.append(parameter)
-        elif settings.optimizer == "muon" and name.startswith("layers."):
+        elif options.optimizer == "muon" and name.startswith("layers."):
             hidden.append(parameter)
         else:
             other.append(parameter)
-    groups = [{"params": other, "weight_decay": settings.wd}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": other, "weight_decay": options.wd}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=settings.lr, betas=BETAS, fused=True)]
+    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=settings.muon_lr, weight_decay=settings.wd, momentum=0.95))
+        optimizers.append(torch.optim.Muon(hidden, lr=options.muon_lr, weight_decay=options.wd, momentum=0.95))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -40,7 +43,13 @@ def build_optimizers(model: Transformer, settings: Settings) -> list[Optimizer]:
 
 
 def schedule(progress: float, warmup: float, floor: float) -> float:
-    """Factor of the learning rate: linear warm-up, then half a cosine down to `floor`. All in [0, 1]."""
+    """Returns the factor of the learning rate: linear warm-up, then half a cosine down to `floor`.
+
+    Args:
+        progress: fraction of the run that has passed, in [0, 1].
+        warmup: fraction of the run with rising rate, in [0, 1).
+        floor: factor at the end, in [0, 1].
+    """
     if progress < warmup:
         return progress / warmup
     done = min(1.0, (progress - warmup) / (1 - warmup))
@@ -48,13 +57,18 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
 
 
 def set_lr(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Sets each learning rate to its peak times `factor`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
 
 class Ema:
-    """Moving average of the trained weights; young averages follow faster, so that short runs forget the start."""
+    """Exponential moving average of the trained weights.
+
+    Update n uses the decay min(decay, (1 + n) / (10 + n)): early averages follow faster, and short runs are not
+    dominated by the initial weights.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -63,6 +77,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Moves the average towards the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         now = dict(model.named_parameters())
@@ -71,5 +86,5 @@ class Ema:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a sharded tensor; any other as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """Returns this process's shard of a sharded tensor, any other tensor unmodified."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,151 +1,325 @@
-"""Everything a training run is told, checked in one place."""
+"""Training configuration: nested dataclasses whose fields are the options of the command `finetune`.
 
+Each field carries its help text, choices and rule in its metadata. The command line is generated from them, so that
+names, defaults and limits are written once. `TrainingConfig.of` and `TrainingConfig.flat` convert from and to one flat
+mapping, the form of command lines and of `trainer.json`.
+"""
+
+import dataclasses
 import numbers
 import os
 import sys
 import typing
-from dataclasses import Field, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
 from lumina_mgpt.errors import InputError
 
-CHOICES = {
-    "precision": ("bf16", "fp32"), "optimizer": ("adamw", "muon"), "overlong": ("error", "drop"),
-    "on_nonfinite": ("stop", "skip"),
-}  # fmt: skip
-_COUNT_LIMIT = 2**31 - 1  # what every library below takes as a size
+_COUNT_LIMIT = 2**31 - 1  # largest size that every library below accepts
 _LIMITS = {"seed": 2**63 - 1, "threads": 1024, "lora_rank": 2**20}  # torch's seeds have 64 bits; sizes of real machines
-_TYPES = {
-    bool: (bool, "must be true or false"), str: (str, "must be text"),
-    int: (numbers.Integral, "must be a whole number"), float: (numbers.Real, "must be a number"),
-}  # fmt: skip
+_TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "must be true or false"),
+    str: (str, "must be text"),
+    int: (numbers.Integral, "must be a whole number"),
+    float: (numbers.Real, "must be a number"),
+}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Field names are those of the command line options.
+class Rule:
+    """A condition on a number, and its text in error messages."""
 
-    One of `epochs`, `max_steps`, `max_minutes` says how long the run is; the learning rate follows the fraction of it
-    that has passed. `batch_size` and `max_tokens` are those of one micro-batch on one process.
+    text: str
+    holds: Callable[[float], bool]
 
-    Raises:
-        InputError: naming the option that is out of its range.
-    """
 
-    data_config: str
-    output_dir: str
-    init_from: str | None = None
-    model_config: str | None = None
-    tokenizer_path: str | None = None
-    batch_size: int = 0
-    max_tokens: int = 0
-    accum_iter: int = 1
-    pad_multiple: int = 32
-    pack: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 0.0
-    freeze_embeddings: bool = False
-    max_seq_len: int = 4096
-    overlong: str = "error"
-    epochs: float = 0
-    max_steps: int = 0
-    max_minutes: float = 0
-    warmup: float = 0.01
-    optimizer: str = "adamw"
-    lr: float = 2e-5
-    min_lr: float = 0.0
-    muon_lr: float = 0.02
-    wd: float = 0.1
-    clip_grad: float = 4.0
-    dropout: float = 0.05
-    z_loss_weight: float = 1e-5
-    tail_weight: float = 0.0
-    code_noise: float = 0.0
-    spare_panel: float = 0.0
-    ema: float = 0.0
-    on_nonfinite: str = "stop"
-    spike: float = 0.0
-    precision: str = "bf16"
-    compile: bool = False
-    cpu_offload: bool = False
-    checkpointing: bool = False
-    save_iteration_interval: int = 1000
-    save_minutes: float = 0
-    keep_checkpoints: int = 2
-    save_beside: bool = False
-    resume: str = ""
-    tensorboard: bool = False
-    peak_tflops: float = 0.0
-    sample_every: int = 0
-    sample_prompts: str | None = None
-    movqgan_path: str | None = None
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
+NOT_NEGATIVE = Rule("must be at least 0", lambda value: value >= 0)
+POSITIVE = Rule("must be above 0", lambda value: value > 0)
+AT_LEAST_ONE = Rule("must be at least 1", lambda value: value >= 1)
+FRACTION = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
+SHARE = Rule("must be in [0, 1]", lambda value: 0 <= value <= 1)
+FACTOR = Rule("must be above 1, or 0 for none", lambda value: value == 0 or value > 1)
+
+
+def option(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the metadata of one option; `default` is MISSING for one that must be given."""
+    return field(default=default, metadata={"help": help, "rule": rule, "choices": choices})
+
+
+def value_type(item: Field) -> type:
+    """The type of an option's value: bool, int, float or str, also where None is allowed."""
+    return next(kind for kind in _kinds(item) if kind is not type(None))
+
+
+def _kinds(item: Field) -> tuple[type, ...]:
+    return typing.get_args(item.type) or (typing.cast(type, item.type),)
+
+
+class Options:
+    """Base of the groups: checks the type and the rule of each field when an instance is made."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            self._check_type(field)
-        if bool(self.init_from) == bool(self.model_config):
-            raise InputError("give one of --init_from (a checkpoint) and --model_config (training from scratch)")
-        if self.model_config and not self.tokenizer_path:
-            raise InputError("--model_config needs --tokenizer_path, the folder whose tokenizer the data was made with")
-        budgets = [self.epochs, self.max_steps, self.max_minutes]
-        if sum(value > 0 for value in budgets) != 1 or min(budgets) < 0:
-            raise InputError(f"give one of --epochs, --max_steps and --max_minutes, above 0; got {budgets}")
-        for name in ("accum_iter", "max_seq_len", "keep_checkpoints", "pad_multiple"):
-            self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("lr", "muon_lr"):
-            self._require(name, getattr(self, name) > 0, "must be above 0")
-        limits = ("min_lr", "wd", "clip_grad", "z_loss_weight", "tail_weight", "spike", "peak_tflops", "lora_alpha")
-        for name in (*limits, "save_minutes"):
-            self._require(name, getattr(self, name) >= 0, "must be at least 0")
-        self._require("min_lr", self.min_lr <= self.lr, f"must be at most --lr {self.lr}")
-        for name in ("warmup", "dropout", "ema", "code_noise"):
-            self._require(name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
-        self._require("spare_panel", 0 <= self.spare_panel <= 1, "must be in [0, 1]")
-        if self.spare_panel and not self.code_noise:
-            raise InputError(f"--spare_panel {self.spare_panel} means nothing without --code_noise; add that")
-        for name in ("compile", "code_noise"):  # each row is of a shape of its own; other rows lend the noise
-            if self.pack and getattr(self, name):
-                raise InputError(f"--pack does not go with --{name}; leave one of them out")
-        self._check_frozen()
-        self._require("spike", self.spike == 0 or self.spike > 1, "must be above 1, or 0 for none")
-        for name, values in CHOICES.items():
-            self._require(name, getattr(self, name) in values, f"must be one of {', '.join(values)}")
+        for item in option_fields(type(self)):
+            _check(self, item)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Checks rules that concern several fields of a group."""
+
+
+def option_fields(group: Any) -> list[Field]:
+    """The fields of a group that are options."""
+    return [item for item in fields(group) if "help" in item.metadata]
+
+
+def _check(group: Any, item: Field) -> None:
+    """Converts a value to the type of its field, so that it can be written as JSON, and checks its range."""
+    name, value, kinds, kind = item.name, getattr(group, item.name), _kinds(item), value_type(item)
+    if value is None and type(None) in kinds:
+        return
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    wanted, text = _TYPES[kind]
+    _require(name, value, isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)), text)
+    if kind is int:
+        limit = _LIMITS.get(name, _COUNT_LIMIT)
+        _require(name, value, 0 <= value <= limit, f"must be in [0, {limit}]")
+    elif kind is float:
+        _require(name, value, -sys.float_info.max <= value <= sys.float_info.max, "must be finite")
+    if rule := item.metadata["rule"]:
+        _require(name, value, rule.holds(value), rule.text)
+    if choices := item.metadata["choices"]:
+        _require(name, value, value in choices, f"must be one of {', '.join(choices)}")
+    object.__setattr__(group, name, kind(value))
+
+
+def _require(name: str, value: object, holds: bool, text: str) -> None:
+    if not holds:
+        raise InputError(f"{text}, got {value}", name)
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataOptions(Options):
+    """Which sequences are read, and how they form batches."""
+
+    data_config: str = option(MISSING, "YAML with META: [{path, type, ratio}]")
+    batch_size: int = option(0, "sequences of a micro-batch on one process")
+    max_tokens: int = option(0, "instead of --batch_size: ids of a micro-batch, padding included")
+    accum_iter: int = option(1, "micro-batches a step, on each process", AT_LEAST_ONE)
+    pad_multiple: int = option(32, "sequences are padded to multiples of this", AT_LEAST_ONE)
+    pack: bool = option(False, "pack several sequences into each row of --max_tokens; they do not attend to each other")
+    max_seq_len: int = option(4096, "maximum length of a sequence; see --overlong", AT_LEAST_ONE)
+    overlong: str = option(
+        "error", "sequences over --max_seq_len: refuse them at the start, or drop and count them",
+        choices=("error", "drop"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """Which model is trained, and which of its weights."""
+
+    init_from: str | None = option(None, "checkpoint folder or hub id to start from")
+    model_config: str | None = option(None, "YAML or config.json of a model to train from scratch")
+    tokenizer_path: str | None = option(None, "folder of the tokenizer (default: that of --init_from)")
+    lora_rank: int = option(
+        0, "train adapters of this rank on the layers' matrices, 0 for all weights (pip install peft)"
+    )
+    lora_alpha: float = option(0.0, "adapters are scaled by this over their rank (default: twice the rank)",
+                               NOT_NEGATIVE)  # fmt: skip
+    freeze_embeddings: bool = option(False, "do not train embedding and head")
 
     @property
     def freezes(self) -> bool:
-        """Whether some weights stay those of `init_from`, and are not kept in checkpoints."""
+        """Whether some weights are not trained; checkpoints leave these out."""
         return bool(self.lora_rank or self.freeze_embeddings)
 
-    def _check_frozen(self) -> None:
+    @property
+    def alpha(self) -> float:
+        """The scale of the adapters, times their rank."""
+        return self.lora_alpha or 2.0 * self.lora_rank
+
+    def _check_together(self) -> None:
+        if bool(self.init_from) == bool(self.model_config):
+            raise InputError("give one of init_from=FOLDER, a checkpoint, and model_config=FILE, to train from scratch")
+        if self.model_config and not self.tokenizer_path:
+            raise InputError("needs tokenizer_path=FOLDER, with the tokenizer of the data", "model_config")
         if self.freezes and not self.init_from:
-            raise InputError("--lora_rank and --freeze_embeddings need --init_from, whose weights stay as they are")
+            name = "lora_rank" if self.lora_rank else "freeze_embeddings"
+            raise InputError("needs init_from=FOLDER, which holds the weights that are not trained", name)
         if self.lora_rank and self.freeze_embeddings:
-            raise InputError("--lora_rank trains nothing but adapters already; leave --freeze_embeddings out")
+            raise InputError(f"is not needed with lora_rank={self.lora_rank}, which trains adapters only; leave it out",
+                             "freeze_embeddings")  # fmt: skip
         if self.lora_alpha and not self.lora_rank:
-            raise InputError(f"--lora_alpha {self.lora_alpha} means nothing without --lora_rank; add that")
-        if self.lora_rank and self.optimizer == "muon":
-            raise InputError("--optimizer muon is for whole matrices, not for --lora_rank; use adamw")
+            raise InputError(f"{self.lora_alpha} means nothing without lora_rank=R; add that", "lora_alpha")
 
-    def _check_type(self, field: Field) -> None:
-        """Gives a setting the type of its field, so that every one can be written as JSON and read again."""
-        name, value = field.name, getattr(self, field.name)
-        kinds = typing.get_args(field.type) or (field.type,)
-        if value is None and type(None) in kinds:
-            return
-        if str in kinds and isinstance(value, os.PathLike):
-            value = str(value)
-        number = bool not in kinds and str not in kinds
-        wanted, rule = _TYPES[next(kind for kind in kinds if kind is not type(None))]
-        self._require(name, isinstance(value, wanted) and not (number and isinstance(value, bool)), rule)
-        if int in kinds:
-            limit = _LIMITS.get(name, _COUNT_LIMIT)
-            self._require(name, 0 <= value <= limit, f"must be in [0, {limit}]")
-        elif float in kinds:
-            self._require(name, -sys.float_info.max <= value <= sys.float_info.max, "must be finite")
-        object.__setattr__(self, name, kinds[0](value))
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise InputError(f"--{name} {rule}, got {getattr(self, name)}")
+@dataclass(frozen=True)
+class OptimizerOptions(Options):
+    """Optimizer, learning rates, and which steps are applied."""
+
+    optimizer: str = option("adamw", "muon: for the matrices of the layers, adamw for the rest",
+                            choices=("adamw", "muon"))  # fmt: skip
+    lr: float = option(2e-5, "peak learning rate of adamw", POSITIVE)
+    min_lr: float = option(0.0, "learning rate at the end", NOT_NEGATIVE)
+    muon_lr: float = option(0.02, "peak learning rate of muon", POSITIVE)
+    wd: float = option(0.1, "weight decay", NOT_NEGATIVE)
+    clip_grad: float = option(4.0, "limit of the gradient's norm, 0 for none", NOT_NEGATIVE)
+    on_nonfinite: str = option(
+        "stop", "a step whose loss or gradient is not finite, or a spike: stop, or skip it; both are logged",
+        choices=("stop", "skip"),
+    )  # fmt: skip
+    spike: float = option(
+        0.0, "a gradient norm above this multiple of the median of the last 100 is a spike, 0 for none; try 10", FACTOR
+    )
+
+    def _check_together(self) -> None:
+        _require("min_lr", self.min_lr, self.min_lr <= self.lr, f"must be at most lr={self.lr}")
+
+
+@dataclass(frozen=True)
+class ScheduleOptions(Options):
+    """Length of the run, and its warm-up. The learning rate follows the fraction of the run that has passed."""
+
+    epochs: float = option(0.0, "length of the run in epochs", NOT_NEGATIVE)
+    max_steps: int = option(0, "or in steps")
+    max_minutes: float = option(0.0, "or in minutes; time before a --resume counts", NOT_NEGATIVE)
+    warmup: float = option(0.01, "fraction of the run in which the learning rate rises", FRACTION)
+
+    def _check_together(self) -> None:
+        lengths = self.epochs, self.max_steps, self.max_minutes
+        if sum(value > 0 for value in lengths) != 1:
+            given = ", ".join(map(str, lengths))
+            raise InputError(f"give one of epochs=N, max_steps=N and max_minutes=N, above 0; got {given}")
+
+
+@dataclass(frozen=True)
+class RegularizationOptions(Options):
+    """Dropout, additional terms of the loss, noise, and the moving average of the weights."""
+
+    dropout: float = option(0.05, "dropout rate on the output of attention and feed-forward", FRACTION)
+    z_loss_weight: float = option(1e-5, "weight of the z-loss, logsumexp squared", NOT_NEGATIVE)
+    tail_weight: float = option(
+        0.0, "pull of unlikely ids to one probability; stabilizes guidance after a short training", NOT_NEGATIVE
+    )
+    code_noise: float = option(0.0, "share of the input image codes that are replaced; for few pictures, seen often",
+                               FRACTION)  # fmt: skip
+    spare_panel: float = option(
+        0.0, "share of the rows in which --code_noise leaves the first half of codes, a given panel, unchanged", SHARE
+    )
+    ema: float = option(0.0, "export a moving average of the weights with this decay, 0 for none", FRACTION)
+
+    def _check_together(self) -> None:
+        if self.spare_panel and not self.code_noise:
+            raise InputError(f"{self.spare_panel} means nothing without code_noise=SHARE; add that", "spare_panel")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions(Options):
+    """When checkpoints are written, how many stay, and where the run resumes."""
+
+    save_iteration_interval: int = option(1000, "steps between checkpoints, 0 for none")
+    save_minutes: float = option(0.0, "minutes between checkpoints, 0 for none", NOT_NEGATIVE)
+    keep_checkpoints: int = option(2, "number of newest checkpoints that are kept", AT_LEAST_ONE)
+    save_beside: bool = option(
+        False, "write checkpoints while the training continues; takes a copy of what is written in the CPU's memory"
+    )
+    resume: str = option("", "auto: go on from the newest checkpoint in --output_dir if there is one; or the path of "
+                         "one")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoggingOptions(Options):
+    """What a run records beside `metrics.jsonl`."""
+
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard (pip install tensorboard)")
+    peak_tflops: float = option(
+        0.0, "peak TFLOP/s of one device at this precision, for the share used (default: that of known GPUs)",
+        NOT_NEGATIVE,
+    )  # fmt: skip
+    sample_every: int = option(0, "steps between pictures of fixed prompts in OUTPUT_DIR/samples, 0 for none")
+    sample_prompts: str | None = option(
+        None, "their prompts, one a line (default: prompts.txt of the checkpoint, or five built-in ones)"
+    )
+    movqgan_path: str | None = option(None, "MoVQGAN weights for them (default: looked for beside the checkpoint)")
+
+
+@dataclass(frozen=True)
+class RuntimeOptions(Options):
+    """Device, precision, memory and random numbers."""
+
+    precision: str = option("bf16", "of the matrix products; weights stay float32", choices=("bf16", "fp32"))
+    compile: bool = option(False, "torch.compile layers and loss")
+    cpu_offload: bool = option(False, "keep weights and optimizer state in the CPU's memory (CUDA only)")
+    checkpointing: bool = option(False, "recompute activations in the backward pass")
+    seed: int = option(0, "seed of weights, data order and dropout")
+    device: str = option("auto", "auto, cpu or cuda")
+    threads: int = option(0, "CPU threads of this process, 0 for torch's default")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Options):
+    """Training configuration.
+
+    `batch_size` and `max_tokens` are those of one micro-batch on one process. Exactly one of `epochs`, `max_steps` and
+    `max_minutes` gives the length of the run.
+
+    Raises:
+        InputError: a value is out of range, or two do not go together; names the parameter.
+    """
+
+    data: DataOptions
+    model: ModelOptions
+    optimizer: OptimizerOptions
+    schedule: ScheduleOptions
+    regularization: RegularizationOptions
+    checkpoints: CheckpointOptions
+    logging: LoggingOptions
+    runtime: RuntimeOptions
+    output_dir: str = option(MISSING, "checkpoints, metrics.jsonl and the export go here")
+
+    @classmethod
+    def options(cls) -> dict[str, Field]:
+        """Name -> field of every option, of all groups."""
+        return {item.name: item for group in (cls, *groups().values()) for item in option_fields(group)}
+
+    @classmethod
+    def of(cls, **values: Any) -> "TrainingConfig":
+        """The configuration with these options; the others have their defaults.
+
+        Raises:
+            TypeError: an option is unknown, or one without a default is missing.
+            InputError: as for the class.
+        """
+        if unknown := values.keys() - cls.options().keys():
+            raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+        parts: dict[str, Any] = {name: group(**_part(group, values)) for name, group in groups().items()}
+        return cls(**_part(cls, values), **parts)
+
+    def flat(self) -> dict[str, Any]:
+        """The options of all groups as one mapping, from which `of` makes an equal configuration."""
+        owners = (self, *(getattr(self, name) for name in groups()))
+        return {item.name: getattr(owner, item.name) for owner in owners for item in option_fields(type(owner))}
+
+    def _check_together(self) -> None:
+        if self.model.lora_rank and self.optimizer.optimizer == "muon":
+            raise InputError("muon trains whole matrices and cannot be used with lora_rank=R; use optimizer=adamw",
+                             "optimizer")  # fmt: skip
+        if self.data.pack:  # packed rows differ in shape, and noise is taken from other rows
+            for name, given in (("compile", self.runtime.compile), ("code_noise", self.regularization.code_noise)):
+                if given:
+                    raise InputError(f"cannot be used with {name}={given}; leave one of them out", "pack")
+
+
+def groups() -> dict[str, type[Options]]:
+    """Attribute of TrainingConfig -> group of options."""
+    hints = {item.name: item.type for item in dataclasses.fields(TrainingConfig)}
+    return {name: kind for name, kind in hints.items() if isinstance(kind, type) and issubclass(kind, Options)}
+
+
+def _part(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {item.name: values[item.name] for item in option_fields(group) if item.name in values}

@@ -1,11 +1,12 @@
 """Reads torch.distributed.checkpoint folders without running code from them.
 
-torch unpickles a checkpoint's list of tensors and its other values without any limit, and a pickle may run any code.
-These classes admit the types that such files consist of, and nothing else.
+torch unpickles the metadata of a checkpoint without restriction, and a pickle can run any code. The classes here accept
+only the types that these files consist of.
 """
 
 import io
 import pickle
+from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -27,6 +28,8 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
+    """Refuses every type that is not in `_ALLOWED`."""
+
     def find_class(self, module: str, name: str) -> object:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
@@ -34,21 +37,21 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """Reads the list of tensors with the allowed types only."""
+    """Reads the metadata with the allowed types only."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError("it is not a list of tensors")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+            raise pickle.UnpicklingError("it holds no metadata")
+        storage = getattr(metadata, "storage_meta", None) or StorageMeta()
+        storage.load_id = self.load_id
+        metadata.storage_meta = storage
         return metadata
 
 
 class Planner(DefaultLoadPlanner):
-    """Reads values that are not tensors, such as those of an optimizer's groups, by torch's restricted reader."""
+    """Reads values other than tensors, such as those of an optimizer's groups, with `weights_only=True`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
@@ -57,6 +60,6 @@ class Planner(DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-def reader_and_planner(checkpoint) -> tuple[Reader, LoadPlanner]:
-    """Arguments `storage_reader` and `planner` of torch.distributed.checkpoint.load."""
+def reader_and_planner(checkpoint: Path) -> tuple[Reader, LoadPlanner]:
+    """Returns the arguments `storage_reader` and `planner` of torch.distributed.checkpoint.load."""
     return Reader(checkpoint), Planner()

@@ -1,4 +1,4 @@
-"""Pictures of fixed prompts while a model trains, so that one can see what it has learned."""
+"""Pictures of fixed prompts, generated during training."""
 
 import logging
 from pathlib import Path
@@ -14,30 +14,37 @@ from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.prompt_files import PROMPTS_FILE, example_prompts, read_prompts
 from lumina_mgpt.training.adapters import plain_copy
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import TrainingConfig
+from lumina_mgpt.training.run_folder import name_of
 from lumina_mgpt.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 
-class Sampler:
-    """Draws the same prompts with the same noise each time; all processes call it together, the first draws.
+class SampleImages:
+    """Generates the same prompts from the same seed each time. All processes call it together; the first generates.
 
-    It draws with a copy of the weights (in bf16 on a GPU), so that neither sharding nor compilation nor a random number
-    of the training is touched; that copy is the memory it takes.
+    It uses a copy of the weights, in bfloat16 on a GPU, and therefore changes neither sharding nor compilation nor the
+    random numbers of the training. It needs the memory of that copy.
+
+    Args:
+        settings: training configuration, with `sample_prompts` and `movqgan_path`.
+        folder: folder of the tokenizer, of the built-in prompts, and of the image tokenizer if none is named.
 
     Raises:
-        InputError: there is no image tokenizer, or it does not fit, or a prompt cannot be drawn.
+        InputError: there is no image tokenizer, it does not fit the model, or a prompt cannot be used.
     """
 
-    def __init__(self, settings: Settings, folder: Path, model: Transformer, vocabulary: Vocabulary,
-                 processes: Processes) -> None:  # fmt: skip
-        self.processes, self.model, self.seed = processes, model, settings.seed
+    def __init__(
+        self, settings: TrainingConfig, folder: Path, model: Transformer, vocabulary: Vocabulary, processes: Processes
+    ) -> None:
+        options = settings.logging
+        self.processes, self.model, self.seed = processes, model, settings.runtime.seed
         self.folder = Path(settings.output_dir) / "samples"
-        self.prompts, named = read_prompts(None, settings.sample_prompts, "sample_prompts"), "sample_prompts"
+        self.prompts, named = read_prompts(None, options.sample_prompts, "sample_prompts"), "sample_prompts"
         if not self.prompts:
             self.prompts, named = example_prompts(folder), str(folder / PROMPTS_FILE)
-        self.checkpoint = Checkpoint(folder, model.config, vocabulary, find_movqgan(folder, settings.movqgan_path))
+        self.checkpoint = Checkpoint(folder, model.config, vocabulary, find_movqgan(folder, options.movqgan_path))
         self.images = None
         if processes.first:
             self.images = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, processes.device)
@@ -46,9 +53,9 @@ class Sampler:
 
     @torch.no_grad()
     def draw(self, step: int) -> list[Image.Image]:
-        """Writes `samples/step-N/0.png` and so on; returns the pictures on the first process.
+        """Writes `samples/step-N/0.png` and so on; returns the pictures, an empty list on other processes.
 
-        A picture that cannot be written is reported and does not end the training.
+        A picture that cannot be written is logged; the training continues.
         """
         device = self.processes.device
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -56,11 +63,12 @@ class Sampler:
         if not self.processes.first:
             self.processes.barrier()
             return []
+        assert self.images is not None
         results = Pipeline(self.checkpoint, copy, self.images).generate(self.prompts, seed=self.seed)
-        place = OutputFolder(self.folder / f"step-{step:08d}", overwrite=True, parameter="output_dir")
+        target = OutputFolder(self.folder / name_of(step), overwrite=True, parameter="output_dir")
         try:
             for n, result in enumerate(results):
-                place.save(f"{n}.png", result.image)
+                target.save(f"{n}.png", result.image)
         except InputError as error:
             logger.warning("the samples of step %d are not all written: %s", step, error)
         self.processes.barrier()

@@ -1,7 +1,7 @@
-"""Writes checkpoints of a run, by torch.distributed.checkpoint.
+"""Writes the checkpoints of a run.
 
-A checkpoint is a folder `checkpoints/step-N` that is renamed into place when all of it is written; it loads on any
-number of processes.
+A checkpoint is a folder `checkpoints/step-N` that gets its name when it is complete. It loads on any number of
+processes.
 """
 
 import json
@@ -15,56 +15,67 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_atomic
-from lumina_mgpt.training import lineage
-from lumina_mgpt.training.checkpoint import quietly, reason
+from lumina_mgpt.training import run_folder
+from lumina_mgpt.training.checksums import write_checksums
 from lumina_mgpt.training.distributed import Processes
-from lumina_mgpt.training.state import STATE, write_checksums
+from lumina_mgpt.training.state import STATE
+from lumina_mgpt.training.tensors import quietly, reason
 
 
 class Saver:
-    """Writes the checkpoints of a run and keeps the `keep` newest; all processes call the same methods together.
+    """Writes checkpoints and keeps the `keep` newest. All processes call the same methods together.
 
-    With `beside`, `save` only copies what is to be written (in the CPU's memory: 12 bytes a trained weight, spread over
-    the processes), and a thread writes it while the training goes on; a checkpoint has its name when it is whole, here
-    too. Not the default: for 1.05 GB, on two cores that train as well, the loop was held 0.22 s and not 1.09, but the
-    steps beside the writing took longer: 1.46 s lost in all and not 1.17 (bench_checkpoint.py). Meant for GPUs,
-    where the CPU has time; not measured there.
+    With `beside`, `save` copies the tensors to the CPU's memory (12 bytes a trained weight, spread over the processes)
+    and a thread writes them while the training continues.
+
+    Not the default. Measured for 1.05 GB on two cores that also train (bench_checkpoint.py): the loop waits 0.22 s
+    instead of 1.09 s, but the steps during the writing take longer, and 1.46 s are lost in total instead of 1.17 s.
+    Intended for GPUs, where the CPU is idle; not measured there.
+
+    Attributes:
+        last: the checkpoint with the current state of the run: the last written, or the one resumed from.
     """
 
     def __init__(self, output_dir: Path, processes: Processes, keep: int, beside: bool = False) -> None:
         self.output_dir, self.folder, self.processes = output_dir, output_dir / "checkpoints", processes
         self.keep, self.beside = keep, beside
-        self.last: Path | None = None  # the checkpoint that holds the run's state: the last written, or the one resumed
-        if beside:  # the thread warns, like `quietly` says, when that has long returned
+        self.last: Path | None = None
+        if beside:  # the thread warns after `quietly` has returned
             warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
             self.pool = ThreadPoolExecutor(1)
-        # Its messages must not meet those of the steps that are made meanwhile.
+        # A separate group: its messages must not mix with those of the training steps.
         self.group = dist.new_group(backend="gloo") if beside and processes.world > 1 else None
         self.writing: tuple[Future, dict] | None = None
 
     def begin(self, start: Path | None, newest: Path | None) -> None:
-        """Readies the folder for a run that goes on from `start`; `newest` was the newest checkpoint when it loaded.
+        """Prepares the folder for a run that resumes from `start`.
+
+        Args:
+            newest: newest checkpoint of the folder at the time when `start` was loaded.
 
         Raises:
-            InputError: another run has written a checkpoint since; or later ones cannot be set aside.
+            InputError: another run has written a checkpoint since, or later checkpoints cannot be set aside.
         """
         self.last = start
         if not self.processes.first:
             return
-        if lineage.newest(self.output_dir) != newest:
-            raise InputError(f"--output_dir {self.output_dir}: another run has changed its checkpoints while this one "
-                             "started; start again")  # fmt: skip
-        if start is not None and lineage.belongs(start, self.output_dir):
-            lineage.go_back(self.output_dir, start.resolve())
+        if run_folder.newest(self.output_dir) != newest:
+            raise InputError(
+                f"{self.output_dir}: another run has changed its checkpoints while this one started; start again",
+                "output_dir",
+            )
+        if start is not None and run_folder.belongs(start, self.output_dir):
+            run_folder.go_back(self.output_dir, start.resolve())
 
     def save(self, tensors: dict, state: dict) -> None:
-        """Writes a checkpoint, or begins to.
+        """Writes a checkpoint; with `beside`, starts to write it.
 
         Raises:
-            InputError: the disk does not take it, or did not take the last one; the checkpoints before it are whole.
+            InputError: this or the last checkpoint cannot be written; earlier checkpoints are complete.
         """
         self.finish()
         partial = self._partial(state)
@@ -74,7 +85,7 @@ class Saver:
                 shutil.rmtree(old)
         self.processes.barrier()
         options = {"checkpoint_id": partial, "no_dist": self.processes.world == 1}
-        with self._one_line(state):
+        with self._readable_errors(state):
             if self.beside:
                 written = quietly(dcp.async_save, tensors, process_group=self.group, **options)
                 self.writing = self.pool.submit(self._complete, state, written), state
@@ -85,7 +96,7 @@ class Saver:
         self.processes.barrier()
 
     def poll(self) -> bool:
-        """Gives what is whole by now its name; says whether writing has ended badly instead."""
+        """Publishes a checkpoint whose writing has ended; returns whether the writing has failed instead."""
         if self.writing is None or not self.writing[0].done():
             return False
         if self.writing[0].exception():
@@ -94,7 +105,7 @@ class Saver:
         return False
 
     def finish(self) -> None:
-        """Waits until nothing is being written.
+        """Waits for a checkpoint that is being written, and publishes it.
 
         Raises:
             InputError: as `save`.
@@ -102,12 +113,12 @@ class Saver:
         if self.writing is None:
             return
         (future, state), self.writing = self.writing, None
-        with self._one_line(state):
+        with self._readable_errors(state):
             future.result()
             self._publish(state)
 
     def _complete(self, state: dict, written: Future | None = None) -> None:
-        """Adds the state and the checksums when the tensors are `written`."""
+        """Writes state and checksums after the tensors are `written`."""
         if written is not None:
             written.result()
         if self.processes.first:
@@ -116,24 +127,29 @@ class Saver:
             write_checksums(partial)
 
     def _publish(self, state: dict) -> None:
+        """Gives a complete checkpoint its name, and removes the oldest ones."""
         if not self.processes.first:
             return
-        final = self.folder / lineage.name_of(state["step"])
+        final = self.folder / run_folder.name_of(state["step"])
         if final.exists():
-            lineage.remove(final)
+            run_folder.remove(final)
         os.replace(self._partial(state), final)
         self.last = final
-        for old in lineage.checkpoints_of(self.output_dir)[: -self.keep]:
+        for old in run_folder.checkpoints_of(self.output_dir)[: -self.keep]:
             if old != final:
-                lineage.remove(old)
+                run_folder.remove(old)
 
     def _partial(self, state: dict) -> Path:
-        return self.folder / f".partial-{lineage.name_of(state['step'])}"
+        return self.folder / f".partial-{run_folder.name_of(state['step'])}"
 
     @contextmanager
-    def _one_line(self, state: dict) -> Iterator[None]:
+    def _readable_errors(self, state: dict) -> Iterator[None]:
+        """Turns errors of the disk into InputError."""
         try:
             yield
-        except (OSError, dcp.api.CheckpointException) as error:
-            raise InputError(f"--output_dir {self.output_dir}: the checkpoint of step {state['step']} cannot be "
-                             f"written ({reason(error)}); free some space, then --resume auto") from None  # fmt: skip
+        except (OSError, CheckpointException) as error:
+            raise InputError(
+                f"{self.output_dir}: the checkpoint of step {state['step']} cannot be written ({reason(error)}); free "
+                "some space, then use resume=auto",
+                "output_dir",
+            ) from None

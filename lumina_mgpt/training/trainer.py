@@ -4,7 +4,8 @@ import contextlib
 import logging
 import signal
 import time
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,121 +20,155 @@ from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training import base, checkpoint, lineage
+from lumina_mgpt.training import base, loading, run_folder
 from lumina_mgpt.training.adapters import choose_trained
 from lumina_mgpt.training.distributed import Processes, clip_gradients, place
+from lumina_mgpt.training.export import keep_companions
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.loss import LossModel
 from lumina_mgpt.training.metrics import Metrics, batch_flops, peak_flops
 from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
-from lumina_mgpt.training.options import Settings
-from lumina_mgpt.training.sample_images import Sampler
+from lumina_mgpt.training.options import TrainingConfig
+from lumina_mgpt.training.sample_images import SampleImages
 from lumina_mgpt.training.saver import Saver
+from lumina_mgpt.training.tensors import tensors_of
 from lumina_mgpt.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+# Options that must not change when a run resumes: with them, a position means the same data and weights.
+_IDENTITY = ("seed", "batch_size", "max_tokens", "pad_multiple", "pack", "optimizer", "lora_rank", "lora_alpha",
+             "freeze_embeddings")  # fmt: skip
 
-def build_model(settings: Settings) -> tuple[Transformer, Path, dict]:
-    """The model to train, on the CPU, in float32 (what adapters leave alone, in bf16), its tokenizer's folder, and what
-    the run keeps about the checkpoint that it begins with."""
-    if settings.init_from:
-        folder = resolve(settings.init_from)
+
+def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
+    """Returns the model to train, the folder of its tokenizer, and what checkpoints store about the base checkpoint.
+
+    The model is on the CPU in float32. With adapters and precision bf16, it is bfloat16: frozen weights are never
+    multiplied in a wider format.
+
+    Raises:
+        InputError: the model cannot be loaded or has int4 weights.
+    """
+    options = settings.model
+    if options.init_from:
+        folder = resolve(options.init_from)
         require_plain_weights(folder, "init_from", "trained")
-        # What is not trained need not be held wider than it is multiplied.
-        dtype = torch.bfloat16 if settings.lora_rank and settings.precision == "bf16" else torch.float32
-        model = load_model(folder, dtype, torch.device("cpu"), "sdpa")
+        narrow = options.lora_rank and settings.runtime.precision == "bf16"
+        model = load_model(folder, torch.bfloat16 if narrow else torch.float32, torch.device("cpu"), "sdpa")
     else:
-        path = str(settings.model_config)
+        path = str(options.model_config)
         config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
-        folder = Path(str(settings.tokenizer_path))
+        folder = Path(str(options.tokenizer_path))
         model = Transformer(config)
-        model.init_weights(torch.Generator().manual_seed(settings.seed))
+        model.init_weights(torch.Generator().manual_seed(settings.runtime.seed))
     described = base.describe(settings, folder)
-    folder = Path(settings.tokenizer_path) if settings.tokenizer_path else folder
-    model.config = replace(model.config, dropout=settings.dropout, z_loss_weight=settings.z_loss_weight)
-    model.dropout, model.gradient_checkpointing = settings.dropout, settings.checkpointing
+    folder = Path(options.tokenizer_path) if options.tokenizer_path else folder
+    dropout, z_loss_weight = settings.regularization.dropout, settings.regularization.z_loss_weight
+    model.config = replace(model.config, dropout=dropout, z_loss_weight=z_loss_weight)
+    model.dropout, model.gradient_checkpointing = dropout, settings.runtime.checkpointing
     return model, folder, described
 
 
 class Trainer:
-    """One run: construct it on every process, then `run()`.
+    """One training run: construct it on every process, then call `run`.
 
     Raises:
         InputError: settings, data or a checkpoint do not fit; nothing has been trained then.
     """
 
-    def __init__(self, settings: Settings, processes: Processes) -> None:
+    def __init__(self, settings: TrainingConfig, processes: Processes) -> None:
         self.settings, self.processes = settings, processes
         self.output_dir = Path(settings.output_dir)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        start, sources = self._checkpoint_to_resume(), read_sources(settings.data_config)
-        model, folder, self.base = build_model(settings)
-        vocabulary = Vocabulary.from_folder(folder, model.config)
-        longest = settings.max_seq_len if settings.overlong == "drop" else 0
-        self.dataset = TokenDataset(sources, vocabulary, settings.seed, longest)
-        self.dataset.check(settings.max_seq_len)
-        size = BatchSize(settings.batch_size, settings.max_tokens, settings.pad_multiple, settings.pack)
-        size.check(int(self.dataset.lengths.max()))
+        if settings.runtime.threads:
+            torch.set_num_threads(settings.runtime.threads)
+        self.start, sources = self._checkpoint_to_resume(), read_sources(settings.data.data_config)
+        model, self.tokenizer_folder, self.base = build_model(settings)
+        vocabulary = Vocabulary.from_folder(self.tokenizer_folder, model.config)
+        self.dataset, self.feed = self._read_data(sources, vocabulary)
         longer = self.dataset.lengths.max() > model.config.max_position_embeddings
-        if longer and not model.config.rope_scaling:  # the export is to draw what it has seen
-            model.config = replace(model.config, max_position_embeddings=settings.max_seq_len)
-        self.feed = Feed(self.dataset, size, settings.accum_iter, processes.rank, processes.world)
-        choose_trained(model, settings)
-        self.frozen = base.frozen(model)
-        self.module = LossModel(model, settings.z_loss_weight, settings.tail_weight)
-        self.model = model.train()
-        if settings.compile:
-            self.module.compile_parts()
-        place(self.module, processes, settings.cpu_offload, settings.precision == "bf16")
-        self.optimizers = build_optimizers(model, settings)
-        self.ema = Ema(model, settings.ema) if settings.ema else None
-        self.guard = Guard(settings.on_nonfinite, settings.spike, self.output_dir, processes.first)
-        self.peak_flops = processes.world * peak_flops(processes.device, settings.peak_tflops)
-        self.saver = Saver(self.output_dir, processes, settings.keep_checkpoints, settings.save_beside)
-        self.sampler = Sampler(settings, folder, model, vocabulary, processes) if settings.sample_every else None
+        if longer and not model.config.rope_scaling:  # the exported model must accept the lengths it was trained on
+            model.config = replace(model.config, max_position_embeddings=settings.data.max_seq_len)
+        self._prepare_model(model)
         self.at, self.elapsed, self.tokens = 0, 0.0, 0
-        self.stop, self.leave = 0, False  # the signal that came here; whether one came anywhere
-        self.start, self.tokenizer_folder = start, folder
-        if start is not None:
-            self._resume(start)
-        self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, settings.tensorboard)
+        # `stop`: the signal that this process received. `leave`: whether any process received one.
+        self.stop, self.leave = 0, False
+        optimizer, logs, checkpoints = settings.optimizer, settings.logging, settings.checkpoints
+        self.guard = Guard(optimizer.on_nonfinite, optimizer.spike, self.output_dir, processes.first)
+        self.peak_flops = processes.world * peak_flops(processes.device, logs.peak_tflops)
+        self.saver = Saver(self.output_dir, processes, checkpoints.keep_checkpoints, checkpoints.save_beside)
+        self.samples = None
+        if logs.sample_every:
+            self.samples = SampleImages(settings, self.tokenizer_folder, model, vocabulary, processes)
+        if self.start is not None:
+            self._resume(self.start)
+        self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, logs.tensorboard)
+
+    def _read_data(self, sources: list, vocabulary: Vocabulary) -> tuple[TokenDataset, Feed]:
+        data, processes = self.settings.data, self.processes
+        longest = data.max_seq_len if data.overlong == "drop" else 0
+        dataset = TokenDataset(sources, vocabulary, self.settings.runtime.seed, longest)
+        dataset.check(data.max_seq_len)
+        size = BatchSize(data.batch_size, data.max_tokens, data.pad_multiple, data.pack)
+        size.check(int(dataset.lengths.max()))
+        return dataset, Feed(dataset, size, data.accum_iter, processes.rank, processes.world)
+
+    def _prepare_model(self, model: Transformer) -> None:
+        """Freezes, compiles and places the model, and makes its optimizers."""
+        settings, regularization, runtime = self.settings, self.settings.regularization, self.settings.runtime
+        choose_trained(model, settings.model, settings.runtime.seed)
+        self.frozen = base.frozen(model)
+        self.module = LossModel(model, regularization.z_loss_weight, regularization.tail_weight)
+        self.model = model.train()
+        if runtime.compile:
+            self.module.compile_parts()
+        place(self.module, self.processes, runtime.cpu_offload, runtime.precision == "bf16")
+        self.optimizers = build_optimizers(model, settings.optimizer)
+        self.ema = Ema(model, regularization.ema) if regularization.ema else None
 
     # -- position ------------------------------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
         """Fraction of the run that has passed."""
-        settings = self.settings
-        if settings.max_minutes:
-            return self.elapsed / (60 * settings.max_minutes)
-        return self.at / settings.max_steps if settings.max_steps else self.feed.epochs / settings.epochs
+        length = self.settings.schedule
+        if length.max_minutes:
+            return self.elapsed / (60 * length.max_minutes)
+        return self.at / length.max_steps if length.max_steps else self.feed.epochs / length.epochs
 
     def _checkpoint_to_resume(self) -> Path | None:
-        """Raises: InputError: the folder holds a run, and nothing says to go on with it; or another run is named."""
-        self.newest = found = checkpoint.newest(self.output_dir)
-        if self.settings.resume not in ("", "auto"):
-            chosen = Path(self.settings.resume)
+        """Returns the checkpoint that `resume` names, None for a new run.
+
+        Raises:
+            InputError: the folder holds a run and `resume` is empty, or it names a checkpoint of another run.
+        """
+        resume = self.settings.checkpoints.resume
+        self.newest = found = run_folder.newest(self.output_dir)
+        if resume not in ("", "auto"):
+            chosen = Path(resume)
             if not chosen.is_dir():
-                raise InputError(f"--resume must be auto or the folder of a checkpoint, got {chosen}; it lies in "
-                                 "OUTPUT_DIR/checkpoints")  # fmt: skip
-            if found is not None and not lineage.belongs(chosen, self.output_dir):
-                raise InputError(f"--resume {chosen} is not one of the checkpoints of --output_dir {self.output_dir}, "
-                                 f"which holds a run of its own ({found.name}); --resume auto goes on with that, "
-                                 "another --output_dir begins with the other")  # fmt: skip
+                raise InputError(
+                    f"must be auto or the folder of a checkpoint, got {chosen}; it is in OUTPUT_DIR/checkpoints",
+                    "resume",
+                )
+            if found is not None and not run_folder.belongs(chosen, self.output_dir):
+                raise InputError(
+                    f"{chosen} is not one of the checkpoints of output_dir={self.output_dir}, which holds another run "
+                    f"({found.name}); use resume=auto to go on with that run, or another output folder",
+                    "resume",
+                )
             return chosen
-        if found is not None and not self.settings.resume:
-            raise InputError(f"--output_dir {self.output_dir} holds a run already ({found.name}); --resume auto goes "
-                             "on with it, another folder starts anew")  # fmt: skip
+        if found is not None and not resume:
+            raise InputError(
+                f"{self.output_dir} holds a run already ({found.name}); use resume=auto to go on with it, or another "
+                "folder",
+                "output_dir",
+            )
         return found
 
     def _identity(self) -> dict:
-        """What must be the same for a position to mean the same data, and the weights the same model."""
-        names = ("seed", "batch_size", "max_tokens", "pad_multiple", "pack", "optimizer", "lora_rank",
-                 "lora_alpha", "freeze_embeddings")  # fmt: skip
-        model = asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
-        return {name: getattr(self.settings, name) for name in names} | {
+        options, model = self.settings.flat(), asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
+        return {name: options[name] for name in _IDENTITY} | {
             "data_config": self.dataset.fingerprint(), "ema": self.ema is not None, "model_config": model,
             "frozen": self.frozen,
         }  # fmt: skip
@@ -147,53 +182,69 @@ class Trainer:
         }  # fmt: skip
 
     def _resume(self, path: Path) -> None:
-        state = checkpoint.verified_state(path, self.processes)
-        mine, its = self._identity(), state["identity"]
-        its = {field.name: field.default for field in fields(Settings)} | its  # options younger than the checkpoint
-        wanted = its.get("frozen")
-        if self.frozen and not wanted and self.processes.first:
-            logger.warning("%s does not say what its frozen weights were: they cannot be compared", path)
-        differs = [f"--{key} (was {its.get(key)})" for key in mine if key != "frozen" and its.get(key) != mine[key]]
-        if differs:
-            raise InputError(f"--resume {path} is of a run with another {', '.join(differs)}; use the same, or a new "
-                             "--output_dir")  # fmt: skip
-        base.check(self.frozen, wanted, f"--init_from {self.settings.init_from}")
-        if lineage.belongs(path, self.output_dir) and lineage.step_of(path.resolve()) != state["step"]:
-            raise InputError(f"{path} holds step {state['step']}, which is not its name; give an "
-                             "unmodified checkpoint")  # fmt: skip
-        checkpoint.load(path, self.model, self.optimizers, self.ema, self.processes)
+        state = loading.verified_state(path, self.processes)
+        self._check_identity(path, state["identity"])
+        if run_folder.belongs(path, self.output_dir) and run_folder.step_of(path.resolve()) != state["step"]:
+            raise InputError(
+                f"{path} holds step {state['step']}, which is not its name; give an unmodified checkpoint"
+            )
+        loading.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
         if self.feed.done >= len(self.feed.plan):
-            raise InputError(f"{path}: 'done' must be below the {len(self.feed.plan)} batches of an epoch, got "
-                             f"{self.feed.done}; remove the checkpoint to go on from the one before")  # fmt: skip
+            raise InputError(
+                f"{path}: 'done' must be below the {len(self.feed.plan)} batches of an epoch, got {self.feed.done}; "
+                "remove the checkpoint to go on from the one before"
+            )
         self.guard.load(state.get("guard", {}))
         if self.ema:
             self.ema.updates = state["ema"]
 
+    def _check_identity(self, path: Path, stored: dict) -> None:
+        """Raises InputError if the checkpoint is of a run with other data, weights or options."""
+        wanted = stored.get("frozen")
+        if self.frozen and not wanted and self.processes.first:
+            logger.warning("%s does not say what its frozen weights were: they cannot be compared", path)
+        defaults = {name: item.default for name, item in TrainingConfig.options().items()}
+        stored = defaults | stored  # earlier versions lack some options
+        own = self._identity()
+        differs = [name for name in own if name != "frozen" and stored.get(name) != own[name]]
+        if differs:
+            named = [f"{name}={stored[name]}" if name in _IDENTITY else name for name in differs]
+            raise InputError(
+                f"{path} is of a run with another value: {', '.join(named)}; use the same, or a new output folder",
+                "resume",
+            )
+        base.check(self.frozen, wanted, self.settings.model.init_from)
+
     def save(self) -> None:
-        self.saver.save(checkpoint.tensors_of(self.model, self.optimizers, self.ema), self._state())
+        """Writes a checkpoint of the current step.
+
+        Raises:
+            InputError: the disk does not take it; earlier checkpoints are complete.
+        """
+        self.saver.save(tensors_of(self.model, self.optimizers, self.ema), self._state())
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Trains to the end, or until a signal; a checkpoint is written either way. Returns the signal, or 0.
+        """Trains to the end, or until a signal, and writes a checkpoint. Returns the signal, or 0.
 
         Raises:
-            InputError: a step is bad by rule (see Guard), or data or disk fail; the last checkpoint is whole then. Or
-                another run is at work in the folder.
+            InputError: a step is bad (see Guard), data or disk fail, or another run works in the folder. The last
+                checkpoint is complete.
         """
-        alone = alone_in(self.output_dir, "--output_dir") if self.processes.first else contextlib.nullcontext()
+        alone = alone_in(self.output_dir, "output_dir") if self.processes.first else contextlib.nullcontext()
         with alone, self._signals():
             self.saver.begin(self.start, self.newest)
-            if self.processes.first:  # only now: a refused run leaves what is there in place
-                checkpoint.keep_companions(self.tokenizer_folder, self.output_dir)
+            if self.processes.first:  # not earlier: a run that is refused must not change the folder
+                keep_companions(self.tokenizer_folder, self.output_dir)
             self.metrics.begin(self.at)
             self.guard.begin()
             try:
                 self._loop()
             except InputError:
-                with contextlib.suppress(InputError):  # one error is enough
+                with contextlib.suppress(InputError):  # report the first error only
                     self.saver.finish()
                 raise
             finally:
@@ -201,17 +252,15 @@ class Trainer:
         return self.stop or (signal.SIGTERM if self.leave else 0)
 
     def _loop(self) -> None:
-        settings, began = self.settings, time.monotonic() - self.elapsed
+        began = time.monotonic() - self.elapsed
         saved_at, saved_elapsed = self.at, self.elapsed
-        if self.sampler and not self.at:
-            self.metrics.pictures(0, self.sampler.draw(0))
+        if self.samples and not self.at:
+            self.metrics.pictures(0, self.samples.draw(0))
         while self.progress < 1 and not self.leave:
             self._step(began)
-            if self.sampler and not self.at % settings.sample_every:
-                self.metrics.pictures(self.at, self.sampler.draw(self.at))
-            due = settings.save_iteration_interval and self.at - saved_at >= settings.save_iteration_interval
-            due = due or settings.save_minutes and self.elapsed - saved_elapsed >= 60 * settings.save_minutes
-            if due and self.progress < 1 and not self.leave:
+            if self.samples and not self.at % self.settings.logging.sample_every:
+                self.metrics.pictures(self.at, self.samples.draw(self.at))
+            if self._due(saved_at, saved_elapsed) and self.progress < 1 and not self.leave:
                 self.metrics.flush()
                 self.save()
                 saved_at, saved_elapsed = self.at, self.elapsed
@@ -220,27 +269,29 @@ class Trainer:
             self.save()
         self.saver.finish()
 
+    def _due(self, saved_at: int, saved_elapsed: float) -> bool:
+        """Returns whether a checkpoint is due, by steps or by minutes."""
+        options = self.settings.checkpoints
+        by_steps = options.save_iteration_interval and self.at - saved_at >= options.save_iteration_interval
+        by_time = options.save_minutes and self.elapsed - saved_elapsed >= 60 * options.save_minutes
+        return bool(by_steps or by_time)
+
     def _step(self, began: float) -> None:
-        started, settings, processes = time.monotonic(), self.settings, self.processes
-        factor = schedule(self.progress, settings.warmup, settings.min_lr / settings.lr)
-        set_lr(self.optimizers, factor)
-        # Random numbers are a function of the step: nothing of them needs to be kept for a resumed run to be the same.
-        torch.manual_seed(seed_of(settings.seed, "step", self.at, processes.rank))
-        batches = self.feed.next_step()
-        if settings.code_noise:
-            codes, rates = self.dataset.vocabulary.code_slice, (settings.code_noise, settings.spare_panel)
-            batches = [replace(b, ids=corrupt(b.ids, codes, *rates)) for b in batches]
-        counts = [(b.labelled, b.tokens, batch_flops(self.model.config, b)) for b in batches]
+        """One step: batches, gradient, guard, update, metrics. `began` is the clock at elapsed time 0."""
+        started, processes = time.monotonic(), self.processes
+        rate = self._set_learning_rate()
+        batches = self._next_batches()
+        counts = [(batch.labelled, batch.tokens, batch_flops(self.model.config, batch)) for batch in batches]
         labelled, tokens, flops = processes.sum(*map(sum, zip(*counts, strict=True)))
         losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
-        norm = clip_gradients(self.module, settings.clip_grad)
+        norm = clip_gradients(self.module, self.settings.optimizer.clip_grad)
         elapsed = time.monotonic() - began if processes.first else 0.0
         sums = *(sum(loss) for loss in zip(*losses, strict=True)), self.stop, self.saver.poll(), elapsed
         cross, z, stop, failed, elapsed = processes.sum(*sums)
-        if failed:  # on all processes alike
+        if failed:  # on every process; raises the error on the one that writes
             self.saver.finish()
         loss, z = cross / max(1.0, labelled), z / max(1.0, labelled)
-        fault = self.guard.fault(loss + settings.z_loss_weight * z, norm)
+        fault = self.guard.fault(loss + self.settings.regularization.z_loss_weight * z, norm)
         if fault:
             self.guard.refuse(self.at + 1, fault, [self.dataset.locate(sample) for sample in self.feed.samples])
         else:
@@ -248,15 +299,35 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.at, self.tokens, self.elapsed = self.at + 1, self.tokens + int(tokens), elapsed
-        # Processes leave the loop together, at the step where the sum has told all of them.
-        self.leave = stop > 0
+        self.leave = stop > 0  # the sum is the same everywhere: all processes leave the loop after the same step
         seconds = time.monotonic() - started
-        self.metrics.step({
+        row = {
             "step": self.at, "epoch": round(self.feed.epochs, 4), "progress": self.progress, "loss": loss, "z_loss": z,
-            "grad_norm": norm, "lr": settings.lr * factor, "tokens": self.tokens, "elapsed": round(elapsed, 3),
+            "grad_norm": norm, "lr": rate, "tokens": self.tokens, "elapsed": round(elapsed, 3),
             "tokens_per_second": tokens / seconds,
-        } | ({"peak_share": flops / seconds / self.peak_flops} if self.peak_flops else {})
-          | ({"skipped": fault} if fault else {}))  # fmt: skip
+        }  # fmt: skip
+        if self.peak_flops:
+            row["peak_share"] = flops / seconds / self.peak_flops
+        self.metrics.step(row | ({"skipped": fault} if fault else {}))
+
+    def _set_learning_rate(self) -> float:
+        """Sets the learning rates of this step; returns that of AdamW."""
+        options = self.settings.optimizer
+        factor = schedule(self.progress, self.settings.schedule.warmup, options.min_lr / options.lr)
+        set_lr(self.optimizers, factor)
+        return options.lr * factor
+
+    def _next_batches(self) -> list[MicroBatch]:
+        """Returns the micro-batches of this step, with noise in their codes.
+
+        Random numbers depend on seed, step and process only, so that a resumed run needs no stored generator.
+        """
+        torch.manual_seed(seed_of(self.settings.runtime.seed, "step", self.at, self.processes.rank))
+        batches, noise = self.feed.next_step(), self.settings.regularization
+        if noise.code_noise:
+            codes, rates = self.dataset.vocabulary.code_slice, (noise.code_noise, noise.spare_panel)
+            batches = [replace(batch, ids=corrupt(batch.ids, codes, *rates)) for batch in batches]
+        return batches
 
     def _update(self) -> None:
         for optimizer in self.optimizers:
@@ -265,24 +336,29 @@ class Trainer:
             self.ema.update(self.model)
 
     def _backward(self, batch: MicroBatch, labelled: float) -> tuple[float, float]:
-        """Adds this micro-batch's share of the gradient of the mean over all labels of the step, wherever they lie."""
-        device, settings = self.processes.device, self.settings
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        """Adds the gradient of one micro-batch; returns its sums of cross-entropy and z-loss.
+
+        Args:
+            labelled: number of labels of the step, over all micro-batches and processes; the loss is their mean.
+        """
+        device = self.processes.device
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.runtime.precision == "bf16")
         with autocast:
             parts = (part.to(device) for part in (batch.ids, batch.index, batch.targets))
             total, cross, z = self.module(*parts, batch.documents)
-        # FSDP averages gradients over the processes; the sum is wanted.
+        # FSDP averages gradients over the processes; the factor `world` makes that a sum.
         (total * (self.processes.world / labelled)).backward()
         return cross.item(), z.item()
 
     @contextlib.contextmanager
-    def _signals(self):
-        """Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand; a second one ends it at once.
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and SIGHUP end the run after the current step; a second one raises KeyboardInterrupt.
 
-        Not a second SIGHUP: at the end of a terminal both the kernel and the shell send it. One that was ignored before
-        (`nohup`) stays ignored.
+        A second SIGHUP does not: when a terminal closes, both the kernel and the shell send it. If SIGHUP was ignored
+        before (`nohup`), it stays ignored.
         """
-        handlers, hangup = {}, getattr(signal, "SIGHUP", None)  # None on Windows
+        handlers = {}
+        hangup = getattr(signal, "SIGHUP", None)  # None on Windows
 
         def note(number, frame) -> None:
             if self.stop and number != hangup:
@@ -290,7 +366,7 @@ class Trainer:
             self.stop = self.stop or number
 
         for number in filter(None, (signal.SIGINT, signal.SIGTERM, hangup)):
-            with contextlib.suppress(ValueError):  # not in the main thread: the caller has the signals
+            with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
                 if number != hangup or signal.getsignal(number) != signal.SIG_IGN:
                     handlers[number] = signal.signal(number, note)
         try:

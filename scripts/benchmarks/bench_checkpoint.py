@@ -39,8 +39,8 @@ def bench(args: argparse.Namespace) -> None:
 
     from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.model.transformer import Transformer
-    from lumina_mgpt.training.checkpoint import tensors_of
     from lumina_mgpt.training.loss import LossModel
+    from lumina_mgpt.training.tensors import tensors_of
 
     heads = max(1, args.hidden // 64)
     config = ModelConfig(

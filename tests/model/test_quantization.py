@@ -22,7 +22,7 @@ from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Head, Transformer
 from lumina_mgpt.model.writing import save_model
 from lumina_mgpt.pipeline import Pipeline
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -335,8 +335,9 @@ def test_weights_that_are_no_numbers(tiny_checkpoint, tmp_path):
 
 
 def test_int4_weights_are_not_trained(tiny_int4, tmp_path):
-    settings = Settings(data_config="none.yaml", output_dir=str(tmp_path), init_from=str(tiny_int4), max_steps=1)
-    with pytest.raises(InputError, match="init_from .* holds int4 weights, which cannot be trained"):
+    settings = TrainingConfig.of(data_config="none.yaml", output_dir=str(tmp_path), init_from=str(tiny_int4),
+                                 max_steps=1)  # fmt: skip
+    with pytest.raises(InputError, match="init_from .* int4 weights, which cannot be trained"):
         build_model(settings)
 
 

@@ -1,4 +1,4 @@
-"""Damage to the files of a training checkpoint, found when the command line goes on with it or exports it."""
+"""Damaged files of a training checkpoint are detected when a run resumes and when it is exported."""
 
 import importlib.util
 import json
@@ -51,12 +51,12 @@ def as_an_earlier_version_wrote_it(checkpoint: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "trainer.json", "SHA256SUMS"])
-def test_a_flipped_bit_is_noticed(run, tmp_path, capsys, name):
+def test_a_flipped_bit_is_detected(run, tmp_path, capsys, name):
     """At b0c7d2f a run went on with the changed weights."""
     folder, checkpoint, go = run
     data = (checkpoint / name).read_bytes()
-    for place in (len(data) // 3, len(data) // 2, len(data) - 40):
-        (checkpoint / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    for position in (len(data) // 3, len(data) // 2, len(data) - 40):
+        (checkpoint / name).write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         assert go() == 2
         assert name in error_of(capsys)
     assert export(["--output_dir", str(folder), "--save_path", str(tmp_path / "out")]) == 2
@@ -77,11 +77,11 @@ def test_missing_and_additional_files_are_named(run, capsys):
     assert go() == 2 and "SHA256SUMS is missing" in error_of(capsys)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_have_no_checksums(run, capsys):
+def test_a_checkpoint_without_checksums_is_read_with_a_warning(run, capsys):
     _, checkpoint, go = run
     as_an_earlier_version_wrote_it(checkpoint)
     assert go() == 0
-    assert "without checksums: damage to it is not noticed" in capsys.readouterr().err
+    assert "without checksums: damage to it is not detected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["step", "epoch", "done", "elapsed", "tokens", "ema", "identity", "model", "settings"])

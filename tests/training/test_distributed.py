@@ -1,4 +1,4 @@
-"""Placing a model: what is wide and what is narrow in FSDP, and memory that goes back to the system."""
+"""Sharding: dtypes of parameters, products and gradients in FSDP; and memory returned to the system."""
 
 import subprocess
 import sys
@@ -15,16 +15,16 @@ from lumina_mgpt.training.loss import LossModel
 
 @pytest.fixture
 def group():
-    """A group of one process: FSDP shards, gathers and sums as with many."""
+    """A process group of one process, in which FSDP works as with many."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_narrow_products_and_wide_shares(group, tiny_checkpoint, narrow):
-    """Weights are bfloat16 where they are multiplied, angles never; shares and gradients are float32 and near the
-    gradients of an unsharded model in float32."""
+def test_products_are_narrow_and_shards_are_float32(group, tiny_checkpoint, narrow):
+    """Weights are multiplied in bfloat16, RoPE's angles stay float32; shards and gradients are float32 and close to
+    those of an unsharded model."""
     plain, sharded = (LossModel(load_model(tiny_checkpoint, torch.float32, "cpu").train(), 0.1) for _ in range(2))
     place(sharded, ONE, narrow=narrow)
     seen = set()
@@ -48,13 +48,13 @@ def test_narrow_products_and_wide_shares(group, tiny_checkpoint, narrow):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("told", [False, True])
-def test_freed_memory_goes_back(told):
-    """Every second of 64 tensors of 8 MB is let go: only when told does glibc part with them."""
+@pytest.mark.parametrize("called", [False, True])
+def test_freed_memory_is_returned_to_the_system(called):
+    """Every second of 64 tensors of 8 MB is freed; glibc returns them only after the call."""
     program = f"""
 import torch
 from lumina_mgpt.training.distributed import return_freed_memory
-if {told}: return_freed_memory()
+if {called}: return_freed_memory()
 torch.ones(1 << 21)  # freed at once: from this, glibc learns to keep blocks of this size
 tensors = [torch.ones(1 << 21) for _ in range(64)]
 def resident(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
@@ -65,4 +65,4 @@ print((before - resident()) / (32 * 8192))
     clean = {name: value for name, value in environment().items() if name != "THP_MEM_ALLOC_ENABLE"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=clean, capture_output=True, text=True)
     returned = float(done.stdout)
-    assert (returned > 0.9) == told, (returned, done.stderr)
+    assert (returned > 0.9) == called, (returned, done.stderr)

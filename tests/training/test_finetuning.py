@@ -1,4 +1,4 @@
-"""What a finetuning run may be asked for beyond the loop: rules for bad steps, adapters, frozen weights, samples."""
+"""Bad steps, adapters, frozen weights, exports and sample pictures."""
 
 import json
 import sys
@@ -14,17 +14,17 @@ from training_runs import ONE, changed, metrics_of, weights_of
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training import run_folder
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.metrics import batch_flops
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import Trainer
 
 # -- bad steps ---------------------------------------------------------------------------------------------------------
 
 
 def poison(trainer: Trainer, *steps: int) -> Trainer:
-    """The gradients of these steps (counted from 1) come out as not a number."""
+    """Makes the gradients of these steps (counted from 1) NaN."""
     backward = trainer._backward
 
     def poisoned(batch, labelled):
@@ -37,17 +37,17 @@ def poison(trainer: Trainer, *steps: int) -> Trainer:
     return trainer
 
 
-def test_a_bad_step_stops_and_its_records_are_written_down(settings):
-    with pytest.raises(InputError, match="--on_nonfinite stop: .* at step 3.*checkpoints/step-N, a .* before it"):
+def test_a_bad_step_stops_the_run_and_its_records_are_logged(settings):
+    with pytest.raises(InputError, match="on_nonfinite stop: .* at step 3.*checkpoints/step-N, a .* before it"):
         poison(Trainer(changed(settings, save_iteration_interval=2), ONE), 3).run()
     (row,) = map(json.loads, (Path(settings.output_dir) / "bad_steps.jsonl").read_text().splitlines())
     assert row["step"] == 3 and len(row["samples"]) == 4
     assert all(Path(sample["file"]).is_file() and 0 <= sample["id"] < 24 for sample in row["samples"])
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000002"
 
 
-def test_a_bad_step_is_left_out_and_nothing_else(settings, tmp_path):
-    """Weights and optimizer are those of a run whose bad step had never been; the data moves on."""
+def test_only_the_bad_step_is_skipped(settings, tmp_path):
+    """The update is skipped; the data moves on."""
     trainer = poison(Trainer(changed(settings, on_nonfinite="skip", max_steps=6), ONE), 3)
     update = trainer._update
     trainer._update = lambda: update() if trainer.at != 2 else pytest.fail("the step was taken")
@@ -58,14 +58,14 @@ def test_a_bad_step_is_left_out_and_nothing_else(settings, tmp_path):
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-def test_weights_that_are_lost_end_a_run_that_skips(settings):
+def test_weights_that_are_not_finite_end_a_run_that_skips(settings):
     trainer = Trainer(changed(settings, on_nonfinite="skip", max_steps=50), ONE)
     trainer.model.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(InputError, match="--on_nonfinite skip: .* at step 11, and so were the 10 steps before"):
+    with pytest.raises(InputError, match="on_nonfinite skip: .* at step 11 and at the 10 steps before"):
         trainer.run()
 
 
-def test_a_spike_is_measured_against_the_norms_before_it(tmp_path):
+def test_a_spike_is_compared_with_the_norms_before_it(tmp_path):
     guard = Guard("skip", 10.0, tmp_path, True)
     assert guard.fault(1.0, 500.0) is None  # nothing to measure it against yet
     for n in range(30):
@@ -80,7 +80,7 @@ def test_a_spike_is_measured_against_the_norms_before_it(tmp_path):
 # -- long sequences ----------------------------------------------------------------------------------------------------
 
 
-def test_overlong_sequences_are_left_out_only_when_told(settings, caplog):
+def test_overlong_sequences_are_dropped_only_on_request(settings, caplog):
     limit = int(Trainer(settings, ONE).dataset.lengths.min()) + 3  # sequences are of two sizes
     with pytest.raises(InputError, match="12 of 24 sequences are longer"):
         Trainer(changed(settings, max_seq_len=limit), ONE)
@@ -94,7 +94,7 @@ def test_overlong_sequences_are_left_out_only_when_told(settings, caplog):
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 
-def test_frozen_embeddings_stay_and_are_not_kept_twice(settings, tiny_checkpoint):
+def test_frozen_embeddings_do_not_change(settings, tiny_checkpoint):
     run = changed(settings, freeze_embeddings=True, max_steps=3, ema=0.5)
     Trainer(run, ONE).run()
     start, end = load_file(tiny_checkpoint / "model.safetensors"), weights_of(settings.output_dir)
@@ -102,12 +102,12 @@ def test_frozen_embeddings_stay_and_are_not_kept_twice(settings, tiny_checkpoint
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= same
     assert not any(name.endswith("proj.weight") for name in same)
     Trainer(changed(run, max_steps=4, resume="auto"), ONE).run()
-    with pytest.raises(InputError, match="--freeze_embeddings"):
+    with pytest.raises(InputError, match="freeze_embeddings=True"):
         Trainer(changed(run, freeze_embeddings=False, resume="auto"), ONE)
 
 
-def test_adapters_are_all_that_is_trained_saved_and_merged(settings, tiny_checkpoint, tmp_path):
-    """Export at any time, and an adapter file merged by the script, give the law that was trained."""
+def test_only_adapters_are_trained_saved_and_merged(settings, tiny_checkpoint, tmp_path):
+    """An export, and an exported adapter merged by the command, give the logits of the trained model."""
     pytest.importorskip("peft")
     run = changed(settings, lora_rank=4, max_steps=20, lr=2e-2, dropout=0.0, wd=0.0, save_iteration_interval=10)
     trainer = Trainer(run, ONE)
@@ -117,11 +117,11 @@ def test_adapters_are_all_that_is_trained_saved_and_merged(settings, tiny_checkp
     rows = metrics_of(settings.output_dir)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     folder = Path(settings.output_dir)
-    size = sum(file.stat().st_size for file in checkpoint.newest(folder).rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in run_folder.newest(folder).rglob("*") if file.is_file())
     assert size < (tiny_checkpoint / "model.safetensors").stat().st_size
     ids, wide = torch.arange(40)[None], ["--dtype", "fp32"]
     with torch.no_grad():
-        law = trainer.model.eval().project(trainer.model(ids))
+        logits = trainer.model.eval().project(trainer.model(ids))
     assert main_of("export")(["--output_dir", str(folder), "--save_path", str(tmp_path / "a"), *wide]) == 0
     assert main_of("export")(["--output_dir", str(folder), "--save_path", str(tmp_path / "b"), "--adapter"]) == 0
     merge = ["--model_path", str(tiny_checkpoint), "--adapter", str(tmp_path / "b"), "--save_path", str(tmp_path / "c")]
@@ -129,7 +129,7 @@ def test_adapters_are_all_that_is_trained_saved_and_merged(settings, tiny_checkp
     for name in "ac":
         model = load_model(tmp_path / name, torch.float32, "cpu")
         with torch.no_grad():
-            torch.testing.assert_close(model.project(model(ids)), law, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(model.project(model(ids)), logits, rtol=1e-4, atol=1e-4)
         assert (tmp_path / name / "movqgan_270M.ckpt").is_file() and (tmp_path / name / "tokenizer.json").is_file()
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8
@@ -150,7 +150,7 @@ def test_adapters_resume_bit_for_bit(settings, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_lora_without_peft_is_one_line(settings, monkeypatch):
+def test_lora_without_peft_names_the_package(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="pip install peft"):
         Trainer(changed(settings, lora_rank=2), ONE)
@@ -167,15 +167,15 @@ def test_merge_refuses_adapters_of_another_model(tiny_checkpoint, tmp_path, caps
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"init_from": None, "model_config": "x", "tokenizer_path": "x", "lora_rank": 2}, "--init_from"),
-    ({"lora_rank": 2, "freeze_embeddings": True}, "--freeze_embeddings"), ({"lora_alpha": 3.0}, "--lora_alpha"),
-    ({"lora_rank": 2, "optimizer": "muon"}, "--optimizer"), ({"spike": 0.5}, "--spike"),
-    ({"on_nonfinite": "hope"}, "--on_nonfinite"), ({"overlong": "cut"}, "--overlong"),
+    ({"init_from": None, "model_config": "x", "tokenizer_path": "x", "lora_rank": 2}, "init_from"),
+    ({"lora_rank": 2, "freeze_embeddings": True}, "freeze_embeddings"), ({"lora_alpha": 3.0}, "lora_alpha"),
+    ({"lora_rank": 2, "optimizer": "muon"}, "optimizer"), ({"spike": 0.5}, "spike"),
+    ({"on_nonfinite": "hope"}, "on_nonfinite"), ({"overlong": "cut"}, "overlong"),
 ])  # fmt: skip
-def test_settings_that_do_not_go_together_are_named(values, message):
+def test_settings_that_exclude_each_other_are_named(values, message):
     base = dict(data_config="x", output_dir="x", init_from="x", batch_size=1, max_steps=1)
     with pytest.raises(InputError, match=message):
-        Settings(**(base | values))
+        TrainingConfig.of(**(base | values))
 
 
 # -- exports and watching ----------------------------------------------------------------------------------------------
@@ -192,8 +192,8 @@ def test_export_of_a_chosen_step(settings, tmp_path, capsys):
     assert main_of("export")([*line, "2"]) == 2 and "already exists" in capsys.readouterr().err
 
 
-def test_sample_pictures_are_drawn_while_it_trains(settings):
-    """The same noise each time: before training and, weights being other, after; and they change no weight."""
+def test_sample_pictures_are_generated_during_training(settings):
+    """Pictures before and after training differ, and generating them does not change the training."""
     run = changed(settings, max_steps=4, lr=3e-2, warmup=0.0, sample_every=2, tensorboard=False, dropout=0.1)
     Trainer(run, ONE).run()
     folder = Path(settings.output_dir) / "samples"
@@ -207,7 +207,7 @@ def test_sample_pictures_are_drawn_while_it_trains(settings):
     assert all(torch.equal(value, sampled[name]) for name, value in weights_of(plain.output_dir).items())
 
 
-def test_tensorboard_holds_the_curve_or_is_asked_for(settings, monkeypatch):
+def test_tensorboard_holds_the_losses_or_is_reported_as_missing(settings, monkeypatch):
     run = changed(settings, max_steps=2, tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="pip install tensorboard"):
@@ -223,7 +223,7 @@ def test_tensorboard_holds_the_curve_or_is_asked_for(settings, monkeypatch):
 
 
 def test_share_of_peak(settings):
-    """By hand for one layer; and the row of a run holds what the seconds make of it."""
+    """FLOPs of one layer counted by hand, and the share in the metrics of a run."""
     size = dict(vocab_size=10, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = ModelConfig(**size, num_key_value_heads=1, num_image_codes=2, image_code_offset=8)
     from lumina_mgpt.data.batches import MicroBatch

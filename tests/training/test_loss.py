@@ -1,4 +1,4 @@
-"""The loss in chunks: equal to the plain one, lean, and at home under autocast, FSDP and compilation."""
+"""The chunked loss: equal to the whole one, with few logits in memory, and under autocast."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lumina_mgpt.training.loss import ChunkedLoss, token_losses
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 4 rows at most, in slabs of 16 ids, so that small tensors meet every border."""
+    """Chunks of at most 4 rows, so that small tensors need several."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 128)
     monkeypatch.setattr(loss, "MIN_ROWS", 4)
     monkeypatch.setattr(loss, "WHOLE_LOGITS", 0)
@@ -26,8 +26,8 @@ def example(L: int = 11, D: int = 8, V: int = 50) -> tuple[Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize("z_weight, tail_weight", [(0.0, 0.0), (0.3, 0.0), (1e-5, 0.5)])
-def test_chunks_equal_the_plain_loss(small_chunks, z_weight, tail_weight):
-    """Against torch's own cross_entropy and logsumexp on all logits at once, with a gradient that arrives scaled."""
+def test_the_chunked_loss_equals_the_whole_loss(small_chunks, z_weight, tail_weight):
+    """Compared with torch's cross_entropy and logsumexp on all logits, with a scaled incoming gradient."""
     rows, weight, targets = example()
     total, cross, z = ChunkedLoss.apply(rows, weight, targets, z_weight, tail_weight)
     got = torch.autograd.grad(2.5 * total, (rows, weight))
@@ -42,7 +42,7 @@ def test_chunks_equal_the_plain_loss(small_chunks, z_weight, tail_weight):
     assert not cross.requires_grad and not z.requires_grad
 
 
-def test_chunks_under_autocast_give_gradients_as_wide_as_the_weights(small_chunks):
+def test_gradients_have_the_dtype_of_the_weights_under_autocast(small_chunks):
     rows, weight, targets = example()
     with torch.autocast("cpu", torch.bfloat16):
         total, _, _ = ChunkedLoss.apply(rows, weight, targets, 1e-5, 0.0)
@@ -64,8 +64,8 @@ def test_a_frozen_head_gets_no_gradient(small_chunks):
     assert weight.grad is not None
 
 
-def test_logits_are_never_there_all_at_once(small_chunks, monkeypatch):
-    """Each product with the head is of one chunk, forward makes each row's logits once, and backward none."""
+def test_the_logits_of_one_chunk_at_a_time_are_in_memory(small_chunks, monkeypatch):
+    """Forward computes the logits of each row once, and backward none."""
     seen = []
     real = loss._with_gradient
     monkeypatch.setattr(loss, "_with_gradient", lambda logits, *rest: seen.append(logits.shape) or real(logits, *rest))
@@ -76,10 +76,10 @@ def test_logits_are_never_there_all_at_once(small_chunks, monkeypatch):
     assert len(seen) == 3
 
 
-def test_the_heads_gradient_is_taken_over_and_not_copied(small_chunks):
+def test_the_gradient_of_the_head_is_not_copied(small_chunks):
     """A second copy would be 2.8 GB for the 7B."""
     rows, weight, targets = example()
     total, _, _ = ChunkedLoss.apply(rows, weight, targets, 0.0, 0.0)
-    place = total.grad_fn.gradients[1].data_ptr()
+    address = total.grad_fn.gradients[1].data_ptr()
     total.backward()
-    assert weight.grad.data_ptr() == place and total.grad_fn.gradients is None
+    assert weight.grad.data_ptr() == address and total.grad_fn.gradients is None

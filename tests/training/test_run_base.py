@@ -1,4 +1,4 @@
-"""What a run keeps about the checkpoint that it began with, on the command line."""
+"""The base checkpoint of a run, on the command line: where it is found, and whether it has changed."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_export_from_another_folder_finds_base_and_image_tokenizer(began, tmp_pa
     assert "MoVQGAN" not in capsys.readouterr().err
 
 
-def test_a_missing_companion_is_said(began, tmp_path, capsys):
+def test_a_missing_companion_is_logged(began, tmp_path, capsys):
     folder = began()
     shutil.rmtree(folder / "tokenizer")
     (tmp_path / "start" / "base" / "tiny" / "movqgan_270M.ckpt").unlink()
@@ -64,7 +64,7 @@ def test_a_missing_companion_is_said(began, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [["--freeze_embeddings"], ["--lora_rank", "2"]])
-def test_an_exchanged_base_is_refused(began, tokens, tmp_path, capsys, options):
+def test_a_changed_base_is_refused(began, tokens, tmp_path, capsys, options):
     """At b0c7d2f the run went on, and was exported, with the weights of another checkpoint."""
     if "--lora_rank" in options:
         pytest.importorskip("peft")
@@ -98,7 +98,7 @@ def test_an_adapter_is_not_merged_into_other_weights(began, tmp_path, capsys):
     assert f"--model_path {tiny} holds other weights" in capsys.readouterr().err and not Path("again").exists()
 
 
-def test_a_checkpoint_of_an_earlier_version_resumes_and_says_what_is_not_compared(began, tokens, tmp_path, capsys):
+def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(began, tokens, tmp_path, capsys):
     folder, tiny = began("--freeze_embeddings"), tmp_path / "start" / "base" / "tiny"
     checkpoint = folder / "checkpoints" / "step-00000001"
     (checkpoint / "SHA256SUMS").unlink()
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_an_earlier_version_resumes_and_says_what_is_not_compare
     assert "what its frozen weights were" in capsys.readouterr().err
 
 
-def test_a_hub_id_is_kept_with_its_revision(began, tiny_checkpoint, tmp_path, monkeypatch):
+def test_the_revision_of_a_hub_id_is_recorded(began, tiny_checkpoint, tmp_path, monkeypatch):
     """At b0c7d2f a run with frozen weights was exported with whatever the hub's main branch held by then."""
     from huggingface_hub import constants
 

@@ -1,16 +1,15 @@
-"""Environments and settings that a training cannot use: a one-line error, exit status 2, and no traceback."""
+"""Environments and settings that a training refuses: a one-line error and exit status 2."""
 
-import dataclasses
 import signal
 
 import pytest
 from commands import main_of, refused, run_process
 
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import Trainer
 
 finetune = main_of("finetune")
-NUMBERS = [field for field in dataclasses.fields(Settings) if field.type in (int, float)]
+NUMBERS = [item for item in TrainingConfig.options().values() if item.type in (int, float)]
 
 
 @pytest.fixture
@@ -39,8 +38,8 @@ def test_a_launchers_variables_are_checked(line, capsys, monkeypatch, variables,
     assert error.startswith("error: ") and all(part in error for part in parts), error
 
 
-def test_processes_that_cannot_meet_say_so(line):
-    """In a process of its own: the group of processes must not outlive the test."""
+def test_processes_that_cannot_connect_report_it(line):
+    """In a new process, so that the process group ends with it."""
     import socket
 
     with socket.socket() as taken:

@@ -20,12 +20,13 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGANConfig
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, load_state_dict
 from lumina_mgpt.prompts import text_to_image
-from lumina_mgpt.training.image_tokenizer import MovingCodes, MoVQGANTraining, Pictures, Trainer, kmeans
+from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
+from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 from lumina_mgpt.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 CONFIG = MoVQGANConfig(ch=32, blocks=1, mult=(1, 1), num_codes=16, attention_levels=(1,))
-SETTINGS = MoVQGANTraining(minutes=1e6, pixels=2 * 32 * 32, continuous_steps=3, warmup_steps=2, revive_every=2)
+SETTINGS = MoVQGANTrainingConfig(minutes=1e6, pixels=2 * 32 * 32, continuous_steps=3, warmup_steps=2, revive_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ class StopAt(Exception):
     pass
 
 
-def train(folder: Path, out_dir: Path, steps: int, settings: MoVQGANTraining = SETTINGS) -> Trainer:
+def train(folder: Path, out_dir: Path, steps: int, settings: MoVQGANTrainingConfig = SETTINGS) -> ImageTokenizerTrainer:
     """Trains to `steps` and saves, as a run that was stopped there."""
-    trainer = Trainer(CONFIG, settings, Pictures({folder: 1.0}), out_dir)
+    trainer = ImageTokenizerTrainer(CONFIG, settings, Pictures({folder: 1.0}), out_dir)
     draw = trainer.pictures.batch
 
     def batch(*args):
@@ -70,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, monkeypatch
 
 
 def test_the_log_of_a_resumed_run_has_each_step_once(folder, tmp_path):
-    """Steps after the last save were listed twice once."""
+    """Steps after the last save appeared twice."""
     train(folder, tmp_path, 21)
     with open(tmp_path / "log.jsonl", "a") as file:  # as a run leaves it that was killed at step 60
         file.write('{"step": 40, "loss": 1.0}\n{"step": 6')
@@ -79,7 +80,7 @@ def test_the_log_of_a_resumed_run_has_each_step_once(folder, tmp_path):
     assert [row["step"] for row in rows] == [20, 40] and "psnr" in rows[1]
 
 
-def test_a_decoder_trained_on_leaves_codes_as_they_are(folder, tmp_path):
+def test_training_the_decoder_keeps_the_codes(folder, tmp_path):
     train(folder, tmp_path / "first", 8)
     first = load_state_dict(tmp_path / "first" / "movqgan.safetensors")
     settings = replace(SETTINGS, decoder_of=str(tmp_path / "first" / "movqgan.safetensors"))
@@ -87,9 +88,9 @@ def test_a_decoder_trained_on_leaves_codes_as_they_are(folder, tmp_path):
     second = load_state_dict(tmp_path / "second" / "movqgan.safetensors")
     train(folder, tmp_path / "second", 9, settings)  # goes on
     train(folder, tmp_path / "third", 4)
-    with pytest.raises(InputError, match="not those of --decoder_of"):
+    with pytest.raises(InputError, match="not those of decoder_of"):
         train(folder, tmp_path / "third", 8, settings)
-    with pytest.raises(InputError, match="--decoder_of"):
+    with pytest.raises(InputError, match="decoder_of"):
         train(folder, tmp_path / "fourth", 8, replace(SETTINGS, decoder_of=str(tmp_path / "no.safetensors")))
     kept = ("encoder.", "quant_conv.", "quantize.")
     changed = {key for key in first if not torch.equal(first[key], second[key])}
@@ -101,10 +102,10 @@ def test_a_run_stopped_just_before_the_codes_begin_can_go_on(folder, tmp_path):
     """It crashed for good once: k-means was given fewer latents than codes."""
     settings = replace(SETTINGS, pixels=32 * 32, continuous_steps=3)
     config = replace(CONFIG, num_codes=300)  # a batch has 256 latents
-    trainer = Trainer(config, settings, Pictures({folder: 1.0}), tmp_path)
+    trainer = ImageTokenizerTrainer(config, settings, Pictures({folder: 1.0}), tmp_path)
     trainer.step = 3
     trainer.save()
-    again = Trainer(config, settings, Pictures({folder: 1.0}), tmp_path)
+    again = ImageTokenizerTrainer(config, settings, Pictures({folder: 1.0}), tmp_path)
     again.pictures.batch = _stop_after(again.pictures.batch, 12)
     with pytest.raises(StopAt):
         again.run()
@@ -139,11 +140,11 @@ def test_training_lowers_the_error_and_the_file_loads(folder, tmp_path):
 def test_damaged_state_and_other_sizes_are_refused(folder, tmp_path):
     train(folder, tmp_path, 2)
     with pytest.raises(InputError, match="training.pt"):
-        Trainer(replace(CONFIG, num_codes=8), SETTINGS, Pictures({folder: 1.0}), tmp_path)
+        ImageTokenizerTrainer(replace(CONFIG, num_codes=8), SETTINGS, Pictures({folder: 1.0}), tmp_path)
     path = tmp_path / "training.pt"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="training.pt"):
-        Trainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path)
+        ImageTokenizerTrainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path)
 
 
 def test_kmeans_finds_separate_clusters():
@@ -156,9 +157,9 @@ def test_kmeans_finds_separate_clusters():
     assert torch.cdist(points, many).min(1).values.mean() < 0.2
 
 
-def test_dead_codes_move_to_latents_and_used_ones_follow_their_mean(folder, tmp_path):
-    trainer = Trainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path)
-    codes = MovingCodes(trainer.model, replace(SETTINGS, decay=0.0))
+def test_dead_codes_move_to_latents_and_used_codes_to_their_mean(folder, tmp_path):
+    trainer = ImageTokenizerTrainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path)
+    codes = MovingCodes(trainer.model.quantize.embedding.weight, 0.0, SETTINGS.dead_below)
     codes.start(torch.arange(16.0)[:, None].expand(16, 4).clone())
     flat = torch.full((256, 4), 2.25)
     codes.update(flat, torch.full((256,), 2))
@@ -185,9 +186,9 @@ def test_the_text_tokenizer_fits_the_demo_configuration(tmp_path):
     (["--ch", "40"], "--ch"), (["--minutes", "0"], "--minutes"), (["--minutes", "nan"], "--minutes"), ([], "no .png"),
     (["--ch", "64", "--decoder_of", "x.safetensors"], "--ch 64 means nothing with --decoder_of"),
 ])  # fmt: skip
-def test_options_out_of_range_are_one_line(tmp_path, options, named):
+def test_options_out_of_range_print_one_line(tmp_path, options, named):
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, str(ROOT / "scripts" / "train_movqgan.py"), "--images", str(tmp_path / "empty"),
+    command = [sys.executable, "-m", "lumina_mgpt", "train-movqgan", "--images", str(tmp_path / "empty"),
                "--out_dir", str(tmp_path / "out"), *options]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -1,4 +1,4 @@
-"""train_movqgan.py with pictures, settings and files of an earlier run that are not as expected."""
+"""`train-movqgan` with unusable pictures, options and files of an earlier run."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.movqgan.model import MoVQGANConfig
-from lumina_mgpt.training.image_tokenizer import MoVQGANTraining, Pictures, Trainer
+from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 
 CONFIG = MoVQGANConfig(ch=32, blocks=1, num_codes=16)  # of the command's --num_codes 16
-SETTINGS = MoVQGANTraining(minutes=1.0)
+SETTINGS = MoVQGANTrainingConfig(minutes=1.0)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def train(tmp_path, folder, capsys):
 
 def finished(folder: Path, out: Path) -> Path:
     """The files of a run that has used its minute; returns its state."""
-    trainer = Trainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), out)
+    trainer = ImageTokenizerTrainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), out)
     trainer.step, trainer.elapsed, trainer.quantizing = 20, 60.0, True
     trainer.save()
     return out / "training.pt"
@@ -49,7 +49,7 @@ def finished(folder: Path, out: Path) -> Path:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_opened_as_everywhere_else(folder):
+def test_pictures_are_opened_by_the_shared_function(folder):
     """Transparent pixels were black, 16-bit grey was white from 256 on, EXIF orientation was not applied."""
     (folder / "a.png").unlink()
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(folder / "clear.png")
@@ -77,7 +77,7 @@ def test_what_is_no_picture_is_counted(folder, caplog):
         (folder / name).write_text("no picture")
     (folder / "below").mkdir()
     Pictures({folder: 1.0})
-    assert f"--images {folder}: entries left out, as they have no extension of a picture: 3" in caplog.text
+    assert f"images {folder}: entries left out, as they have no extension of a picture: 3" in caplog.text
 
 
 def test_a_damaged_picture_is_refused_by_name(train, folder, tmp_path):
@@ -87,7 +87,7 @@ def test_a_damaged_picture_is_refused_by_name(train, folder, tmp_path):
 
 
 def test_sides_that_do_not_fit_the_codes_are_refused_before_the_training(train, folder, tmp_path):
-    """The training ended in a traceback of torch once such a picture was drawn."""
+    """The training ended in a traceback once a batch had that picture."""
     Image.new("RGB", (36, 32)).save(folder / "odd.png")
     status, error = train()
     assert status == 2 and "odd.png: width and height must be multiples of 8, got 36x32" in error
@@ -169,7 +169,7 @@ def test_an_out_dir_that_cannot_be_a_folder_is_refused(train, tmp_path, place):
 
 def test_a_full_disk_leaves_no_partial_file(folder, tmp_path, monkeypatch):
     """Half a `movqgan.part` stayed, and the message asked to free space whatever the cause."""
-    trainer = Trainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path / "out")
+    trainer = ImageTokenizerTrainer(CONFIG, SETTINGS, Pictures({folder: 1.0}), tmp_path / "out")
 
     def write(path, tensors):
         Path(path).write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""The training loop: against the oracle's losses, after kills, on one process and on two."""
+"""The training loop: losses of the oracle, resuming after kills, one process and two."""
 
 import dataclasses
 import json
@@ -21,9 +21,10 @@ from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training import checkpoint
+from lumina_mgpt.training import run_folder
 from lumina_mgpt.training.loss import TAIL_MASS, LossModel, token_losses
 from lumina_mgpt.training.optimizer import Ema, schedule
+from lumina_mgpt.training.state import read_state
 from lumina_mgpt.training.trainer import Trainer
 from lumina_mgpt.unirep import IGNORED
 
@@ -32,7 +33,7 @@ from lumina_mgpt.unirep import IGNORED
 
 @pytest.mark.parametrize("case", ["b2_trunc100", "b3"])
 def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
-    """Cross-entropy, z-loss and gradient norms of the released trainer, though unlabelled positions skip the head."""
+    """Cross-entropy, z-loss and gradient norms equal those of the released trainer; only labels reach the head."""
     from lumina_mgpt.model.names import disk_name
 
     wanted = json.loads((oracle_dir / "loss_mha256.json").read_text())[case]
@@ -61,8 +62,8 @@ def test_oracle_loss_and_gradients(oracle_dir, oracle_checkpoint, case):
 
 
 @pytest.mark.parametrize("scaling", [None, {"type": "dynamic", "factor": 2.0}])
-def test_packed_sequences_do_not_see_each_other(settings, tiny_checkpoint, scaling):
-    """The same sequences in rows of their own and packed: loss and every gradient are equal."""
+def test_packed_sequences_do_not_attend_to_each_other(settings, tiny_checkpoint, scaling):
+    """The same sequences in separate rows and packed: loss and every gradient are equal."""
     model = load_model(tiny_checkpoint, torch.float64, "cpu").train()
     model.config = dataclasses.replace(model.config, rope_scaling=scaling, max_position_embeddings=64)
     model.dropout = 0.0
@@ -86,16 +87,16 @@ def test_a_packed_run_learns_and_resumes(settings):
     Trainer(packed, ONE).run()
     rows = metrics_of(settings.output_dir)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    with pytest.raises(InputError, match="--pack"):
+    with pytest.raises(InputError, match="pack=True"):
         Trainer(changed(packed, pack=False, resume="auto"), ONE)
-    with pytest.raises(InputError, match="--pack does not go with --compile"):
+    with pytest.raises(InputError, match="pack cannot be used with compile=True"):
         changed(packed, compile=True)
 
 
-def test_noise_that_spares_panels_needs_noise(settings):
+def test_spare_panel_needs_code_noise(settings):
     cases = (
-        ({"spare_panel": 0.5}, "--spare_panel 0.5 means nothing without --code_noise"),
-        ({"spare_panel": 1.5, "code_noise": 0.5}, r"--spare_panel must be in \[0, 1\], got 1.5"),
+        ({"spare_panel": 0.5}, "spare_panel 0.5 means nothing without code_noise"),
+        ({"spare_panel": 1.5, "code_noise": 0.5}, r"spare_panel must be in \[0, 1\], got 1.5"),
     )
     for wrong, rule in cases:
         with pytest.raises(InputError, match=rule):
@@ -122,7 +123,7 @@ def test_schedule_rises_and_falls():
     assert values[5] == pytest.approx(0.5) and values[55] == pytest.approx(0.6)
 
 
-def test_average_of_weights_follows():
+def test_moving_average_follows_the_weights():
     model = torch.nn.Linear(2, 2)
     ema, start = Ema(model, 0.9), model.weight.detach().clone()
     with torch.no_grad():
@@ -131,7 +132,7 @@ def test_average_of_weights_follows():
     torch.testing.assert_close(ema.weights["weight"], start + 9 / 11)
 
 
-def test_export_is_the_average_where_there_is_one(settings, tiny_checkpoint):
+def test_export_has_the_moving_average(settings, tiny_checkpoint):
     trainer = Trainer(changed(settings, ema=0.5, max_steps=3), ONE)
     trainer.run()
     exported = weights_of(settings.output_dir)
@@ -143,7 +144,7 @@ def test_export_is_the_average_where_there_is_one(settings, tiny_checkpoint):
     assert isinstance(model, Transformer) and model.config.num_image_codes == 64
 
 
-def test_the_tail_term_brings_unlikely_ids_to_one_level_and_leaves_the_likely_ones():
+def test_the_tail_term_equalizes_unlikely_ids_and_keeps_likely_ones():
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(6, 500, generator=generator)).requires_grad_()
     targets = torch.tensor([3, -100, 49, 0, 7, 12])
@@ -156,11 +157,11 @@ def test_the_tail_term_brings_unlikely_ids_to_one_level_and_leaves_the_likely_on
         optimizer.zero_grad()
         token_losses(logits, targets, tail_weight=1.0)[0].backward()
         optimizer.step()
-    law = logits.detach().log_softmax(-1)[targets >= 0]
-    chosen = law.gather(1, targets[targets >= 0, None])
+    log_probs = logits.detach().log_softmax(-1)[targets >= 0]
+    chosen = log_probs.gather(1, targets[targets >= 0, None])
     level = torch.tensor(TAIL_MASS / 500).log()
     assert chosen.exp().min() > 0.95
-    tail = law[law < chosen]
+    tail = log_probs[log_probs < chosen]
     assert (tail.mean() - level).abs() < 0.5 and tail.std() < 0.5
 
 
@@ -179,7 +180,7 @@ def test_from_scratch_within_a_time_box(settings, tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, optimizer):
-    """With dropout, dropped contexts, moving average and accumulation: equal bit for bit, across an epoch's end."""
+    """Bit for bit, with dropout, dropped contexts, moving average and accumulation, across the end of an epoch."""
     base = changed(settings, ema=0.9, accum_iter=2, max_steps=9, optimizer=optimizer)
     Trainer(base, ONE).run()
     broken = changed(base, output_dir=str(tmp_path / "broken"), save_iteration_interval=2, resume="auto")
@@ -187,7 +188,7 @@ def test_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, optimizer)
     step = trainer._step
 
     def step_until_five(began):
-        if trainer.at == 5:  # as a kill would: between checkpoints, without a further one
+        if trainer.at == 5:  # as a kill: between checkpoints, without writing another
             raise SystemExit
         step(began)
 
@@ -204,24 +205,24 @@ def test_resumed_run_equals_the_uninterrupted_one(settings, tmp_path, optimizer)
     assert len(list((tmp_path / "broken" / "checkpoints").iterdir())) == 2
 
 
-def test_run_that_is_there_is_not_overwritten(settings):
+def test_an_existing_run_is_not_overwritten(settings):
     Trainer(changed(settings, max_steps=1), ONE).run()
-    with pytest.raises(InputError, match="--resume auto"):
+    with pytest.raises(InputError, match="resume=auto"):
         Trainer(settings, ONE)
-    with pytest.raises(InputError, match="--seed"):
+    with pytest.raises(InputError, match="seed=0"):
         Trainer(changed(settings, resume="auto", seed=1), ONE)
-    with pytest.raises(InputError, match="--resume must be auto or the folder of a checkpoint, got nowhere"):
+    with pytest.raises(InputError, match="resume must be auto or the folder of a checkpoint, got nowhere"):
         Trainer(changed(settings, resume="nowhere"), ONE)
 
 
-def test_two_runs_in_one_folder_are_one_too_many(settings):
+def test_a_second_run_in_the_same_folder_is_refused(settings):
     """Each would remove the checkpoint that the other is writing."""
     first, second = Trainer(settings, ONE), Trainer(settings, ONE)
     step = first._step
 
     def step_beside_another(began):
         if first.at == 3:
-            with pytest.raises(InputError, match="--output_dir .* is in use by another run"):
+            with pytest.raises(InputError, match="output_dir .* is in use by another run"):
                 second.run()
         step(began)
 
@@ -240,7 +241,7 @@ def test_ctrl_c_writes_a_checkpoint(settings):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume auto" in errors, errors
-    state = checkpoint.read_state(checkpoint.newest(Path(settings.output_dir)))
+    state = read_state(run_folder.newest(Path(settings.output_dir)))
     assert state["step"] == metrics_of(settings.output_dir)[-1]["step"]
 
 
@@ -268,10 +269,10 @@ def test_torchrun_with_two_processes_equals_one(settings, tmp_path):
 
 
 @pytest.mark.parametrize("values, message", [
-    ({"max_seq_len": 30}, "24 of 24|12 of 24"), ({"batch_size": 0}, "--batch_size"), ({"epochs": 1}, "--epochs"),
-    ({"lr": 0.0}, "--lr"), ({"data_config": "missing.yaml"}, "--data_config"), ({"optimizer": "sgd"}, "--optimizer"),
+    ({"max_seq_len": 30}, "24 of 24|12 of 24"), ({"batch_size": 0}, "batch_size"), ({"epochs": 1}, "epochs=N"),
+    ({"lr": 0.0}, "lr must"), ({"data_config": "missing.yaml"}, "data_config"), ({"optimizer": "sgd"}, "optimizer"),
 ])  # fmt: skip
-def test_wrong_settings_are_named(settings, values, message):
+def test_wrong_settings_name_the_parameter(settings, values, message):
     with pytest.raises(InputError, match=message):
         Trainer(changed(settings, **values), ONE)
 
@@ -286,22 +287,22 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(settings):
         step(began)
 
     trainer._step = poisoned
-    with pytest.raises(InputError, match="--lr"):
+    with pytest.raises(InputError, match="lower lr"):
         trainer.run()
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000002"
 
 
 def test_damaged_checkpoint_is_named(settings):
     Trainer(changed(settings, max_steps=2), ONE).run()
-    path = checkpoint.newest(Path(settings.output_dir))
+    path = run_folder.newest(Path(settings.output_dir))
     data = next(path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     with pytest.raises(InputError, match=path.name):
         Trainer(changed(settings, resume="auto"), ONE)
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(settings):
-    """torch raises a BaseException of its own there, which went past every handler once."""
+def test_a_full_disk_raises_one_line_and_keeps_the_last_checkpoint(settings):
+    """torch raises CheckpointException, a BaseException, which no handler caught once."""
     trainer = Trainer(changed(settings, max_steps=2), ONE)
     trainer.run()
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -313,12 +314,12 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(settings):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000002"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000002"
     assert Trainer(changed(settings, max_steps=3, resume="auto"), ONE).at == 2
 
 
-def test_a_disk_that_fills_up_beside_the_steps_is_one_line_too(settings):
-    """It is noticed at one of the next steps, and not only when the next checkpoint is due."""
+def test_a_full_disk_is_reported_while_checkpoints_are_written_in_the_background(settings):
+    """The error is raised at one of the next steps, before the next checkpoint is due."""
     trainer = Trainer(changed(settings, save_iteration_interval=2, save_beside=True, max_steps=10_000), ONE)
     step, (_, hard) = trainer._step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -336,16 +337,16 @@ def test_a_disk_that_fills_up_beside_the_steps_is_one_line_too(settings):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert "\n" not in str(caught.value)
-    assert checkpoint.newest(Path(settings.output_dir)).name == "step-00000004"
+    assert run_folder.newest(Path(settings.output_dir)).name == "step-00000004"
 
 
-def test_other_tokens_of_the_same_lengths_are_not_gone_on_with(settings, tokens, tmp_path):
-    """A retrained image tokenizer gives sequences as long as before, and of another meaning."""
+def test_other_tokens_of_the_same_lengths_are_not_resumed_with(settings, tokens, tmp_path):
+    """A retrained image tokenizer gives sequences of the same lengths with another meaning."""
     Trainer(changed(settings, max_steps=1), ONE).run()
     sequences = [read_sequence(tokens.parent / "a.safetensors", n) for n in range(24)]
     first = Sequence(0, sequences[0].ids.clone(), sequences[0].labels.clone())
-    place = int((first.labels != IGNORED).nonzero()[4])
-    first.ids[place] = first.labels[place] = int(first.ids[place + 1])
+    position = int((first.labels != IGNORED).nonzero()[4])
+    first.ids[position] = first.labels[position] = int(first.ids[position + 1])
     write_shard(tmp_path / "a.safetensors", [first, *sequences[1:]], [])
     shutil.copy(tokens.parent / "records.jsonl", tmp_path)
     (tmp_path / "data.yaml").write_text(tokens.read_text().replace(str(tokens.parent), str(tmp_path)))

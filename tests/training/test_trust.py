@@ -1,6 +1,5 @@
-"""What a week of training rests on: kills, other numbers of processes, and disks that fail."""
+"""Long runs: kills, changing numbers of processes, and files that disappear."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -14,8 +13,8 @@ from training_runs import ONE, ROOT, changed, environment, metrics_of, weights_o
 
 from lumina_mgpt.data import shards
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.training import checkpoint
-from lumina_mgpt.training.options import Settings
+from lumina_mgpt.training import run_folder
+from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -23,17 +22,17 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run_forked(tmp_path_factory):
-    """Runs one job of `forked_runs.py`, which must end well; returns what it says of it."""
+    """Runs one job of `forked_runs.py`, which must succeed; returns its report."""
     errors = tmp_path_factory.mktemp("forked") / "errors"
     with open(errors, "w") as file:
         options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True)
         server = subprocess.Popen([sys.executable, "tests/forked_runs.py"], cwd=ROOT, env=environment(), **options)
 
-    def run(settings: Settings, **job) -> dict:
-        print(json.dumps({"settings": dataclasses.asdict(settings), **job}), file=server.stdin, flush=True)
-        said = json.loads(server.stdout.readline() or "{}")
-        assert set(said.get("statuses", ())) == {0}, (said, errors.read_text()[-3000:])
-        return said
+    def run(settings: TrainingConfig, **job) -> dict:
+        print(json.dumps({"settings": settings.flat(), **job}), file=server.stdin, flush=True)
+        report = json.loads(server.stdout.readline() or "{}")
+        assert set(report.get("statuses", ())) == {0}, (report, errors.read_text()[-3000:])
+        return report
 
     yield run
     server.stdin.close()
@@ -50,21 +49,19 @@ def assert_same_run(one: str, other: str, tolerance: float) -> None:
         torch.testing.assert_close(second[name], value, rtol=10 * tolerance, atol=tolerance)
 
 
-def test_ten_kills_leave_no_trace(settings, tmp_path, run_forked):
-    """Dropout, dropped contexts, moving average; half of the kills fall into the writing of a checkpoint."""
+def test_a_run_killed_ten_times_equals_an_uninterrupted_one(settings, tmp_path, run_forked):
+    """With dropout, dropped contexts and moving average; half of the kills happen while a checkpoint is written."""
     base = changed(settings, max_steps=60, ema=0.9, accum_iter=2, batch_size=3, spike=50.0)
     killed = changed(base, output_dir=str(tmp_path / "killed"), save_iteration_interval=2, resume="auto")
     run_forked(base)
-    told = run_forked(killed, kills=10)
-    assert told["writing"] >= 1, "no kill fell into the writing of a checkpoint; the test shows less than it says"
+    report = run_forked(killed, kills=10)
+    assert report["writing"] >= 1, "no kill happened while a checkpoint was written"
     assert_same_run(base.output_dir, killed.output_dir, 0.0)
 
 
-def test_checkpoints_written_beside_the_steps(settings, tmp_path, run_forked):
-    """Killed and resumed, as bit for bit as others: what is written is a copy, and nothing half-written has a name.
-
-    Begun on two processes, whose messages about checkpoints and about steps cross.
-    """
+def test_checkpoints_written_in_the_background(settings, tmp_path, run_forked):
+    """Killed and resumed, the run equals an uninterrupted one; also on two processes, whose checkpoints and steps
+    communicate at the same time."""
     base = changed(settings, max_steps=20, ema=0.9, accum_iter=2, batch_size=3, dropout=0.0)
     beside = changed(base, output_dir=str(tmp_path / "beside"), save_iteration_interval=2, resume="auto",
                      save_beside=True)  # fmt: skip
@@ -78,7 +75,7 @@ def test_checkpoints_written_beside_the_steps(settings, tmp_path, run_forked):
 
 
 def test_two_processes_equal_one_over_fifty_steps(settings, tmp_path, run_forked):
-    """Also across epochs' ends, where a step is a smaller one, and with the loss in chunks on the two."""
+    """Also across ends of epochs, where a step is smaller, and with the chunked loss on two processes."""
     one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=50)
     two = changed(one, accum_iter=1, output_dir=str(tmp_path / "two"))
     run_forked(one)
@@ -87,7 +84,7 @@ def test_two_processes_equal_one_over_fifty_steps(settings, tmp_path, run_forked
 
 
 def test_muon_on_two_processes_equals_one(settings, tmp_path, run_forked):
-    """It orthogonalizes in bfloat16, so the order of its sums shows."""
+    """Muon orthogonalizes in bfloat16, where the order of sums matters: the tolerance is wider."""
     one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=7, optimizer="muon")
     two = changed(one, accum_iter=1, output_dir=str(tmp_path / "two"))
     run_forked(one)
@@ -108,7 +105,7 @@ def test_from_two_processes_to_one_and_back(settings, tmp_path, run_forked):
 
 @pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
 def test_adapters_on_two_processes_equal_one(settings, tmp_path, run_forked):
-    """In bfloat16 too, where frozen weights and adapters are of two formats in one group of FSDP."""
+    """Also in bfloat16, where one FSDP group holds frozen weights and adapters of two formats."""
     one = changed(settings, dropout=0.0, batch_size=5, accum_iter=2, max_steps=4, lora_rank=2)
     two = changed(one, accum_iter=1, output_dir=str(tmp_path / "two"))
     narrow = changed(two, precision="bf16", output_dir=str(tmp_path / "narrow"))
@@ -120,8 +117,8 @@ def test_adapters_on_two_processes_equal_one(settings, tmp_path, run_forked):
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
-def test_a_data_file_that_vanishes_is_one_line_and_costs_no_checkpoint(settings, tokens, tmp_path):
-    """Put back, the run goes on to where it would have come."""
+def test_a_missing_data_file_raises_one_line_and_keeps_the_last_checkpoint(settings, tokens, tmp_path):
+    """After the file is put back, the resumed run equals an uninterrupted one."""
     for name in ("a.safetensors", "records.jsonl"):
         shutil.copy(tokens.parent / name, tmp_path)
     (tmp_path / "data.yaml").write_text(tokens.read_text().replace(str(tokens.parent), str(tmp_path)))
@@ -139,7 +136,7 @@ def test_a_data_file_that_vanishes_is_one_line_and_costs_no_checkpoint(settings,
     with pytest.raises(InputError, match="a.safetensors is missing") as caught:
         trainer.run()
     assert "\n" not in str(caught.value)
-    assert checkpoint.newest(Path(run.output_dir)).name == "step-00000004"
+    assert run_folder.newest(Path(run.output_dir)).name == "step-00000004"
     (tmp_path / "away").rename(tmp_path / "a.safetensors")
     Trainer(run, ONE).run()
     whole = changed(run, output_dir=str(tmp_path / "whole"))

@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint, on the command line: the run that results is the one that is kept."""
+"""Going back to an earlier checkpoint, on the command line."""
 
 import json
 import os
@@ -13,7 +13,7 @@ finetune = main_of("finetune")
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory, tokens, tiny_checkpoint):
-    """A run of eight steps with checkpoints 4 and 8, and what its command line has."""
+    """A run of eight steps with checkpoints 4 and 8, and its command line."""
     folder = tmp_path_factory.mktemp("eight") / "run"
     line = ["--data_config", str(tokens), "--init_from", str(tiny_checkpoint), "--batch_size", "4", "--precision",
             "fp32", "--dropout", "0", "--export_dtype", "fp32", "--lr", "1e-3",
@@ -25,7 +25,7 @@ def eight(tmp_path_factory, tokens, tiny_checkpoint):
 
 @pytest.fixture
 def run(eight, tmp_path):
-    """A copy of that run, and a function that goes on with it: returns the exit status."""
+    """A copy of that run, and a function that resumes it and returns the exit status."""
     shutil.copytree(eight[0], tmp_path / "run")
 
     def go(*options: str) -> int:
@@ -101,7 +101,7 @@ def test_a_refused_resume_moves_nothing(run):
 
 
 @pytest.mark.parametrize("call", range(1, 5))
-def test_a_kill_while_checkpoints_are_set_aside_is_made_good(run, eight, monkeypatch, call):
+def test_going_back_completes_after_a_kill(run, eight, monkeypatch, call):
     """Killed before each of the moves, the next `--resume auto` goes on from the step gone back to."""
     folder, go = run
     shutil.copytree(folder / "checkpoints" / "step-00000008", folder / "checkpoints" / "step-00000006")

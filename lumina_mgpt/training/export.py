@@ -1,0 +1,139 @@
+"""Exports a training checkpoint as a model folder in the released layout."""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lumina_mgpt.devices import DTYPES
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause, new_folder, remedy, require_new, write_atomic
+from lumina_mgpt.model.names import COMPANIONS
+from lumina_mgpt.model.writing import save_model
+from lumina_mgpt.training import base
+from lumina_mgpt.training.adapters import plain_copy
+from lumina_mgpt.training.loading import trained_model
+from lumina_mgpt.training.options import TrainingConfig
+from lumina_mgpt.training.run_folder import find
+from lumina_mgpt.training.state import read_state
+
+logger = logging.getLogger(__name__)
+
+
+def export_checkpoint(
+    output_dir: str | Path,
+    folder: str | Path | None = None,
+    dtype: str = "bf16",
+    checkpoint: Path | None = None,
+    parameter: str = "export_dir",
+) -> Path:
+    """Writes a checkpoint in the released layout, adapters merged; returns the folder.
+
+    Tokenizer and image tokenizer are copied along. Runs on one process and takes the memory of the weights, twice that
+    with adapters. A training that is running in `output_dir` is not disturbed.
+
+    Args:
+        output_dir: output folder of the run.
+        folder: folder to write, `output_dir/export` if None; a former export there is replaced.
+        dtype: number format of the weights, a key of DTYPES.
+        checkpoint: checkpoint to export, the newest if None.
+        parameter: name of `folder` in messages.
+
+    Raises:
+        InputError: there is no checkpoint, it is damaged, or `folder` cannot be written; nothing is written.
+    """
+    output_dir = Path(output_dir)
+    folder = Path(folder) if folder else output_dir / "export"
+    checkpoint = checkpoint or find(output_dir)
+    model, settings = trained_model(checkpoint)
+    require_export_folder(folder, settings, parameter)
+    companions = _all_companions(output_dir, settings, read_state(checkpoint).get("base"))
+    model = plain_copy(model, DTYPES[dtype], "cpu") if settings.model.lora_rank else model
+    with _new_or_renewed(folder, parameter) as part:
+        save_model(model, part, DTYPES[dtype])
+        for file in companions:
+            shutil.copyfile(file, part / file.name)
+    return folder
+
+
+def require_export_folder(folder: Path, settings: TrainingConfig, parameter: str) -> None:
+    """Checks that an export can be written to a folder; call it before the training.
+
+    A new or empty folder and a former export are allowed.
+
+    Raises:
+        InputError: it is a file, cannot be examined, or holds the checkpoint that the run started from.
+    """
+    try:
+        if not os.path.isdir(folder) or not any(os.scandir(folder)):
+            require_new(folder, parameter)
+            return
+        source = os.path.expanduser(settings.model.init_from or "")
+        if os.path.isdir(source) and os.path.samefile(folder, source):
+            raise InputError(
+                f"{folder} is the folder of init_from={source}, whose weights an export would replace; give another "
+                "folder",
+                parameter,
+            )
+    except OSError as error:
+        raise InputError(f"{folder} cannot be used ({cause(error)}); {remedy(error)}", parameter) from None
+
+
+def keep_companions(source: str | Path, output_dir: Path) -> None:
+    """Copies tokenizer and lists of names to `output_dir/tokenizer`, for later exports.
+
+    The image tokenizer is not copied: it is large, and only the export reads it.
+    """
+    for file in _companions(Path(source)):
+        if "movqgan" not in file.name:
+            (output_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
+            write_atomic(output_dir / "tokenizer" / file.name, file.read_bytes())
+
+
+def _companions(folder: Path) -> list[Path]:
+    return sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
+
+
+@contextmanager
+def _new_or_renewed(folder: Path, parameter: str) -> Iterator[Path]:
+    """Yields a hidden folder to write; when the block ends, its files replace those of a former export."""
+    former = folder.is_dir() and any(folder.iterdir())
+    target = folder / f".{os.getpid()}.new" if former else folder
+    with new_folder(target, parameter) as part:
+        yield part
+    if former:
+        names = {file.name for file in target.iterdir()}
+        for name in names:
+            os.replace(target / name, folder / name)
+        target.rmdir()
+        for stale in folder.glob("model*.safetensors*"):  # a loader would read old shards or an old index
+            if stale.name not in names:
+                stale.unlink()
+
+
+def _all_companions(output_dir: Path, settings: TrainingConfig, described: dict | None) -> list[Path]:
+    """Returns the tokenizer's files and the image tokenizer; logs what is missing."""
+    found = _companions(output_dir / "tokenizer")
+    if not any(file.name == "tokenizer.json" for file in found):
+        logger.warning("%s holds no tokenizer: add one to the export before it is used", output_dir / "tokenizer")
+    named, sources = settings.logging.movqgan_path, []
+    if settings.model.init_from:
+        try:
+            sources.append(base.locate(settings, described))
+        except InputError as error:
+            logger.warning("%s", error)
+    if settings.model.tokenizer_path:
+        sources.append(Path(settings.model.tokenizer_path))
+    image_tokenizer = [Path(named)] if named else []
+    for source in sources:
+        if not any(file.is_file() for file in image_tokenizer):
+            image_tokenizer = [file for file in _companions(source) if "movqgan" in file.name]
+    image_tokenizer = [file for file in image_tokenizer if file.is_file()]
+    if not image_tokenizer:
+        logger.warning(
+            "no MoVQGAN beside %s: the export holds none; generation needs movqgan_path then",
+            " or ".join(map(str, sources)) or output_dir,
+        )
+    return found + image_tokenizer
