@@ -87,7 +87,7 @@ def test_maps_follow_the_layers(pictures):
     assert depth[middle, middle] > depth[middle, CELL + middle] > 0  # the first object is nearer
     segmented = np.asarray(scenes.segmentation(scene, pictures))
     slots = [tuple(segmented[middle, x]) for x in (middle, CELL + middle)]
-    assert slots == list(scenes.SLOT_COLORS) and not segmented[0, 0].any()
+    assert slots == list(scenes.OBJECT_COLORS) and not segmented[0, 0].any()
     edges = np.asarray(maps.canny(scenes.render(scene, pictures)))[..., 0]
     assert set(np.unique(edges)) == {0, 255}
     distance = np.abs(np.hypot(*(np.argwhere(edges[:, :CELL]) - (CELL - 1) / 2).T) - 20)
@@ -231,7 +231,7 @@ def test_a_subject_comes_again_on_another_background(tmp_path):
 def test_a_segmentation_has_the_colours_of_the_training(tmp_path):
     _generate(tmp_path, "--i2i_task", "predict_segmentation", "--image_path", "assets/subject.png")
     pixels = np.asarray(Image.open(tmp_path / "predict_segmentation_result.png"), np.float32)
-    known = np.array([(0, 0, 0), scenes.SLOT_COLORS[0]], np.float32)
+    known = np.array([(0, 0, 0), scenes.OBJECT_COLORS[0]], np.float32)
     distances = np.abs(pixels[..., None, :] - known).sum(-1)
     assert (distances.min(-1) < 120).mean() > 0.9 and 0.1 < (distances.argmin(-1) == 1).mean() < 0.9
 

@@ -209,7 +209,7 @@ def test_correlation_and_iou():
     assert evaluation.correlation(ramp, ramp) == pytest.approx(1) == -evaluation.correlation(ramp, inverse)
     assert evaluation.correlation(flat, ramp) == 0
     truth = Image.new("RGB", (4, 4))
-    truth.paste(scenes.SLOT_COLORS[0], (0, 0, 4, 2))
+    truth.paste(scenes.OBJECT_COLORS[0], (0, 0, 4, 2))
     near = Image.new("RGB", (4, 4), (20, 10, 10))
     near.paste((200, 70, 80), (0, 0, 4, 1))
     assert evaluation.mean_iou(truth, truth) == 1
@@ -219,8 +219,8 @@ def test_correlation_and_iou():
 def test_measures_that_centred_shapes_do_not_share():
     """An upright bar and a lying one of a third of the picture: what they have in common is not what is asked for."""
     upright, lying = Image.new("RGB", (CELL, CELL)), Image.new("RGB", (CELL, CELL))
-    upright.paste(scenes.SLOT_COLORS[0], (30, 18, 66, 78))
-    lying.paste(scenes.SLOT_COLORS[0], (18, 30, 78, 66))
+    upright.paste(scenes.OBJECT_COLORS[0], (30, 18, 66, 78))
+    lying.paste(scenes.OBJECT_COLORS[0], (18, 30, 78, 66))
     assert evaluation.correlation(upright, lying) > 0.4 > evaluation.shape_correlation(upright, lying)
     assert evaluation.mean_iou(upright, lying) > 0.6 > 0.4 > evaluation.outline_f1(upright, lying)
     ramp = Image.linear_gradient("L")
