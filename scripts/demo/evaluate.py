@@ -25,6 +25,7 @@ import omni
 import scenes
 from evaluation import Mean, Share
 from omni import Example
+from PIL import Image
 from tqdm import tqdm
 
 from lumina_mgpt import cli
@@ -97,14 +98,15 @@ def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict)
     return np.array(values)
 
 
-def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, object]:
+def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, dict]:
     """Prints the rows of text to image, writes a contact sheet, and returns the figures."""
-    figures: dict[str, object] = {}
+    figures: dict[str, dict[str, list[float]]] = {}
     if not rows:
         return figures
     print("| row | prompts | all objects right | each object right | background right | reconstruction |")
     print("| --- | --- | --- | --- | --- | --- |")
-    images, captions = [], []
+    images: list[Image.Image] = []
+    captions: list[str] = []
     for name, todo in rows.items():
         made = generate(pipeline, todo, rng, args)
         shares = text_scores(made, pictures)

@@ -62,7 +62,7 @@ class Mean:
 
 def summary(values: Sequence[bool | float]) -> Share | Mean:
     """The share of true scores, or the mean of numbers."""
-    return Share(sum(values), len(values)) if isinstance(values[0], bool) else Mean(tuple(values))
+    return Share(int(sum(values)), len(values)) if isinstance(values[0], bool) else Mean(tuple(values))
 
 
 def cells(image: Image.Image, scene: Scene) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import random
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from emoji import CELL, COLORS, with_articles
@@ -73,7 +74,7 @@ def _tower() -> Image.Image:
     picture = Image.new("RGBA", (CELL * _FINE,) * 2)
     pen = ImageDraw.Draw(picture)
 
-    def shape(fill: str, corners: list[tuple[float, float]]) -> None:
+    def shape(fill: str, corners: Sequence[tuple[float, float]]) -> None:
         pen.polygon([(x * unit, y * unit) for x, y in corners], fill)
 
     def oval(fill: str, *box: float) -> None:

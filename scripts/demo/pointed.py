@@ -95,10 +95,11 @@ def point(model: Transformer, pointers: list[Pointer], ids: list[Tensor]) -> lis
         raise InputError(f"a distance must be below {longest}, the longest sequence, got {far}; shorten it")
     pointers = _chosen(model, pointers, ids)
     for layer in sorted({pointer.layer for pointer in pointers}):  # a head changes the inputs of later layers
-        attention = model.layers[layer].self_attn
+        attention = _attention(model, layer)
         with torch.no_grad():
             common = _common_direction(_inputs(model, attention, ids))
         for pointer in (pointer for pointer in pointers if pointer.layer == layer):
+            assert pointer.head is not None
             query, key = _search(model.config, attention, pointer.head, pointer.distance, longest)
             H = attention.head_dim
             rows = slice(pointer.head * H, (pointer.head + 1) * H)
@@ -132,7 +133,7 @@ def loss_without(model: Transformer, left_out: tuple[int, int] | None, ids: list
     kept = None
     if left_out:
         layer, head = left_out
-        output = model.layers[layer].self_attn.o_proj.weight.data[:, head * H : (head + 1) * H]
+        output = _attention(model, layer).o_proj.weight.data[:, head * H : (head + 1) * H]
         kept = output.clone()
         output.zero_()
     logits = (model.project(model(sequence[None, :-1]))[0] for sequence in ids)
@@ -140,6 +141,12 @@ def loss_without(model: Transformer, left_out: tuple[int, int] | None, ids: list
     if kept is not None:
         output.copy_(kept)
     return total / sum(len(seq) - 1 for seq in ids)
+
+
+def _attention(model: Transformer, layer: int) -> Attention:
+    attention = model.layers[layer].self_attn
+    assert isinstance(attention, Attention)
+    return attention
 
 
 def _scale(weight: Tensor, common: Tensor) -> Tensor:
