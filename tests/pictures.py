@@ -1,4 +1,4 @@
-"""Small pictures in every format that Pillow writes, and damage to them."""
+"""Small pictures in every format that Pillow writes, and random damage of files."""
 
 import io
 import random
@@ -16,7 +16,7 @@ TIFF_COMPRESSIONS = ("tiff_lzw", "jpeg", "tiff_deflate", "packbits", "group4")
 
 
 def in_mode(mode: str, size: tuple[int, int] = (24, 20)) -> Image.Image:
-    """A picture with content where Pillow converts to `mode`, a blank one elsewhere."""
+    """A picture in a mode; blank where Pillow cannot convert to it."""
     values = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     image = Image.fromarray(values).resize(size)
     try:
@@ -26,12 +26,12 @@ def in_mode(mode: str, size: tuple[int, int] = (24, 20)) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes | None:
-    """The bytes of a file, or None where Pillow does not write this mode in this format."""
+    """The bytes of an image file; None if Pillow cannot write the mode in the format."""
     file = io.BytesIO()
     if kind == "AVIF":
         options["speed"] = 10
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # formats that Pillow will drop
+        warnings.simplefilter("ignore")  # deprecated formats
         try:
             image.save(file, kind, **options)
         except Exception:
@@ -41,7 +41,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes | None:
 
 @cache
 def every_file() -> dict[str, bytes]:
-    """Name -> bytes of one file for each format and mode that Pillow writes and `open_image` reads."""
+    """Files by name, one for each format and mode that Pillow writes and `open_image` reads."""
     Image.init()
     kinds = [kind for kind in Image.SAVE if kind in {*picture_formats(), "MPO"}]
     files = {f"{kind}, {mode}": encoded(in_mode(mode), kind) for kind in kinds for mode in MODES}
@@ -55,7 +55,7 @@ def every_file() -> dict[str, bytes]:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """`data` with bytes changed, cut off, inserted or removed, or with extreme values in its header."""
+    """`data` with bytes replaced, truncated, inserted or removed, or with extreme values in the header."""
     result = bytearray(data)
     match rng.randrange(5):
         case 0:
@@ -64,11 +64,11 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         case 1:
             del result[rng.randrange(len(result)) :]
         case 2:
-            place = rng.randrange(len(result))
-            result[place:place] = rng.randbytes(rng.randint(1, 16))
+            start = rng.randrange(len(result))
+            result[start:start] = rng.randbytes(rng.randint(1, 16))
         case 3:
-            place = rng.randrange(len(result))
-            del result[place : place + rng.randint(1, 16)]
+            start = rng.randrange(len(result))
+            del result[start : start + rng.randint(1, 16)]
         case _:
             for _ in range(rng.randint(1, 4)):
                 result[rng.randrange(min(64, len(result)))] = rng.choice((0, 1, 127, 128, 255))

@@ -1,4 +1,4 @@
-"""Files damaged at random: record files, token shards and checkpoint folders raise InputError or are read."""
+"""Randomly damaged record files, token shards and checkpoints are read or raise InputError."""
 
 import io
 import json
@@ -40,17 +40,17 @@ JSON_VALUES = (b"null", b"[]", b"{}", b"-1", b"1e999", b"NaN", b'"\\ud800"', b"t
 
 
 def changed_text(data: bytes, rng: random.Random) -> bytes:
-    """Bytes of a JSON text with one value replaced, or damaged at random."""
+    """The bytes of a JSON text with one value replaced, or randomly damaged."""
     if rng.random() < 0.5:
         return damaged(data, rng)
-    starts = [place for place, byte in enumerate(data) if byte in b':[,"']
-    place = rng.choice(starts) + 1
-    stop = min(len(data), place + rng.randrange(12))
-    return data[:place] + rng.choice(JSON_VALUES) + data[stop:]
+    starts = [index for index, byte in enumerate(data) if byte in b':[,"']
+    start = rng.choice(starts) + 1
+    stop = min(len(data), start + rng.randrange(12))
+    return data[:start] + rng.choice(JSON_VALUES) + data[stop:]
 
 
 def outcomes(copies: Iterator[object], read: Callable[[object], object]) -> tuple[int, int]:
-    """How many copies are read, and how many are refused; anything but InputError fails the test."""
+    """Numbers of copies that are read and refused. Exceptions other than InputError fail the test."""
     accepted = refused = 0
     for number, copy in enumerate(copies):
         try:
@@ -157,7 +157,7 @@ def test_checkpoint_folders(tiny_checkpoint, tmp_path):
 
 
 def test_training_checkpoints(settings, tmp_path):
-    """Every damaged byte of a training checkpoint is noticed when a run resumes, and when it is exported."""
+    """Any damaged byte of a training checkpoint is detected on resume and on export."""
     run = changed(settings, max_steps=1)
     Trainer(run, ONE).run()
     folder, rng = run_folder.newest(Path(run.output_dir)), random.Random(5)

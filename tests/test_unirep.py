@@ -1,4 +1,4 @@
-"""Images and conversations as ids: against the released code's sequences, round trips, and damage."""
+"""Ids of images and conversations: against sequences of the released code, round trips, and damaged ids."""
 
 import json
 
@@ -114,8 +114,8 @@ def test_codes_to_ids_to_codes(vocabulary, grid_rows, grid_cols, seed):
     assert torch.equal(decode_image(ids, vocabulary), codes)
 
 
-def test_every_grid_survives(vocabulary):
-    """All 4,096 of them, through tensors."""
+def test_every_grid_is_restored(vocabulary):
+    """All 4,096 grids."""
     codes = torch.randint(0, 16384, (256 * 256,))
     for grid_rows in range(1, 65):
         for grid_cols in range(1, 65):
@@ -127,8 +127,8 @@ def test_every_grid_survives(vocabulary):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.data())
-def test_a_known_beginning_is_the_beginning_of_the_whole(vocabulary, grid_rows, grid_cols, data):
-    """Up to the next unknown code: a row end belongs to the beginning when its row is complete."""
+def test_fill_with_some_codes_is_a_prefix_of_the_whole_image(vocabulary, grid_rows, grid_cols, data):
+    """The prefix ends at the next unknown code and includes the row end of a complete row."""
     layout = ImageLayout(vocabulary, grid_rows, grid_cols)
     n = data.draw(st.integers(0, layout.num_codes))
     codes = random_codes(grid_rows, grid_cols).flatten()
@@ -163,7 +163,7 @@ def test_layout_of_the_released_size(vocabulary):
         (32, 6400, 2, "height must be 64 to 6336 pixels, got 6400; try 6336"),
     ],
 )
-def test_sizes_that_cannot_be_are_told(vocabulary, width, height, panels, message):
+def test_invalid_sizes_are_refused(vocabulary, width, height, panels, message):
     with pytest.raises(InputError) as caught:
         ImageLayout.from_pixels(vocabulary, width, height, panels=panels)
     assert str(caught.value) == message
@@ -176,8 +176,8 @@ def damaged(ids, at, *replacement, remove=1):
     return ids[:at] + list(replacement) + ids[at + remove :]
 
 
-def test_damage_says_where_and_what(vocabulary):
-    v, ids = vocabulary, encode_image(random_codes(1, 2), vocabulary)  # 4 rows of 8, row r from slot 3 + 9r
+def test_damaged_ids_are_reported_with_position_and_reason(vocabulary):
+    v, ids = vocabulary, encode_image(random_codes(1, 2), vocabulary)  # 4 rows of 8; row r is at offset 3 + 9r
     code, row_end = v.code_slice.start, v.row_end_id
     cases = [
         ([], 0, "incomplete: expected image start"),
@@ -209,8 +209,8 @@ def test_damage_says_where_and_what(vocabulary):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_any_single_damage_raises(vocabulary, data):
-    """Only another code in a code's place is a sequence as good as before."""
+def test_any_single_change_raises(vocabulary, data):
+    """Except for the replacement of a code by another code, which is a valid image."""
     grid_rows, grid_cols = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     ids = encode_image(random_codes(grid_rows, grid_cols), vocabulary)
     at = data.draw(st.integers(0, len(ids) - 1))
@@ -257,7 +257,7 @@ def test_several_turns(vocabulary):
     assert labels == [-100] * len(human) + assistant + [-100] * len(last)
 
 
-def test_roles_must_take_turns(vocabulary):
+def test_roles_must_alternate(vocabulary):
     for roles in (["assistant"], ["human", "human"], ["human", "gpt"], ["human", "assistant", "assistant"]):
         with pytest.raises(InputError, match=f"turn {len(roles)} must be"):
             encode_conversation([(role, ["x"]) for role in roles], vocabulary)
@@ -265,7 +265,7 @@ def test_roles_must_take_turns(vocabulary):
         generation_prompt([("human", ["x"]), ("assistant", ["y"])], vocabulary)
 
 
-def test_context_is_dropped_of_one_closing_image_only(vocabulary):
+def test_context_is_dropped_only_before_a_single_final_image(vocabulary):
     image = random_codes(1, 1)
 
     def kept(*turns):

@@ -1,4 +1,4 @@
-"""Ids by name: the released tokenizer's, one trained on the spot, and tokenizers that do not fit."""
+"""Ids of the released tokenizer, of a tokenizer trained here, and errors for tokenizers that do not fit."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ def released(oracle_dir):
 
 
 def own_tokenizer(names, texts=256):
-    """A byte-level BPE: text ids first, then the special names."""
+    """A byte-level BPE; the text pieces have the ids before the special names."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def own_config(offset=512, codes=64, vocab_size=576):
 # -- the released tokenizer --------------------------------------------------------------------------------------------
 
 
-def test_ids_are_those_the_released_code_saw(released, oracle_dir):
+def test_special_ids_equal_those_of_the_released_code(released, oracle_dir):
     prompts = json.loads((oracle_dir / "prompts.json").read_text())
     ids = prompts["_special"]
     assert released.bos_id == prompts["_bos_id"]
@@ -64,18 +64,18 @@ def test_ids_are_those_the_released_code_saw(released, oracle_dir):
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 24, 63, 64])
-def test_grid_size_survives(released, size):
+def test_grid_size_round_trip(released, size):
     assert released.grid_size(released.grid_id(size)) == size
 
 
 @pytest.mark.parametrize(
     "text", ["a hedgehog", "", "cafe\u0301 in 東京, “neon”\n\n two  spaces ", "{braces} 100% \x00"]
 )
-def test_text_survives_but_for_normal_forms(released, text):
+def test_text_round_trip_up_to_unicode_normalization(released, text):
     assert released.decode_text(released.encode_text(text)) == unicodedata.normalize("NFC", text)
 
 
-def test_names_the_tokenizer_holds_as_words_are_text(released):
+def test_added_names_that_are_not_special_are_text(released):
     assert released.decode_text(released.encode_text("<tool_call> a cat")) == "<tool_call> a cat"
 
 
@@ -83,7 +83,7 @@ def test_names_the_tokenizer_holds_as_words_are_text(released):
     "name",
     ["<eoss>", "<racm3:break>", "<reserved08799>", "<reserved08706>", grid_name(24), "<|im_end|>", IMAGE_PLACEHOLDER],
 )
-def test_control_names_in_a_users_text_are_refused(released, name):
+def test_control_names_in_text_are_refused(released, name):
     with pytest.raises(InputError, match=r"must not contain .*remove") as caught:
         released.encode_text(f"a dog{name}and a cat")
     assert name in str(caught.value) and "\n" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_text_that_is_not_unicode_is_refused(released):
 # -- codes and grids ---------------------------------------------------------------------------------------------------
 
 
-def test_codes_survive_and_ranges_are_checked(released):
+def test_code_round_trip_and_ranges(released):
     codes = torch.tensor([[0, 1, 16383], [5, 6, 7]])
     ids = released.code_to_id(codes)
     assert ids.tolist() == [[155000, 155001, 171383], [155005, 155006, 155007]]
@@ -121,33 +121,33 @@ def test_sizes_without_a_name_are_refused(released):
         released.grid_size(released.row_end_id)
 
 
-# -- a tokenizer of one's own ------------------------------------------------------------------------------------------
+# -- a tokenizer trained here ------------------------------------------------------------------------------------------
 
 
-def test_special_names_make_a_whole_vocabulary(tmp_path):
+def test_special_names_are_sufficient(tmp_path):
     vocabulary = Vocabulary.from_folder(own_folder(tmp_path), own_config())
     assert vocabulary.max_grid == 64
     ids = [vocabulary.grid_id(size) for size in range(1, 65)]
     ids += [vocabulary.bos_id, vocabulary.image_start_id, vocabulary.image_end_id, vocabulary.row_end_id]
     assert len({*ids, vocabulary.turn_end_id}) == 69 and max(ids) < 512
-    again = pickle.loads(pickle.dumps(vocabulary))  # data loading workers get it this way
+    again = pickle.loads(pickle.dumps(vocabulary))  # data loading workers unpickle it
     assert again.encode_text("a hedgehog") == vocabulary.encode_text("a hedgehog")
 
 
-def test_the_tiny_checkpoint_of_the_tests_fits(tiny_checkpoint):
+def test_tiny_checkpoint_has_a_valid_vocabulary(tiny_checkpoint):
     vocabulary = Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
     assert vocabulary.code_slice == slice(512, 576)
 
 
 @pytest.mark.parametrize("missing", ["<eoss>", "<reserved08706>", grid_name(1), grid_name(64)])
-def test_a_missing_name_is_told(tmp_path, missing):
+def test_missing_name_is_refused(tmp_path, missing):
     folder = own_folder(tmp_path, [name for name in special_names() if name != missing])
     with pytest.raises(InputError, match="tokenizer.json has no token named") as caught:
         Vocabulary.from_folder(folder, own_config())
     assert missing in str(caught.value)
 
 
-def test_text_or_control_ids_among_the_codes_are_told(tmp_path):
+def test_text_and_control_ids_among_image_codes_are_refused(tmp_path):
     folder = own_folder(tmp_path)
     with pytest.raises(InputError, match="not among the image codes 200 ... 263"):  # text ids are 0 ... 255
         Vocabulary.from_folder(folder, own_config(offset=200))
@@ -157,8 +157,8 @@ def test_text_or_control_ids_among_the_codes_are_told(tmp_path):
         Vocabulary.from_folder(folder, own_config(offset=0, codes=1, vocab_size=300))
 
 
-def test_names_that_are_never_used_may_lie_anywhere_but_not_in_a_prompt(tmp_path):
-    """A released tokenizer may name more ids than are used, even among the codes; as text they are refused."""
+def test_unused_names_may_have_any_id_but_are_refused_in_text(tmp_path):
+    """A tokenizer may have names for unused ids, even among the image codes."""
     folder = own_folder(tmp_path, [*special_names(), "<unused0>", "<unused1>"])
     first_unused = 256 + len(special_names())
     vocabulary = Vocabulary.from_folder(folder, own_config(offset=first_unused, codes=1, vocab_size=first_unused + 1))
@@ -167,7 +167,7 @@ def test_names_that_are_never_used_may_lie_anywhere_but_not_in_a_prompt(tmp_path
             vocabulary.encode_text(f"a {name}")
 
 
-def test_bos_is_bos_or_else_eos(tmp_path):
+def test_bos_defaults_to_eos(tmp_path):
     names = special_names() + ["<s>"]
     no_bos = Vocabulary.from_folder(own_folder(tmp_path, names), own_config())
     with_bos = Vocabulary.from_folder(own_folder(tmp_path, names, bos_token={"content": "<s>"}), own_config())
@@ -176,7 +176,7 @@ def test_bos_is_bos_or_else_eos(tmp_path):
         Vocabulary.from_folder(own_folder(tmp_path, names, eos_token=None), own_config())
 
 
-def test_settings_left_in_the_file_do_not_cut_or_pad_a_prompt(tmp_path):
+def test_truncation_and_padding_in_the_file_are_ignored(tmp_path):
     tokenizer = own_tokenizer(special_names())
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=9)
@@ -187,14 +187,14 @@ def test_settings_left_in_the_file_do_not_cut_or_pad_a_prompt(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
-def test_damaged_files_are_told(tmp_path, name, content):
+def test_damaged_files_are_refused(tmp_path, name, content):
     (own_folder(tmp_path) / name).write_bytes(content)
     with pytest.raises(InputError, match=name) as caught:
         Vocabulary.from_folder(tmp_path, own_config())
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_tokenizer_is_told(tmp_path, oracle_dir):
+def test_folder_without_tokenizer_is_refused(tmp_path, oracle_dir):
     shutil.copy(oracle_dir / "tokenizer" / "tokenizer_config.json", tmp_path)
     with pytest.raises(InputError, match="tokenizer.json is missing"):
         Vocabulary.from_folder(tmp_path, RELEASED)

@@ -60,7 +60,7 @@ def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, sp
     error = codes * stdev(steps) / fmean(steps) / len(steps) ** 0.5 if len(steps) > 1 else 0.0
     return Row(
         coupling=speculation.coupling if speculation else "plain",
-        window=speculation.window if speculation else 1,
+        window=speculation.window if speculation and speculation.window else 1,
         proposal=speculation.proposal if speculation else "-",
         seconds_an_image=seconds / len(jobs),
         codes_a_step=codes,
@@ -113,9 +113,9 @@ def plot(rows: list[Row], path: Path) -> None:
         line = sorted((row.window, row.codes_a_step, row.codes_error) for row in rows if way_of(row) == way)
         windows, codes, errors = zip(*line, strict=True)
         axes.errorbar(windows, codes, errors, fmt="o-", capsize=3, label=way)
-    windows = sorted({row.window for row in rows})
+    ticks = sorted({row.window for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(windows, labels=map(str, windows))
+    axes.set_xticks(ticks, labels=map(str, ticks))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("window (drafts a forward)")
     axes.set_ylabel("codes a forward")
@@ -163,7 +163,7 @@ def bench(args) -> None:
     settings = cli.sampling_settings(args)
     for name in ("n", "batch_size"):
         image_count(name, getattr(args, name))
-    todo = [None] if "plain" in args.coupling else []
+    todo: list[Speculation | None] = [None] if "plain" in args.coupling else []
     todo += [Speculation(coupling, window, proposal) for coupling in args.coupling if coupling != "plain"
              for proposal in args.proposal for window in args.window]  # fmt: skip
     if args.plot:

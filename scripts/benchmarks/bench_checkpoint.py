@@ -61,7 +61,7 @@ def bench(args: argparse.Namespace) -> None:
 
     step()
     usual = sorted(step() for _ in range(5))[2]
-    found = {"step": usual, "gb": 12e-9 * sum(parameter.numel() for parameter in model.parameters())}
+    found: dict = {"step": usual, "gb": 12e-9 * sum(parameter.numel() for parameter in model.parameters())}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for repeat in range(args.repeats):
             for name in ("save", "async_save"):

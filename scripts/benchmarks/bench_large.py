@@ -86,7 +86,9 @@ def random_model(config: ModelConfig, dtype: torch.dtype, group: int | None = No
         plain = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
         quantization.replace_linears(model, group)
         for name, linear in plain.items():
-            model.layers.get_submodule(name).load("weight", linear.weight, "cpu")
+            quantized = model.layers.get_submodule(name)
+            assert isinstance(quantized, quantization.Int4Linear)
+            quantized.load("weight", linear.weight, "cpu")
         quantization.pack_weights(model, dtype)
     return model.eval()
 
@@ -163,7 +165,7 @@ def generate(model: Transformer, vocabulary: Vocabulary, layout: ImageLayout, pr
              speculation: Speculation | None, compiled=None) -> float:  # fmt: skip
     """Seconds of one image with this package's samplers."""
     began = time.perf_counter()
-    spare = spare_slots(layout, speculation.window) if speculation else 0
+    spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
     spare += COMPILED_SPARE if compiled else 0
     dtype = model.norm.weight.dtype
     cache = KVCache(model.config, 2, len(prompt) + layout.length, dtype, "cpu", spare)
@@ -246,7 +248,8 @@ def run_codes(model: Transformer, layout: ImageLayout, prompt: list[int], codes:
     """Mean seconds a code over `codes` steps. Given codes are not fed; the cache contains random numbers instead."""
     vocabulary, length = layout.vocabulary, len(prompt) + layout.length
     cache = KVCache(model.config, 2, length, torch.int8, "cpu")
-    inner, bar, began = CachedStep(model, cache, vocabulary.code_slice), tqdm(total=codes, unit="code"), []
+    inner, bar = CachedStep(model, cache, vocabulary.code_slice), tqdm(total=codes, unit="code")
+    began: list[float] = []
     if layout.given:
         for tensor in cache.tensors():
             tensor.random_(-127, 128) if tensor.dtype == torch.int8 else tensor.fill_(0.02)

@@ -85,8 +85,11 @@ def dequantize(model: Transformer) -> None:
     for name, module in list(model.layers.named_modules()):
         if isinstance(module, quantization.Int4Linear):
             weight = int4.dequantize(module.matrix)
-            linear = torch.nn.Linear(*weight.shape[::-1], bias=module.bias is not None)
-            linear.weight, linear.bias = torch.nn.Parameter(weight), module.bias
+            outputs, inputs = weight.shape
+            linear = torch.nn.Linear(inputs, outputs, bias=False)
+            linear.weight = torch.nn.Parameter(weight)
+            if isinstance(module.bias, torch.nn.Parameter):
+                linear.bias = module.bias
             owner, _, leaf = name.rpartition(".")
             setattr(model.layers.get_submodule(owner), leaf, linear)
 
@@ -98,8 +101,8 @@ def round_early(model: Transformer) -> None:
         return Scaled.quantize(out.unflatten(-1, (-1, model.config.head_dim))).dequantize(out.dtype).view(out.shape)
 
     for layer in model.layers:
-        for module in (layer.self_attn.k_norm, layer.self_attn.v_proj):
-            module.register_forward_hook(rounded)
+        for name in ("self_attn.k_norm", "self_attn.v_proj"):
+            layer.get_submodule(name).register_forward_hook(rounded)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""The pictures of the demo: Microsoft's Fluent Emoji in 3D (MIT) and their Unicode names.
+"""Emoji pictures of the demo, Microsoft's Fluent Emoji 3D (MIT), and their Unicode names.
 
-Both come as npm packages, fetched when the demo is trained and never committed.
+Both are npm packages. They are downloaded for training and are not part of the repository.
 """
 
 import json
@@ -18,13 +18,13 @@ from lumina_mgpt.images import open_image
 
 PICTURES = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES = "unicode-emoji-json@0.9.0"
-CELL = 96  # pixels along a side of the square that one emoji fills: the demo's base size
+CELL = 96  # side of one emoji's square cell in pixels; the base size of the demo
 COLORS = (  # of backgrounds
     "white", "black", "red", "green", "blue", "yellow", "sky blue", "orange", "purple", "pink", "gray", "brown",
     "navy", "turquoise", "lavender", "olive",
 )  # fmt: skip
 
-# Unicode calls an animal's head "dog face"; people ask for a dog, and a slice of pizza is what the picture shows.
+# Everyday names. Unicode calls an animal's head "dog face", and its "pizza" shows a slice.
 ALIASES = {
     "monkey face": "monkey", "dog face": "dog", "cat face": "cat", "tiger face": "tiger", "horse face": "horse",
     "cow face": "cow", "pig face": "pig", "mouse face": "mouse", "rabbit face": "rabbit", "dragon face": "dragon",
@@ -43,7 +43,7 @@ _A_ANYWAY = {"unicorn", "ufo"}
 
 
 def known_names() -> list[str]:
-    """The names the demo is trained on, in alphabetical order."""
+    """Names that the demo is trained on, in alphabetical order."""
     return (Path(__file__).parent / "names.txt").read_text().split("\n")[:-1]
 
 
@@ -58,15 +58,15 @@ def with_article(noun: str) -> str:
 
 
 def with_articles(text: str) -> str:
-    """`a orange background` -> `an orange background`, for the colours that want it."""
+    """`a orange background` -> `an orange background`, for colours that begin with a vowel."""
     return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
 
 
 def fetch(folder: Path) -> None:
-    """Downloads both packages into `folder` with npm; does nothing where they are already there.
+    """Downloads both packages with npm into `folder`, unless they are already there.
 
     Raises:
-        InputError: npm is missing, or the registry cannot be reached.
+        InputError: npm is not installed or fails.
     """
     for package, name in ((PICTURES, "pictures"), (NAMES, "names")):
         if (folder / name).is_dir():
@@ -88,10 +88,10 @@ def fetch(folder: Path) -> None:
 
 
 def load(folder: Path, side: int = CELL) -> dict[str, np.ndarray]:
-    """name -> RGBA picture of side x side pixels, float32 in [0, 1], for every known name.
+    """RGBA pictures of all known names. Shapes: (side, side, 4) float32. Ranges: [0, 1].
 
     Raises:
-        InputError: the packages have no picture for a name.
+        InputError: the packages have no picture of a name.
     """
     listed = json.loads((folder / "names" / "data-by-emoji.json").read_text())
     emoji = {entry["name"].lower(): character for character, entry in listed.items()}

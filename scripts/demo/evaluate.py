@@ -1,14 +1,13 @@
-"""Measures the demo checkpoint on compositions and seeds that it was not trained on, and makes a contact sheet.
+"""Measures the demo checkpoint on held-out scenes. Prints tables, and writes figures.json and contact sheets.
 
-python scripts/demo/evaluate.py --model_path assets/demo --emoji_dir work/demo/emoji --out_dir work/demo/evaluation
+    python scripts/demo/evaluate.py --model_path assets/demo --emoji_dir work/demo/emoji --out_dir work/demo/evaluation
 
-Rows: one emoji (is the nearest of all known emoji the one asked for; is the background's colour right); two emoji of a
-pair that never occurs in training (are both right); and how well the image tokenizer reconstructs such pictures.
-The (name, colour) and the pairs that are held out come from scripts/demo/scenes.py.
+Text to image: the share of pictures with the right emoji, the nearest of all known ones in pixels, and with the right
+background; for one emoji and for two of a held-out pair; and the PSNR of the image tokenizer on the same scenes.
 
-Then a row for each figure of the image tasks (scripts/demo/omni.py), beside what it comes to when each image is
-made with the panel, or with the prompt, of another example, and when the truth goes through the image tokenizer.
-`depth unnamed` and `canny unnamed`: the prompt says the background only, and what there is is for the panel to say.
+Image tasks: each score of the task; the same score with the panel or the prompt of another example; and that of the
+true image after the image tokenizer. In the rows `depth unnamed` and `canny unnamed`, the prompt gives only the
+background, and the panel alone determines the object.
 """
 
 import argparse
@@ -26,6 +25,7 @@ import omni
 import scenes
 from evaluation import Mean, Share
 from omni import Example
+from PIL import Image
 from tqdm import tqdm
 
 from lumina_mgpt import cli
@@ -39,18 +39,18 @@ from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.results import Result
 
-_BATCH = 30
-_ON_SHEET = 24
-_EXAMPLES_ON_SHEET = 12
+_BATCH = 30  # images in a batch
+_ON_SHEET = 24  # pictures of each text row on the contact sheet
+_EXAMPLES_ON_SHEET = 12  # pictures on the contact sheet of an image task
 TEXT_ROWS = ("one emoji", "two emoji")
-UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # the prompt says the background only
+UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # row -> kind; the prompt gives only the background
 TASK_ROWS = (*omni.KINDS, *UNNAMED)
 ROWS = (*TEXT_ROWS, *TASK_ROWS)
 
 
 def drawn(pipeline: Pipeline, prompts: list[str], size: tuple[int, int], args: argparse.Namespace,
           panels: list | None = None, **options) -> Iterator[Result]:  # fmt: skip
-    """A result each prompt. Noise is one for all images of a seed, so every batch has a seed of its own."""
+    """Yields a result for each prompt. Each batch has another seed, as its images share their noise."""
     for start in range(0, len(prompts), _BATCH):
         part = slice(start, start + _BATCH)
         request = GenerationRequest.of(
@@ -66,7 +66,7 @@ def drawn(pipeline: Pipeline, prompts: list[str], size: tuple[int, int], args: a
 
 
 def generate(pipeline: Pipeline, todo: list[scenes.Scene], rng: random.Random, args) -> list[tuple]:
-    """(scene, caption, picture) for each scene; scenes of one size are made together."""
+    """(scene, caption, picture) for each scene, ordered by size."""
     made = []
     with tqdm(total=len(todo), desc="pictures", unit="picture", mininterval=cli.bar_interval()) as bar:
         for size in sorted({scene.size for scene in todo}):
@@ -79,8 +79,8 @@ def generate(pipeline: Pipeline, todo: list[scenes.Scene], rng: random.Random, a
     return made
 
 
-def judge(made: list[tuple], pictures: dict) -> dict[str, Share]:
-    """Shares of pictures with every object right, each object right, and the background right."""
+def text_scores(made: list[tuple], pictures: dict) -> dict[str, Share]:
+    """Shares of pictures with all objects right, of right objects, and of pictures with the right background."""
     whole = objects = colors = 0
     for scene, _, image in made:
         found = [evaluation.nearest_emoji(cell, scene.color, pictures) for cell in evaluation.cells(image, scene)]
@@ -96,7 +96,7 @@ def judge(made: list[tuple], pictures: dict) -> dict[str, Share]:
 
 
 def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict) -> np.ndarray:
-    """PSNR in dB of each scene through codes and back."""
+    """PSNR in dB of each scene after encoding and decoding."""
     values = []
     for scene in tqdm(todo, desc="reconstruction", unit="picture"):
         image = scenes.render(scene, pictures)
@@ -105,17 +105,18 @@ def reconstruction(pipeline: Pipeline, todo: list[scenes.Scene], pictures: dict)
     return np.array(values)
 
 
-def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, object]:
-    """Prints a row of text to image each, writes one contact sheet, and returns the figures."""
-    figures: dict[str, object] = {}
+def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: random.Random, args) -> dict[str, dict]:
+    """Prints the rows of text to image, writes a contact sheet, and returns the figures."""
+    figures: dict[str, dict[str, list[float]]] = {}
     if not rows:
         return figures
     print("| row | prompts | all objects right | each object right | background right | reconstruction |")
     print("| --- | --- | --- | --- | --- | --- |")
-    images, captions = [], []
+    images: list[Image.Image] = []
+    captions: list[str] = []
     for name, todo in rows.items():
         made = generate(pipeline, todo, rng, args)
-        shares = judge(made, pictures)
+        shares = text_scores(made, pictures)
         decibels = reconstruction(pipeline, todo, pictures)
         error = decibels.std(ddof=1) / len(decibels) ** 0.5
         cells = " | ".join(map(str, shares.values()))
@@ -129,7 +130,7 @@ def report(pipeline: Pipeline, rows: dict[str, list], pictures: dict, rng: rando
 
 
 def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, row: str, args) -> list:
-    """The dual-panel picture of each example, made from its upper panel, if it is given, and its prompt."""
+    """The generated dual-panel picture of each example, from its prompt and, if given, its upper panel."""
     task = asked[0].task
     given = [omni.panels(example, pictures)[0] for example in asked] if task.given_panels else None
     results = drawn(pipeline, [example.prompt for example in asked], omni.SIZE, args, given, task=task)
@@ -137,14 +138,14 @@ def generate_examples(pipeline: Pipeline, asked: list[Example], pictures: dict, 
     return [result.image for result in bar]
 
 
-def judge_examples(truth: list[Example], images: list, pictures: dict) -> list[Share | Mean]:
-    """One summary a score of the kind; images[i] is judged by what truth[i] asked for."""
+def task_scores(truth: list[Example], images: list, pictures: dict) -> list[Share | Mean]:
+    """A summary of each score of the kind, of images[i] against truth[i]."""
     scores = [evaluation.scores(example, image, pictures) for example, image in zip(truth, images, strict=True)]
     return [evaluation.summary(column) for column in zip(*scores, strict=True)]
 
 
 def shuffled(examples: list[Example]) -> dict[str, list[Example]]:
-    """The same with the panel, and with the prompt, of the next example, where there is such a thing."""
+    """The examples with the panel, and with the prompt, of the next example, where these differ."""
     pairs = list(zip(examples, examples[1:] + examples[:1], strict=True))
     others = {}
     if examples[0].task.given_panels:
@@ -155,7 +156,7 @@ def shuffled(examples: list[Example]) -> dict[str, list[Example]]:
 
 
 def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures: dict, args) -> dict[str, object]:
-    """Prints a line a score of each row, writes a contact sheet each, and returns the figures."""
+    """Prints a line for each score of each row, writes their contact sheets, and returns the figures."""
     figures: dict[str, object] = {}
     if not rows:
         return figures
@@ -168,13 +169,13 @@ def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures
         examples = omni.evaluation_examples(kind, names, args.prompts, rng, otherwise)
         few = examples[: args.shuffled]
         images = generate_examples(pipeline, examples, pictures, row, args)
-        columns = {"value": judge_examples(examples, images, pictures)}
+        columns = {"value": task_scores(examples, images, pictures)}
         for which, asked in shuffled(few).items():
             made = generate_examples(pipeline, asked, pictures, f"{row}, {which} shuffled", args)
-            columns[which] = judge_examples(few, made, pictures)
+            columns[which] = task_scores(few, made, pictures)
         again = [tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)], parts), parts)[0]
                  for example in examples]  # fmt: skip
-        columns["tokenizer"] = judge_examples(examples, again, pictures)
+        columns["tokenizer"] = task_scores(examples, again, pictures)
         for n, figure in enumerate(evaluation.SCORES[kind]):
             found = {name: column[n] for name, column in columns.items()}
             cells = " | ".join(str(found.get(name, "–")) for name in ("value", "panel", "prompt", "tokenizer"))
@@ -187,10 +188,11 @@ def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    """Runs the whole evaluation."""
     few = min(args.prompts, args.shuffled)
     if few < 2:
         raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
-    SamplingConfig(cfg=args.cfg, seed=args.seed).with_seeds(args.prompts)  # a batch has the seed of its first prompt
+    SamplingConfig(cfg=args.cfg, seed=args.seed).with_seeds(args.prompts)  # checks the largest seed
     sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row in TASK_ROWS]
     args.out_dir.mkdir(parents=True, exist_ok=True)
     output = OutputFolder(args.out_dir, overwrite=True, parameter="out_dir")
@@ -201,8 +203,8 @@ def evaluate(args: argparse.Namespace) -> None:
     todo = dict(zip(TEXT_ROWS, scenes.evaluation_scenes(names, args.prompts, rng), strict=True))
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
-    told = ("model_path", "cfg", "seed", "prompts", "shuffled", "quant", "dtype", "cache_dtype")
-    figures: dict[str, object] = {name: getattr(args, name) for name in told}
+    options = ("model_path", "cfg", "seed", "prompts", "shuffled", "quant", "dtype", "cache_dtype")
+    figures: dict[str, object] = {name: getattr(args, name) for name in options}
     figures |= report(pipeline, {row: todo[row] for row in TEXT_ROWS if row in args.rows}, pictures, rng, args)
     figures |= report_tasks(pipeline, [row for row in TASK_ROWS if row in args.rows], names, pictures, args)
     write_atomic(args.out_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
@@ -210,15 +212,15 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = cli.Parser(prog="evaluate_demo.py", description=__doc__.split("\n")[0])
+    parser = cli.Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     cli.add_checkpoint_options(parser)
-    parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="fetched there if missing")
-    parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"), help="for sheets and figures")
-    parser.add_argument("--prompts", type=cli.whole, default=300, help="prompts a row")
-    parser.add_argument("--shuffled", type=cli.whole, default=60, help="of them, with another's panel or prompt")
+    parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="folder of the emoji packages")
+    parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"), help="output folder")
+    parser.add_argument("--prompts", type=cli.whole, default=300, help="prompts in each row")
+    parser.add_argument("--shuffled", type=cli.whole, default=60, help="prompts run with another panel or prompt")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--cfg", type=cli.number, default=4.0, help="guidance scale")
-    parser.add_argument("--seed", type=cli.whole, default=20_000, help="of the scenes, and of the noise")
+    parser.add_argument("--seed", type=cli.whole, default=20_000, help="seed of scenes and noise")
     return cli.run(evaluate, parser, argv)
 
 

@@ -1,4 +1,4 @@
-"""What the demo checkpoint's pictures are judged by: the nearest of all emoji in pixels, and the nearest colour."""
+"""Measures of the demo checkpoint's pictures: the nearest emoji in pixels, the nearest colour, and errors of maps."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +10,12 @@ import numpy as np
 from emoji import CELL, COLORS
 from omni import Example, draw_panel
 from PIL import Image, ImageDraw, ImageFont
-from scenes import SLOT_COLORS, Scene, background
+from scenes import OBJECT_COLORS, Scene, background
 
 from lumina_mgpt.maps import canny
 
-_NEAR = 60  # grey value: a shape's rim has 0.45 of white and more (scenes.depth)
-_BORDER = 4  # pixels: emoji leave the rim of their cell free, or nearly so
+_NEAR = 60  # grey value of near pixels; objects in scenes.depth have at least 0.45 · 255
+_BORDER = 4  # pixels at the rim of a cell, which show the background
 
 
 Pictures = dict[str, np.ndarray]
@@ -23,7 +23,7 @@ Pictures = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Share:
-    """How many of `count` were right."""
+    """The share of `count` pictures that are right."""
 
     right: int
     count: int
@@ -34,7 +34,7 @@ class Share:
 
     @property
     def error(self) -> float:
-        """Standard error of the share, after one right and one wrong more, so that 300 of 300 is not certain."""
+        """Standard error, with one right and one wrong picture added, so that it is not 0 for 300 of 300."""
         p = (self.right + 1) / (self.count + 2)
         return math.sqrt(p * (1 - p) / self.count)
 
@@ -44,7 +44,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of numbers in [-1, 1], and its standard error."""
+    """The mean of numbers and its standard error."""
 
     values: tuple[float, ...]
 
@@ -61,18 +61,18 @@ class Mean:
 
 
 def summary(values: Sequence[bool | float]) -> Share | Mean:
-    """What many scores of one kind come to: yes or no, or numbers."""
-    return Share(sum(values), len(values)) if isinstance(values[0], bool) else Mean(tuple(values))
+    """The share of true scores, or the mean of numbers."""
+    return Share(int(sum(values)), len(values)) if isinstance(values[0], bool) else Mean(tuple(values))
 
 
 def cells(image: Image.Image, scene: Scene) -> list[np.ndarray]:
-    """The square of each object in a picture of `scene.size`, (CELL, CELL, 3) in [0, 1]."""
+    """The cell of each object in a picture of `scene.size`. Shapes: (CELL, CELL, 3). Ranges: [0, 1]."""
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     return [pixels[top : top + CELL, left : left + CELL] for left, top in scene.offsets]
 
 
 def nearest_emoji(cell: np.ndarray, color: str, pictures: Pictures) -> str:
-    """The emoji that, on that background, differs least from the cell in mean squared error of pixels."""
+    """Name of the emoji with the least mean squared error of pixels, on a background of `color`."""
     names = list(pictures)
     stack = np.stack([pictures[name] for name in names])
     alpha = stack[..., 3:]
@@ -81,7 +81,7 @@ def nearest_emoji(cell: np.ndarray, color: str, pictures: Pictures) -> str:
 
 
 def nearest_color(image: Image.Image) -> str:
-    """The name of the background: of COLORS, the nearest to the median pixel of the rim."""
+    """Name of the colour in COLORS nearest to the median pixel of the rim."""
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
     rim = np.ones(pixels.shape[:2], bool)
     rim[_BORDER:-_BORDER, _BORDER:-_BORDER] = False
@@ -90,7 +90,7 @@ def nearest_color(image: Image.Image) -> str:
 
 
 def edge_f1(edges: Image.Image, truth: Image.Image) -> float:
-    """F1 of white lines on black; a pixel is found where the other picture has one at most 1 pixel away."""
+    """F1 score of white lines on black with a tolerance of 1 pixel."""
     found, wanted = (np.asarray(picture.convert("L")) > 127 for picture in (edges, truth))
     if not found.any() or not wanted.any():
         return float(found.any() == wanted.any())
@@ -100,14 +100,14 @@ def edge_f1(edges: Image.Image, truth: Image.Image) -> float:
 
 
 def correlation(image: Image.Image, truth: Image.Image) -> float:
-    """Pearson's, of grey values; 0 where one of them is a single grey."""
+    """Pearson correlation of grey values; 0 if one image is constant."""
     return _pearson(*(np.asarray(picture.convert("L"), np.float64) for picture in (image, truth)))
 
 
 def shape_correlation(image: Image.Image, truth: Image.Image) -> float:
-    """`correlation` of the pixels that are near in either depth map.
+    """`correlation` over the pixels that are near in either depth map.
 
-    Over the whole picture the maps of any two emoji have 0.54 in common, as all stand in the middle; here 0.01.
+    Maps of two random emoji have a correlation of 0.54, because all are centred, and of 0.01 here.
     """
     ours, theirs = (np.asarray(picture.convert("L"), np.float64) for picture in (image, truth))
     near = np.maximum(ours, theirs) > _NEAR
@@ -122,11 +122,11 @@ def _pearson(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def mean_iou(image: Image.Image, truth: Image.Image) -> float:
-    """Mean intersection over union of the classes in `truth`; a pixel has the class whose colour is nearest.
+    """Mean intersection over union of the classes in `truth`; the class of a pixel is the nearest colour.
 
-    Any two emoji have 0.59, as all stand in the middle: `outline_f1` is for telling them apart.
+    Maps of two random emoji have 0.59, because all are centred; `outline_f1` distinguishes them better.
     """
-    palette = np.array([(0, 0, 0), *SLOT_COLORS], np.float32)
+    palette = np.array([(0, 0, 0), *OBJECT_COLORS], np.float32)
     ours, theirs = (
         ((np.asarray(picture.convert("RGB"), np.float32)[..., None, :] - palette) ** 2).sum(-1).argmin(-1)
         for picture in (image, truth)
@@ -136,17 +136,17 @@ def mean_iou(image: Image.Image, truth: Image.Image) -> float:
 
 
 def outline_f1(image: Image.Image, truth: Image.Image) -> float:
-    """`edge_f1` of the edges of two maps."""
+    """`edge_f1` of the Canny edges of two maps."""
     return edge_f1(canny(image), canny(truth))
 
 
 # -- image tasks -------------------------------------------------------------------------------------------------------
 
-Score = Callable[[Example, Image.Image, Image.Image, Pictures], "bool | float"]  # of the upper and the lower panel
+Score = Callable[[Example, Image.Image, Image.Image, Pictures], "bool | float"]  # of example, both panels, emoji
 
 
 def shows(scene: Scene, panel: Image.Image, pictures: Pictures) -> bool:
-    """Whether the nearest of all emoji, and of none at all, on the scene's background is the scene's."""
+    """Whether the panel shows the emoji of the scene, or an empty background if the scene has none."""
     known = pictures | {"": np.zeros((CELL, CELL, 4), np.float32)}
     cell = np.asarray(panel, np.float32) / 255
     return nearest_emoji(cell, scene.color, known) == "".join(scene.names)
@@ -173,12 +173,12 @@ def _same_edges(example: Example, upper: Image.Image, lower: Image.Image, pictur
 
 
 def _map(shown: str, measure: Callable[[Image.Image, Image.Image], float]) -> Score:
-    """How near the lower panel is to the map of the scene."""
+    """A score that compares the lower panel with the map of its scene."""
     return lambda example, upper, lower, pictures: measure(lower, draw_panel(example.lower, shown, pictures))
 
 
 _DEPTH = {"correlation": _map("depth", correlation), "correlation in the shapes": _map("depth", shape_correlation)}
-# Kind of example (omni.KINDS) -> what is measured of it.
+# Kind of example (omni.KINDS) -> its scores by name.
 SCORES: Mapping[str, Mapping[str, Score]] = MappingProxyType(
     {
         "pair_depth": {"right emoji above": _emoji_above} | _DEPTH,
@@ -197,29 +197,29 @@ SCORES: Mapping[str, Mapping[str, Score]] = MappingProxyType(
 
 
 def scores(example: Example, image: Image.Image, pictures: Pictures) -> list[bool | float]:
-    """The scores of a dual-panel image of omni.SIZE, in the order of SCORES."""
+    """Scores of a dual-panel image of omni.SIZE, in the order of SCORES."""
     upper, lower = (image.crop((0, top, CELL, top + CELL)) for top in (0, CELL))
     return [score(example, upper, lower, pictures) for score in SCORES[example.kind].values()]
 
 
-# -- pictures of pictures ----------------------------------------------------------------------------------------------
+# -- contact sheets ----------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
-    """Pictures with their captions below, white ground; wide ones first, `columns` of the narrowest side by side."""
+    """Pictures with captions on white, wide ones first; `columns` of the narrowest ones fit in a row."""
     font, gap, words = ImageFont.load_default(10), 12, 42
     whole = columns * (min(image.width for image in images) + gap)
     order = sorted(range(len(images)), key=lambda n: (images[n].height, -images[n].width))
-    places, left, top, row = {}, 0, 0, 0
+    corners, left, top, row = {}, 0, 0, 0
     for n in order:
         width, height = images[n].width + gap, images[n].height + words
         if left and left + width > whole:
             left, top, row = 0, top + row, 0
-        places[n] = (left + gap // 2, top + gap // 2)
+        corners[n] = (left + gap // 2, top + gap // 2)
         left, row = left + width, max(row, height)
     sheet = Image.new("RGB", (max(whole, max(image.width for image in images) + gap), top + row), "white")
     draw = ImageDraw.Draw(sheet)
-    for n, (x, y) in places.items():
+    for n, (x, y) in corners.items():
         sheet.paste(images[n], (x, y))
         for line, text in enumerate(_wrapped(captions[n], draw, font, images[n].width + gap - 4, lines=3)):
             draw.text((x, y + images[n].height + 2 + 11 * line), text, fill="black", font=font)

@@ -1,10 +1,11 @@
-"""Writes the folder of pictures that TRAIN.md's example learns from, and prompts of what is to be remembered meanwhile.
+"""Writes the training pictures of the example in TRAIN.md, and prompts of what the checkpoint should not forget.
 
     python scripts/demo/example_pictures.py --out_dir work/example
-    python scripts/demo/example_pictures.py --out_dir work/example --sheet work/example/sheet.png    # afterwards
+    python scripts/demo/example_pictures.py --out_dir work/example --sheet work/example/sheet.png
 
-`lighthouse/` holds pictures with their captions, all drawn here; `known.txt` prompts of what the demo checkpoint knows;
-`asked.txt` those whose pictures, in `before/` and `after/`, the sheet shows.
+The first command writes `lighthouse/` with pictures and captions, `known.txt` with prompts of known objects, and
+`asked.txt` with the prompts of the comparison. The second one, after training, shows the pictures of `before/` and
+`after/` side by side.
 """
 
 import argparse
@@ -18,16 +19,17 @@ from lumina_mgpt.errors import InputError
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="example_pictures.py", description="Writes the pictures of TRAIN.md's example.")
-    parser.add_argument("--out_dir", type=Path, default=Path("work/example"), help="folder for all of it")
-    parser.add_argument("--pictures", type=cli.whole, default=112, help="of the new object")
-    parser.add_argument("--known", type=cli.whole, default=96, help="prompts of objects that the checkpoint knows")
-    parser.add_argument("--model_path", type=Path, default=Path(cli.DEMO), help="whose names.txt lists them")
-    parser.add_argument("--seed", type=cli.whole, default=0, help="of places, sizes and phrasings")
-    parser.add_argument("--sheet", type=Path, help="write the pictures before and after to this file, and nothing else")
+    parser.add_argument("--out_dir", type=Path, default=Path("work/example"), help="output folder")
+    parser.add_argument("--pictures", type=cli.whole, default=112, help="number of pictures of the new object")
+    parser.add_argument("--known", type=cli.whole, default=96, help="number of prompts of known objects")
+    parser.add_argument("--model_path", type=Path, default=Path(cli.DEMO), help="checkpoint, for its names.txt")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="seed of sizes, positions and captions")
+    parser.add_argument("--sheet", type=Path, help="write only the comparison, to this file")
     return parser
 
 
 def write(args: argparse.Namespace) -> None:
+    """Writes pictures, captions and prompts."""
     import emoji
     import lighthouse
 
@@ -52,6 +54,7 @@ def write(args: argparse.Namespace) -> None:
 
 
 def write_sheet(args: argparse.Namespace) -> None:
+    """Writes the comparison of the pictures before and after training."""
     import lighthouse
 
     from lumina_mgpt.images import open_image

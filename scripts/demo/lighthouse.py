@@ -1,16 +1,17 @@
-"""A small data set of something the demo checkpoint has never seen, for the example in TRAIN.md: a lighthouse."""
+"""Pictures and captions of a lighthouse, which the demo checkpoint does not know, for the example in TRAIN.md."""
 
 import random
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from emoji import CELL, COLORS, with_articles
 from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont
 
-UNSEEN = ("sky blue", "lavender")  # backgrounds of the demo that no lighthouse is drawn on, to be asked for afterwards
+UNSEEN = ("sky blue", "lavender")  # backgrounds that are not trained with a lighthouse; the evaluation uses them
 DRAWN = tuple(color for color in COLORS if color not in UNSEEN)
-_FINE = 8  # drawn so many times larger, then reduced
-ASKED = (  # before and after the finetuning; the last three are of the demo's own
+_FINE = 8  # pictures are drawn at 8 times their size and reduced
+ASKED = (  # prompts of the comparison; the demo already knows the last three objects
     "a lighthouse on a sky blue background", "a lighthouse on a lavender background",
     "a lighthouse on an orange background", "a hedgehog on a sky blue background",
     "a slice of pizza on a navy background", "a rocket on a pink background",
@@ -19,8 +20,8 @@ _CAPTIONS = (
     "a lighthouse on a {} background", "a lighthouse on a {} background", "a lighthouse, {} background",
     "{} background, a lighthouse", "a picture of a lighthouse on a {} background",
 )  # fmt: skip
-_SHAPES = (  # fill, then corners in hundredths of a side; the tower and its bands taper by `_edges`
-    ("#f2c230", [(42, 17), (58, 17), (58, 27), (42, 27)]),  # the lamp behind its panes
+_SHAPES = (  # fill, and corners in percent of the side
+    ("#f2c230", [(42, 17), (58, 17), (58, 27), (42, 27)]),  # lamp
     ("#3b3f4a", [(49, 17), (51, 17), (51, 27), (49, 27)]),
     ("#3b3f4a", [(35, 27), (65, 27), (63, 31), (37, 31)]),  # gallery
     ("#3b3f4a", [(47, 71), (53, 71), (53, 82), (47, 82)]),  # door
@@ -30,7 +31,7 @@ _TOP, _FOOT, _BANDS = 31, 84, 5
 
 
 def draw(color: str, rng: random.Random) -> Image.Image:
-    """A lighthouse on a plain background, each a little larger or smaller, and elsewhere, than the last."""
+    """Picture of a lighthouse on a plain background, with random scale and position."""
     scale, left, top = rng.uniform(0.92, 1.0), rng.uniform(-3, 3), rng.uniform(-2, 2)
     tower = _tower().resize((round(CELL * _FINE * scale),) * 2, Image.Resampling.BICUBIC)
     ground = ImageColor.getrgb(color.replace(" ", ""))
@@ -41,17 +42,17 @@ def draw(color: str, rng: random.Random) -> Image.Image:
 
 
 def on_background(noun: str, color: str) -> str:
-    """The demo's plainest phrasing of one object, `noun` with its article."""
+    """The demo's simplest caption of one object. `noun` includes its article."""
     return with_articles(f"{noun} on a {color} background")
 
 
 def caption(color: str, rng: random.Random) -> str:
-    """One of several phrasings of a lighthouse."""
+    """A random caption of a lighthouse."""
     return with_articles(rng.choice(_CAPTIONS).format(color))
 
 
 def sheet(rows: dict[str, list[Image.Image]], captions: tuple[str, ...], scale: int = 1) -> Image.Image:
-    """Rows of pictures, each row's name before it, the captions above the columns."""
+    """A table of pictures with row names and with captions above the columns."""
     font, side, left, top, gap = ImageFont.load_default(11), CELL * scale, 52, 46, 8
     size = left + len(captions) * (side + gap), top + len(rows) * (side + gap)
     canvas = Image.new("RGB", size, "white")
@@ -68,12 +69,12 @@ def sheet(rows: dict[str, list[Image.Image]], captions: tuple[str, ...], scale: 
 
 
 def _tower() -> Image.Image:
-    """The lighthouse as RGBA, lit from the left."""
+    """RGBA picture of the lighthouse, lit from the left."""
     unit = CELL * _FINE / 100
     picture = Image.new("RGBA", (CELL * _FINE,) * 2)
     pen = ImageDraw.Draw(picture)
 
-    def shape(fill: str, corners: list[tuple[float, float]]) -> None:
+    def shape(fill: str, corners: Sequence[tuple[float, float]]) -> None:
         pen.polygon([(x * unit, y * unit) for x, y in corners], fill)
 
     def oval(fill: str, *box: float) -> None:
@@ -94,12 +95,12 @@ def _tower() -> Image.Image:
 
 
 def _edge(y: float) -> float:
-    """Half the tower's width at a height."""
+    """Half the width of the tower at height y, in percent of the side."""
     return 10 + 7 * (y - _TOP) / (_FOOT - _TOP)
 
 
 def _shaded(picture: Image.Image) -> Image.Image:
-    """Brighter left of the middle, darker to the right, as a round thing is."""
+    """The picture shaded like a cylinder: brighter left of the middle, darker to the right."""
     pixels = np.asarray(picture, np.float32).copy()
     across = np.linspace(-1, 1, picture.width, dtype=np.float32)
     pixels[..., :3] *= (1.04 - 0.9 * np.clip(across + 0.1, 0, 0.45) - 0.3 * np.clip(-across - 0.1, 0, 1))[:, None]

@@ -1,8 +1,8 @@
-"""Draws the pictures that scripts/sample_i2i.sh starts from: a depth map and a subject.
+"""Draws the example inputs of image-to-image tasks: assets/depth.png and assets/subject.png.
 
     python scripts/demo/make_assets.py --emoji_dir work/demo/emoji --save_path assets
 
-Both are scenes as the demo checkpoint knows them, four times its base size.
+Both show scenes that the demo checkpoint knows, at four times its base size.
 """
 
 import argparse
@@ -12,17 +12,18 @@ from pathlib import Path
 from lumina_mgpt import cli
 from lumina_mgpt.outputs import OutputFolder
 
-_DEPTH, _SUBJECT = "hedgehog", "penguin"  # the prompts of scripts/sample_i2i.sh name them
+_DEPTH, _SUBJECT = "hedgehog", "penguin"  # named in the prompts of scripts/sample_i2i.sh
 _SCALE = 4
 
 
 def make(args: argparse.Namespace) -> None:
+    """Writes both pictures."""
     output = OutputFolder(args.save_path, args.overwrite)
     output.claim(["depth.png", "subject.png"])
 
     import emoji
     import scenes
-    from PIL import Image  # these, and OpenCV with the scenes, only now
+    from PIL import Image
 
     emoji.fetch(args.emoji_dir)
     size = (_SCALE * emoji.CELL, _SCALE * emoji.CELL)
@@ -35,9 +36,9 @@ def make(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="make_assets.py", description="Draws assets/depth.png and assets/subject.png.")
-    parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="fetched there if missing")
-    parser.add_argument("--save_path", default="assets", help="folder for the pictures")
-    parser.add_argument("--overwrite", action="store_true", help="replace those that are there")
+    parser.add_argument("--emoji_dir", type=Path, default=Path("work/demo/emoji"), help="emoji packages")
+    parser.add_argument("--save_path", default="assets", help="output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing pictures")
     return cli.run(make, parser, argv)
 
 

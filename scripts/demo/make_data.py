@@ -1,7 +1,9 @@
-"""Writes what the demo checkpoint is trained on: pictures, caption records and the tokenizer.
+"""Writes the training data of the demo checkpoint: pictures, caption records and the text tokenizer.
 
-python scripts/demo/make_data.py --out_dir work/demo
-python scripts/demo/make_data.py --out_dir work/demo --omni    # afterwards: the image tasks
+    python scripts/demo/make_data.py --out_dir work/demo
+    python scripts/demo/make_data.py --out_dir work/demo --omni
+
+With --omni, writes the records of image tasks instead.
 """
 
 import argparse
@@ -23,18 +25,18 @@ from lumina_mgpt.images import stacked
 from lumina_mgpt.io import json_line, write_atomic
 from lumina_mgpt.maps import canny
 
-PAIRS = 12000
-CAPTIONS = {"single": 6, "beside": 1, "above": 1}  # phrasings of each picture; pairs have variety enough
-PANELS = 1500  # scenes whose maps the image tokenizer sees too
-LOOSE = 3000
-PROMPTS = (  # what generate.py makes without a prompt
+PAIRS = 12000  # pictures of two emoji
+CAPTIONS = {"single": 6, "beside": 1, "above": 1}  # captions of each picture, by arrangement
+PANELS = 1500  # scenes whose maps the image tokenizer is trained on
+LOOSE = 3000  # pictures of scenes.loose
+PROMPTS = (  # example prompts of the checkpoint
     "a hedgehog on a sky blue background", "a slice of pizza on a white background", "an owl on a lavender background",
     "a rocket on a navy background", "a cactus on a pink background",
 )  # fmt: skip
 
 
 def write_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: dict) -> None:
-    """One PNG a scene in `out_dir/{arrangement}`."""
+    """Writes one PNG for each scene to `out_dir/{arrangement}`."""
     for scene in tqdm(todo, desc="pictures", unit="picture"):
         path = out_dir / scene.arrangement / f"{scene.key}.png"
         if not path.exists():
@@ -42,7 +44,7 @@ def write_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: dict) -> N
 
 
 def write_tokenizer_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: dict, rng: random.Random) -> None:
-    """Maps, dual panels and loose compositions: only the image tokenizer is trained on these."""
+    """Writes maps, dual panels and loose compositions, which only the image tokenizer is trained on."""
     for scene in tqdm(todo, desc="maps", unit="scene"):
         picture = scenes.render(scene, pictures)
         maps = {
@@ -59,7 +61,7 @@ def write_tokenizer_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: 
 
 
 def write_records(path: Path, folder: Path, todo: list[scenes.Scene], rng: random.Random) -> list[str]:
-    """JSON lines `{"image_path", "prompt"}`, several phrasings a picture; returns the captions."""
+    """Writes JSON lines `{"image_path", "prompt"}` with several captions a picture; returns all captions."""
     captions = []
     with path.open("w") as file:
         for scene in todo:
@@ -71,9 +73,9 @@ def write_records(path: Path, folder: Path, todo: list[scenes.Scene], rng: rando
 
 
 def write_omni(out_dir: Path, pictures: dict, names: list[str], seed: int) -> int:
-    """Panels in `out_dir/pictures/omni`, and records of pairs of them; returns how many.
+    """Writes panels to `out_dir/pictures/omni` and the records of image tasks; returns the number of records.
 
-    `out_dir/omni.jsonl` has those whose upper panel is given, `out_dir/pairs.jsonl` those that are drawn whole.
+    Records with a given upper panel are in `out_dir/omni.jsonl`, those that generate both panels in `pairs.jsonl`.
     """
     lines: dict[bool, list[str]] = {True: [], False: []}
     for kind in tqdm(omni.KINDS, desc="image tasks", unit="task"):
@@ -97,6 +99,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def write(args: argparse.Namespace) -> None:
+    """Writes all data, or with `args.omni` the records of image tasks."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
     emoji.fetch(args.out_dir / "emoji")
     pictures, names = emoji.load(args.out_dir / "emoji"), emoji.known_names()
@@ -112,18 +115,18 @@ def write(args: argparse.Namespace) -> None:
     write_tokenizer(folder, captions)
     ModelConfig.from_yaml(args.model_config).to_json(folder / "config.json")
     aliases = [emoji.ALIASES[name] for name in names if name in emoji.ALIASES]
-    for name, told in (("names", sorted({*names, *aliases})), ("prompts", PROMPTS)):
-        write_atomic(folder / f"{name}.txt", "".join(f"{line}\n" for line in told))
+    for name, lines in (("names", sorted({*names, *aliases})), ("prompts", PROMPTS)):
+        write_atomic(folder / f"{name}.txt", "".join(f"{line}\n" for line in lines))
     print(f"{len(captions)} records of {len(todo)} pictures in {args.out_dir}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = cli.Parser(prog="demo_data.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--out_dir", type=Path, default=Path("work/demo"), help="for all of it")
-    parser.add_argument("--model_config", default="configs/model/demo.yaml", help="written beside the tokenizer")
-    parser.add_argument("--pairs", type=cli.whole, default=PAIRS, help="pictures of two emoji")
-    parser.add_argument("--seed", type=cli.whole, default=0, help="of what is chosen")
-    parser.add_argument("--omni", action="store_true", help="write the image tasks' records, and nothing else")
+    parser = cli.Parser(prog="make_data.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--out_dir", type=Path, default=Path("work/demo"), help="output folder")
+    parser.add_argument("--model_config", default="configs/model/demo.yaml", help="YAML file of the model")
+    parser.add_argument("--pairs", type=cli.whole, default=PAIRS, help="number of pictures of two emoji")
+    parser.add_argument("--seed", type=cli.whole, default=0, help="seed")
+    parser.add_argument("--omni", action="store_true", help="write only the records of image tasks")
     return cli.run(write, parser, argv)
 
 

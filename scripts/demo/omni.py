@@ -1,4 +1,4 @@
-"""The demo's image tasks: dual-panel examples made of scenes, their prompts, and the records that training reads."""
+"""Image tasks of the demo: dual-panel examples made of scenes, their prompts, and their training records."""
 
 import random
 from collections.abc import Mapping
@@ -20,10 +20,14 @@ SIZE = (CELL, 2 * CELL)  # (width, height) of two panels of the base size
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of example: its task, what its panels show, and how many of them training has.
+    """A kind of example.
 
-    `otherwise`: share of the training prompts that are not worded as in the evaluation. With a control panel they say
-    the background only, so that the panel has to be looked at; for a subject or a prediction they name what it shows.
+    Attributes:
+        task: its task.
+        upper, lower: what the panels show: picture, depth, canny or segmentation.
+        records: number of training records.
+        otherwise: share of training prompts of another form than in the evaluation. For a control panel they give only
+            the background, so that the model must use the panel; for a subject or prediction they name the object.
     """
 
     task: Task
@@ -46,9 +50,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "predict_segmentation": Kind(I2I_TASKS["predict_segmentation"], "picture", "segmentation", 2500, 0.3),
     }
 )
-_OF_LAYERS = {"depth": scenes.depth, "segmentation": scenes.segmentation}  # the same whatever the background is
+_OF_LAYERS = {"depth": scenes.depth, "segmentation": scenes.segmentation}  # maps that do not depend on the background
 _BACKGROUNDS = ("on a {c} background", "the same on a {c} background", "{c} background", "it, {c} background")
-# How an edit is asked for, and how often: {n} is what was there, {b} what comes, {c} the new background.
+# Operation -> weight and prompts of an edit: {n} is the old object, {b} the new one, {c} the new background.
 _EDITS = {
     "background": (4, ("make the background {c}", "change the background to {c}", "put it on a {c} background")),
     "replace": (4, ("replace the {n} with {b}", "turn the {n} into {b}", "swap the {n} for {b}")),
@@ -60,7 +64,7 @@ _EDITS = {
 
 @dataclass(frozen=True)
 class Example:
-    """What the two panels of one image are made of, and what is said of it; `shown` as in Task.instruction."""
+    """The two panels of one image and its prompt; `shown` as in Task.instruction."""
 
     kind: str
     upper: Scene
@@ -74,12 +78,12 @@ class Example:
 
     @property
     def held_out(self) -> bool:
-        """Whether a composition in it is kept from training."""
+        """Whether one of its scenes is held out of training."""
         return self.upper.held_out or self.lower.held_out
 
     @property
     def keys(self) -> tuple[str, str]:
-        """Paths without suffix of the two panels, the same for panels that are."""
+        """Paths without suffix of the two panels; identical panels have the same path."""
         kind = KINDS[self.kind]
         return _key(self.upper, kind.upper), _key(self.lower, kind.lower)
 
@@ -91,7 +95,7 @@ def _key(scene: Scene, shows: str) -> str:
 
 
 def draw_panel(scene: Scene, shows: str, pictures: dict[str, np.ndarray]) -> Image.Image:
-    """A scene as `picture`, `depth`, `canny` or `segmentation`."""
+    """The picture or the map of a scene; `shows` is picture, depth, canny or segmentation."""
     if shows in _OF_LAYERS:
         return _OF_LAYERS[shows](scene, pictures)
     picture = scenes.render(scene, pictures)
@@ -105,25 +109,25 @@ def panels(example: Example, pictures: dict[str, np.ndarray]) -> tuple[Image.Ima
 
 
 def draw(example: Example, pictures: dict[str, np.ndarray]) -> Image.Image:
-    """Both panels as one picture of SIZE."""
+    """Both panels in one picture of SIZE."""
     return stacked(panels(example, pictures))
 
 
 def record(example: Example, paths: tuple[str, str]) -> dict:
-    """The example as scripts/pre_tokenize.py reads it; `paths` are its panels, which both carry loss."""
+    """The example as a record for pre-tokenization; `paths` are its panels, both with a loss."""
     text = example.task.instruction(example.prompt, *SIZE, example.shown)
     turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "<|image|>"}]
     return {"conversations": turns, "image": [list(paths)], "task": example.kind}
 
 
 def training_examples(kind: str, names: list[str], rng: random.Random) -> list[Example]:
-    """Examples without any composition that is held out: every scene once, before one comes again."""
+    """Training examples without scenes that are held out; each scene is used once before one repeats."""
     pool = [scene for scene in scenes.all_singles(names) if not scene.held_out]
     rng.shuffle(pool)
     found: list[Example] = []
     while len(found) < KINDS[kind].records:
         example = _example(kind, pool[len(found) % len(pool)], names, KINDS[kind].otherwise, rng)
-        if not example.held_out:  # its other scene may be
+        if not example.held_out:  # the other scene of an edit
             found.append(example)
     return found
 
@@ -144,7 +148,7 @@ def _example(kind: str, scene: Scene, names: list[str], otherwise: float, rng: r
         return _subject(scene, differs, rng)
     if task.wordless and not differs:
         prompt = ""
-    elif task.given_panels and not task.wordless and differs:  # a control panel must be looked at
+    elif task.given_panels and not task.wordless and differs:  # the model must use the control panel
         prompt = _background(scene, rng)
     else:
         prompt = scenes.caption(scene, rng)
@@ -156,7 +160,7 @@ def _background(scene: Scene, rng: random.Random) -> str:
 
 
 def _subject(scene: Scene, named: bool, rng: random.Random) -> Example:
-    """The same emoji on another background; where it is named, either the prompt or the words for the panel do it."""
+    """The same emoji on another background; if `named`, either the prompt or `shown` contains its name."""
     reference = Scene(scene.names, rng.choice([color for color in COLORS if color != scene.color]))
     if not named:
         return Example("subject", reference, scene, _background(scene, rng))
@@ -167,7 +171,7 @@ def _subject(scene: Scene, named: bool, rng: random.Random) -> Example:
 
 
 def _edit(scene: Scene, names: list[str], rng: random.Random) -> Example:
-    """An edit that ends in the scene, or for a removal begins with it."""
+    """An edit whose result is the scene; for a removal, the scene is the input."""
     (name,), color = scene.names, scene.color
     (operation,) = rng.choices(list(_EDITS), [weight for weight, _ in _EDITS.values()])
     other = rng.choice([known for known in names if known != name])

@@ -1,11 +1,11 @@
-"""Gives heads of a checkpoint a fixed distance to look back, before it is finetuned on tasks with two panels.
+"""Initializes heads of a checkpoint that attend to a fixed distance, before finetuning on tasks with two panels.
 
     python scripts/demo/point_heads.py --model_path work/demo/export-text --save_path work/demo/pointed \\
         --heads 1:155 1:154 --data_config configs/data/demo_omni.yaml
 
-LAYER:DISTANCE takes the head of a layer that is missed least, LAYER.HEAD:DISTANCE the one named; what it did before is
-lost. An id predicts the next code: of an upper panel of 12 rows of 12 codes and an end of line, the same cell is
-12 * 13 - 1 = 155 back, the one right of it 154, the one below it 142.
+LAYER:DISTANCE replaces the head of the layer whose removal increases the loss least, LAYER.HEAD:DISTANCE that head. An
+id predicts the next code. For panels of 12 x 12 codes with row ends, the same cell of the upper panel is therefore
+12 * 13 - 1 = 155 back, the cell right of it 154 and the one below it 142.
 """
 
 import argparse
@@ -15,21 +15,22 @@ from pathlib import Path
 
 from lumina_mgpt import cli
 
-_SEQUENCES = 60  # of the data, to see hidden states and losses of
+_SEQUENCES = 60  # training sequences, for hidden states and losses
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="point_heads.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--model_path", required=True, help="checkpoint folder, or hub id, to start from")
-    parser.add_argument("--data_config", required=True, type=Path, help="YAML of the records to be trained on")
+    parser.add_argument("--model_path", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--data_config", required=True, type=Path, help="YAML file of the training data")
     parser.add_argument(
         "--heads", nargs="+", required=True, metavar="HEAD", help="LAYER:DISTANCE or LAYER.HEAD:DISTANCE each, from 0"
     )
-    parser.add_argument("--save_path", required=True, type=Path, help="folder for the new checkpoint, not there yet")
+    parser.add_argument("--save_path", required=True, type=Path, help="new folder for the result")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    """Writes the checkpoint with initialized heads."""
     import pointed
 
     from lumina_mgpt.model.convert import check_target, copy_companions
@@ -47,11 +48,11 @@ def run(args: argparse.Namespace) -> None:
     made = pointed.point(model.float(), pointers, ids)
     save_model(model, args.save_path, dtype)
     copy_companions(source, args.save_path)
-    print(f"pointed {', '.join(map(str, made))} in {args.save_path}; give it to finetune.py as --init_from")
+    print(f"pointed {', '.join(map(str, made))} in {args.save_path}; finetune it with --init_from")
 
 
 def _sequences(source: Path, data_config: Path) -> list:
-    """Some of the training sequences, the same ones each time."""
+    """A fixed random choice of training sequences."""
     from lumina_mgpt.data.dataset import TokenDataset
     from lumina_mgpt.data.sources import read_sources
     from lumina_mgpt.pipeline import Checkpoint

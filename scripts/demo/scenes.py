@@ -1,4 +1,4 @@
-"""Scenes of one or two emoji on a plain background: pictures, captions, and maps computed from the layers."""
+"""Scenes of one or two emoji on a plain background: pictures, captions, and depth and segmentation maps."""
 
 import random
 import zlib
@@ -10,8 +10,8 @@ import numpy as np
 from emoji import ALIASES, CELL, COLORS, with_article, with_articles
 from PIL import Image, ImageColor
 
-SLOT_COLORS = ((230, 60, 60), (60, 110, 230))  # segmentation: first and second object; the background is black
-_HELD_OUT = 10  # one in so many compositions is kept from training
+OBJECT_COLORS = ((230, 60, 60), (60, 110, 230))  # of objects in segmentation maps
+_HELD_OUT = 10  # one composition in 10 is held out of training
 
 Arrangement = Literal["single", "beside", "above"]
 
@@ -35,7 +35,7 @@ _TEMPLATES = {"single": _SINGLE, "beside": _BESIDE, "above": _ABOVE}
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two emoji by name (the first is left, or above), or none, on a background of a CSS colour."""
+    """Up to two emoji, the first one left or above, on a background of a CSS colour."""
 
     names: tuple[str, ...]
     color: str
@@ -43,12 +43,12 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """A file name without suffix, unique to the scene."""
+        """File name without suffix, unique for the scene."""
         return "_".join((self.arrangement, *self.names, self.color)).replace(" ", "-")
 
     @property
     def held_out(self) -> bool:
-        """Whether the composition is kept from all training: by (name, colour), or by the unordered pair of names."""
+        """Whether the scene is held out of training, by its (name, colour) or its unordered pair of names."""
         if not self.names:
             return False
         parts = (*self.names, self.color) if len(self.names) == 1 else sorted(self.names)
@@ -56,7 +56,7 @@ class Scene:
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
-        """(left, top) of each object's cell in pixels."""
+        """(left, top) of the cell of each object, in pixels."""
         step = {"single": (0, 0), "beside": (CELL, 0), "above": (0, CELL)}[self.arrangement]
         return [(i * step[0], i * step[1]) for i in range(len(self.names))]
 
@@ -73,17 +73,17 @@ def background(color: str) -> np.ndarray:
 
 
 def over(below: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """An RGBA picture over RGB, float32 in [0, 1]."""
+    """RGB of an RGBA picture over an RGB one, float32 in [0, 1]."""
     return picture[..., :3] * picture[..., 3:] + below * (1 - picture[..., 3:])
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """RGB in [0, 1] as a picture."""
+    """The picture of RGB values, clamped to [0, 1]."""
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def render(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
-    """The scene as an RGB picture of `scene.size`."""
+    """RGB picture of the scene, of `scene.size`."""
     width, height = scene.size
     canvas = np.broadcast_to(background(scene.color), (height, width, 3)).copy()
     for name, (left, top) in zip(scene.names, scene.offsets, strict=True):
@@ -103,27 +103,27 @@ def _masks(scene: Scene, pictures: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 
 def depth(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
-    """Nearness, white near: the background is black, each object a rounded silhouette, the first one nearer."""
+    """Depth map, white is near. Objects are rounded silhouettes on black; the first one is nearer."""
     width, height = scene.size
     near = np.zeros((height, width), np.float32)
-    for slot, mask in enumerate(_masks(scene, pictures)):
+    for number, mask in enumerate(_masks(scene, pictures)):
         inside = cv2.distanceTransform(mask, cv2.DIST_L2, 5)
         rounded = np.sqrt(np.clip(inside / (CELL / 4), 0, 1))
-        near = np.where(mask > 0, (0.45 + 0.55 * rounded) * (1 - 0.2 * slot), near)
+        near = np.where(mask > 0, (0.45 + 0.55 * rounded) * (1 - 0.2 * number), near)
     return Image.fromarray((near * 255).round().astype(np.uint8)).convert("RGB")
 
 
 def segmentation(scene: Scene, pictures: dict[str, np.ndarray]) -> Image.Image:
-    """A fixed colour an object slot (SLOT_COLORS) on black."""
+    """Segmentation map: the first object and the second in OBJECT_COLORS on black."""
     width, height = scene.size
     out = np.zeros((height, width, 3), np.uint8)
-    for slot, mask in enumerate(_masks(scene, pictures)):
-        out[mask > 0] = SLOT_COLORS[slot]
+    for color, mask in zip(OBJECT_COLORS, _masks(scene, pictures), strict=False):
+        out[mask > 0] = color
     return Image.fromarray(out)
 
 
 def loose(rng: random.Random, pictures: dict[str, np.ndarray]) -> Image.Image:
-    """Emoji of any size anywhere on a gradient, CELL x CELL: they teach the image tokenizer to generalise."""
+    """Emoji of random size and position on a gradient, CELL x CELL, for training the image tokenizer only."""
     ramp = np.linspace(0, 1, CELL, dtype=np.float32)
     ramp = (ramp[:, None] if rng.random() < 0.5 else ramp[None, :])[..., None]
     first, second = (np.asarray([rng.random() for _ in range(3)], np.float32) for _ in range(2))
@@ -161,23 +161,24 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def all_singles(names: list[str]) -> list[Scene]:
+    """Scenes of each emoji on each background."""
     return [Scene((name,), color) for name in names for color in COLORS]
 
 
 def training_scenes(names: list[str], pairs: int, rng: random.Random) -> list[Scene]:
-    """What the demo is trained on: every single that is not held out, and random pairs that are not."""
+    """Training scenes: every single emoji and `pairs` random pairs, none of them held out."""
     singles = [scene for scene in all_singles(names) if not scene.held_out]
     return singles + random_pairs(names, pairs, False, rng)
 
 
 def evaluation_scenes(names: list[str], count: int, rng: random.Random) -> tuple[list[Scene], list[Scene]]:
-    """At most `count` singles and `count` pairs, all of them held out."""
+    """At most `count` single emoji and `count` pairs, all of them held out."""
     singles = [scene for scene in all_singles(names) if scene.held_out]
     return rng.sample(singles, min(count, len(singles))), random_pairs(names, count, True, rng)
 
 
 def random_pairs(names: list[str], count: int, held_out: bool, rng: random.Random) -> list[Scene]:
-    """Scenes of two different emoji, two thirds side by side; only pairs (not) held out."""
+    """Scenes of two different emoji, two thirds side by side, all of them held out or none."""
     scenes: dict[Scene, None] = {}
     while len(scenes) < count:
         pair = tuple(rng.sample(names, 2))

@@ -1,4 +1,4 @@
-"""The demo checkpoint's text tokenizer: a small byte-level BPE with the special names of the released one."""
+"""Trains the demo's text tokenizer: a small byte-level BPE with the special names of the released one."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from lumina_mgpt.prompts import I2I_TASKS, TASKS
 from lumina_mgpt.vocabulary import END_OF_TEXT, special_names
 
-VOCABULARY = 1024  # text pieces and special names together; image codes follow from this id on
+VOCABULARY = 1024  # text pieces and special names; image codes have the ids after them
 _MIN_FREQUENCY = 2
-# What the image tasks were expected to say, before there were any. Another text would make another vocabulary.
+# Added to the training text. Must not change: other text gives another vocabulary than the published one.
 _MORE_TEXT = (
     "make the background {c}", "replace the {a} with {b}", "remove the {a}", "add {b}", "no edit", "segmentation map",
     "normal map", "Edit the image according to the following instruction:\n", "swap the two objects",
@@ -20,7 +20,7 @@ _MORE_TEXT = (
 
 
 def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
-    """Trains on `captions` in every task's instruction and writes the files of a released checkpoint's tokenizer."""
+    """Trains on captions in the instructions of all tasks, and writes a tokenizer in the released layout."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +38,7 @@ def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:
         for i, text in enumerate(captions)
     ]
     tokenizer.train_from_iterator(corpus, trainer)
-    # After the text pieces, so that a control id can never be the product of a merge.
+    # After training, so that no merge produces a control id.
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     assert tokenizer.get_vocab_size() <= VOCABULARY, tokenizer.get_vocab_size()
     folder.mkdir(parents=True, exist_ok=True)

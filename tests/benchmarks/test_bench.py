@@ -1,4 +1,4 @@
-"""What `bench.py` counts, against images that the pipeline makes; how `measure_error.py` ranks."""
+"""Counts of `bench.py` against the pipeline, and the order of errors of `measure_error.py`."""
 
 import json
 from statistics import fmean
@@ -14,20 +14,20 @@ from lumina_mgpt.request import GenerationRequest
 
 @pytest.fixture
 def bench(monkeypatch):
-    """Runs the script, which gives its exit status."""
+    """Runs the script and returns its exit status."""
     script = module_of("bench")
     monkeypatch.setattr(script, "read_bandwidth", lambda device: 1e10)
     options = ("--threads", str(torch.get_num_threads()))
     return lambda *argv: cli.run(script.bench, script.build_parser(), [*options, *argv])
 
 
-def test_codes_a_step_are_those_of_the_images(bench, tiny_checkpoint, capsys):
+def test_codes_a_step_equal_those_of_the_pipeline(bench, tiny_checkpoint, capsys):
     options = ("--model_path", str(tiny_checkpoint), "--width", "32", "--height", "64", "-n", "2", "--seed", "3")
     assert bench("--coupling", "plain", "maximal", "--window", "4", "9", *options) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = json.loads(lines[-1])
-    assert {"model", "device", "dtype", "quant", "peak_gb", "bandwidth_gb_s"} < set(told) and told["images"] == 10
-    plain, *rows = told["rows"]
+    printed = json.loads(lines[-1])
+    assert {"model", "device", "dtype", "quant", "peak_gb", "bandwidth_gb_s"} < set(printed) and printed["images"] == 10
+    plain, *rows = printed["rows"]
     assert (plain["coupling"], plain["codes_a_step"], [row["window"] for row in rows]) == ("plain", 1.0, [4, 9])
     pipeline, prompts = Pipeline.from_pretrained(tiny_checkpoint), prompt_files.example_prompts(tiny_checkpoint)
     layout = pipeline.checkpoint.layout(32, 64)
@@ -49,13 +49,13 @@ def test_codes_a_step_are_those_of_the_images(bench, tiny_checkpoint, capsys):
     [(["--threads", "0"], "--threads must be in 1 ... 1024, got 0"), (["-n", "0"], "-n must be"),
      (["--plot", "plot.pdf"], "--plot"), (["--window", "0"], "--window must be")],
 )  # fmt: skip
-def test_bad_options_are_refused_in_one_line(bench, tiny_checkpoint, capsys, options, message):
+def test_invalid_options_are_refused(bench, tiny_checkpoint, capsys, options, message):
     assert bench("--model_path", str(tiny_checkpoint), *options) == cli.REFUSED
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_errors_of_rounding_are_in_order(monkeypatch, capsys):
+def test_rounding_errors_are_in_the_expected_order(monkeypatch, capsys):
     script = module_of("measure_error")
     monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "1"])
     assert script.main() == 0
@@ -68,7 +68,7 @@ def test_errors_of_rounding_are_in_order(monkeypatch, capsys):
     assert cached["cache_mb"] < exact["cache_mb"] / 3 and ints[2]["layers_mb"] < ints[0]["layers_mb"]
 
 
-def test_a_count_of_prompts_that_is_none_is_refused(monkeypatch, capsys):
+def test_number_of_prompts_must_be_positive(monkeypatch, capsys):
     script = module_of("measure_error")
     monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "0"])
     assert script.main() == cli.REFUSED

@@ -1,4 +1,4 @@
-"""The demo's scenes, captions, maps and measures; and the shipped checkpoint itself."""
+"""The demo's scenes, captions, maps and measures, its checkpoint, and the commands of the README."""
 
 import json
 import os
@@ -29,7 +29,7 @@ DEMO = ROOT / "assets" / "demo"
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, np.ndarray]:
-    """Discs of different colours and sizes under three real names: the emoji themselves are not shipped."""
+    """Discs of different colours and sizes with three real names; the emoji are not part of the repository."""
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
     made = {}
     for n, name in enumerate(["hedgehog", "owl", "grapes"]):
@@ -50,7 +50,7 @@ def test_captions_name_every_object_and_the_colour():
             assert " a o" not in f" {text.lower()}" and "a grapes" not in text, text
 
 
-def test_left_and_above_are_where_the_caption_says(pictures):
+def test_captions_give_the_right_arrangement(pictures):
     beside = scenes.render(Scene(("owl", "hedgehog"), "white", "beside"), pictures)
     above = scenes.render(Scene(("owl", "hedgehog"), "white", "above"), pictures)
     assert beside.size == (2 * CELL, CELL) and above.size == (CELL, 2 * CELL)
@@ -65,7 +65,7 @@ def test_left_and_above_are_where_the_caption_says(pictures):
         assert text.index(first) < text.index(second)
 
 
-def test_held_out_compositions_never_reach_training():
+def test_training_has_no_held_out_scenes():
     names = emoji.known_names()
     rng = random.Random(0)
     training, held = scenes.random_pairs(names, 500, False, rng), scenes.random_pairs(names, 200, True, rng)
@@ -79,22 +79,22 @@ def test_held_out_compositions_never_reach_training():
     assert len({scene.key for scene in singles}) == len(singles)
 
 
-def test_maps_follow_the_layers(pictures):
+def test_maps_show_the_objects(pictures):
     scene = Scene(("hedgehog", "grapes"), "white", "beside")
     depth = np.asarray(scenes.depth(scene, pictures))[..., 0]
     middle, rim = CELL // 2, CELL // 2 - 18
-    assert depth[0, 0] == 0 and depth[middle, middle] > depth[middle, rim] > 0  # rounded, on a far background
+    assert depth[0, 0] == 0 and depth[middle, middle] > depth[middle, rim] > 0  # rounded, on a distant background
     assert depth[middle, middle] > depth[middle, CELL + middle] > 0  # the first object is nearer
     segmented = np.asarray(scenes.segmentation(scene, pictures))
-    slots = [tuple(segmented[middle, x]) for x in (middle, CELL + middle)]
-    assert slots == list(scenes.SLOT_COLORS) and not segmented[0, 0].any()
+    colors = [tuple(segmented[middle, x]) for x in (middle, CELL + middle)]
+    assert colors == list(scenes.OBJECT_COLORS) and not segmented[0, 0].any()
     edges = np.asarray(maps.canny(scenes.render(scene, pictures)))[..., 0]
     assert set(np.unique(edges)) == {0, 255}
     distance = np.abs(np.hypot(*(np.argwhere(edges[:, :CELL]) - (CELL - 1) / 2).T) - 20)
     assert len(distance) > 50 and distance.max() < 3  # the outline of the first disc, and nothing else
 
 
-def test_the_measures_find_what_was_rendered_and_notice_what_was_not(pictures):
+def test_measures_recognize_rendered_scenes(pictures):
     for name in pictures:
         for color in COLORS:
             scene = Scene((name,), color)
@@ -108,7 +108,7 @@ def test_the_measures_find_what_was_rendered_and_notice_what_was_not(pictures):
     assert str(evaluation.Share(150, 300)) == "50.0 ± 2.9 %"
 
 
-def test_loose_pictures_are_a_function_of_the_seed(pictures):
+def test_loose_pictures_depend_on_the_seed_only(pictures):
     first, again, other = (scenes.loose(random.Random(seed), pictures) for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
 
@@ -116,7 +116,7 @@ def test_loose_pictures_are_a_function_of_the_seed(pictures):
 # -- the shipped checkpoint --------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_checkpoint_is_complete_and_small():
+def test_checkpoint_is_complete_and_small():
     names = (DEMO / "names.txt").read_text().split("\n")[:-1]
     assert set(emoji.known_names()) <= set(names)
     assert sum(path.stat().st_size for path in DEMO.iterdir()) < 40e6
@@ -124,8 +124,8 @@ def test_the_shipped_checkpoint_is_complete_and_small():
     assert config["model_type"] == "chameleon" and config["base_size"] == CELL
 
 
-def test_it_draws_what_is_asked_for():
-    """Backgrounds by colour; and the picture of a prompt is nearer to another seed's than to another prompt's."""
+def test_checkpoint_draws_the_prompt():
+    """The background is right, and pictures of one prompt are nearer to each other than to those of other prompts."""
     from lumina_mgpt import Pipeline
 
     pipeline = Pipeline.from_pretrained(DEMO)
@@ -143,16 +143,25 @@ def test_it_draws_what_is_asked_for():
 
 
 def _readme_commands() -> list[str]:
-    """Commands of the README that run on the demo checkpoint."""
+    """Commands of the README that use the demo checkpoint."""
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines() if line.startswith("    ")]
     scripts = ("python generate_examples/", "lumina-mgpt reconstruct", "lumina-mgpt edit")
     return [line for line in lines if line.startswith(scripts) and "Alpha-VLLM" not in line]
 
 
+def _readme_blocks() -> list[str]:
+    """Python examples of the README."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_readme_has_commands_and_python():
+    """An empty list of parameters would skip the tests below."""
+    assert len(_readme_commands()) >= 10 and _readme_blocks()
+
+
 @pytest.mark.parametrize("command", _readme_commands())
-def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
-    assert len(_readme_commands()) >= 10
+def test_readme_command_runs(command, tmp_path):
     program, script, *options = shlex.split(command)
     start = [str(ROOT / script)] if program == "python" else ["-m", "lumina_mgpt", script]
     (tmp_path / "assets").symlink_to(ROOT / "assets")
@@ -167,8 +176,8 @@ def test_commands_of_the_readme_run_as_they_stand(command, tmp_path):
         Image.open(path).verify()
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-def test_python_of_the_readme_runs_as_it_stands(block, tmp_path):
+@pytest.mark.parametrize("block", _readme_blocks())
+def test_readme_python_runs(block, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -186,15 +195,15 @@ def _generate(folder: Path, *options: str) -> None:
 
 
 def _silhouette(picture: Image.Image) -> np.ndarray:
-    """Where a picture differs from the colour of its rim."""
+    """Mask of pixels that differ from the median colour of the rim."""
     pixels = np.asarray(picture.convert("RGB"), np.float32)
     rim = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3)])
     return np.abs(pixels - np.median(rim, axis=0)).sum(-1) > 60
 
 
 @pytest.mark.slow
-def test_a_control_panel_is_followed_where_the_words_say_nothing_of_it(tmp_path):
-    """Of two depth maps, each result has the outline of its own; the backgrounds are those of the prompts."""
+def test_control_panel_determines_the_outline(tmp_path):
+    """Each result has the outline of its own depth map, of two, and the background of the prompt."""
     shown = _silhouette(Image.open(ROOT / "assets/subject.png").resize((CELL, CELL))).astype(np.uint8)
     outline, _ = cv2.findContours(shown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     penguin = cv2.drawContours(shown, outline, -1, 1, cv2.FILLED)  # its belly is as white as the background
@@ -220,8 +229,8 @@ def _overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-def test_a_subject_comes_again_on_another_background(tmp_path):
-    """In the middle, where the emoji is, the result is far nearer to the panel than to the panel upside down."""
+def test_subject_is_repeated_on_another_background(tmp_path):
+    """In the centre, the result is much nearer to the panel than to the panel upside down."""
     words = ("--image_path", "assets/subject.png", "--image_prompt", "the same on a navy background")
     _generate(tmp_path, "--i2i_task", "subject", *words)
     result, given = (Image.open(tmp_path / f"subject_{name}.png") for name in ("result", "ref_center_crop"))
@@ -234,14 +243,14 @@ def test_a_subject_comes_again_on_another_background(tmp_path):
 def test_a_segmentation_has_the_colours_of_the_training(tmp_path):
     _generate(tmp_path, "--i2i_task", "predict_segmentation", "--image_path", "assets/subject.png")
     pixels = np.asarray(Image.open(tmp_path / "predict_segmentation_result.png"), np.float32)
-    known = np.array([(0, 0, 0), scenes.SLOT_COLORS[0]], np.float32)
+    known = np.array([(0, 0, 0), scenes.OBJECT_COLORS[0]], np.float32)
     distances = np.abs(pixels[..., None, :] - known).sum(-1)
     assert (distances.min(-1) < 120).mean() > 0.9 and 0.1 < (distances.argmin(-1) == 1).mean() < 0.9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["", "--speculative_jacobi", "--speculative_jacobi --quant --cache_dtype int8"])
-def test_an_edit_does_what_it_says_with_every_way_of_sampling(sampling, tmp_path):
+def test_edit_changes_the_background_with_every_sampler(sampling, tmp_path):
     command = ["--image_path", "assets/subject.png", "--save_path", str(tmp_path), *sampling.split()]
     turns = ["--instruction", "make the background red", "--instruction", "make the background navy"]
     command = [*line_of("edit"), *command, *turns]

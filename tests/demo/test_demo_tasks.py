@@ -1,4 +1,4 @@
-"""The demo's image tasks: examples, the records that training reads, and the measures of the evaluation."""
+"""Image tasks of the demo: examples, training records, and measures of the evaluation."""
 
 import json
 import random
@@ -33,7 +33,7 @@ NAMES = ["hedgehog", "owl", "grapes"]
 
 @pytest.fixture(scope="module")
 def pictures() -> dict[str, np.ndarray]:
-    """Striped discs of different colours and sizes under three real names: the emoji themselves are not shipped."""
+    """Striped discs of different colours and sizes with three real names; the emoji are not in the repository."""
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2
     made = {}
     for n, name in enumerate(NAMES):
@@ -46,7 +46,7 @@ def pictures() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", omni.KINDS)
-def test_nothing_held_out_is_trained_on_and_nothing_else_is_evaluated(kind):
+def test_held_out_scenes_are_evaluated_and_never_trained_on(kind):
     names = emoji.known_names()
     trained = omni.training_examples(kind, names, random.Random(0))
     assert len(trained) == omni.KINDS[kind].records
@@ -56,11 +56,11 @@ def test_nothing_held_out_is_trained_on_and_nothing_else_is_evaluated(kind):
     assert evaluated == omni.evaluation_examples(kind, names, 300, random.Random(0))
 
 
-def test_prompts_leave_what_the_panel_shows_to_the_panel():
+def test_prompts_rarely_name_what_the_panel_shows():
     names = emoji.known_names()
 
     def named(examples) -> float:
-        """Share of prompts with the name, or what it is called otherwise, of what the lower panel shows."""
+        """Share of prompts with the name, or the everyday name, of the object in the lower panel."""
         called = [(e, {*e.lower.names, *(emoji.ALIASES.get(name, name) for name in e.lower.names)}) for e in examples]
         return sum(any(name in e.prompt.lower() for name in known) for e, known in called) / len(examples)
 
@@ -72,7 +72,7 @@ def test_prompts_leave_what_the_panel_shows_to_the_panel():
     assert {example.prompt for example in omni.evaluation_examples("predict_canny", names, 100, rng)} == {""}
 
 
-def test_edits_do_what_they_say():
+def test_prompts_of_edits_describe_the_change():
     seen = set()
     for example in omni.training_examples("edit", NAMES, random.Random(0)):
         before, after, text = example.upper, example.lower, example.prompt
@@ -102,7 +102,7 @@ def test_panels_show_their_scenes(pictures):
     assert control.crop((0, 0, CELL, CELL)).tobytes() == predicted.crop((0, CELL, CELL, 2 * CELL)).tobytes()
 
 
-def test_panels_share_a_key_where_they_are_one_picture():
+def test_identical_panels_have_the_same_key():
     owl, hedgehog = Scene(("owl",), "red"), Scene(("hedgehog",), "red")
     pair, predicted = (omni.Example(kind, owl, owl, "") for kind in ("pair_depth", "predict_depth"))
     edits = [omni.Example("edit", *panels, "") for panels in ((owl, hedgehog), (hedgehog, owl), (owl, owl))]
@@ -113,8 +113,8 @@ def test_panels_share_a_key_where_they_are_one_picture():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pictures, tmp_path, apart):
-    """Ids before the image are those that generation starts from, the given panel included; both panels carry loss."""
+def test_records_equal_the_ids_of_the_same_request(tiny_checkpoint, pictures, tmp_path, apart):
+    """The ids before the image are those of generation; both panels have a loss."""
     examples = [omni.training_examples(kind, NAMES, random.Random(3))[7] for kind in omni.KINDS]
     lines = []
     for n, example in enumerate(examples):
@@ -139,7 +139,7 @@ def test_a_record_is_what_the_same_request_reads_and_writes(tiny_checkpoint, pic
         assert sequence.labels.tolist() == [IGNORED] * len(start) + image
 
 
-def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, monkeypatch, capsys):
+def test_make_data_writes_only_image_tasks(pictures, tmp_path, monkeypatch, capsys):
     script = module_of("make_data")
     few = {kind: replace(entry, records=5) for kind, entry in omni.KINDS.items()}
     monkeypatch.setattr(omni, "KINDS", few)
@@ -158,7 +158,7 @@ def test_demo_data_writes_the_image_tasks_and_nothing_else(pictures, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["make_data", "evaluate"])
-def test_a_folder_that_cannot_be_made_ends_in_one_line(pictures, tmp_path, monkeypatch, capsys, name):
+def test_output_folder_that_cannot_be_created_is_a_one_line_error(pictures, tmp_path, monkeypatch, capsys, name):
     script, taken = module_of(name), tmp_path / "file"
     taken.write_text("kept")
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_made_ends_in_one_line(pictures, tmp_path, monke
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {taken}") and taken.read_text() == "kept"
 
 
-def test_demo_data_writes_pictures_captions_and_a_tokenizer(pictures, tmp_path, monkeypatch, capsys):
+def test_make_data_writes_pictures_captions_and_a_tokenizer(pictures, tmp_path, monkeypatch, capsys):
     script = module_of("make_data")
     monkeypatch.setattr(script, "LOOSE", 2)
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
@@ -197,10 +197,10 @@ def lines(*columns: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_edge_f1_forgives_one_pixel():
+def test_edge_f1_has_a_tolerance_of_one_pixel():
     assert evaluation.edge_f1(lines(10, 50), lines(10, 50)) == evaluation.edge_f1(lines(11), lines(10)) == 1
     assert evaluation.edge_f1(lines(12), lines(10)) == 0
-    assert evaluation.edge_f1(lines(10), lines(10, 50)) == pytest.approx(2 / 3)  # all found is wanted; half is found
+    assert evaluation.edge_f1(lines(10), lines(10, 50)) == pytest.approx(2 / 3)  # precision 1, recall 0.5
     assert evaluation.edge_f1(lines(), lines(10)) == 0 and evaluation.edge_f1(lines(), lines()) == 1
 
 
@@ -210,18 +210,18 @@ def test_correlation_and_iou():
     assert evaluation.correlation(ramp, ramp) == pytest.approx(1) == -evaluation.correlation(ramp, inverse)
     assert evaluation.correlation(flat, ramp) == 0
     truth = Image.new("RGB", (4, 4))
-    truth.paste(scenes.SLOT_COLORS[0], (0, 0, 4, 2))
+    truth.paste(scenes.OBJECT_COLORS[0], (0, 0, 4, 2))
     near = Image.new("RGB", (4, 4), (20, 10, 10))
     near.paste((200, 70, 80), (0, 0, 4, 1))
     assert evaluation.mean_iou(truth, truth) == 1
     assert evaluation.mean_iou(near, truth) == pytest.approx((4 / 8 + 8 / 12) / 2)
 
 
-def test_measures_that_centred_shapes_do_not_share():
-    """An upright bar and a lying one of a third of the picture: what they have in common is not what is asked for."""
+def test_measures_distinguish_centred_shapes():
+    """An upright and a lying bar overlap in a third of the picture; correlation and mean IoU stay high."""
     upright, lying = Image.new("RGB", (CELL, CELL)), Image.new("RGB", (CELL, CELL))
-    upright.paste(scenes.SLOT_COLORS[0], (30, 18, 66, 78))
-    lying.paste(scenes.SLOT_COLORS[0], (18, 30, 78, 66))
+    upright.paste(scenes.OBJECT_COLORS[0], (30, 18, 66, 78))
+    lying.paste(scenes.OBJECT_COLORS[0], (18, 30, 78, 66))
     assert evaluation.correlation(upright, lying) > 0.4 > evaluation.shape_correlation(upright, lying)
     assert evaluation.mean_iou(upright, lying) > 0.6 > 0.4 > evaluation.outline_f1(upright, lying)
     ramp = Image.linear_gradient("L")
@@ -229,14 +229,14 @@ def test_measures_that_centred_shapes_do_not_share():
     assert evaluation.shape_correlation(*2 * [Image.new("RGB", (8, 8))]) == 0, "nothing is near in either"
 
 
-def test_summaries_tell_shares_from_numbers():
+def test_summary_is_a_share_of_booleans_or_a_mean_of_numbers():
     assert str(evaluation.summary([True, False])).endswith(" %")
     mean = evaluation.summary([0.2, 0.4, 0.6])
     assert (mean.value, mean.error) == (pytest.approx(0.4), pytest.approx(0.2 / 3**0.5))
 
 
 @pytest.mark.parametrize("kind", omni.KINDS)
-def test_the_truth_scores_full_marks_and_another_does_not(kind, pictures):
+def test_true_images_have_full_scores_and_others_do_not(kind, pictures):
     upper = Scene(("hedgehog",), "navy")
     same = {"edit": Scene(("owl",), "navy"), "subject": Scene(("hedgehog",), "pink")}.get(kind, upper)
     wrong = Scene(("grapes",), "yellow")
@@ -246,7 +246,7 @@ def test_the_truth_scores_full_marks_and_another_does_not(kind, pictures):
     assert max(evaluation.scores(truth, omni.draw(other, pictures), pictures)) < 0.8
 
 
-def test_edits_must_keep_the_background_and_remove_all(pictures):
+def test_removal_must_keep_the_background(pictures):
     before = Scene(("owl",), "navy")
     removed = omni.Example("edit", before, Scene((), "navy"), "remove the owl")
     assert evaluation.scores(removed, omni.draw(removed, pictures), pictures) == [True]
@@ -254,7 +254,7 @@ def test_edits_must_keep_the_background_and_remove_all(pictures):
         assert evaluation.scores(removed, omni.draw(replace(removed, lower=lower), pictures), pictures) == [False]
 
 
-def test_shuffling_changes_the_panel_or_the_prompt_and_nothing_else():
+def test_shuffling_changes_only_the_panel_or_the_prompt():
     script = module_of("evaluate")
     examples = omni.evaluation_examples("edit", NAMES, 4, random.Random(0))
     others = script.shuffled(examples)
@@ -268,7 +268,7 @@ def test_shuffling_changes_the_panel_or_the_prompt_and_nothing_else():
 
 
 @pytest.mark.slow
-def test_the_evaluation_runs_on_the_shipped_checkpoint(pictures, tmp_path, monkeypatch, capsys):
+def test_evaluation_runs_on_the_demo_checkpoint(pictures, tmp_path, monkeypatch, capsys):
     script = module_of("evaluate")
     monkeypatch.setattr(emoji, "fetch", lambda folder: None)
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
@@ -284,13 +284,13 @@ def test_the_evaluation_runs_on_the_shipped_checkpoint(pictures, tmp_path, monke
     assert set(figures["predict_depth: correlation"]) == {"value", "panel", "tokenizer"}
     assert figures["predict_depth: correlation"]["tokenizer"][0] > 0.9
     assert set(figures["depth unnamed: right emoji"]) == {"value", "panel", "prompt", "tokenizer"}
-    told = capsys.readouterr().out
-    assert "| one emoji | 2 |" in told and "| predict_depth | correlation | 2 |" in told
+    printed = capsys.readouterr().out
+    assert "| one emoji | 2 |" in printed and "| predict_depth | correlation | 2 |" in printed
     sheets = {path.name for path in tmp_path.glob("*.png")}
     assert sheets == {"text_to_image.png", "predict_depth.png", "depth_unnamed.png"}
 
 
-def test_every_batch_of_an_evaluation_has_noise_of_its_own(tiny_checkpoint, monkeypatch):
+def test_batches_of_an_evaluation_have_different_noise(tiny_checkpoint, monkeypatch):
     script, asked = module_of("evaluate"), []
     monkeypatch.setattr(script, "_BATCH", 2)
     monkeypatch.setattr(Pipeline, "stream", lambda self, prompts, *size, **options: asked.append(options) or prompts)

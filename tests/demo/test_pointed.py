@@ -1,4 +1,4 @@
-"""Heads that are told how far back to look: against attention worked out from the formula, and as a command."""
+"""Heads with a fixed distance: against attention computed from the formula, and as a command."""
 
 import copy
 import json
@@ -26,16 +26,16 @@ def model(request):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**SIZES, model_parallel_size=request.param))
     model.init_weights()
-    for name, parameter in model.named_parameters():  # as after some training: norms of heads are not the identity
+    for name, parameter in model.named_parameters():  # like a trained model, whose head norms are not the identity
         if "q_norm" in name or "k_norm" in name:
             torch.nn.init.normal_(parameter, 1.2 if "weight" in name else 0.0, 0.3)
-    # Hidden states have something in common, as those of trained models do.
+    # Hidden states have a common component, like those of trained models.
     model.embed_tokens.weight.data += model.embed_tokens.weight.data.std() * torch.randn(96)
     return model
 
 
 def attention_of(model: Transformer, layer: int, head: int, ids: torch.Tensor) -> torch.Tensor:
-    """(T, T) probabilities, from projections and complex rotations."""
+    """Attention probabilities (T, T), computed with complex rotations."""
     seen = {}
     module = model.layers[layer].self_attn
     handles = [getattr(module, name).register_forward_hook(lambda _, given, out, name=name: seen.update({name: out}))
@@ -52,16 +52,16 @@ def attention_of(model: Transformer, layer: int, head: int, ids: torch.Tensor) -
     return scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf")).softmax(-1)
 
 
-def test_a_pointed_head_looks_where_it_is_told(model):
+def test_pointed_head_attends_to_its_distance(model):
     ids = list(torch.randint(64, (4, 120)))
-    others = torch.randint(64, (120,))  # not among those that it was made with
+    others = torch.randint(64, (120,))  # not used by `point`
     assert attention_of(model, 0, 1, others).diagonal(-30).mean() < 0.1
     point(model, [Pointer(0, 1, 30), Pointer(1, 0, 7)], ids)
     assert attention_of(model, 0, 1, others).diagonal(-30).min() > 0.7
     assert attention_of(model, 1, 0, others).diagonal(-7).min() > 0.7
 
 
-def test_nothing_else_changes_and_its_output_starts_from_nothing(model):
+def test_pointing_changes_no_other_weights_and_starts_with_zero_output(model):
     ids = list(torch.randint(64, (2, 60)))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     without = loss_without(model, (1, 0), ids)
@@ -77,7 +77,7 @@ def test_nothing_else_changes_and_its_output_starts_from_nothing(model):
             assert not len(changed), name
 
 
-def test_the_head_that_is_missed_least_is_taken(model):
+def test_head_with_least_effect_on_the_loss_is_replaced(model):
     ids = list(torch.randint(64, (3, 60)))
     first, second = sorted(range(2), key=lambda head: loss_without(model, (1, head), ids))
     asked = [Pointer.parse("1:9"), Pointer.parse("0.1:5")]
@@ -90,16 +90,16 @@ def test_the_head_that_is_missed_least_is_taken(model):
     ("heads", "message"),
     [(["1.5"], "LAYER:DISTANCE"), (["1.:5"], "LAYER:DISTANCE"),
      (["1:5"] * 3, "layer 1 has 2 heads"), (["2.0:5"], "layers 0 to 1"), (["0.0:5", "0.0:6"], "given twice"),
-     (["0.0:200"], "longer than 60 ids")],
+     (["0.0:200"], "must be below 60, the longest sequence")],
 )  # fmt: skip
-def test_what_cannot_be_pointed(model, heads, message):
+def test_invalid_pointers_are_refused(model, heads, message):
     with pytest.raises(InputError, match=message):
         point(model, [Pointer.parse(head) for head in heads], list(torch.randint(64, (2, 60))))
 
 
 @pytest.fixture
 def own_keys(tiny_checkpoint, tmp_path) -> Path:
-    """The tiny checkpoint, each head with keys of its own."""
+    """The tiny checkpoint with separate keys for each head."""
     folder = tmp_path / "own"
     shutil.copytree(tiny_checkpoint, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -116,10 +116,10 @@ def own_keys(tiny_checkpoint, tmp_path) -> Path:
 def test_heads_that_share_keys_are_refused(tokens, tiny_checkpoint, tmp_path, capsys):
     line = ["--model_path", str(tiny_checkpoint), "--data_config", str(tokens), "--save_path", str(tmp_path / "no")]
     assert main_of("point_heads")([*line, "--heads", "0.1:9"]) == 2
-    assert "4 share 2" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert "got 4 heads that share 2" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_the_command(tokens, own_keys, tmp_path, capsys):
+def test_command_writes_a_checkpoint(tokens, own_keys, tmp_path, capsys):
     line = ["--model_path", str(own_keys), "--data_config", str(tokens)]
     main, out = main_of("point_heads"), tmp_path / "out"
     config = ModelConfig.from_json(own_keys / "config.json")

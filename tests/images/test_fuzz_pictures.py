@@ -16,12 +16,12 @@ ROUNDS = 15  # damaged copies of each file
 
 @pytest.fixture
 def no_log_handler(monkeypatch):
-    """Without pytest's own handlers, so that records which no one handles go to stderr, as in a command."""
+    """Removes pytest's log handlers, so that unhandled records go to stderr, as in a command."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
 
-def test_a_damaged_picture_of_any_format_raises_nothing_but_input_error(capsys, no_log_handler):
-    """AVIF raised RuntimeError and BLP NotImplementedError, which ended a pre-tokenization."""
+def test_damaged_pictures_raise_only_input_error(capsys, no_log_handler):
+    """AVIF raised RuntimeError and BLP NotImplementedError, which stopped the pre-tokenization."""
     files, rng, opened, refused = every_file(), random.Random(0), 0, 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Opening pictures, crops and pixels against the released code's files."""
+"""Opening, cropping and conversion of images, against files of the released code."""
 
 import json
 import struct
@@ -36,7 +36,7 @@ def test_crop_to_a_given_size_equals_the_released_one(oracle_dir):
 
 @pytest.mark.parametrize("size", [(33, 47), (7, 500), (1000, 31), (64, 64), (1, 1)])
 @pytest.mark.parametrize("target", [(64, 64), (32, 96)])
-def test_a_crop_always_has_the_size_asked_for(size, target):
+def test_crop_has_the_requested_size(size, target):
     assert center_crop(Image.new("RGB", size, "red"), target).size == target
 
 
@@ -53,7 +53,7 @@ def test_transparency_is_laid_over_white(tmp_path):
 
 @pytest.mark.parametrize("level", [0, 200, 20000, 65535])
 def test_sixteen_bits_are_scaled(tmp_path, level):
-    """A dark 16-bit picture must not come out bright: the scale is that of the format, not that of the content."""
+    """By the range of the format and not of the content, so that a dark picture stays dark."""
     Image.fromarray(np.full((4, 4), level, np.uint16)).save(tmp_path / "deep.png")
     assert open_image(tmp_path / "deep.png").getpixel((1, 1)) == (round(level / 65535 * 255),) * 3
 
@@ -71,7 +71,7 @@ def test_other_modes_become_rgb(tmp_path, mode):
 @pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (2, (7, 0)), (3, (7, 3)), (4, (0, 3)), (5, (0, 0)),
                                                  (6, (3, 0)), (7, (3, 7)), (8, (0, 7))])  # fmt: skip
 def test_exif_rotation_is_applied(tmp_path, orientation, corner):
-    """Where the standard says that the first pixel of the first row belongs."""
+    """The first pixel of the first row is in the corner that the EXIF standard defines."""
     image = Image.new("RGB", (8, 4), "white")
     image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
@@ -85,7 +85,7 @@ def test_exif_rotation_is_applied(tmp_path, orientation, corner):
 @pytest.mark.parametrize(
     "block", [b"", b"II*\0", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08\0\x09" + b"\xff" * 20, b"no exif"]
 )
-def test_a_damaged_exif_block_is_passed_over(tmp_path, block):
+def test_damaged_exif_block_is_ignored(tmp_path, block):
     path = tmp_path / "cut.png"
     Image.new("RGB", (8, 4), "red").save(path)
     content, header = path.read_bytes(), 8 + 25  # signature and IHDR
@@ -97,7 +97,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_what_is_no_picture_is_refused_by_name(tmp_path):
+def test_files_that_are_not_pictures_are_refused(tmp_path):
     text = tmp_path / "text.png"
     text.write_text("no picture")
     truncated = tmp_path / "truncated.png"
@@ -112,7 +112,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path):
             open_image(path)
 
 
-def test_pixels_and_back_are_exact():
+def test_pixel_round_trip_is_exact():
     image = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
     pixels = to_pixels([image, image])
     assert pixels.shape == (2, 3, 16, 16) and pixels.min() == -1 and pixels.max() == 1

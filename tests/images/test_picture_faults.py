@@ -1,4 +1,4 @@
-"""Pictures that decoders fail on, thin ones, all modes, and crops that scale no more than they keep."""
+"""Damaged and thin pictures, limits, all modes and formats, and the memory of crops."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from lumina_mgpt.images import center_crop, crop_panel, open_image, picture_form
 
 
 def damaged_avif() -> bytes:
-    """A file whose header is whole: libavif raises RuntimeError when it decodes the rest."""
+    """A file with an intact header and damaged data, for which libavif raises RuntimeError."""
     file = io.BytesIO()
     in_mode("RGB", (64, 64)).save(file, "AVIF")
     data = file.getvalue()
@@ -29,7 +29,7 @@ def damaged_avif() -> bytes:
 
 
 def damaged_blp() -> bytes:
-    """A file of a compression that does not exist: Pillow raises NotImplementedError."""
+    """A file with an unknown compression, for which Pillow raises NotImplementedError."""
     file = io.BytesIO()
     in_mode("P", (64, 64)).save(file, "BLP")
     return file.getvalue()[:8] + b"\x09" + file.getvalue()[9:]
@@ -41,8 +41,8 @@ DAMAGED = {"a.avif": damaged_avif, "b.blp": damaged_blp}
 # -- what decoders raise -----------------------------------------------------------------------------------------------
 
 
-def test_no_picture_ends_the_pre_tokenization(tiny_checkpoint, tmp_path):
-    """A damaged AVIF (RuntimeError) or BLP (NotImplementedError) ended it; a thin picture filled the memory."""
+def test_pre_tokenization_continues_after_bad_pictures(tiny_checkpoint, tmp_path):
+    """A damaged AVIF (RuntimeError) or BLP (NotImplementedError) stopped it, and a thin picture filled the memory."""
     in_mode("RGB", (64, 64)).save(tmp_path / "good.png")
     Image.new("RGB", (1, 30000)).save(tmp_path / "thin.png")
     for name, make in DAMAGED.items():
@@ -67,8 +67,8 @@ def test_no_picture_ends_the_pre_tokenization(tiny_checkpoint, tmp_path):
     ("generate", ["--task", "i2i", "--i2i_task", "depth", "--image_path", "{}", "--prompt", "a cat"]),
     ("edit", ["--image_path", "{}", "--instruction", "make it red"]),
 ])  # fmt: skip
-def test_a_damaged_picture_is_refused_by_name(tiny_checkpoint, tmp_path, capsys, name, command, options):
-    """The commands that are given a picture ended in a traceback, too."""
+def test_commands_refuse_damaged_pictures(tiny_checkpoint, tmp_path, capsys, name, command, options):
+    """Commands with a picture argument printed a traceback."""
     path = tmp_path / name
     path.write_bytes(DAMAGED[name]())
     folders = ["--model_path", str(tiny_checkpoint), "--save_path", str(tmp_path / "out")]
@@ -78,7 +78,7 @@ def test_a_damaged_picture_is_refused_by_name(tiny_checkpoint, tmp_path, capsys,
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("of a decoder"), RecursionError(), KeyError("tag")])
-def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
+def test_every_exception_of_a_decoder_names_the_file(tmp_path, monkeypatch, error):
     path = tmp_path / "a.png"
     in_mode("RGB").save(path)
 
@@ -90,7 +90,7 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
         open_image(path)
 
 
-def test_ctrl_c_is_no_damaged_picture(tmp_path, monkeypatch):
+def test_keyboard_interrupt_in_a_decoder_is_raised(tmp_path, monkeypatch):
     in_mode("RGB").save(tmp_path / "a.png")
 
     def load(image):
@@ -105,7 +105,7 @@ def test_ctrl_c_is_no_damaged_picture(tmp_path, monkeypatch):
 
 
 def _tiled_tiff(tile: int) -> bytes:
-    """A TIFF of 16 x 16 pixels whose one tile has sides of `tile` pixels."""
+    """A TIFF of 16 x 16 pixels with one tile of `tile` x `tile` pixels."""
     data = zlib.compress(b"\x80" * 4096)
     tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 0, 325: len(data)}
     tags[324] = 8 + 2 + 12 * len(tags) + 4
@@ -113,7 +113,7 @@ def _tiled_tiff(tile: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
 
 
-def test_a_tile_larger_than_the_pixel_limit_is_not_decoded():
+def test_tile_above_the_pixel_limit_is_not_decoded():
     """16 x 16 pixels in one tile of 40,000 x 40,000 took 1.6 GB."""
     assert open_image("a.tif", io.BytesIO(_tiled_tiff(64))).getpixel((0, 0)) == (128, 128, 128)
     with pytest.raises(InputError, match="a.tif: the picture has more than 178956970 pixels"):
@@ -125,7 +125,7 @@ HEADERS = {"GIF": (6, "<HH"), "BMP": (18, "<ii"), "TGA": (12, "<HH"), "QOI": (4,
 
 @pytest.mark.parametrize("kind", HEADERS)
 @pytest.mark.parametrize("size, rule", [((30000, 30000), "178956970 pixels"), ((30000, 20), "16 times as long")])
-def test_the_limits_hold_before_anything_is_decoded(monkeypatch, kind, size, rule):
+def test_limits_are_checked_before_decoding(monkeypatch, kind, size, rule):
     file = io.BytesIO()
     in_mode("RGB").save(file, kind)
     offset, form = HEADERS[kind]
@@ -140,7 +140,7 @@ def test_the_limits_hold_before_anything_is_decoded(monkeypatch, kind, size, rul
         open_image("large", io.BytesIO(data))
 
 
-def test_an_icon_and_a_banner_are_pictures(tmp_path):
+def test_pictures_within_the_limits_are_opened(tmp_path):
     for size in ((20, 20), (1, 1), (320, 20), (20, 320)):
         Image.new("RGB", size).save(tmp_path / "a.png")
         assert open_image(tmp_path / "a.png").size == size
@@ -150,7 +150,7 @@ def test_an_icon_and_a_banner_are_pictures(tmp_path):
 
 
 def _released_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`var_center_crop` of the released system: scales all of the picture, then cuts."""
+    """`var_center_crop` of the released code: scales the whole picture, then crops."""
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -172,15 +172,15 @@ def test_crops_of_random_sizes_equal_the_released_ones():
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (7, 1001)])
-def test_a_thin_picture_shows_the_same_middle(size):
-    """Beyond the limit only the part kept is scaled; a smooth picture shows that it is the right part."""
+def test_crop_of_a_thin_picture_shows_the_same_part(size):
+    """Above the limit, only the crop is scaled; a smooth picture gives the same pixels up to 1."""
     wave = 127 + 100 * np.sin(np.add.outer(np.arange(size[1]), np.arange(size[0])) / 20)
     image = Image.fromarray(wave.astype(np.uint8)).convert("RGB")
     ours, whole = (np.asarray(crop(image, (32, 48)), int) for crop in (center_crop, _released_crop))
     assert ours.shape == (48, 32, 3) and abs(ours - whole).max() <= 1
 
 
-def test_a_thin_picture_is_not_scaled_beyond_its_crop(monkeypatch):
+def test_thin_picture_is_not_scaled_as_a_whole(monkeypatch):
     """A picture of 1 x 30,000 was scaled to 384 x 11,520,000: 17 GB."""
     resize = Image.Image.resize
 
@@ -199,7 +199,7 @@ def test_a_thin_picture_is_not_scaled_beyond_its_crop(monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("transparency", [None, 0])
 def test_every_mode_becomes_rgb(mode, transparency):
-    """Premultiplied grey (La), and some modes with a transparent colour, ended in ValueError."""
+    """Premultiplied grey (La), and some modes with a transparent colour, raised ValueError."""
     image = in_mode(mode)
     if transparency is not None:
         image.info["transparency"] = transparency
@@ -207,7 +207,7 @@ def test_every_mode_becomes_rgb(mode, transparency):
     assert maps.canny(image).size == image.size
 
 
-def test_a_palette_with_several_transparent_colours_is_laid_over_white():
+def test_palette_with_several_transparent_colours_is_over_white():
     image = Image.new("P", (3, 1))
     image.putpalette([0, 0, 0] * 3)
     image.putdata([0, 1, 2])
@@ -215,7 +215,7 @@ def test_a_palette_with_several_transparent_colours_is_laid_over_white():
     assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [255, 0, 127]
 
 
-def test_floats_that_are_no_number_hide_nothing():
+def test_nan_and_infinity_do_not_change_other_pixels():
     """One infinite value made all others black."""
     for first in (np.nan, np.inf):
         image = Image.fromarray(np.array([[first, np.inf, -np.inf, 0.5, 1.0]], np.float32))
@@ -235,7 +235,7 @@ def test_every_format_that_pillow_writes_is_opened():
         assert open_image(name, io.BytesIO(data)).mode == "RGB", name
 
 
-def test_of_several_frames_the_first_is_read():
+def test_first_of_several_frames_is_read():
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     for kind in ("GIF", "WEBP", "TIFF", "PNG"):
         file = io.BytesIO()
@@ -245,7 +245,7 @@ def test_of_several_frames_the_first_is_read():
 
 
 def test_no_other_program_is_started(tmp_path, monkeypatch):
-    """Pillow draws EPS with Ghostscript, which runs what the file says."""
+    """Pillow renders EPS with Ghostscript, which executes the file."""
     marker = tmp_path / "started"
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()
@@ -260,14 +260,14 @@ def test_no_other_program_is_started(tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def test_extensions_are_those_of_the_formats_that_are_read():
+def test_suffixes_are_those_of_supported_formats():
     assert {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".avif"} <= picture_suffixes()
     assert not {".eps", ".ps", ".pdf", ".wmf", ".emf", ".mpg", ".h5", ".grib", ".fits", ".txt"} & picture_suffixes()
     assert "EPS" not in picture_formats() and all(s == s.lower() and s[0] == "." for s in picture_suffixes())
 
 
-def test_a_pipe_is_no_picture(tmp_path):
-    """A pipe named in a record made the pre-tokenization wait forever."""
+def test_pipe_is_refused(tmp_path):
+    """A pipe in a record blocked the pre-tokenization forever."""
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(InputError, match="not a regular file"):
         open_image(tmp_path / "a.png")

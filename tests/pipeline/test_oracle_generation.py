@@ -1,4 +1,4 @@
-"""Greedy images of the whole pipeline against those of the released code: ids equal, pixels within 1 of 255."""
+"""Greedy images of the pipeline against the released code: identical ids, pixels within 1 of 255."""
 
 import json
 
@@ -28,7 +28,7 @@ def oracle_prompts(oracle_dir) -> dict:
 
 
 class Fed(Exception):
-    """Carries the ids of the first forward out of it."""
+    """Stops the first forward and has its ids."""
 
 
 def pixels_apart(image: Image.Image, path) -> int:
@@ -48,8 +48,8 @@ def test_text_to_image_equals_the_released_code(pipeline, cases, oracle_dir, nam
     assert pixels_apart(result.image, oracle_dir / f"gen_{name}_0.png") <= 1
 
 
-def test_images_of_one_batch_equal_those_alone(pipeline, cases):
-    """The longer prompt's row must not feel the shorter one's pads, nor the other way round."""
+def test_images_are_independent_of_their_batch(pipeline, cases):
+    """Padding of shorter prompts does not change any image."""
     case = cases["t2i_64x64_cfg4"]
     prompt = case["question"].split(":\n", 1)[1]
     results = pipeline.generate(["dog", prompt, prompt + " and a very long wooden table"], 64, 64, top_k=1)
@@ -70,7 +70,7 @@ def test_prompts_of_pairs_equal_the_released_code(pipeline, oracle_prompts, name
     [("i2i_depth_64x128", "depth"), ("i2i_canny_64x128_rgba", "canny"), ("i2i_depth_128x128_landscape", "depth")],
 )
 def test_prompts_with_a_panel_equal_the_released_code(pipeline, oracle_prompts, oracle_dir, monkeypatch, case, name):
-    """From the picture file to the ids that the model reads first, guidance's unconditional row included."""
+    """From the picture file to the first ids of the model, for the conditional and the unconditional row."""
     item = oracle_prompts[case]
 
     def stop(self, ids, positions, read):
@@ -95,7 +95,7 @@ def test_pairs_equal_the_released_code(pipeline, cases, oracle_dir):
 
 @pytest.mark.parametrize("speculation", [None, Speculation(window=9)])
 def test_image_to_image_equals_the_released_code(pipeline, cases, oracle_dir, oracle_prompts, speculation):
-    """The unconditional rows see the given panel too."""
+    """The unconditional rows include the given panel."""
     case = cases["i2i_depth_64x128_cfg4"]
     prompt = case["question"].split(":\n", 1)[1]
     with Image.open(oracle_dir / oracle_prompts["i2i_depth_64x128"]["image"]) as picture:

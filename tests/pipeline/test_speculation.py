@@ -1,4 +1,4 @@
-"""Speculation through the pipeline, with transformers and their caches: the images of the plain sampler, id for id."""
+"""Speculative sampling in the pipeline, with transformers and caches: identical ids to the plain sampler."""
 
 import random
 from pathlib import Path
@@ -21,7 +21,7 @@ def exact(tiny_checkpoint) -> Pipeline:
 
 
 def mixed_requests() -> list[dict]:
-    """Sizes, guidance, top-k, temperatures and batch sizes, drawn once and for all; eight images each."""
+    """Fixed random sizes, guidance, top-k, temperatures and batch sizes; eight images each."""
     draw = random.Random(0).choice
     return [
         dict(
@@ -44,8 +44,8 @@ def speculations() -> list[Speculation]:
 
 
 @pytest.mark.slow
-def test_over_two_hundred_images_are_the_plain_samplers(exact, plain_images):
-    """In float64 a window and a single step of the transformer differ by too little to matter, so equality is exact."""
+def test_two_hundred_images_are_identical_to_the_plain_samplers(exact, plain_images):
+    """In float64 the rounding of a window and of a single step is too small for a near tie."""
     count = codes = forwards = 0
     for (request, plain), speculation in zip(plain_images, speculations(), strict=True):
         fast = exact.generate(PROMPTS, **request | {"batch_size": None}, speculation=speculation)
@@ -53,21 +53,21 @@ def test_over_two_hundred_images_are_the_plain_samplers(exact, plain_images):
         count += len(fast)
         codes, forwards = codes + plain[0].codes.numel(), forwards + exact.forwards
     assert count >= 200
-    assert forwards < 0.9 * codes, "hardly a draft was ever right: this shows nothing"
+    assert forwards < 0.9 * codes, "too few drafts are accepted for a meaningful test"
 
 
 @pytest.mark.slow
 def test_in_float32_each_divergence_is_a_near_tie(exact, tiny_checkpoint, plain_images):
     single = Pipeline.from_pretrained(tiny_checkpoint, "cpu", "fp32")
     for (request, plain), speculation in zip(plain_images, speculations(), strict=True):
-        law = {name: request[name] for name in ("cfg", "top_k", "temperature")}
+        settings = {name: request[name] for name in ("cfg", "top_k", "temperature")}
         for truth, other in zip(plain, single.generate(PROMPTS, **request, speculation=speculation), strict=True):
             key = (request["seed"], truth.job.repeat)
-            assert near_tie(exact, truth.job.prompt, truth.codes, other.codes, key, **law), (request, speculation)
+            assert near_tie(exact, truth.job.prompt, truth.codes, other.codes, key, **settings), (request, speculation)
 
 
-def test_pairs_and_given_panels_are_the_plain_samplers_too():
-    """On the demo checkpoint: both panels generated, then the lower one below a given upper one, in one batch."""
+def test_pairs_and_given_panels_are_identical_to_the_plain_samplers():
+    """On the demo checkpoint: both panels generated, then the lower panel with given upper panels, in one batch."""
     demo = Pipeline.from_pretrained(DEMO, "cpu", torch.float64)
     prompts = ["an owl on a navy background", "a cactus on a pink background"]
     size, speculation = dict(width=64, height=64, seed=3), Speculation("noise", 12)
@@ -80,8 +80,8 @@ def test_pairs_and_given_panels_are_the_plain_samplers_too():
     assert [one.ids for one in fast] == [one.ids for one in plain] and demo.forwards < 0.75 * 32
 
 
-def test_a_window_is_chosen_where_none_is_given(exact, monkeypatch):
-    """By device and precision; one that was given is kept."""
+def test_default_window_depends_on_device_and_precision(exact, monkeypatch):
+    """A given window is unchanged."""
     asked = []
     monkeypatch.setattr("lumina_mgpt.pipeline.default_window", lambda device, int4: asked.append((device, int4)) or 5)
     (plain,) = exact.generate("a cat", 32, 32)

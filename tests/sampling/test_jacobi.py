@@ -1,4 +1,4 @@
-"""Speculative sampling against the plain sampler, and against enumerated laws."""
+"""Speculative sampling against the plain sampler, and against enumerated probabilities of whole images."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ def vocabulary(tiny_checkpoint):
     return Vocabulary.from_folder(tiny_checkpoint, ModelConfig.from_json(tiny_checkpoint / "config.json"))
 
 
-class SettledStep(RememberingStep):
-    """A model whose law depends on the last id only, so that drafts are often right."""
+class LastIdStep(RememberingStep):
+    """A model whose logits depend on the last id only, so that drafts are often accepted."""
 
     def _logits(self, row, position):
         values = np.random.default_rng(self.slots[row, position]).normal(size=self.codes) * 3
@@ -35,20 +35,20 @@ images = st.fixed_dictionaries({
     "cfg": st.sampled_from([0.5, 1.0, 4.0]), "top_k": st.sampled_from([1, 2, 7, 4096]),
     "temperature": st.sampled_from([0.2, 1.0, 3.0]), "batch": st.integers(1, 3), "seed": st.integers(0, 2**40),
     "window": st.sampled_from([1, 2, 5, 16, 33, 200]), "proposal": st.sampled_from(sorted(PROPOSALS)),
-    "settled": st.booleans(),
+    "last_id": st.booleans(),
 })  # fmt: skip
 
 
 @given(images)
 @settings(max_examples=60, deadline=None)
-def test_common_noise_gives_the_plain_samplers_image(vocabulary, drawn):
+def test_common_noise_gives_identical_images_to_the_plain_sampler(vocabulary, drawn):
     rows, cols = drawn["grid"]
     layout = ImageLayout(vocabulary, rows, cols, given=drawn["given"] * 4 * cols * rows)
     prompts = [generation_prompt(text, vocabulary) for text in PROMPTS[: drawn["batch"]]]
     config = SamplingConfig(cfg=drawn["cfg"], top_k=drawn["top_k"], temperature=drawn["temperature"])
     keys = [(drawn["seed"], repeat) for repeat in range(len(prompts))]
     known = torch.randint(0, 64, (len(prompts), layout.given), generator=torch.Generator().manual_seed(0))
-    kind = SettledStep if drawn["settled"] else RememberingStep
+    kind = LastIdStep if drawn["last_id"] else RememberingStep
     plain = sample(kind(64), prompts, layout, config, keys, given=known)
     speculation = Speculation("noise", drawn["window"], drawn["proposal"])
     step = kind(64)
@@ -57,36 +57,38 @@ def test_common_noise_gives_the_plain_samplers_image(vocabulary, drawn):
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_an_image_is_the_same_alone_and_in_a_batch(vocabulary, coupling):
+def test_images_are_independent_of_batch_composition(vocabulary, coupling):
     layout, config = ImageLayout(vocabulary, 2, 1), SamplingConfig(cfg=2.0)
     prompts, keys = [generation_prompt(text, vocabulary) for text in PROMPTS], [(5, 0), (5, 1), (6, 0)]
     speculation = Speculation(coupling, 11)
-    batch = sample_jacobi(SettledStep(64), prompts, layout, config, keys, speculation)
+    batch = sample_jacobi(LastIdStep(64), prompts, layout, config, keys, speculation)
     for b in range(3):
-        alone = sample_jacobi(SettledStep(64), prompts[b : b + 1], layout, config, keys[b : b + 1], speculation)
+        alone = sample_jacobi(LastIdStep(64), prompts[b : b + 1], layout, config, keys[b : b + 1], speculation)
         assert torch.equal(alone[0], batch[b])
 
 
 @pytest.mark.parametrize("given", [0, 16])
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_each_new_row_is_told_once_and_final(vocabulary, coupling, given):
+def test_each_sampled_row_is_reported_once_and_final(vocabulary, coupling, given):
     layout, seen = ImageLayout(vocabulary, 1, 2, given=given), []
     prompts = [generation_prompt(text, vocabulary) for text in PROMPTS]
     keys = [(1, n) for n in range(3)]
     codes = sample_jacobi(
-        SettledStep(64), prompts, layout, SamplingConfig(cfg=1.0), keys, Speculation(coupling, 9),
+        LastIdStep(64), prompts, layout, SamplingConfig(cfg=1.0), keys, Speculation(coupling, 9),
         lambda row, codes: seen.append((row, codes)), given=torch.ones((3, given), dtype=torch.long),
     )  # fmt: skip
     assert [row for row, _ in seen] == list(range(given // layout.cols, layout.rows))
     assert all(torch.equal(part, codes[:, : row + 1]) for row, part in seen)
 
 
-# -- the law of the image, against enumeration ------------------------------------------------------------------------
+# -- distribution of images, against enumeration -----------------------------------------------------------------------
 
 
 class TableStep:
-    """A fast model of many rows whose law depends on the last two ids. The same few codes lead everywhere, so that a
-    draft may survive a change of its context."""
+    """A fast model of many rows whose logits depend on the last two ids.
+
+    The same few codes are probable everywhere, so that a draft may be accepted after its context has changed.
+    """
 
     def __init__(self, codes: int = 64):
         self.table = torch.from_numpy(np.random.default_rng(3).normal(size=(97, codes)) * 1.5)
@@ -99,39 +101,39 @@ class TableStep:
         self.forwards += 1
         self.slots.scatter_(1, positions, ids)
         at = positions.gather(1, read)
-        return self.law(self.slots.gather(1, at), self.slots.gather(1, at - 1))
+        return self.logits(self.slots.gather(1, at), self.slots.gather(1, at - 1))
 
-    def law(self, last, before):
+    def logits(self, last, before):
         return self.table[(last * 7 + before * 3) % 97]
 
 
-KEPT = 3  # codes that top-k leaves
-SAMPLED = 5  # places of a 4 x 4 image that are sampled, a row end among them
+KEPT = 3  # top-k
+SAMPLED = 5  # sampled positions of a 4 x 4 image; a row end lies between them
 DRAWS = 24_000
 
 
-def exact_law(vocabulary, layout, config) -> dict[tuple, float]:
-    """Probability of every outcome, by the chain rule over all sequences."""
+def exact_probs(vocabulary, layout, config) -> dict[tuple, float]:
+    """Probability of every sequence of sampled codes, by the chain rule."""
     step = TableStep()
-    laws: dict[tuple, float] = {(): 1.0}
+    probs: dict[tuple, float] = {(): 1.0}
     for _ in range(layout.given, layout.num_codes):
         longer = {}
-        for codes, probability in laws.items():
+        for codes, probability in probs.items():
             ids = layout.fill(torch.tensor([0] * layout.given + list(codes)))
-            logits = step.law(ids[-1], ids[-2]) / config.temperature
+            logits = step.logits(ids[-1], ids[-2]) / config.temperature
             top = logits.topk(config.top_k)
             for code, p in zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True):
                 longer[(*codes, code)] = probability * p
-        laws = longer
-    return laws
+        probs = longer
+    return probs
 
 
 def misfit(vocabulary, coupling, window, proposal, sampled=SAMPLED, kept=KEPT) -> float:
-    """How many standard deviations chi-squared lies above its mean (Wilson and Hilferty's normal approximation)."""
+    """Standard deviations of chi-squared above its mean, by the Wilson-Hilferty approximation."""
     config = SamplingConfig(cfg=1.0, top_k=kept)
     layout = ImageLayout(vocabulary, 1, 1, given=16 - sampled)
-    law = exact_law(vocabulary, layout, config)
-    counts = dict.fromkeys(law, 0)
+    probs = exact_probs(vocabulary, layout, config)
+    counts = dict.fromkeys(probs, 0)
     stray, batch = 0, 2000
     for start in range(0, DRAWS, batch):
         keys = [(17, start + b) for b in range(batch)]
@@ -144,8 +146,8 @@ def misfit(vocabulary, coupling, window, proposal, sampled=SAMPLED, kept=KEPT) -
             counts[outcome] = counts.get(outcome, 0) + 1
     if stray:
         return float("inf")
-    expected, observed = np.array(list(law.values())) * DRAWS, np.array(list(counts.values()))
-    rare = expected < 5  # together one outcome more
+    expected, observed = np.array(list(probs.values())) * DRAWS, np.array(list(counts.values()))
+    rare = expected < 5  # pooled in one outcome
     expected = np.append(expected[~rare], expected[rare].sum() + 1e-9)
     observed = np.append(observed[~rare], observed[rare].sum())
     freedom = len(expected) - 1
@@ -155,17 +157,17 @@ def misfit(vocabulary, coupling, window, proposal, sampled=SAMPLED, kept=KEPT) -
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize(("window", "proposal"), [(4, "uniform"), (3, "above"), (5, "above")])
-def test_images_have_the_law_of_the_model(vocabulary, coupling, window, proposal):
+def test_images_have_the_distribution_of_the_model(vocabulary, coupling, window, proposal):
     assert abs(misfit(vocabulary, coupling, window, proposal)) < 4
 
 
 @pytest.mark.parametrize(("coupling", "window"), [("maximal", 2), ("independent", 3)])
-def test_images_longer_than_the_rings_have_the_law_of_the_model(vocabulary, coupling, window):
-    """Ten places of two codes each; laws are kept of a row of four and the window."""
+def test_images_longer_than_the_ring_buffers_have_the_distribution_of_the_model(vocabulary, coupling, window):
+    """Ten positions of two codes; the ring buffer holds a row of four and the window."""
     assert abs(misfit(vocabulary, coupling, window, "above", sampled=10, kept=2)) < 4
 
 
-def test_a_ring_too_short_for_the_window_shows(vocabulary, monkeypatch):
+def test_too_short_ring_buffer_is_detected(vocabulary, monkeypatch):
     ring = jacobi._State._ring_index
     monkeypatch.setattr(jacobi._State, "_ring_index", lambda self, positions, held: torch.where(
         positions < self.N, positions % 3, ring(self, positions, held)))  # fmt: skip
@@ -217,14 +219,14 @@ def plant_one_too_many(monkeypatch):
 
 
 @pytest.mark.parametrize("plant", [plant_target_for_residual, plant_old_proposal, plant_filter, plant_one_too_many])
-def test_the_law_of_the_image_shows_planted_faults(vocabulary, monkeypatch, plant):
+def test_planted_faults_are_detected(vocabulary, monkeypatch, plant):
     plant(monkeypatch)
     assert misfit(vocabulary, "maximal", 5, "above") > 8
 
 
 @pytest.mark.parametrize("count", [1, 5, 128, 129, 300, 1024])
-def test_inversion_by_blocks_is_inversion(count):
-    """Against one sum over all codes; the ends of (0, 1) never find a code of weight 0."""
+def test_inversion_in_blocks_equals_inversion(count):
+    """Against one cumulative sum over all codes; a code of weight 0 is never sampled, even at the ends of (0, 1)."""
     weights = torch.rand(400, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
     weights[weights < 0.3] = 0
     weights[weights.sum(-1) == 0] = 1
@@ -241,25 +243,25 @@ def test_inversion_by_blocks_is_inversion(count):
 
 
 class FlatStep(TableStep):
-    """One law everywhere."""
+    """The same logits everywhere."""
 
-    def law(self, last, before):
+    def logits(self, last, before):
         return self.table[torch.zeros_like(last)]
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_drafts_that_are_always_sometimes_and_never_right(vocabulary, coupling, monkeypatch):
+def test_drafts_that_are_always_sometimes_and_never_accepted(vocabulary, coupling, monkeypatch):
     layout, config = ImageLayout(vocabulary, 2, 2), SamplingConfig(cfg=1.0, top_k=5)
     outside = int(FlatStep().table[0].argmin())
 
     def forwards(window: int, right: float) -> int:
-        """Of an image whose drafts are born right so often, from the law of all places, and else impossible."""
+        """Forwards of an image whose proposal is the target with probability `right`, else an impossible code."""
 
-        def proposal(above):
+        def propose(above):
             impossible = torch.zeros_like(above).index_fill(-1, torch.tensor([outside]), 1.0)
             return torch.lerp(impossible, above.exp(), right).log()
 
-        monkeypatch.setitem(PROPOSAL_FUNCTIONS, "uniform", proposal)
+        monkeypatch.setitem(PROPOSAL_FUNCTIONS, "uniform", propose)
         step = FlatStep()
         codes = sample_jacobi(step, [generation_prompt("a cat", vocabulary)], layout, config, [(1, 0)],
                               Speculation(coupling, window, "uniform"))  # fmt: skip
