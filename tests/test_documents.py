@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,23 @@ def test_links_and_anchors_resolve(path):
         target = path.parent / file if file else path
         assert target.exists(), f"{link} does not exist"
         assert not anchor or anchor in _anchors(target), f"{link} is not a heading of {target.name}"
+
+
+@cache
+def _paths() -> list[str]:
+    """Files and folders of the project, each with a leading slash."""
+    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    files = [path for folder in folders for path in (folder, *folder.rglob("*"))]
+    return [f"/{_relative(path)}" for path in (*files, *ROOT.glob("*.*"))]
+
+
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name != "CHANGELOG.md"], ids=_relative)
+def test_files_exist(path):
+    """Files that the text names, by their path from the root or from the package; the changelog names old ones."""
+    names = re.findall(r"`([\w./-]+\.(?:py|sh|cpp|yaml)|(?:lumina_mgpt|scripts|tests|configs)/[\w/-]+)`",
+                       path.read_text(encoding="utf-8"))  # fmt: skip
+    missing = {name for name in names if not any(path.endswith(f"/{name.rstrip('/')}") for path in _paths())}
+    assert not missing, missing
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=_relative)
