@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def law_of(seen: list[int], codes: int, dtype=torch.float64) -> torch.Tensor:
+def logits_of(seen: list[int], codes: int, dtype=torch.float64) -> torch.Tensor:
     """Logits that any change in what was seen, or in its order, changes."""
     digest = hashlib.sha256(np.array(seen, np.int64).tobytes()).digest()
     values = np.random.default_rng(list(digest)).normal(size=codes) * 2
@@ -29,4 +29,4 @@ class RememberingStep:
         return torch.stack([torch.stack([self._logits(r, int(positions[r, q])) for q in read[r]]) for r in range(R)])
 
     def _logits(self, row, position):
-        return law_of([self.slots[row, slot] for slot in range(position + 1)], self.codes, self.dtype)
+        return logits_of([self.slots[row, slot] for slot in range(position + 1)], self.codes, self.dtype)

@@ -1,6 +1,6 @@
 """Estimates the memory of a training on each device from the sizes of the model.
 
-Compared with measurements on a CPU only (tests/test_memory.py): the tensors that a layer saves for its backward pass,
+Compared with measurements on a CPU only (tests/training/test_memory.py): the tensors that a layer saves for its backward pass,
 and the peak of whole steps.
 """
 

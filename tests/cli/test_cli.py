@@ -5,7 +5,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 from command_checks import ENVIRONMENT, PATIENCE, names, refused
 from commands import module_of
+from documents import guide_text
 from PIL import Image
 
 from lumina_mgpt import cli, prompt_files
@@ -485,17 +485,11 @@ def test_the_sample_script_runs(tiny_checkpoint, tmp_path):
         assert image.text["prompt"] == "a cat  & \"a 'snowman'\""
 
 
-def test_the_commands_of_the_readme_parse(script):
-    """Every `generate.py` line there parses; no option there is unknown, and none here is missing there."""
-    readme = (SCRIPT.parent.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    name = "python generate_examples/generate.py"
-    commands = [line.split(name, 1)[1] for line in readme.splitlines() if name in line]
-    assert len(commands) >= 3
-    for command in commands:
-        script.build_parser().parse_args(shlex.split(command, comments=True))
+def test_every_option_is_in_the_documents(script):
+    text = guide_text()
     options = {option for action in script.build_parser()._actions for option in action.option_strings}
     for option in options - {"-h", "--help"}:
-        assert re.search(rf"`{option}[ `]", readme), f"{option} is missing in the README"
+        assert re.search(rf"`{option}[ `]", text), f"{option} is missing in README.md and docs/"
 
 
 def test_a_slow_load_has_a_bar_and_a_fast_one_has_none(capsys):

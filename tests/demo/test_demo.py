@@ -3,13 +3,13 @@
 import json
 import os
 import random
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import documents
 import emoji
 import evaluation
 import numpy as np
@@ -142,42 +142,38 @@ def test_checkpoint_draws_the_prompt():
         assert ((first - second) ** 2).mean() < 0.7 * min(others)
 
 
-def _readme_commands() -> list[str]:
-    """Commands of the README that use the demo checkpoint."""
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    lines = [line.split("#")[0].split("&&")[-1].strip() for line in text.splitlines() if line.startswith("    ")]
-    scripts = ("python generate_examples/", "lumina-mgpt reconstruct", "lumina-mgpt edit")
-    return [line for line in lines if line.startswith(scripts) and "Alpha-VLLM" not in line]
+def _documented_commands() -> list[list[str]]:
+    """The different commands of README.md and docs/ that make images with the demo checkpoint."""
+    makers = (["lumina-mgpt", "generate"], ["lumina-mgpt", "generate-with-image"], ["lumina-mgpt", "edit"],
+              ["lumina-mgpt", "reconstruct"], ["python", "generate_examples/generate.py"])  # fmt: skip
+    found = {tuple(sorted(words)): words for words in documents.commands(documents.guide_text())}
+    return [words for words in found.values() if words[:2] in makers and "--movqgan_path" not in words
+            and "Alpha-VLLM/Lumina-mGPT-2.0" not in words]  # fmt: skip
 
 
-def _readme_blocks() -> list[str]:
-    """Python examples of the README."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_the_documents_have_commands_and_python():
+    assert len(_documented_commands()) >= 12
+    assert len(documents.blocks(documents.guide_text(), "python")) >= 3
 
 
-def test_readme_has_commands_and_python():
-    """An empty list of parameters would skip the tests below."""
-    assert len(_readme_commands()) >= 10 and _readme_blocks()
-
-
-@pytest.mark.parametrize("command", _readme_commands())
-def test_readme_command_runs(command, tmp_path):
-    program, script, *options = shlex.split(command)
-    start = [str(ROOT / script)] if program == "python" else ["-m", "lumina_mgpt", script]
+@pytest.mark.parametrize("words", _documented_commands(), ids=shlex.join)
+def test_documented_commands_run(words, tmp_path):
+    program, name, *options = words
+    start = [str(ROOT / name)] if program == "python" else ["-m", "lumina_mgpt", name]
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     done = subprocess.run([sys.executable, *start, *options], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = (path for path in tmp_path.iterdir() if path.name != "assets")
-    plain = "generate.py" in script and "--task" not in options
+    plain = "generate" in name and "--task" not in options
     written = [folder / "0_0.png"] if plain else list(folder.glob("*.png"))
     assert len(written) > 0
     for path in written:
         Image.open(path).verify()
 
 
-@pytest.mark.parametrize("block", _readme_blocks())
-def test_readme_python_runs(block, tmp_path):
+@pytest.mark.parametrize("block", documents.blocks(documents.guide_text(), "python"))
+def test_documented_python_runs(block, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, env=environment)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from remembering_step import RememberingStep
+from remembering_step import RememberingStep, logits_of
 
 from lumina_mgpt.config import ModelConfig, SamplingConfig
 from lumina_mgpt.errors import InputError
