@@ -1,5 +1,6 @@
 """MoVQGAN against the released code's outputs and against diffusers' MoVQ."""
 
+import os
 import re
 import subprocess
 import sys
@@ -203,11 +204,13 @@ def test_a_1024_image_of_the_largest_size_decodes_within_8_gib():
     proportion to the channels. Measured at 512 x 512 and 1024 x 1024: 0.14 and 0.13 GiB for ch = 32, 0.17 and 0.24 for
     ch = 64. In proportion to the channels, the first gives the largest estimate for ch = 256.
     """
-    done = subprocess.run([sys.executable, "-c", _DECODE], capture_output=True, text=True, timeout=600)
+    # The C library returns blocks above 32 MiB at once, so almost all at the real size; here all above 1 MiB.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run([sys.executable, "-c", _DECODE], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     base, half, whole = map(float, done.stdout.split())
     temporaries = [peak - base - tensor_gib(32, rows, 64) for rows, peak in ((32, half), (64, whole))]
-    assert min(temporaries) > 0 and abs(temporaries[1] - temporaries[0]) < 0.05
+    assert min(temporaries) > 0 and abs(temporaries[1] - temporaries[0]) < 0.08
     assert base + tensor_gib(256, 128, 128) + 256 / 32 * max(temporaries) < 8.0
 
 
