@@ -375,7 +375,7 @@ def test_generate(tiny_checkpoint, tiny_int4, tmp_path, capsys):
         (False, ["--quant"], ["--quant_group must divide the 64 inputs of layers.0.self_attn", "128; try", "64"]),
         (False, ["--quant", "--quant_group", "64"], ["the 96 inputs of layers.0.mlp.down_proj, got 64", "try", "32"]),
         (False, ["--quant", "--quant_group", "48"], ["--quant_group", "48", "32, 64, 128"]),
-        (False, ["--quant_group", "32"], ["--quant_group 32 means nothing without --quant"]),
+        (False, ["--quant_group", "32"], ["--quant_group 32 has no effect without --quant"]),
         (True, ["--quant", "--quant_group", "64"], ["--quant_group must be 32", "got 64", "made from"]),
     ],
 )

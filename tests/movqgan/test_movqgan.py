@@ -1,5 +1,6 @@
 """MoVQGAN against the released code's outputs and against diffusers' MoVQ."""
 
+import os
 import re
 import subprocess
 import sys
@@ -200,15 +201,17 @@ def test_a_1024_image_of_the_largest_size_decodes_within_8_gib():
     """The exact peak of the 270M's tensors at 1024 x 1024, plus the backend's temporaries, extrapolated from ch = 32.
 
     Temporaries are copies of the operands of one band of rows, so they hardly grow with the image, and at most in
-    proportion to the channels. Measured at 512 x 512 and 1024 x 1024: 0.14 and 0.13 GiB for ch = 32, 0.17 and 0.24 for
-    ch = 64. In proportion to the channels, the first gives the largest estimate for ch = 256.
+    proportion to the channels. They take 0.06 GiB at 512 x 256 and 0.07 at 512 x 512 for ch = 32; the bound allows
+    twice as much. With the default settings of the C library, 0.13 GiB were measured at 1024 x 1024.
     """
-    done = subprocess.run([sys.executable, "-c", _DECODE], capture_output=True, text=True, timeout=600)
+    # The C library returns blocks above 32 MiB at once, so almost all at the real size; here all above 1 MiB.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run([sys.executable, "-c", _DECODE], capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     base, half, whole = map(float, done.stdout.split())
     temporaries = [peak - base - tensor_gib(32, rows, 64) for rows, peak in ((32, half), (64, whole))]
-    assert min(temporaries) > 0 and abs(temporaries[1] - temporaries[0]) < 0.05
-    assert base + tensor_gib(256, 128, 128) + 256 / 32 * max(temporaries) < 8.0
+    assert min(temporaries) > 0 and abs(temporaries[1] - temporaries[0]) < 0.08
+    assert base + tensor_gib(256, 128, 128) + 2 * 256 / 32 * max(temporaries) < 8.0
 
 
 def test_training_state_is_dropped_and_other_keys_must_match(oracle_movqgan, tmp_path):
