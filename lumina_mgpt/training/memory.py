@@ -1,7 +1,7 @@
 """Estimates the memory of a training on each device from the sizes of the model.
 
-Compared with measurements on a CPU only (tests/training/test_memory.py): the tensors that a layer saves for its backward pass,
-and the peak of whole steps.
+Compared with measurements on a CPU only (tests/training/test_memory.py): the tensors that a layer saves for its
+backward pass, and the peak of whole steps.
 """
 
 from dataclasses import dataclass
