@@ -6,7 +6,7 @@ from lumina_mgpt import Pipeline
 from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import CachedStep
-from lumina_mgpt.sampling.autoregressive import opening
+from lumina_mgpt.sampling.autoregressive import first_call
 from lumina_mgpt.sampling.logits import code_log_probs
 from lumina_mgpt.sampling.noise import gumbel
 from lumina_mgpt.unirep import ImageLayout
@@ -15,16 +15,16 @@ PROMPTS = ["a cat", "a hedgehog on a sky blue background", "", "a very long list
 
 
 def margin(exact: Pipeline, prompt: str, codes: torch.Tensor, at: int, rival: int, key: tuple[int, int], **settings):
-    """How far the code at index `at` is ahead of its rival in the noisy log-law, in float64."""
+    """How much the code at index `at` exceeds its rival in log-probability plus noise, in float64."""
     vocabulary, flat = exact.checkpoint.vocabulary, codes.flatten()
     config = SamplingConfig(seed=key[0], **settings)
     layout = ImageLayout(vocabulary, codes.shape[0] // 4, codes.shape[1] // 4, given=at)
     starts = exact.checkpoint.prompt_ids([prompt], layout)
-    call, _ = opening(starts, layout, flat[None, :at], guided=config.cfg != 1.0)
+    call, _ = first_call(starts, layout, flat[None, :at], guided=config.cfg != 1.0)
     cache = KVCache(exact.checkpoint.config, len(call.ids), call.ids.shape[1], torch.float64, "cpu")
     with torch.no_grad():
-        law = code_log_probs(CachedStep(exact.model, cache, vocabulary.code_slice)(*call), config)[0, 0]
-    scores = law + gumbel(*key, at, len(law))
+        log_probs = code_log_probs(CachedStep(exact.model, cache, vocabulary.code_slice)(*call), config)[0, 0]
+    scores = log_probs + gumbel(*key, at, len(log_probs))
     return float(scores[flat[at]] - scores[rival])
 
 

@@ -11,6 +11,8 @@ import pytest
 from commands import PATIENCE, environment, line_of, main_of
 from PIL import Image
 
+from lumina_mgpt.outputs import OutputFolder
+
 SMALL = ("--device", "cpu", "--width", "32", "--height", "32")
 PAIR = ("--device", "cpu", "--width", "32", "--height", "64")
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
@@ -156,11 +158,10 @@ def test_a_picture_whose_path_is_not_utf8(run):
     assert "edit_1.png" in names(NOT_UTF8)
 
 
-def test_a_null_character_is_escaped_in_png_text(run):
+def test_a_null_character_is_escaped_in_png_text(tmp_path):
     """PNG text ends at a null character, so programs read half of the prompt."""
-    Path("prompts.txt").write_bytes(b"a cat\0 on a hat")
-    assert run("generate", "--prompt_file", "prompts.txt") == 0
-    assert text_of("0_0.png")["prompt"] == "a cat\\x00 on a hat"
+    OutputFolder(tmp_path).save("a.png", Image.new("RGB", (8, 8)), {"prompt": "a cat\0 on a hat"})
+    assert text_of(tmp_path / "a.png")["prompt"] == "a cat\\x00 on a hat"
 
 
 def test_a_checkpoint_whose_path_is_not_utf8(run, tiny_checkpoint, capsys, no_weights):

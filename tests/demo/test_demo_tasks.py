@@ -24,6 +24,7 @@ from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.pre_tokenize import PreTokenizer
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+from lumina_mgpt.prompts import I2I_TASKS
 from lumina_mgpt.unirep import IGNORED, encode_image
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -293,9 +294,9 @@ def test_evaluation_runs_on_the_demo_checkpoint(pictures, tmp_path, monkeypatch,
 def test_batches_of_an_evaluation_have_different_noise(tiny_checkpoint, monkeypatch):
     script, asked = module_of("evaluate"), []
     monkeypatch.setattr(script, "_BATCH", 2)
-    monkeypatch.setattr(Pipeline, "stream", lambda self, prompts, *size, **options: asked.append(options) or prompts)
+    monkeypatch.setattr(Pipeline, "stream", lambda self, request: asked.append(request) or request.prompts)
     pipeline, args = Pipeline.from_pretrained(tiny_checkpoint, "cpu"), Namespace(cfg=3, seed=50)
     prompts, panels = list("abcde"), list("ABCDE")
-    assert list(script.drawn(pipeline, prompts, (32, 64), args, panels, task="edit")) == prompts
-    assert [options["seed"] for options in asked] == [50, 52, 54]
-    assert [options["panel"] for options in asked] == [["A", "B"], ["C", "D"], ["E"]]
+    assert list(script.drawn(pipeline, prompts, (32, 64), args, panels, task=I2I_TASKS["edit"])) == prompts
+    assert [request.sampling.seed for request in asked] == [50, 52, 54]
+    assert [request.panels for request in asked] == [("A", "B"), ("C", "D"), ("E",)]
