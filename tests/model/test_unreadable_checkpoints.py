@@ -220,7 +220,8 @@ def test_what_changes_nothing_is_allowed(copy, tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("\ufeffvocab_size: 4", "lacks hidden_size"), ("{a: " * 900 + "1" + "}" * 900, "nested"), ("a: \u0000", "zero byte"),
+    ("\ufeffvocab_size: 4", "lacks hidden_size"), ("{a: " * 900 + "1" + "}" * 900, "nested"),
+    ("a: \u0000", "zero byte"),
     ("hidden_size: 4\nhidden_sise: 4", "unknown keys hidden_sise"), ("vocab_size: yes", "vocab_size must be"),
 ], ids=["mark", "deep", "zero", "spelling", "kind"])  # fmt: skip
 def test_model_yaml_of_another_editor_or_damaged(text, words, tmp_path):
