@@ -58,8 +58,11 @@ def decode_text(data: bytes, where: str, parameter: str | None = None) -> str:
     try:
         text = re.sub("^\ufeff", "", data.decode("utf-8"), flags=re.MULTILINE)
         if "\0" in text:  # UTF-16 without a mark is valid UTF-8 where all letters are ASCII
-            raise InputError(f"{where} must be UTF-8 text, got a zero byte, as in UTF-16 and binary data, at byte "
-                             f"{data.index(0)}; save it as UTF-8, or replace it", parameter)  # fmt: skip
+            raise InputError(
+                f"{where} must be UTF-8 text, got a zero byte, as in UTF-16 and binary data, at byte "
+                f"{data.index(0)}; save it as UTF-8, or replace it",
+                parameter,
+            )
         return text
     except UnicodeDecodeError as error:
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))

@@ -8,10 +8,17 @@ from lumina_mgpt.errors import InputError
 
 # The largest accepted sizes; each is many times that of the released 34B.
 _MOST = {
-    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**20, "num_hidden_layers": 1024,
-    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "max_position_embeddings": 2**31 - 1,
-    "model_parallel_size": 2**16, "num_image_codes": 2**24, "base_size": 2**16,
-}  # fmt: skip
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "max_position_embeddings": 2**31 - 1,
+    "model_parallel_size": 2**16,
+    "num_image_codes": 2**24,
+    "base_size": 2**16,
+}
 
 # Keys of other models that change the computation in ways this model does not support, with their neutral values
 # besides null.

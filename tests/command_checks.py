@@ -7,9 +7,7 @@ from pathlib import Path
 PATIENCE = 300  # seconds for a process that takes three on an idle machine; only a hang may exceed it
 
 
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-}  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def names(folder: Path) -> list[str]:

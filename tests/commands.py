@@ -39,8 +39,15 @@ def environment(**variables: str) -> dict[str, str]:
 
 def run_process(name: str, *options: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     """Runs a command to its end; output is text."""
-    return subprocess.run(line_of(name, *options), cwd=cwd, env=environment(**variables), capture_output=True,
-                          text=True, errors="replace", timeout=PATIENCE)  # fmt: skip
+    return subprocess.run(
+        line_of(name, *options),
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=PATIENCE,
+    )
 
 
 def refused(run: subprocess.CompletedProcess, *parts: str) -> None:

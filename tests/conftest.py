@@ -55,9 +55,17 @@ def oracle_movqgan(tmp_path_factory) -> Path:
 
 
 TINY_SIZES = dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=2048, image_code_offset=512, num_image_codes=64, vocab_size=512 + 64, base_size=64,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    image_code_offset=512,
+    num_image_codes=64,
+    vocab_size=512 + 64,
+    base_size=64,
+)
 TINY_NAMES = ("hedgehog", "slice of pizza", "snowman", "red apple", "cat")
 
 
@@ -164,6 +172,15 @@ def settings(tokens, tiny_checkpoint, tmp_path):
     """A training of eight steps from the tiny checkpoint, with dropout, in float32."""
     from lumina_mgpt.training.options import TrainingConfig
 
-    return TrainingConfig.of(data_config=str(tokens), output_dir=str(tmp_path / "run"), init_from=str(tiny_checkpoint),
-                             batch_size=4, max_steps=8, lr=1e-3, warmup=0.2, precision="fp32", dropout=0.1,
-                             save_iteration_interval=0)  # fmt: skip
+    return TrainingConfig.of(
+        data_config=str(tokens),
+        output_dir=str(tmp_path / "run"),
+        init_from=str(tiny_checkpoint),
+        batch_size=4,
+        max_steps=8,
+        lr=1e-3,
+        warmup=0.2,
+        precision="fp32",
+        dropout=0.1,
+        save_iteration_interval=0,
+    )

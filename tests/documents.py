@@ -5,8 +5,11 @@ import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(path for folder in (".", "docs", "assets/demo", "lumina_mgpt/movqgan/270M", "scripts")
-                   for path in (ROOT / folder).glob("*.md"))  # fmt: skip
+DOCUMENTS = sorted(
+    path
+    for folder in (".", "docs", "assets/demo", "lumina_mgpt/movqgan/270M", "scripts")
+    for path in (ROOT / folder).glob("*.md")
+)
 GUIDE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

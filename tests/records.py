@@ -50,8 +50,20 @@ def tokenize(tools, path: Path, out: Path, progress=lambda records: None, **opti
 
 def pre_tokenize_command(in_filename: Path, out: Path, checkpoint: Path) -> int:
     """Exit status of the command."""
-    return main_of("pre_tokenize")(["--in_filename", str(in_filename), "--out_dir", str(out), "--model_path",
-                                    str(checkpoint), "--target_size", "64", "--device", "cpu"])  # fmt: skip
+    return main_of("pre_tokenize")(
+        [
+            "--in_filename",
+            str(in_filename),
+            "--out_dir",
+            str(out),
+            "--model_path",
+            str(checkpoint),
+            "--target_size",
+            "64",
+            "--device",
+            "cpu",
+        ]
+    )
 
 
 def rows_of(out: Path, name="0-of-1-record.jsonl") -> list[dict]:

@@ -12,9 +12,15 @@ from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.resources import configs
 
 SIZES = dict(
-    vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-    num_key_value_heads=2, image_code_offset=100, num_image_codes=64,
-)  # fmt: skip
+    vocab_size=200,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    image_code_offset=100,
+    num_image_codes=64,
+)
 
 
 def _write(path, **values):
@@ -45,13 +51,23 @@ def test_rope_parameters_of_transformers_5_are_applied(tmp_path):
         ModelConfig.from_json(_write(tmp_path / "yarn.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}))
 
 
-@pytest.mark.parametrize("values, named", [
-    ({"hidden_size": 30}, "hidden_size"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
-    ({"vocab_size": 0}, "vocab_size"), ({"vocab_size": "many"}, "vocab_size"), ({"dropout": 1.0}, "dropout"),
-    ({"image_code_offset": 150}, "image_code_offset"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"), ({"base_size": 100}, "base_size"),
-    ({"model_type": "llama"}, "model_type"), ({"rope_scaling": 3}, "config.json"), ({"dropout": "x"}, "config.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"hidden_size": 30}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"image_code_offset": 150}, "image_code_offset"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling"),
+        ({"base_size": 100}, "base_size"),
+        ({"model_type": "llama"}, "model_type"),
+        ({"rope_scaling": 3}, "config.json"),
+        ({"dropout": "x"}, "config.json"),
+    ],
+)
 def test_a_wrong_value_is_named(tmp_path, values, named):
     with pytest.raises(InputError, match=named):
         ModelConfig.from_json(_write(tmp_path / "config.json", **values))
@@ -75,10 +91,17 @@ def test_shipped_model_sizes_have_their_weight_counts(size, billions):
     assert exact / 1e9 == pytest.approx(billions, rel=0.01 if billions > 1 else 0.2)  # the demo's vocabulary may change
 
 
-@pytest.mark.parametrize("values, option", [
-    ({"cfg": -1.0}, "cfg"), ({"cfg": float("nan")}, "cfg"), ({"top_k": 0}, "top_k"),
-    ({"temperature": 0.0}, "temperature"), ({"temperature": float("inf")}, "temperature"), ({"seed": -1}, "seed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, option",
+    [
+        ({"cfg": -1.0}, "cfg"),
+        ({"cfg": float("nan")}, "cfg"),
+        ({"top_k": 0}, "top_k"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"seed": -1}, "seed"),
+    ],
+)
 def test_sampling_options_out_of_range_are_named(values, option):
     with pytest.raises(InputError, match=option):
         SamplingConfig(**values)

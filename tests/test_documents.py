@@ -12,8 +12,11 @@ from documents import DOCUMENTS, GUIDE, ROOT, commands, mentions, prose
 from lumina_mgpt import cli
 from lumina_mgpt.cli.main import COMMANDS
 
-RELEASED = {"generate_single_prompt_with_image": "generate_with_image", "concat_record": "concat_records",
-            "train": "finetune"}  # fmt: skip
+RELEASED = {
+    "generate_single_prompt_with_image": "generate_with_image",
+    "concat_record": "concat_records",
+    "train": "finetune",
+}
 WITHOUT_PARSER = {"scripts/sample.sh", "scripts/sample_i2i.sh", "scripts/demo/train.sh", "scripts/train_progressive.sh"}
 
 
@@ -80,8 +83,10 @@ def _paths() -> list[str]:
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name != "CHANGELOG.md"], ids=_relative)
 def test_files_exist(path):
     """Files that the text names, by their path from the root or from the package; the changelog names old ones."""
-    names = re.findall(r"`([\w./-]+\.(?:py|sh|cpp|yaml)|(?:lumina_mgpt|scripts|tests|configs)/[\w/-]+)`",
-                       path.read_text(encoding="utf-8"))  # fmt: skip
+    names = re.findall(
+        r"`([\w./-]+\.(?:py|sh|cpp|yaml)|(?:lumina_mgpt|scripts|tests|configs)/[\w/-]+)`",
+        path.read_text(encoding="utf-8"),
+    )
     missing = {name for name in names if not any(path.endswith(f"/{name.rstrip('/')}") for path in _paths())}
     assert not missing, missing
 

@@ -30,10 +30,12 @@ def test_the_marks_of_joined_files_are_removed():
 @pytest.mark.parametrize(
     "data, seems",
     [
-        ("a café".encode("utf-16"), "UTF-16"), ("a café".encode("cp1252"), "Windows-1252: byte 0xe9"),
-        (BOM + b"a caf\xe9", "byte 0xe9 at byte 8"), ("a cat".encode("utf-16-le"), "a zero byte"),
+        ("a café".encode("utf-16"), "UTF-16"),
+        ("a café".encode("cp1252"), "Windows-1252: byte 0xe9"),
+        (BOM + b"a caf\xe9", "byte 0xe9 at byte 8"),
+        ("a cat".encode("utf-16-le"), "a zero byte"),
     ],
-)  # fmt: skip
+)
 def test_other_encodings_are_named(tmp_path, data, seems):
     path = tmp_path / "caption.txt"
     path.write_bytes(data)
@@ -95,8 +97,12 @@ def test_the_umask_decides_who_may_read_weights(tmp_path, mask, mode):
 def test_all_files_of_a_quantized_checkpoint_have_one_mode(tiny_checkpoint, tmp_path):
     before = os.umask(0o022)
     try:
-        assert main_of("quantize")(["--model_path", str(tiny_checkpoint), "--save_path", str(tmp_path / "a"),
-                                    "--group", "32"]) == 0  # fmt: skip
+        assert (
+            main_of("quantize")(
+                ["--model_path", str(tiny_checkpoint), "--save_path", str(tmp_path / "a"), "--group", "32"]
+            )
+            == 0
+        )
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").iterdir()} == {0o644}

@@ -52,7 +52,7 @@ def test_prompt_ids_equal_the_released_ones(vocabulary, load):
         panels = 2 if "ref_tokens" in case else 1
         layout = ImageLayout.from_pixels(
             vocabulary, case["width"], case["height"], panels=panels, given_panels=panels - 1
-        )  # fmt: skip
+        )
         ids = generation_prompt(case["question"], vocabulary)
         if panels == 2:
             panel = torch.tensor(case["ref_tokens"])
@@ -217,9 +217,11 @@ def test_any_single_change_raises(vocabulary, data):
     id_ = data.draw(st.sampled_from([0, vocabulary.bos_id, 155000, 171384, *ids[:4], *ids[-3:]]))
     how = data.draw(st.sampled_from(["replace", "insert", "remove", "cut"]))
     sequence = {
-        "replace": damaged(ids, at, id_), "insert": damaged(ids, at, id_, remove=0), "remove": damaged(ids, at),
+        "replace": damaged(ids, at, id_),
+        "insert": damaged(ids, at, id_, remove=0),
+        "remove": damaged(ids, at),
         "cut": ids[:at],
-    }[how]  # fmt: skip
+    }[how]
     both_codes = bool(vocabulary.is_code(torch.tensor([id_, ids[at]])).all())
     assume(how != "replace" or (id_ != ids[at] and not both_codes))
     with pytest.raises(UniRepError) as caught:

@@ -14,8 +14,12 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.vocabulary import END_OF_TEXT, IMAGE_PLACEHOLDER, Vocabulary, grid_name, special_names
 
 SIZES = dict(
-    hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
 RELEASED = ModelConfig(vocab_size=171385, **SIZES)
 
 

@@ -50,5 +50,3 @@ def command(settings: TrainingConfig, *options, processes: int = 1) -> list[str]
         if value != defaults[name]:
             values += [f"--{name}"] + ([] if value is True else [str(value)])
     return [*start, "scripts/finetune.py", *values, *options]
-
-

@@ -1,6 +1,6 @@
 """Writes a training checkpoint in the released layout, also during the training.
 
-    lumina-mgpt export --output_dir outputs/finetune --save_path outputs/now
+lumina-mgpt export --output_dir outputs/finetune --save_path outputs/now
 """
 
 import argparse

@@ -35,9 +35,15 @@ def overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
-        ["usage: lumina-mgpt COMMAND [options]", "", "commands:", *lines, "", "lumina-mgpt COMMAND --help lists the "
-         "options of a command; lumina-mgpt --version prints the version."]
-    )  # fmt: skip
+        [
+            "usage: lumina-mgpt COMMAND [options]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "lumina-mgpt COMMAND --help lists the options of a command; lumina-mgpt --version prints the version.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

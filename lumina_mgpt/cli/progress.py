@@ -33,9 +33,15 @@ class ReadingBar(contextlib.AbstractContextManager):
 
         if self.bar is None:
             self.bar = tqdm(
-                total=total, unit=" weights", unit_scale=True, desc=self.words, delay=self.delay, dynamic_ncols=True,
-                mininterval=bar_interval(), disable=os.environ.get("RANK", "0") != "0",  # one process shows it
-            )  # fmt: skip
+                total=total,
+                unit=" weights",
+                unit_scale=True,
+                desc=self.words,
+                delay=self.delay,
+                dynamic_ncols=True,
+                mininterval=bar_interval(),
+                disable=os.environ.get("RANK", "0") != "0",  # one process shows it
+            )
         self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:

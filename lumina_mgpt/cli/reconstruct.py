@@ -33,8 +33,19 @@ if TYPE_CHECKING:
     Copy = Callable[[str, Tensor], tuple[Result, dict[str, object]]]
 
 _TASK, _INSTRUCTION = I2I_TASKS["edit"], "no edit"
-_OF_MODEL = ("cfg", "top_k", "temperature", "seed", "speculative_jacobi", "fast", "dtype", "attn", "quant",
-             "cache_dtype", "compile")  # fmt: skip
+_OF_MODEL = (
+    "cfg",
+    "top_k",
+    "temperature",
+    "seed",
+    "speculative_jacobi",
+    "fast",
+    "dtype",
+    "attn",
+    "quant",
+    "cache_dtype",
+    "compile",
+)
 
 
 def build_parser() -> cli.Parser:
@@ -122,9 +133,7 @@ def crop_pictures(paths: Sequence[str], target: int, keep_size: bool) -> "list[I
     return crops
 
 
-def prepare(
-    checkpoint: "Checkpoint", crop: "Image.Image", path: str, settings: Mapping[str, Any]
-) -> "PreparedRequest":
+def prepare(checkpoint: "Checkpoint", crop: "Image.Image", path: str, settings: Mapping[str, Any]) -> "PreparedRequest":
     """Returns the request for the model's copy of a picture.
 
     Raises:

@@ -15,8 +15,11 @@ from lumina_mgpt.errors import InputError
 
 SIZES = {"ch": 32, "blocks": 1, "num_codes": 2048}
 LARGEST = {"ch": 512, "blocks": 16, "num_codes": 65536, "threads": 1024, "minutes": 1e6, "lr": 10.0}
-MEANING = {"ch": "width of the finest level, a multiple of 32", "blocks": "residual blocks a level",
-           "num_codes": "size of the codebook"}  # fmt: skip
+MEANING = {
+    "ch": "width of the finest level, a multiple of 32",
+    "blocks": "residual blocks a level",
+    "num_codes": "size of the codebook",
+}
 
 
 def weighted_folder(text: str) -> tuple[Path, float]:
@@ -33,8 +36,14 @@ def weighted_folder(text: str) -> tuple[Path, float]:
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="lumina-mgpt train-movqgan", description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=weighted_folder, nargs="+", required=True, metavar="FOLDER[=WEIGHT]",
-                        help="folders of pictures, each with the weight of its choice")  # fmt: skip
+    parser.add_argument(
+        "--images",
+        type=weighted_folder,
+        nargs="+",
+        required=True,
+        metavar="FOLDER[=WEIGHT]",
+        help="folders of pictures, each with the weight of its choice",
+    )
     parser.add_argument("--out_dir", type=Path, required=True, help="folder for weights and training state")
     parser.add_argument("--minutes", type=cli.number, default=45.0, help="length of the training")
     for name, value in SIZES.items():
@@ -49,8 +58,9 @@ def build_parser() -> cli.Parser:
 def train(args: argparse.Namespace) -> None:
     for name, value in SIZES.items():
         if args.decoder_of and getattr(args, name) is not None:
-            raise InputError(f"{getattr(args, name)} means nothing with --decoder_of, whose file has its sizes; leave "
-                             "it out", name)  # fmt: skip
+            raise InputError(
+                f"{getattr(args, name)} means nothing with --decoder_of, whose file has its sizes; leave it out", name
+            )
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.ch < 32 or args.ch % 32:
         raise InputError(f"must be a multiple of 32 (group norm has 32 groups), got {args.ch}; try 32", "ch")
@@ -77,4 +87,3 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(train, build_parser(), argv, stopped="the same command goes on from the last save")
-

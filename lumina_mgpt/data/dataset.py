@@ -84,8 +84,13 @@ class TokenDataset:
         kept = whole[whole[:, 2] <= (self.longest or whole[:, 2].max())]
         if len(kept) < len(whole):
             left_out = len(whole) - len(kept)
-            log.warning("%s: %d of %d sequences have more than %d ids and are left out", source.path, left_out,
-                        len(whole), self.longest)  # fmt: skip
+            log.warning(
+                "%s: %d of %d sequences have more than %d ids and are left out",
+                source.path,
+                left_out,
+                len(whole),
+                self.longest,
+            )
         if not len(kept):
             shortest = whole[:, 2].min()
             raise InputError(

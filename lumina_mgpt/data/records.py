@@ -27,8 +27,14 @@ _TURNS = ("human", "assistant")
 _FORMS = {"conversations", "image"}, {"image_path", "prompt"}
 # Keys of other formats whose content would be ignored -> key to use instead. Further keys (id, width, url, ...) are
 # metadata.
-_OTHERS = {"caption": "prompt", "text": "prompt", "messages": "conversations", "system": "the first turn",
-           "video": "image", "audio": "image"}  # fmt: skip
+_OTHERS = {
+    "caption": "prompt",
+    "text": "prompt",
+    "messages": "conversations",
+    "system": "the first turn",
+    "video": "image",
+    "audio": "image",
+}
 _SIMILAR = 0.85  # of two keys, by difflib: finds `images` and `promt`, but not `image_id` and `image_url`
 _OF_TURNS = ("weight", "loss", "mask", "train")  # keys of other formats that select what of a turn carries loss
 

@@ -23,10 +23,20 @@ _SOURCES = tuple(
 )
 _FEATURES = ("amx_tile", "amx_bf16", "avx512_bw", "avx512_vl", "avx512_vbmi", "avx512_bf16")
 _FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vbmi",
-    "-mavx512bf16", "-mamx-tile", "-mamx-bf16",
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512vbmi",
+    "-mavx512bf16",
+    "-mamx-tile",
+    "-mamx-bf16",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable interface of torch 2.10
-)  # fmt: skip
+)
 _TORCH = Path(torch.__file__).parent
 _COMPILE_SECONDS = 120  # time limit of the compiler
 # Linux: arch/x86/include/asm/unistd_64.h and documentation of "XSTATE features".

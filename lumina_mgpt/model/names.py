@@ -7,9 +7,17 @@ PICKLE_INDEX, SINGLE_PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin
 # Files of a checkpoint besides config.json and weights. generation_config.json is for other programs: this project
 # does not read it, and samples with the settings of the request.
 COMPANIONS = (
-    "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "names.txt", "prompts.txt", "movqgan*.safetensors", "*movqgan*.ckpt",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "names.txt",
+    "prompts.txt",
+    "movqgan*.safetensors",
+    "*movqgan*.ckpt",
+)
 
 _SHOWN = 5
 

@@ -217,5 +217,7 @@ def pack_weights(model: nn.Module, dtype: torch.dtype) -> None:
     if without:
         logger.warning(
             "no int4 kernel for %s in %s fits %d matrices: they are dequantized at every step, which is slow",
-            next(model.parameters()).device, str(dtype).removeprefix("torch."), without,
-        )  # fmt: skip
+            next(model.parameters()).device,
+            str(dtype).removeprefix("torch."),
+            without,
+        )

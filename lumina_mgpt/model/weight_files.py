@@ -42,8 +42,9 @@ def _read_index(path: Path) -> list[Path]:
     for name in names:
         # A name with a folder in it could point to any file of this machine.
         if Path(name).name != name or not name.endswith(suffix):
-            raise InputError(f"{path} must name {suffix} files of its own folder, got the shard {name!r}; "
-                             "fetch it again")  # fmt: skip
+            raise InputError(
+                f"{path} must name {suffix} files of its own folder, got the shard {name!r}; fetch it again"
+            )
     shards = [path.parent / name for name in sorted(names)]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing or not shards:

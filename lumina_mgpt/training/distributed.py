@@ -70,8 +70,10 @@ class Processes:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         except (RuntimeError, ValueError) as error:  # the address is unknown or taken, or a process is missing
             where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
-            raise InputError(f"the {world} processes cannot meet at {where} ({cause(error)}); start with torchrun, "
-                             "or give another port") from None  # fmt: skip
+            raise InputError(
+                f"the {world} processes cannot meet at {where} ({cause(error)}); start with torchrun, "
+                "or give another port"
+            ) from None
         return cls(rank, world, found)
 
     def stop(self) -> None:

@@ -90,8 +90,12 @@ class Pictures:
                 raise InputError(f"{folder} has no .png, .jpg or other picture; give another folder", "images")
             skipped = [path.name for path in found if path.suffix.lower() not in picture_suffixes() | _BESIDE_PICTURES]
             if skipped:
-                logger.warning("images %s: entries left out, as they have no extension of a picture: %d, the first is "
-                               "%s", folder, len(skipped), skipped[0])  # fmt: skip
+                logger.warning(
+                    "images %s: entries left out, as they have no extension of a picture: %d, the first is %s",
+                    folder,
+                    len(skipped),
+                    skipped[0],
+                )
             for path in tqdm(paths, desc=f"reading {folder.name}", unit="picture"):
                 try:
                     image = open_image(path)
@@ -112,8 +116,11 @@ class Pictures:
         """
         for (width, height), path in self._first.items():
             if width % cell or height % cell:
-                raise InputError(f"{path}: width and height must be multiples of {cell}, got {width}x{height}; crop or "
-                                 "scale the picture", "images")  # fmt: skip
+                raise InputError(
+                    f"{path}: width and height must be multiples of {cell}, got {width}x{height}; crop or "
+                    "scale the picture",
+                    "images",
+                )
 
     def batch(self, rng: np.random.Generator, pixels: int) -> Tensor:
         """Returns random pictures of one group, of about `pixels` pixels in total.
@@ -250,9 +257,14 @@ class ImageTokenizerTrainer:
             InputError: the folder cannot be written.
         """
         state = {
-            "model": self.model.state_dict(), "optimizers": self.optimizers.state_dict(), "sizes": self.codes.sizes,
-            "sums": self.codes.sums, "step": self.step, "elapsed": self.elapsed, "quantizing": self.quantizing,
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+            "sizes": self.codes.sizes,
+            "sums": self.codes.sums,
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "quantizing": self.quantizing,
+        }
         temporary = self.state_path.with_suffix(".part")
         try:
             torch.save(state, temporary)
@@ -325,8 +337,18 @@ class ImageTokenizerTrainer:
             self.elapsed += time.monotonic() - began
             if self.step % 20 == 0:
                 used = self.codes.used()
-                append_lines(log, [{"step": self.step, "minutes": round(self.elapsed / 60, 2), "loss": round(loss, 4),
-                                    "psnr": round(psnr, 2), "codes_used": used}])  # fmt: skip
+                append_lines(
+                    log,
+                    [
+                        {
+                            "step": self.step,
+                            "minutes": round(self.elapsed / 60, 2),
+                            "loss": round(loss, 4),
+                            "psnr": round(psnr, 2),
+                            "codes_used": used,
+                        }
+                    ],
+                )
                 bar.set_postfix(step=self.step, loss=f"{loss:.3f}", dB=f"{psnr:.2f}", codes=used)
             bar.update(round(self.elapsed) - bar.n)
             if self.elapsed - last_save > self.settings.save_minutes * 60:

@@ -143,8 +143,9 @@ class LossModel(nn.Module):
             layer.compile(dynamic=False)
         self.whole_losses = torch.compile(self._whole_losses, dynamic=True)  # the number of labels varies
 
-    def forward(self, ids: Tensor, index: Tensor, targets: Tensor,
-                documents: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def forward(
+        self, ids: Tensor, index: Tensor, targets: Tensor, documents: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the sum to minimize, and its parts without gradients: cross-entropy and z-loss.
 
         Only the positions in `index` are projected by the head, in chunks above WHOLE_LOGITS logits.

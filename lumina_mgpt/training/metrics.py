@@ -20,9 +20,15 @@ from lumina_mgpt.training.memory import layer_weights
 _FLUSH_SECONDS = 5
 # Dense bf16 TFLOP/s, from NVIDIA's data sheets. The first key that is part of the device's name counts.
 _PEAK_TFLOPS = {
-    "B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A6000": 155.0, "4090": 165.0,
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A6000": 155.0,
+    "4090": 165.0,
     "3090": 71.0,
-}  # fmt: skip
+}
 
 
 def peak_flops(device: torch.device, tflops: float = 0.0) -> float:
@@ -72,8 +78,9 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
             except Exception as error:  # a failing import of TensorBoard may raise any class
                 modules = ("tensorboard", "torch.utils.tensorboard")
-                raise package_error(error, "tensorboard=True", "tensorboard", modules,
-                                    "leave it out: metrics.jsonl holds the same") from None  # fmt: skip
+                raise package_error(
+                    error, "tensorboard=True", "tensorboard", modules, "leave it out: metrics.jsonl holds the same"
+                ) from None
             self.make_writer = lambda: SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         form = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=1.0, initial=min(1.0, progress), bar_format=form, dynamic_ncols=True, smoothing=0.05)

@@ -114,9 +114,10 @@ class DataOptions(Options):
     pack: bool = option(False, "pack several sequences into each row of --max_tokens; they do not attend to each other")
     max_seq_len: int = option(4096, "maximum length of a sequence; see --overlong", AT_LEAST_ONE)
     overlong: str = option(
-        "error", "sequences over --max_seq_len: refuse them at the start, or drop and count them",
+        "error",
+        "sequences over --max_seq_len: refuse them at the start, or drop and count them",
         choices=("error", "drop"),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,9 @@ class ModelOptions(Options):
     lora_rank: int = option(
         0, "train adapters of this rank on the layers' matrices, 0 for all weights (pip install peft)"
     )
-    lora_alpha: float = option(0.0, "adapters are scaled by this over their rank (default: twice the rank)",
-                               NOT_NEGATIVE)  # fmt: skip
+    lora_alpha: float = option(
+        0.0, "adapters are scaled by this over their rank (default: twice the rank)", NOT_NEGATIVE
+    )
     freeze_embeddings: bool = option(False, "do not train embedding and head")
 
     @property
@@ -152,8 +154,10 @@ class ModelOptions(Options):
             name = "lora_rank" if self.lora_rank else "freeze_embeddings"
             raise InputError("needs init_from=FOLDER, which holds the weights that are not trained", name)
         if self.lora_rank and self.freeze_embeddings:
-            raise InputError(f"is not needed with lora_rank={self.lora_rank}, which trains adapters only; leave it out",
-                             "freeze_embeddings")  # fmt: skip
+            raise InputError(
+                f"is not needed with lora_rank={self.lora_rank}, which trains adapters only; leave it out",
+                "freeze_embeddings",
+            )
         if self.lora_alpha and not self.lora_rank:
             raise InputError(f"{self.lora_alpha} means nothing without lora_rank=R; add that", "lora_alpha")
 
@@ -162,17 +166,19 @@ class ModelOptions(Options):
 class OptimizerOptions(Options):
     """Optimizer, learning rates, and which steps are applied."""
 
-    optimizer: str = option("adamw", "muon: for the matrices of the layers, adamw for the rest",
-                            choices=("adamw", "muon"))  # fmt: skip
+    optimizer: str = option(
+        "adamw", "muon: for the matrices of the layers, adamw for the rest", choices=("adamw", "muon")
+    )
     lr: float = option(2e-5, "peak learning rate of adamw", POSITIVE)
     min_lr: float = option(0.0, "learning rate at the end", NOT_NEGATIVE)
     muon_lr: float = option(0.02, "peak learning rate of muon", POSITIVE)
     wd: float = option(0.1, "weight decay", NOT_NEGATIVE)
     clip_grad: float = option(4.0, "limit of the gradient's norm, 0 for none", NOT_NEGATIVE)
     on_nonfinite: str = option(
-        "stop", "a step whose loss or gradient is not finite, or a spike: stop, or skip it; both are logged",
+        "stop",
+        "a step whose loss or gradient is not finite, or a spike: stop, or skip it; both are logged",
         choices=("stop", "skip"),
-    )  # fmt: skip
+    )
     spike: float = option(
         0.0, "a gradient norm above this multiple of the median of the last 100 is a spike, 0 for none; try 10", FACTOR
     )
@@ -206,8 +212,9 @@ class RegularizationOptions(Options):
     tail_weight: float = option(
         0.0, "pull of unlikely ids to one probability; stabilizes guidance after a short training", NOT_NEGATIVE
     )
-    code_noise: float = option(0.0, "share of the input image codes that are replaced; for few pictures, seen often",
-                               FRACTION)  # fmt: skip
+    code_noise: float = option(
+        0.0, "share of the input image codes that are replaced; for few pictures, seen often", FRACTION
+    )
     spare_panel: float = option(
         0.0, "share of the rows in which --code_noise leaves the first half of codes, a given panel, unchanged", SHARE
     )
@@ -228,8 +235,9 @@ class CheckpointOptions(Options):
     save_beside: bool = option(
         False, "write checkpoints while the training continues; takes a copy of what is written in the CPU's memory"
     )
-    resume: str = option("", "auto: go on from the newest checkpoint in --output_dir if there is one; or the path of "
-                         "one")  # fmt: skip
+    resume: str = option(
+        "", "auto: go on from the newest checkpoint in --output_dir if there is one; or the path of one"
+    )
 
 
 @dataclass(frozen=True)
@@ -238,9 +246,10 @@ class LoggingOptions(Options):
 
     tensorboard: bool = option(False, "also write the metrics for TensorBoard (pip install tensorboard)")
     peak_tflops: float = option(
-        0.0, "peak TFLOP/s of one device at this precision, for the share used (default: that of known GPUs)",
+        0.0,
+        "peak TFLOP/s of one device at this precision, for the share used (default: that of known GPUs)",
         NOT_NEGATIVE,
-    )  # fmt: skip
+    )
     sample_every: int = option(0, "steps between pictures of fixed prompts in OUTPUT_DIR/samples, 0 for none")
     sample_prompts: str | None = option(
         None, "their prompts, one a line (default: prompts.txt of the checkpoint, or five built-in ones)"
@@ -307,8 +316,9 @@ class TrainingConfig(Options):
 
     def _check_together(self) -> None:
         if self.model.lora_rank and self.optimizer.optimizer == "muon":
-            raise InputError("muon trains whole matrices and cannot be used with lora_rank=R; use optimizer=adamw",
-                             "optimizer")  # fmt: skip
+            raise InputError(
+                "muon trains whole matrices and cannot be used with lora_rank=R; use optimizer=adamw", "optimizer"
+            )
         if self.data.pack:  # packed rows differ in shape, and noise is taken from other rows
             for name, given in (("compile", self.runtime.compile), ("code_noise", self.regularization.code_noise)):
                 if given:

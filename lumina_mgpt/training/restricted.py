@@ -15,8 +15,14 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
-        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
@@ -24,7 +30,7 @@ _ALLOWED = {
     "pathlib": {"Path", "PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},  # Python 3.13
     "collections": {"OrderedDict"},
-}  # fmt: skip
+}
 
 
 class _Unpickler(pickle.Unpickler):

@@ -11,9 +11,16 @@ from lumina_mgpt.training.options import TrainingConfig
 STATE = "trainer.json"
 REMEDY = "remove the checkpoint to go on from the one before"
 _KEYS: dict[str, type] = {
-    "step": int, "epoch": int, "done": int, "elapsed": float, "tokens": int, "ema": int, "identity": dict,
-    "model": dict, "settings": dict,
-}  # fmt: skip
+    "step": int,
+    "epoch": int,
+    "done": int,
+    "elapsed": float,
+    "tokens": int,
+    "ema": int,
+    "identity": dict,
+    "model": dict,
+    "settings": dict,
+}
 _LATER_KEYS: dict[str, type] = {"guard": dict, "base": dict, "checksums": bool}  # absent in earlier versions
 _RULES = {int: "whole number of at least 0", float: "number of at least 0", dict: "JSON object", bool: "true or false"}
 

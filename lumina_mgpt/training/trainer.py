@@ -37,8 +37,17 @@ from lumina_mgpt.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 # Options that must not change when a run resumes: with them, a position means the same data and weights.
-_IDENTITY = ("seed", "batch_size", "max_tokens", "pad_multiple", "pack", "optimizer", "lora_rank", "lora_alpha",
-             "freeze_embeddings")  # fmt: skip
+_IDENTITY = (
+    "seed",
+    "batch_size",
+    "max_tokens",
+    "pad_multiple",
+    "pack",
+    "optimizer",
+    "lora_rank",
+    "lora_alpha",
+    "freeze_embeddings",
+)
 
 
 def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
@@ -169,25 +178,33 @@ class Trainer:
     def _identity(self) -> dict:
         options, model = self.settings.flat(), asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
         return {name: options[name] for name in _IDENTITY} | {
-            "data_config": self.dataset.fingerprint(), "ema": self.ema is not None, "model_config": model,
+            "data_config": self.dataset.fingerprint(),
+            "ema": self.ema is not None,
+            "model_config": model,
             "frozen": self.frozen,
-        }  # fmt: skip
+        }
 
     def _state(self) -> dict:
         return {
-            "step": self.at, "epoch": self.feed.epoch, "done": self.feed.done, "elapsed": self.elapsed,
-            "tokens": self.tokens, "ema": self.ema.updates if self.ema else 0, "world": self.processes.world,
-            "guard": self.guard.state(), "identity": self._identity(), "model": asdict(self.model.config),
-            "settings": base.lasting(self.settings), "base": self.base,
-        }  # fmt: skip
+            "step": self.at,
+            "epoch": self.feed.epoch,
+            "done": self.feed.done,
+            "elapsed": self.elapsed,
+            "tokens": self.tokens,
+            "ema": self.ema.updates if self.ema else 0,
+            "world": self.processes.world,
+            "guard": self.guard.state(),
+            "identity": self._identity(),
+            "model": asdict(self.model.config),
+            "settings": base.lasting(self.settings),
+            "base": self.base,
+        }
 
     def _resume(self, path: Path) -> None:
         state = loading.verified_state(path, self.processes)
         self._check_identity(path, state["identity"])
         if run_folder.belongs(path, self.output_dir) and run_folder.step_of(path.resolve()) != state["step"]:
-            raise InputError(
-                f"{path} holds step {state['step']}, which is not its name; give an unmodified checkpoint"
-            )
+            raise InputError(f"{path} holds step {state['step']}, which is not its name; give an unmodified checkpoint")
         loading.load(path, self.model, self.optimizers, self.ema, self.processes)
         self.at, self.elapsed, self.tokens = state["step"], state["elapsed"], state["tokens"]
         self.feed.epoch, self.feed.done = state["epoch"], state["done"]
@@ -302,10 +319,17 @@ class Trainer:
         self.leave = stop > 0  # the sum is the same everywhere: all processes leave the loop after the same step
         seconds = time.monotonic() - started
         row = {
-            "step": self.at, "epoch": round(self.feed.epochs, 4), "progress": self.progress, "loss": loss, "z_loss": z,
-            "grad_norm": norm, "lr": rate, "tokens": self.tokens, "elapsed": round(elapsed, 3),
+            "step": self.at,
+            "epoch": round(self.feed.epochs, 4),
+            "progress": self.progress,
+            "loss": loss,
+            "z_loss": z,
+            "grad_norm": norm,
+            "lr": rate,
+            "tokens": self.tokens,
+            "elapsed": round(elapsed, 3),
             "tokens_per_second": tokens / seconds,
-        }  # fmt: skip
+        }
         if self.peak_flops:
             row["peak_share"] = flops / seconds / self.peak_flops
         self.metrics.step(row | ({"skipped": fault} if fault else {}))

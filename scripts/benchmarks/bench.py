@@ -41,8 +41,14 @@ class Row:
     bytes_over_bandwidth: float  # weights and cache read in a step, relative to what the memory delivers in its time
 
 
-def measure(pipeline: Pipeline, prompts: list[str], settings: SamplingConfig, speculation: Speculation | None,
-            args, bandwidth: float) -> Row:  # fmt: skip
+def measure(
+    pipeline: Pipeline,
+    prompts: list[str],
+    settings: SamplingConfig,
+    speculation: Speculation | None,
+    args,
+    bandwidth: float,
+) -> Row:
     """Samples `args.n` images of each prompt, `args.batch_size` at a time."""
     checkpoint = pipeline.checkpoint
     layout = checkpoint.layout(args.width, args.height)
@@ -84,8 +90,15 @@ def print_tables(rows: list[Row]) -> None:
     """Prints a row a setting, and then codes a step by window and coupling."""
     print_header("coupling", "window", "proposal", "s an image", "codes a step", "ms a step", "of bandwidth")
     for row in rows:
-        print_row(row.coupling, row.window, row.proposal, f"{row.seconds_an_image:.2f}", codes_of(row),
-                  f"{row.ms_a_step:.1f}", f"{100 * row.bytes_over_bandwidth:.0f} %")  # fmt: skip
+        print_row(
+            row.coupling,
+            row.window,
+            row.proposal,
+            f"{row.seconds_an_image:.2f}",
+            codes_of(row),
+            f"{row.ms_a_step:.1f}",
+            f"{100 * row.bytes_over_bandwidth:.0f} %",
+        )
     found = {(row.window, way_of(row)): codes_of(row) for row in rows if row.coupling != "plain"}
     if found:
         ways = list(dict.fromkeys(way for _, way in found))
@@ -143,8 +156,13 @@ def build_parser() -> cli.Parser:
     couplings = ("plain", *COUPLINGS)
     group.add_argument("--coupling", nargs="+", choices=couplings, default=list(couplings), help="samplers")
     group.add_argument("--window", nargs="+", type=cli.whole, default=[16, 32, 64], help="drafts a forward")
-    group.add_argument("--proposal", nargs="+", choices=sorted(PROPOSALS), default=[Speculation.proposal],
-                       help="distribution that drafts are initialized from")  # fmt: skip
+    group.add_argument(
+        "--proposal",
+        nargs="+",
+        choices=sorted(PROPOSALS),
+        default=[Speculation.proposal],
+        help="distribution that drafts are initialized from",
+    )
     group.add_argument("-n", type=cli.whole, default=1, help="images of each prompt (plain sampling makes one)")
     group.add_argument("--prompt_file", help="one prompt a line (default: the checkpoint's own)")
     for side in ("--width", "--height"):
@@ -164,8 +182,13 @@ def bench(args) -> None:
     for name in ("n", "batch_size"):
         image_count(name, getattr(args, name))
     todo: list[Speculation | None] = [None] if "plain" in args.coupling else []
-    todo += [Speculation(coupling, window, proposal) for coupling in args.coupling if coupling != "plain"
-             for proposal in args.proposal for window in args.window]  # fmt: skip
+    todo += [
+        Speculation(coupling, window, proposal)
+        for coupling in args.coupling
+        if coupling != "plain"
+        for proposal in args.proposal
+        for window in args.window
+    ]
     if args.plot:
         check_plot(args.plot)
     set_threads(args.threads)
@@ -180,12 +203,23 @@ def bench(args) -> None:
     if args.plot:
         plot([row for row in rows if row.coupling != "plain"], args.plot)
     peak = peak_bytes(pipeline.device)
-    print(json.dumps({
-        "model": str(args.model_path), "device": str(pipeline.device), "dtype": str(pipeline.dtype).split(".")[1],
-        "quant": pipeline.model.config.int4_group, "cache_dtype": args.cache_dtype, "threads": args.threads,
-        "images": len(prompts) * args.n, "bandwidth_gb_s": round(bandwidth / 1e9, 2),
-        "peak_gb": peak and round(peak / 1e9, 2), "sampling": asdict(settings), "rows": [asdict(row) for row in rows],
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "model": str(args.model_path),
+                "device": str(pipeline.device),
+                "dtype": str(pipeline.dtype).split(".")[1],
+                "quant": pipeline.model.config.int4_group,
+                "cache_dtype": args.cache_dtype,
+                "threads": args.threads,
+                "images": len(prompts) * args.n,
+                "bandwidth_gb_s": round(bandwidth / 1e9, 2),
+                "peak_gb": peak and round(peak / 1e9, 2),
+                "sampling": asdict(settings),
+                "rows": [asdict(row) for row in rows],
+            }
+        )
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

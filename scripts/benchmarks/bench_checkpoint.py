@@ -44,9 +44,15 @@ def bench(args: argparse.Namespace) -> None:
 
     heads = max(1, args.hidden // 64)
     config = ModelConfig(
-        vocab_size=args.vocab, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=heads,
-        num_key_value_heads=heads, intermediate_size=args.hidden * 8 // 3, image_code_offset=0, num_image_codes=16,
-    )  # fmt: skip
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=args.hidden * 8 // 3,
+        image_code_offset=0,
+        num_image_codes=16,
+    )
     model = Transformer(config).train()
     model.init_weights(torch.Generator().manual_seed(0))
     module, optimizer = LossModel(model), torch.optim.AdamW(model.parameters(), fused=True)

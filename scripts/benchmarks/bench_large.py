@@ -1,8 +1,8 @@
 """Measures time and memory of large models with random weights. Prints a table and one line of JSON.
 
-    python scripts/benchmarks/bench_large.py floor             # a step of 7B layers against reading its weights once
-    python scripts/benchmarks/bench_large.py peer              # this sampler against transformers' Chameleon
-    python scripts/benchmarks/bench_large.py whole --work DIR  # the 7B, quantized to int4 while loading
+python scripts/benchmarks/bench_large.py floor             # a step of 7B layers against reading its weights once
+python scripts/benchmarks/bench_large.py peer              # this sampler against transformers' Chameleon
+python scripts/benchmarks/bench_large.py whole --work DIR  # the 7B, quantized to int4 while loading
 """
 
 import argparse
@@ -40,9 +40,11 @@ SEVEN_B = PROJECT / "configs" / "model" / "7B.yaml"
 TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # of the released checkpoint
 PROMPT = "Generate an image of 768x768 according to the following prompt:\nA lighthouse at dusk, oil painting."
 FORMS = {  # dtype of activations, and weights in an int4 group
-    "fp32": (torch.float32, None), "bf16": (torch.bfloat16, None),
-    "int4": (torch.bfloat16, 128), "int4-fp32": (torch.float32, 128),
-}  # fmt: skip
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "int4": (torch.bfloat16, 128),
+    "int4-fp32": (torch.float32, 128),
+}
 _SPECULATIONS = (("noise", 8), ("maximal", 8), ("maximal", 32))
 
 
@@ -51,12 +53,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("floor", "peer", "whole"))
     add_threads(parser)
     parser.add_argument("--compile", action="store_true", help="floor, peer: also compiled steps (takes minutes)")
-    parser.add_argument("--weights", nargs="+", choices=tuple(FORMS), default=["fp32", "bf16", "int4"],
-                        help="floor: int4-fp32 has fp32 activations and takes half a minute a step")  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        choices=tuple(FORMS),
+        default=["fp32", "bf16", "int4"],
+        help="floor: int4-fp32 has fp32 activations and takes half a minute a step",
+    )
     parser.add_argument("--work", type=Path, help="whole: folder for the random checkpoint (16 GB, kept)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes sampled at either end")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16",
-                        help="whole: dtype of activations and of weights that are not int4")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="bf16",
+        help="whole: dtype of activations and of weights that are not int4",
+    )
     return cli.run(bench, parser, argv)
 
 
@@ -104,10 +115,17 @@ def stored_bytes(module: nn.Module) -> int:
 def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict:
     """Times steps through 7B layers with a partly filled cache, relative to reading their bytes once."""
     bandwidth, rows = read_bandwidth(torch.device("cpu")), []
-    config = replace(ModelConfig.from_yaml(SEVEN_B), vocab_size=512, num_image_codes=256, image_code_offset=256,
-                     num_hidden_layers=layers)  # fmt: skip
-    print(f"{layers} layers of the 7B, {filled} cache slots, {args.threads} threads, read bandwidth "
-          f"{bandwidth / 1e9:.1f} GB/s\n")  # fmt: skip
+    config = replace(
+        ModelConfig.from_yaml(SEVEN_B),
+        vocab_size=512,
+        num_image_codes=256,
+        image_code_offset=256,
+        num_hidden_layers=layers,
+    )
+    print(
+        f"{layers} layers of the 7B, {filled} cache slots, {args.threads} threads, read bandwidth "
+        f"{bandwidth / 1e9:.1f} GB/s\n"
+    )
     print_header("weights", "rows", "ms a step", "ms to read its bytes", "ratio")
     for name in args.weights:
         dtype, group = FORMS[name]
@@ -131,9 +149,14 @@ def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict
 def peer(args: argparse.Namespace) -> dict:
     """Times one 128 x 128 image with 8 layers of width 1024, the released vocabulary and guidance 4."""
     config = ModelConfig(
-        vocab_size=171385, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
-        num_key_value_heads=16, base_size=128,
-    )  # fmt: skip
+        vocab_size=171385,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        base_size=128,
+    )
     vocabulary = Vocabulary.from_folder(TOKENIZER, config)
     layout = ImageLayout.from_pixels(vocabulary, 128, 128)
     prompt = generation_prompt(PROMPT.replace("768x768", "128x128"), vocabulary)
@@ -161,8 +184,14 @@ def peer(args: argparse.Namespace) -> dict:
     return {"their_forwards": their_forwards, "codes": layout.num_codes, "rows": rows}
 
 
-def generate(model: Transformer, vocabulary: Vocabulary, layout: ImageLayout, prompt: list[int],
-             speculation: Speculation | None, compiled=None) -> float:  # fmt: skip
+def generate(
+    model: Transformer,
+    vocabulary: Vocabulary,
+    layout: ImageLayout,
+    prompt: list[int],
+    speculation: Speculation | None,
+    compiled=None,
+) -> float:
     """Seconds of one image with this package's samplers."""
     began = time.perf_counter()
     spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
@@ -196,9 +225,16 @@ def generate_with_transformers(model: Transformer, layout: ImageLayout, prompt: 
     new = layout.num_codes + layout.rows
     began = time.perf_counter()
     theirs.eval().generate(
-        torch.tensor([start]), negative_prompt_ids=torch.tensor([start[len(prompt) :]]), guidance_scale=4.0,
-        do_sample=True, top_k=16384, temperature=1.0, max_new_tokens=new, min_new_tokens=new, use_cache=True,
-    )  # fmt: skip
+        torch.tensor([start]),
+        negative_prompt_ids=torch.tensor([start[len(prompt) :]]),
+        guidance_scale=4.0,
+        do_sample=True,
+        top_k=16384,
+        temperature=1.0,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        use_cache=True,
+    )
     return time.perf_counter() - began, len(calls)
 
 
@@ -234,10 +270,16 @@ def whole(args: argparse.Namespace) -> dict:
     print_row(f"s a code, the first and the last {args.codes}", f"{ends['first']:.2f}, {ends['last']:.2f}")
     print_row("a whole image, extrapolated", f"{hours:.1f} h")
     return {
-        "dtype": args.dtype, "loading_s": taken, "peak_loading_gb": loading[0] / 1e9, "weights_gb":
-        stored_bytes(model) / 1e9, "peak_running_gb": running[0] / 1e9, "cache_gb": cache / 1e9,
-        "first_s": ends["first"], "last_s": ends["last"], "image_hours": hours,
-    }  # fmt: skip
+        "dtype": args.dtype,
+        "loading_s": taken,
+        "peak_loading_gb": loading[0] / 1e9,
+        "weights_gb": stored_bytes(model) / 1e9,
+        "peak_running_gb": running[0] / 1e9,
+        "cache_gb": cache / 1e9,
+        "first_s": ends["first"],
+        "last_s": ends["last"],
+        "image_hours": hours,
+    }
 
 
 class _Enough(Exception):

@@ -50,10 +50,16 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     heads = max(1, args.hidden // 128)
     config = ModelConfig(
-        vocab_size=args.vocab, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=heads,
-        num_key_value_heads=heads, intermediate_size=args.hidden * 11 // 4, model_parallel_size=heads,
-        image_code_offset=args.vocab // 2, num_image_codes=16,
-    )  # fmt: skip
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=args.hidden * 11 // 4,
+        model_parallel_size=heads,
+        image_code_offset=args.vocab // 2,
+        num_image_codes=16,
+    )
     model = Transformer(config).train()
     model.init_weights(torch.Generator().manual_seed(0))
     ids = torch.randint(6, args.vocab, (args.batch, args.length), generator=torch.Generator().manual_seed(1))
@@ -97,8 +103,12 @@ def timed(model, loss: Callable, args: argparse.Namespace) -> dict:
         seconds.append(time.monotonic() - began)
     beyond = resident("VmHWM") - rest - 16 * parameters
     speed = args.batch * args.length / min(seconds)
-    return {"tokens_per_second": round(speed, 2), "beyond_gb": round(beyond / 1e9, 3), "losses": losses,
-            "parameters": parameters}  # fmt: skip
+    return {
+        "tokens_per_second": round(speed, 2),
+        "beyond_gb": round(beyond / 1e9, 3),
+        "losses": losses,
+        "parameters": parameters,
+    }
 
 
 def resident(what: str) -> int:
@@ -120,8 +130,10 @@ def bench(args: argparse.Namespace) -> None:
         print(f"{side}: {found[side]}", file=sys.stderr)
     plain = found["plain"]
     for side in SIDES[1:]:
-        found[side] |= {"speed": round(found[side]["tokens_per_second"] / plain["tokens_per_second"], 3),
-                        "memory": round(found[side]["beyond_gb"] / plain["beyond_gb"], 3)}  # fmt: skip
+        found[side] |= {
+            "speed": round(found[side]["tokens_per_second"] / plain["tokens_per_second"], 3),
+            "memory": round(found[side]["beyond_gb"] / plain["beyond_gb"], 3),
+        }
     print(json.dumps(found))
 
 

@@ -28,10 +28,12 @@ from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 EARLY = "int8, keys before rotation"
 FORMS = (  # weights, int4 group, cache, whether the head is int8
-    ("fp32", None, "fp32", False), ("fp32", None, "int8", False), ("fp32", None, EARLY, False),
+    ("fp32", None, "fp32", False),
+    ("fp32", None, "int8", False),
+    ("fp32", None, EARLY, False),
     ("fp32, int8 head", None, "fp32", True),
     *((f"int4 in groups of {group}", group, "fp32", False) for group in INT4_GROUPS),
-)  # fmt: skip
+)
 
 
 def logits(model: Transformer, rows: Tensor, columns: slice, cache_dtype: torch.dtype) -> Tensor:
@@ -75,8 +77,17 @@ def measure(args: argparse.Namespace) -> None:
         cache = cache_bytes(checkpoint.config, rows.shape[1], stored) / 1e6
         sizes = (f"{size:.1f}" for size in (layers, head, cache))
         print_row(name, kind, *sizes, f"{100 * error:.2f} %", f"{divergence:.5f}")
-        figures.append({"weights": name, "cache": kind, "layers_mb": layers, "head_mb": head, "cache_mb": cache,
-                        "error": error, "kl": divergence})  # fmt: skip
+        figures.append(
+            {
+                "weights": name,
+                "cache": kind,
+                "layers_mb": layers,
+                "head_mb": head,
+                "cache_mb": cache,
+                "error": error,
+                "kl": divergence,
+            }
+        )
     print(json.dumps({"bench": "error", "images": len(prompts), "rows": figures}))
 
 

@@ -1,7 +1,7 @@
 """Prints an estimate of the memory of finetuning on each GPU, and how many pictures fit in a micro-batch.
 
-    python scripts/benchmarks/memory_table.py                                   # the 7B, pictures of 768 x 768
-    python scripts/benchmarks/memory_table.py --model_config configs/model/2B.yaml --size 512
+python scripts/benchmarks/memory_table.py                                   # the 7B, pictures of 768 x 768
+python scripts/benchmarks/memory_table.py --model_config configs/model/2B.yaml --size 512
 """
 
 import argparse
@@ -38,8 +38,11 @@ def table(args: argparse.Namespace) -> None:
             whole_number(name, value, 1, 1_000_000, "must be a whole number in 1 ... 1000000")
     config, cells = ModelConfig.from_yaml(args.model_config), args.size // 8
     ids = cells * (cells + 1) + 4 + TEXT
-    ways = {"all weights": {}, "all weights, `--cpu_offload`": {"offload": True},
-            f"`--lora_rank {args.lora_rank}`": {"lora_rank": args.lora_rank}}  # fmt: skip
+    ways = {
+        "all weights": {},
+        "all weights, `--cpu_offload`": {"offload": True},
+        f"`--lora_rank {args.lora_rank}`": {"lora_rank": args.lora_rank},
+    }
     sizes = [f"of {gb} GB" for gb in args.gb]
     print_header(f"{ids:,} ids with `--checkpointing`", "GPUs", "GB each", *sizes)
     for name, way in ways.items():

@@ -48,8 +48,14 @@ TASK_ROWS = (*omni.KINDS, *UNNAMED)
 ROWS = (*TEXT_ROWS, *TASK_ROWS)
 
 
-def drawn(pipeline: Pipeline, prompts: list[str], size: tuple[int, int], args: argparse.Namespace,
-          panels: list | None = None, **options) -> Iterator[Result]:  # fmt: skip
+def drawn(
+    pipeline: Pipeline,
+    prompts: list[str],
+    size: tuple[int, int],
+    args: argparse.Namespace,
+    panels: list | None = None,
+    **options,
+) -> Iterator[Result]:
     """Yields a result for each prompt. Each batch has another seed, as its images share their noise."""
     for start in range(0, len(prompts), _BATCH):
         part = slice(start, start + _BATCH)
@@ -173,8 +179,9 @@ def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures
         for which, asked in shuffled(few).items():
             made = generate_examples(pipeline, asked, pictures, f"{row}, {which} shuffled", args)
             columns[which] = task_scores(few, made, pictures)
-        again = [tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)], parts), parts)[0]
-                 for example in examples]  # fmt: skip
+        again = [
+            tokenizer.decode(tokenizer.encode([omni.draw(example, pictures)], parts), parts)[0] for example in examples
+        ]
         columns["tokenizer"] = task_scores(examples, again, pictures)
         for n, figure in enumerate(evaluation.SCORES[kind]):
             found = {name: column[n] for name, column in columns.items()}

@@ -190,7 +190,8 @@ SCORES: Mapping[str, Mapping[str, Score]] = MappingProxyType(
         "predict_depth": _DEPTH,
         "predict_canny": {"edge F1": _map("canny", edge_f1)},
         "predict_segmentation": {
-            "mean IoU": _map("segmentation", mean_iou), "outline F1": _map("segmentation", outline_f1),
+            "mean IoU": _map("segmentation", mean_iou),
+            "outline F1": _map("segmentation", outline_f1),
         },
     }
 )

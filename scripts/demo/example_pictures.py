@@ -59,8 +59,10 @@ def write_sheet(args: argparse.Namespace) -> None:
 
     from lumina_mgpt.images import open_image
 
-    rows = {name: [open_image(args.out_dir / name / f"{n}_0.png") for n in range(len(lighthouse.ASKED))]
-            for name in ("before", "after")}  # fmt: skip
+    rows = {
+        name: [open_image(args.out_dir / name / f"{n}_0.png") for n in range(len(lighthouse.ASKED))]
+        for name in ("before", "after")
+    }
     lighthouse.sheet(rows, lighthouse.ASKED).save(args.sheet)
     print(args.sheet)
 

@@ -12,14 +12,20 @@ UNSEEN = ("sky blue", "lavender")  # backgrounds that are not trained with a lig
 DRAWN = tuple(color for color in COLORS if color not in UNSEEN)
 _FINE = 8  # pictures are drawn at 8 times their size and reduced
 ASKED = (  # prompts of the comparison; the demo already knows the last three objects
-    "a lighthouse on a sky blue background", "a lighthouse on a lavender background",
-    "a lighthouse on an orange background", "a hedgehog on a sky blue background",
-    "a slice of pizza on a navy background", "a rocket on a pink background",
-)  # fmt: skip
+    "a lighthouse on a sky blue background",
+    "a lighthouse on a lavender background",
+    "a lighthouse on an orange background",
+    "a hedgehog on a sky blue background",
+    "a slice of pizza on a navy background",
+    "a rocket on a pink background",
+)
 _CAPTIONS = (
-    "a lighthouse on a {} background", "a lighthouse on a {} background", "a lighthouse, {} background",
-    "{} background, a lighthouse", "a picture of a lighthouse on a {} background",
-)  # fmt: skip
+    "a lighthouse on a {} background",
+    "a lighthouse on a {} background",
+    "a lighthouse, {} background",
+    "{} background, a lighthouse",
+    "a picture of a lighthouse on a {} background",
+)
 _SHAPES = (  # fill, and corners in percent of the side
     ("#f2c230", [(42, 17), (58, 17), (58, 27), (42, 27)]),  # lamp
     ("#3b3f4a", [(49, 17), (51, 17), (51, 27), (49, 27)]),
@@ -84,9 +90,15 @@ def _tower() -> Image.Image:
         oval("#8a7f78", *box)
     for band in range(_BANDS):
         upper, lower = (_TOP + (_FOOT - _TOP) * (band + n) / _BANDS for n in (0, 1))
-        shape("#e2463f" if band % 2 == 0 else "#f7f3ee",
-              [(50 - _edge(upper), upper), (50 + _edge(upper), upper),
-               (50 + _edge(lower), lower), (50 - _edge(lower), lower)])  # fmt: skip
+        shape(
+            "#e2463f" if band % 2 == 0 else "#f7f3ee",
+            [
+                (50 - _edge(upper), upper),
+                (50 + _edge(upper), upper),
+                (50 + _edge(lower), lower),
+                (50 - _edge(lower), lower),
+            ],
+        )
     for fill, corners in _SHAPES:
         shape(fill, corners)
     pen.pieslice([side * unit for side in (40, 8, 60, 27)], 180, 360, "#e2463f")

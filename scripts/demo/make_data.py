@@ -30,9 +30,12 @@ CAPTIONS = {"single": 6, "beside": 1, "above": 1}  # captions of each picture, b
 PANELS = 1500  # scenes whose maps the image tokenizer is trained on
 LOOSE = 3000  # pictures of scenes.loose
 PROMPTS = (  # example prompts of the checkpoint
-    "a hedgehog on a sky blue background", "a slice of pizza on a white background", "an owl on a lavender background",
-    "a rocket on a navy background", "a cactus on a pink background",
-)  # fmt: skip
+    "a hedgehog on a sky blue background",
+    "a slice of pizza on a white background",
+    "an owl on a lavender background",
+    "a rocket on a navy background",
+    "a cactus on a pink background",
+)
 
 
 def write_pictures(out_dir: Path, todo: list[scenes.Scene], pictures: dict) -> None:

@@ -62,12 +62,16 @@ def check(config: ModelConfig, pointers: list[Pointer]) -> None:
     """
     heads, layers, longest = config.num_attention_heads, config.num_hidden_layers, config.max_position_embeddings
     if config.num_key_value_heads != heads:
-        raise InputError(f"each head must have its own keys, got {heads} heads that share "
-                         f"{config.num_key_value_heads}; use a model without grouped queries")  # fmt: skip
+        raise InputError(
+            f"each head must have its own keys, got {heads} heads that share "
+            f"{config.num_key_value_heads}; use a model without grouped queries"
+        )
     for pointer in pointers:
         if pointer.layer >= layers or (pointer.head or 0) >= heads or pointer.distance >= longest:
-            raise InputError(f"{pointer}: the model has layers 0 to {layers - 1}, heads 0 to {heads - 1} and distances "
-                             f"to {longest - 1}")  # fmt: skip
+            raise InputError(
+                f"{pointer}: the model has layers 0 to {layers - 1}, heads 0 to {heads - 1} and distances "
+                f"to {longest - 1}"
+            )
     named = [(pointer.layer, pointer.head) for pointer in pointers if pointer.head is not None]
     if len(set(named)) < len(named):
         raise InputError("a head is given twice; give each one distance")
@@ -187,5 +191,3 @@ def _search(config: ModelConfig, attention: Attention, head: int, distance: int,
         query.grad, key.grad = torch.autograd.grad(loss, (query, key))  # not of the norms' weights
         optimizer.step()
     return query.detach(), key.detach()
-
-

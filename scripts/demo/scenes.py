@@ -16,20 +16,33 @@ _HELD_OUT = 10  # one composition in 10 is held out of training
 Arrangement = Literal["single", "beside", "above"]
 
 _SINGLE = (
-    "{a} on a {c} background", "{a} on a {c} background", "{a} on a {c} background", "{a}, {c} background",
-    "{c} background, {a}", "an emoji of {a} on a {c} background", "a picture of {a} on a {c} background",
-    "{a} in front of a {c} background", "{n}, {c} background", "{a} on {c}",
-)  # fmt: skip
+    "{a} on a {c} background",
+    "{a} on a {c} background",
+    "{a} on a {c} background",
+    "{a}, {c} background",
+    "{c} background, {a}",
+    "an emoji of {a} on a {c} background",
+    "a picture of {a} on a {c} background",
+    "{a} in front of a {c} background",
+    "{n}, {c} background",
+    "{a} on {c}",
+)
 _BESIDE = (
-    "{a} to the left of {b} on a {c} background", "{a} to the left of {b} on a {c} background",
-    "{a} left of {b}, {c} background", "{b} to the right of {a} on a {c} background",
-    "{c} background, {a} to the left of {b}", "a picture of {a} to the left of {b} on a {c} background",
-)  # fmt: skip
+    "{a} to the left of {b} on a {c} background",
+    "{a} to the left of {b} on a {c} background",
+    "{a} left of {b}, {c} background",
+    "{b} to the right of {a} on a {c} background",
+    "{c} background, {a} to the left of {b}",
+    "a picture of {a} to the left of {b} on a {c} background",
+)
 _ABOVE = (
-    "{a} above {b} on a {c} background", "{a} above {b} on a {c} background", "{a} above {b}, {c} background",
-    "{b} below {a} on a {c} background", "{c} background, {a} above {b}",
+    "{a} above {b} on a {c} background",
+    "{a} above {b} on a {c} background",
+    "{a} above {b}, {c} background",
+    "{b} below {a} on a {c} background",
+    "{c} background, {a} above {b}",
     "a picture of {a} above {b} on a {c} background",
-)  # fmt: skip
+)
 _TEMPLATES = {"single": _SINGLE, "beside": _BESIDE, "above": _ABOVE}
 
 

@@ -14,9 +14,16 @@ VOCABULARY = 1024  # text pieces and special names; image codes have the ids aft
 _MIN_FREQUENCY = 2
 # Added to the training text. Must not change: other text gives another vocabulary than the published one.
 _MORE_TEXT = (
-    "make the background {c}", "replace the {a} with {b}", "remove the {a}", "add {b}", "no edit", "segmentation map",
-    "normal map", "Edit the image according to the following instruction:\n", "swap the two objects",
-)  # fmt: skip
+    "make the background {c}",
+    "replace the {a} with {b}",
+    "remove the {a}",
+    "add {b}",
+    "no edit",
+    "segmentation map",
+    "normal map",
+    "Edit the image according to the following instruction:\n",
+    "swap the two objects",
+)
 
 
 def write_tokenizer(folder: Path, captions: Sequence[str]) -> None:

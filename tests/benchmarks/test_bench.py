@@ -46,9 +46,13 @@ def test_codes_a_step_equal_those_of_the_pipeline(bench, tiny_checkpoint, capsys
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--threads", "0"], "--threads must be in 1 ... 1024, got 0"), (["-n", "0"], "-n must be"),
-     (["--plot", "plot.pdf"], "--plot"), (["--window", "0"], "--window must be")],
-)  # fmt: skip
+    [
+        (["--threads", "0"], "--threads must be in 1 ... 1024, got 0"),
+        (["-n", "0"], "-n must be"),
+        (["--plot", "plot.pdf"], "--plot"),
+        (["--window", "0"], "--window must be"),
+    ],
+)
 def test_invalid_options_are_refused(bench, tiny_checkpoint, capsys, options, message):
     assert bench("--model_path", str(tiny_checkpoint), *options) == cli.REFUSED
     assert message in capsys.readouterr().err

@@ -24,6 +24,8 @@ from lumina_mgpt.outputs import OutputFolder
 
 SCRIPT = Path(__file__).parents[2] / "generate_examples" / "generate.py"
 BASE = ("--device", "cpu", "--width", "32", "--height", "32")
+
+
 @pytest.fixture(scope="module")
 def script():
     return module_of("generate")
@@ -186,8 +188,12 @@ def test_the_picture_does_not_depend_on_the_batch_size(generate, tmp_path):
     """Compares pixels; this seed has no near tie (test_pipeline tests equality in float64)."""
     for size in ("1", "4"):
         folder = str(tmp_path / size)
-        assert generate("--prompt", "a cat", "--prompt", "a snowman", "-n", "2", "--batch_size", size,
-                        "--save_path", folder) == 0  # fmt: skip
+        assert (
+            generate(
+                "--prompt", "a cat", "--prompt", "a snowman", "-n", "2", "--batch_size", size, "--save_path", folder
+            )
+            == 0
+        )
     for name in ("0_0.png", "0_1.png", "1_0.png", "1_1.png"):
         assert Image.open(tmp_path / "1" / name).tobytes() == Image.open(tmp_path / "4" / name).tobytes()
 
@@ -345,8 +351,12 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path):
     environment.pop("HF_HUB_OFFLINE", None)
     result = subprocess.run(
         [sys.executable, SCRIPT, *BASE, "--prompt", "a cat", "--model_path", "some/model", "--save_path", "out"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and "--model_path some/model" in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
@@ -372,9 +382,13 @@ def test_a_full_disk_is_an_error_before_the_work(tmp_path, tiny_checkpoint):
     """The system's limit on file sizes simulates the full disk."""
     result = subprocess.run(
         [sys.executable, SCRIPT, *BASE, "--prompt", "a cat", "--model_path", tiny_checkpoint, "--save_path", "out"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
-    )  # fmt: skip
+    )
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and "--save_path out" in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
@@ -405,11 +419,29 @@ def test_a_bug_keeps_its_traceback(generate, monkeypatch):
 def test_ctrl_c_keeps_finished_pictures_and_nothing_else(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--device", "cpu", "--prompt", "a cat", "-n", "500", "--batch_size", "1", "--preview",
-         "--model_path", tiny_checkpoint, "--save_path", out],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            SCRIPT,
+            "--device",
+            "cpu",
+            "--prompt",
+            "a cat",
+            "-n",
+            "500",
+            "--batch_size",
+            "1",
+            "--preview",
+            "--model_path",
+            tiny_checkpoint,
+            "--save_path",
+            out,
+        ],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in a shell's background ignores it
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + PATIENCE
     try:
         while not (out / "0_1.png").exists() and process.poll() is None and time.monotonic() < deadline:
@@ -460,8 +492,10 @@ def test_help_lists_every_option_without_importing_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("False\n")
-    for option in ("model_path save_path cfg top_k temperature width height prompt prompt_file seed batch_size device "
-                   "dtype movqgan_path preview overwrite attn").split():  # fmt: skip
+    for option in (
+        "model_path save_path cfg top_k temperature width height prompt prompt_file seed batch_size device "
+        "dtype movqgan_path preview overwrite attn"
+    ).split():
         assert f"--{option}" in result.stdout
 
 
@@ -478,8 +512,12 @@ def test_the_sample_script_runs(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "my models" / "tiny")
     result = subprocess.run(
         ["bash", SCRIPT.parent.parent / "scripts" / "sample.sh", folder, "--prompt", "a cat  & \"a 'snowman'\"", *BASE],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "outputs" / "t2i" / "0_0.png") as image:
         assert image.text["prompt"] == "a cat  & \"a 'snowman'\""

@@ -105,8 +105,16 @@ def test_a_broken_stream_does_not_end_the_work(run, monkeypatch, kind):
 
 
 def finetune_options(tokens: Path, tiny_checkpoint: Path) -> list[str]:
-    values = dict(data_config=tokens, output_dir="猫", init_from=tiny_checkpoint, batch_size=2, max_steps=1,
-                  precision="fp32", save_iteration_interval=0, device="cpu")  # fmt: skip
+    values = dict(
+        data_config=tokens,
+        output_dir="猫",
+        init_from=tiny_checkpoint,
+        batch_size=2,
+        max_steps=1,
+        precision="fp32",
+        save_iteration_interval=0,
+        device="cpu",
+    )
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 

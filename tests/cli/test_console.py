@@ -29,8 +29,11 @@ def program(body: str, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
 def test_characters_outside_the_encoding_are_escaped(encoding):
     """A Chinese prompt ended a run whose output was redirected on Windows."""
-    done = program("print('猫 done'); print('é', file=sys.stderr)", capture_output=True,
-                   env=environment(PYTHONIOENCODING=f"{encoding}:strict"))  # fmt: skip
+    done = program(
+        "print('猫 done'); print('é', file=sys.stderr)",
+        capture_output=True,
+        env=environment(PYTHONIOENCODING=f"{encoding}:strict"),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode(encoding) == "\\u732b done\n"
 
@@ -52,8 +55,12 @@ def test_closed_streams(tmp_path, closed):
     target = tmp_path / "done"
     body = f"file = open({str(target)!r}, 'w')\nprint('out'); print('err', file=sys.stderr)\n"
     body += "os.write(2, b'from a library')\nos.write(1, b'too')\nfile.write('result'); file.close()"
-    done = program(body, preexec_fn=lambda: [os.close(number) for number in numbers], stdout=subprocess.PIPE,
-                   stderr=subprocess.PIPE)  # fmt: skip
+    done = program(
+        body,
+        preexec_fn=lambda: [os.close(number) for number in numbers],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert done.returncode == 0 and target.read_text() == "result"
 
 
@@ -132,12 +139,18 @@ def test_exit_statuses(capsys):
     assert run(lambda _: 0, ["--unknown"]) == 2
 
 
-@pytest.mark.parametrize("error, line", [
-    (InputError("must be even, got 3; try 2", "width"), "--width must be even, got 3; try 2"),
-    (InputError("needs a GPU; give device=cpu, quant=True", "attn"), "attn needs a GPU; give --device cpu, --quant"),
-    (InputError("must be a picture, got x", "panel"), "--image_path must be a picture, got x"),
-    (InputError("a/device=3/x.png is missing, other=2; see n=4"), "a/device=3/x.png is missing, other=2; see -n 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (InputError("must be even, got 3; try 2", "width"), "--width must be even, got 3; try 2"),
+        (
+            InputError("needs a GPU; give device=cpu, quant=True", "attn"),
+            "attn needs a GPU; give --device cpu, --quant",
+        ),
+        (InputError("must be a picture, got x", "panel"), "--image_path must be a picture, got x"),
+        (InputError("a/device=3/x.png is missing, other=2; see n=4"), "a/device=3/x.png is missing, other=2; see -n 4"),
+    ],
+)
 def test_errors_name_options_on_the_command_line(capsys, error, line):
     """The library names parameters; a command names its options."""
     parser = cli.Parser(prog="test", aliases={"panel": "--image_path"})

@@ -27,8 +27,11 @@ def adapter(tmp_path):
     peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]).save_pretrained(str(folder))
     names = [f"base_model.model.model.layers.{n}.self_attn.q_proj.lora" for n in range(2)]
     random = torch.Generator().manual_seed(0)
-    parts = {f"{name}_{x}.weight": torch.randn(shape, generator=random)
-             for name in names for x, shape in (("A", (2, 64)), ("B", (64, 2)))}  # fmt: skip
+    parts = {
+        f"{name}_{x}.weight": torch.randn(shape, generator=random)
+        for name in names
+        for x, shape in (("A", (2, 64)), ("B", (64, 2)))
+    }
     save_file(parts, folder / "adapter_model.safetensors", {"format": "pt"})
     return folder
 

@@ -34,8 +34,20 @@ def test_a_broken_peft_is_not_reported_as_missing(tiny_checkpoint, tmp_path, cap
 
 def test_a_training_with_a_broken_peft(settings, tmp_path, capsys, monkeypatch):
     broken(tmp_path, "peft", monkeypatch)
-    line = ["--data_config", settings.data.data_config, "--output_dir", settings.output_dir, "--init_from",
-            settings.model.init_from, "--lora_rank", "2", "--max_steps", "1", "--batch_size", "1"]  # fmt: skip
+    line = [
+        "--data_config",
+        settings.data.data_config,
+        "--output_dir",
+        settings.output_dir,
+        "--init_from",
+        settings.model.init_from,
+        "--lora_rank",
+        "2",
+        "--max_steps",
+        "1",
+        "--batch_size",
+        "1",
+    ]
     assert main_of("finetune")(line) == 2
     error = capsys.readouterr().err
     assert "--lora_rank 2" in error and "a_dependency_that_is_missing" in error and "pip install" not in error

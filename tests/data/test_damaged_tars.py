@@ -120,8 +120,9 @@ def test_zero_padding_and_the_system_tar_are_read(tmp_path):
         (folder / f"{n}.png").write_bytes(square())
         (folder / f"{n}.txt").write_text("a red square")
     for form in ("gnu", "pax", "ustar"):
-        subprocess.run(["tar", f"--format={form}", "-cf", tmp_path / "a.tar", "-C", tmp_path, folder.parent.name],
-                       check=True)  # fmt: skip
+        subprocess.run(
+            ["tar", f"--format={form}", "-cf", tmp_path / "a.tar", "-C", tmp_path, folder.parent.name], check=True
+        )
         rows = Archive(tmp_path / "a.tar").rows
         assert [row["prompt"] for row in rows] == ["a red square"] * 2
         assert rows_of(tmp_path / "a.tar", (tmp_path / "a.tar").read_bytes() + bytes(3_000_001)) == rows
@@ -131,22 +132,41 @@ def test_ambiguous_samples_are_listed(tiny_checkpoint, tmp_path):
     """Covers duplicate names, links, captions that are not text, and references to other samples."""
     talk = [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "<|image|>"}]
     members = [
-        member("0.jpg", square("navy", "JPEG")), member("0.txt", b"first"),
-        member("0.jpg", square("orange", "JPEG")), member("./0.txt", b"second"),
-        member("1.jpg", type=tarfile.SYMTYPE, linkname="0.jpg"), member("1.txt", b"a link"),
-        member("2.jpg", square()), member("2.json", b'{"caption": null}'),
-        member("3.jpg", square()), member("3.json", b"[" * 20_000),
-        member("4.jpg", square()), member("4.json", b'{"caption": ' + b"1" * 5_000 + b"}"),
-        member("5.jpg", square()), member("5.txt", "café".encode("utf-16")),
-        member("6.jpg", square()), member("6.json", json.dumps({"conversations": talk, "image": "9.jpg"}).encode()),
-        member("7.jpg", square()), member("7.png", square()), member("7.txt", b"either"),
-        member("8.txt", b"no picture"), member("9.jpg", square()),
+        member("0.jpg", square("navy", "JPEG")),
+        member("0.txt", b"first"),
+        member("0.jpg", square("orange", "JPEG")),
+        member("./0.txt", b"second"),
+        member("1.jpg", type=tarfile.SYMTYPE, linkname="0.jpg"),
+        member("1.txt", b"a link"),
+        member("2.jpg", square()),
+        member("2.json", b'{"caption": null}'),
+        member("3.jpg", square()),
+        member("3.json", b"[" * 20_000),
+        member("4.jpg", square()),
+        member("4.json", b'{"caption": ' + b"1" * 5_000 + b"}"),
+        member("5.jpg", square()),
+        member("5.txt", "café".encode("utf-16")),
+        member("6.jpg", square()),
+        member("6.json", json.dumps({"conversations": talk, "image": "9.jpg"}).encode()),
+        member("7.jpg", square()),
+        member("7.png", square()),
+        member("7.txt", b"either"),
+        member("8.txt", b"no picture"),
+        member("9.jpg", square()),
         member("._a.jpg", b"fork"),
-    ]  # fmt: skip
-    reasons = ["0.jpg is there twice", "1.jpg is a link to 0.jpg", "2.json: caption must be a text, got NoneType",
-               "3.json is nested too deeply", "4.json is not JSON", "5.txt must be UTF-8 text, got UTF-16",
-               "6.json: image must name pictures of its sample, 6.jpg, got '9.jpg'", "one caption for jpg and png",
-               "8 has no picture", "9 has no caption"]  # fmt: skip
+    ]
+    reasons = [
+        "0.jpg is there twice",
+        "1.jpg is a link to 0.jpg",
+        "2.json: caption must be a text, got NoneType",
+        "3.json is nested too deeply",
+        "4.json is not JSON",
+        "5.txt must be UTF-8 text, got UTF-16",
+        "6.json: image must name pictures of its sample, 6.jpg, got '9.jpg'",
+        "one caption for jpg and png",
+        "8 has no picture",
+        "9 has no caption",
+    ]
     write_tar(tmp_path / "a.tar", members)
     assert pre_tokenize_command(tmp_path / "a.tar", tmp_path / "out", tiny_checkpoint) == 0
     bad = [json.loads(line) for line in (tmp_path / "out" / "0-of-1-bad.jsonl").read_text().splitlines()]
@@ -163,16 +183,23 @@ def test_the_plain_extension_is_the_picture(tmp_path):
     talk = [{"from": "human", "value": "draw <|image|>"}, {"from": "gpt", "value": "<|image|>"}]
     plain_talk = [{"from": "human", "value": "what is this?"}, {"from": "gpt", "value": "a square"}]
     members = [
-        member("0.depth.png", square("black")), member("0.png", square()), member("0.txt", b"\xef\xbb\xbfred\r\nsky"),
-        member("1.depth.png", square()), member("1.json", b'\xef\xbb\xbf{"caption": "only one"}'),
-        member("a/2.x.png", square()), member("a/2.y.png", square()),
+        member("0.depth.png", square("black")),
+        member("0.png", square()),
+        member("0.txt", b"\xef\xbb\xbfred\r\nsky"),
+        member("1.depth.png", square()),
+        member("1.json", b'\xef\xbb\xbf{"caption": "only one"}'),
+        member("a/2.x.png", square()),
+        member("a/2.y.png", square()),
         member("a/2.json", json.dumps({"conversations": talk, "image": ["2.y.png", "elsewhere/2.x.png"]}).encode()),
-        member("/b/3.jfif", square("red", "JPEG")), member("/b/3.txt", b"absolute"),
-        member("4.depth.png", square("black")), member("4.png", square()),
+        member("/b/3.jfif", square("red", "JPEG")),
+        member("/b/3.txt", b"absolute"),
+        member("4.depth.png", square("black")),
+        member("4.png", square()),
         member("4.json", json.dumps({"conversations": plain_talk}).encode()),
-        member("5.x.png", square()), member("5.y.png", square()),
+        member("5.x.png", square()),
+        member("5.y.png", square()),
         member("5.json", json.dumps({"conversations": talk}).encode()),
-    ]  # fmt: skip
+    ]
     write_tar(tmp_path / "a.tar", members)
     archive = Archive(tmp_path / "a.tar")
     assert archive.rows == [

@@ -80,8 +80,11 @@ def test_packed_kinds_do_not_mix():
 def test_packed_batch_predicts_each_label_from_its_own_sequence(dataset):
     """The first id of a sequence without context has a label, but is not predicted from the previous sequence."""
     size = BatchSize(tokens=800, multiple=8, packed=True)
-    planned = next(p for p in plan_epoch(dataset, 0, size)
-                   if sum(len(dataset.read(int(s), 0)[0]) < dataset.length(s) for s in p.samples[1:]))  # fmt: skip
+    planned = next(
+        p
+        for p in plan_epoch(dataset, 0, size)
+        if sum(len(dataset.read(int(s), 0)[0]) < dataset.length(s) for s in p.samples[1:])
+    )
     batch = collate(dataset, planned, 0, multiple=8)
     read = [dataset.read(int(sample), 0) for sample in planned.samples]
     padding = planned.width - sum(len(ids) for ids, _ in read)
@@ -98,8 +101,10 @@ def test_plan_is_a_function_of_seed_and_epoch(dataset):
 
 
 def test_ratio_and_types(vocabulary, tmp_path):
-    sources = [make_source(tmp_path, vocabulary, 40, "a", type="x", ratio=0.25),
-               make_source(tmp_path, vocabulary, 20, "b", type="y", ratio=2.5)]  # fmt: skip
+    sources = [
+        make_source(tmp_path, vocabulary, 40, "a", type="x", ratio=0.25),
+        make_source(tmp_path, vocabulary, 20, "b", type="y", ratio=2.5),
+    ]
     dataset = TokenDataset(sources, vocabulary)
     epochs = [dataset.epoch(epoch) for epoch in range(3)]
     for samples in epochs:

@@ -58,9 +58,13 @@ def test_the_image_mark_of_llava_is_read_as_an_image(tiny_checkpoint, tmp_path):
     """Bug: `<image>` was tokenized as text, and its picture put before the text."""
     (tmp_path / "a.png").write_bytes(square())
     image = str(tmp_path / "a.png")
-    records = [talk("<image>\nwhat?", image=image, id="0"), talk("<|image|>\nwhat?", image=image),
-               talk("<image> and <image>", image=image), talk("<image>\nwhat?"),
-               {"image_path": image, "prompt": "<image> a cat"}]  # fmt: skip
+    records = [
+        talk("<image>\nwhat?", image=image, id="0"),
+        talk("<|image|>\nwhat?", image=image),
+        talk("<image> and <image>", image=image),
+        talk("<image>\nwhat?"),
+        {"image_path": image, "prompt": "<image> a cat"},
+    ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert pre_tokenize_command(tmp_path / "in.jsonl", tmp_path / "out", tiny_checkpoint) == 0
     bad = [json.loads(line) for line in (tmp_path / "out" / "0-of-1-bad.jsonl").read_text().splitlines()]
@@ -80,23 +84,31 @@ def test_a_byte_order_mark_in_a_record_is_removed():
         parse_record({"image_path": "a.png", "prompt": "\ufeff"})
 
 
-@pytest.mark.parametrize("more, key, instead", [
-    ({"images": ["a.png"]}, "images", "image"), ({"caption": "a dog"}, "caption", "prompt"),
-    ({"Prompt": "a dog"}, "Prompt", "prompt"), ({"image_paths": []}, "image_paths", "image_path"),
-    ({"messages": []}, "messages", "conversations"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, key, instead",
+    [
+        ({"images": ["a.png"]}, "images", "image"),
+        ({"caption": "a dog"}, "caption", "prompt"),
+        ({"Prompt": "a dog"}, "Prompt", "prompt"),
+        ({"image_paths": []}, "image_paths", "image_path"),
+        ({"messages": []}, "messages", "conversations"),
+    ],
+)
 def test_keys_of_other_formats_are_refused(more, key, instead):
     """Bug: such keys were ignored without an error."""
     with pytest.raises(InputError, match=f"must not have the key '{key}'.* use {instead}"):
         parse_record({"image_path": "a.png", "prompt": "a cat"} | more)
 
 
-@pytest.mark.parametrize("record, part", [
-    ({"image_path": "a.png", "prompt": "a cat", "conversations": TURNS}, "a record has"),
-    ({"image_path": "a.png", "prompt": "a \ud800 cat"}, "half of a character"),
-    (talk("a \udfff cat"), "half of a character"),
-    ({"conversations": [TURNS[0], TURNS[1] | {"weight": 0}]}, "key 'weight'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "record, part",
+    [
+        ({"image_path": "a.png", "prompt": "a cat", "conversations": TURNS}, "a record has"),
+        ({"image_path": "a.png", "prompt": "a \ud800 cat"}, "half of a character"),
+        (talk("a \udfff cat"), "half of a character"),
+        ({"conversations": [TURNS[0], TURNS[1] | {"weight": 0}]}, "key 'weight'"),
+    ],
+)
 def test_ambiguous_records_are_refused(record, part):
     with pytest.raises(InputError, match=part):
         parse_record(record)
@@ -157,11 +169,19 @@ def test_a_record_file_that_does_not_list_its_shards_is_refused(made, capsys, li
     refused(capsys, "does not list its shards")
 
 
-@pytest.mark.parametrize("row", [
-    "3", "{}", '{"file": null, "len": 4, "id": 0}', '{"file": "a", "len": NaN, "id": 0}',
-    '{"file": "a", "len": 1e400, "id": 0}', '{"file": "a", "len": 4, "id": ' + "9" * 30 + "}",
-    '{"file": "a", "len": -1, "id": 0}', '{"file": "a", "len": 4.5, "id": 0}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        "3",
+        "{}",
+        '{"file": null, "len": 4, "id": 0}',
+        '{"file": "a", "len": NaN, "id": 0}',
+        '{"file": "a", "len": 1e400, "id": 0}',
+        '{"file": "a", "len": 4, "id": ' + "9" * 30 + "}",
+        '{"file": "a", "len": -1, "id": 0}',
+        '{"file": "a", "len": 4.5, "id": 0}',
+    ],
+)
 def test_damaged_rows_of_a_record_file_are_refused(tmp_path, row):
     """Bug: an infinite length, or one of 30 digits, gave a traceback in the training."""
     (tmp_path / "all.jsonl").write_text(row + "\n")
@@ -195,12 +215,27 @@ def test_record_files_of_windows_are_read(made, tokens, vocabulary):
 # -- data files --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [
-    "META: [{path: a, ratio: true}]", "META: [{path: a, ratio: .nan}]", "META: [{path: a, weight: .inf}]",
-    "META: [{path: a, weight: 1" + "0" * 400 + "}]", "META: [{path: a, ratio: 1" + "0" * 5000 + "}]",
-    "META: [{path: a, given: 1}]", "META: [{path: a, Ratio: 1}]", "META: [{path: [a]}]", "META: [[a]]", "META: a",
-    "[" * 20_000, "META: [{path: '${oc.env:NOT_SET_AT_ALL}'}]", "META: [{path: '${'}]", "", "? {a: 1}\n: 2", "\0",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "META: [{path: a, ratio: true}]",
+        "META: [{path: a, ratio: .nan}]",
+        "META: [{path: a, weight: .inf}]",
+        "META: [{path: a, weight: 1" + "0" * 400 + "}]",
+        "META: [{path: a, ratio: 1" + "0" * 5000 + "}]",
+        "META: [{path: a, given: 1}]",
+        "META: [{path: a, Ratio: 1}]",
+        "META: [{path: [a]}]",
+        "META: [[a]]",
+        "META: a",
+        "[" * 20_000,
+        "META: [{path: '${oc.env:NOT_SET_AT_ALL}'}]",
+        "META: [{path: '${'}]",
+        "",
+        "? {a: 1}\n: 2",
+        "\0",
+    ],
+)
 def test_damaged_data_files_are_refused(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(InputError):
@@ -271,8 +306,20 @@ def test_training_on_one_small_source(tokens, tiny_checkpoint, tmp_path, capsys)
     """Bug: traceback, need at least one array to concatenate."""
     source = small(tokens, tmp_path, 3, ratio=0.1)
     (tmp_path / "data.yaml").write_text(f"META: [{{path: {source.path}, ratio: 0.1}}]")
-    line = ["--init_from", str(tiny_checkpoint), "--data_config", str(tmp_path / "data.yaml"), "--output_dir",
-            str(tmp_path / "run"), "--batch_size", "2", "--epochs", "5", "--device", "cpu"]  # fmt: skip
+    line = [
+        "--init_from",
+        str(tiny_checkpoint),
+        "--data_config",
+        str(tmp_path / "data.yaml"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--batch_size",
+        "2",
+        "--epochs",
+        "5",
+        "--device",
+        "cpu",
+    ]
     assert main_of("finetune")(line) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [3, 6]

@@ -18,8 +18,10 @@ from lumina_mgpt.errors import InputError
 def tokenized(in_filename: Path, out: Path, checkpoint: Path) -> tuple[list[int], dict[int, str]]:
     """Numbers of the tokenized records, and the reasons for the others."""
     assert pre_tokenize_command(in_filename, out, checkpoint) == 0
-    good, bad = ([json.loads(line) for line in (out / f"0-of-1-{kind}.jsonl").read_text().splitlines()]
-                 for kind in ("record", "bad"))  # fmt: skip
+    good, bad = (
+        [json.loads(line) for line in (out / f"0-of-1-{kind}.jsonl").read_text().splitlines()]
+        for kind in ("record", "bad")
+    )
     return [row["id"] for row in good], {row["id"]: row["reason"] for row in bad}
 
 
@@ -31,8 +33,18 @@ def saved(form: str) -> bytes:
 
 def test_every_format_of_pillow_is_read(tiny_checkpoint, tmp_path):
     """Bug: three of ten were read, with the message `0 left out`."""
-    forms = {"jfif": "JPEG", "jpe": "JPEG", "JPEG": "JPEG", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "ppm": "PPM",
-             "tga": "TGA", "ico": "ICO", "png": "PNG"}  # fmt: skip
+    forms = {
+        "jfif": "JPEG",
+        "jpe": "JPEG",
+        "JPEG": "JPEG",
+        "bmp": "BMP",
+        "gif": "GIF",
+        "tif": "TIFF",
+        "ppm": "PPM",
+        "tga": "TGA",
+        "ico": "ICO",
+        "png": "PNG",
+    }
     for n, (kind, form) in enumerate(forms.items()):
         (tmp_path / "in" / f"{n}").mkdir(parents=True)
         (tmp_path / "in" / f"{n}" / f"a.{kind}").write_bytes(saved(form))
@@ -55,8 +67,14 @@ def test_unreadable_pictures_and_captions_are_listed(tiny_checkpoint, tmp_path, 
     said = capsys.readouterr()
     assert good == [0] and len(bad) == 6 and "6 left out" in said.out
     assert "begin with ._ (macOS metadata): 1" in said.err
-    reasons = ["e.png cannot be read (No such file", "f.txt is not a regular file", "alone.txt is a caption without",
-               "b.heic has a caption, but no picture format", "c.eps has a caption", "d.pdf has a caption"]  # fmt: skip
+    reasons = [
+        "e.png cannot be read (No such file",
+        "f.txt is not a regular file",
+        "alone.txt is a caption without",
+        "b.heic has a caption, but no picture format",
+        "c.eps has a caption",
+        "d.pdf has a caption",
+    ]
     for reason, part in zip(bad.values(), reasons, strict=True):
         assert part in reason
 
@@ -79,15 +97,25 @@ def test_linked_folders_are_read_once(tmp_path):
 
 def test_encodings_of_captions(tmp_path):
     """Bugs: a byte order mark became part of the caption, `.TXT` was not found, other encodings gave no reason."""
-    captions = {"a.txt": b"\xef\xbb\xbfa caf\xc3\xa9\r\n", "b.TXT": b"one\r\ntwo", "c.txt": "café".encode("utf-16"),
-                "d.txt": "café".encode("cp1252"), "e.txt": b"\r\n", "f.txt": "cat".encode("utf-16-le")}  # fmt: skip
+    captions = {
+        "a.txt": b"\xef\xbb\xbfa caf\xc3\xa9\r\n",
+        "b.TXT": b"one\r\ntwo",
+        "c.txt": "café".encode("utf-16"),
+        "d.txt": "café".encode("cp1252"),
+        "e.txt": b"\r\n",
+        "f.txt": "cat".encode("utf-16-le"),
+    }
     for name, text in captions.items():
         (tmp_path / name).write_bytes(text)
         (tmp_path / name).with_suffix(".png").write_bytes(square())
     first, second, *others = read_folder(tmp_path)
     assert (first["prompt"], second["prompt"]) == ("a café", "one\ntwo")
-    expected = ["c.txt must be UTF-8 text, got UTF-16", "d.txt must be UTF-8 text, got another encoding, perhaps "
-                "Windows-1252", "e.txt is empty", "f.txt must be UTF-8 text, got a zero byte"]  # fmt: skip
+    expected = [
+        "c.txt must be UTF-8 text, got UTF-16",
+        "d.txt must be UTF-8 text, got another encoding, perhaps Windows-1252",
+        "e.txt is empty",
+        "f.txt must be UTF-8 text, got a zero byte",
+    ]
     for row, part in zip(others, expected, strict=True):
         assert isinstance(row, InputError) and part in str(row)
 
@@ -113,8 +141,12 @@ def test_one_caption_describes_one_picture(tmp_path):
     for name in ("cat.txt", "dog.txt", "dog.TXT", "cow.txt"):
         (tmp_path / name).write_text("an animal")
     jpg, png, depth, cow, dog = read_folder(tmp_path)
-    for row, part in ((jpg, "cat.txt may describe any of"), (png, "cat.txt may describe any of"),
-                      (depth, "cow.depth.png has no caption"), (dog, "has the captions")):  # fmt: skip
+    for row, part in (
+        (jpg, "cat.txt may describe any of"),
+        (png, "cat.txt may describe any of"),
+        (depth, "cow.depth.png has no caption"),
+        (dog, "has the captions"),
+    ):
         assert isinstance(row, InputError) and part in str(row)
     assert cow["image_path"] == f"{tmp_path}/cow.png"
 
@@ -127,10 +159,16 @@ def test_a_folder_may_end_in_tar(tmp_path, tiny_checkpoint):
     assert tokenized(folder, tmp_path / "out", tiny_checkpoint) == ([0], {})
 
 
-@pytest.mark.parametrize("options, parts", [
-    (["--rank", "-1"], "--rank"), (["--splits", "0"], "--rank"), (["--splits", str(10**30)], "none for this rank"),
-    (["--target_size", str(32 * 10**9)], "--target_size"), (["--out_dir", "a.png/out"], "--out_dir"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (["--rank", "-1"], "--rank"),
+        (["--splits", "0"], "--rank"),
+        (["--splits", str(10**30)], "none for this rank"),
+        (["--target_size", str(32 * 10**9)], "--target_size"),
+        (["--out_dir", "a.png/out"], "--out_dir"),
+    ],
+)
 def test_invalid_options_are_refused(tiny_checkpoint, tmp_path, capsys, monkeypatch, options, parts):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(square())

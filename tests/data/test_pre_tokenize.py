@@ -49,8 +49,9 @@ def test_both_forms_give_the_same_ids(tools, tmp_path):
     plain = "Generate an image according to the following prompt:\na cat"
     long = [
         {"conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "<|image|>"}], "image": image}
-        for value in (text, plain) for image in (name, [name])
-    ]  # fmt: skip
+        for value in (text, plain)
+        for image in (name, [name])
+    ]
     records = [{"image_path": name, "prompt": "a cat"}, *long]
     for file in ("in.json", "in.jsonl"):
         out = tmp_path / f"out-{file}"
@@ -134,8 +135,9 @@ def test_panels_of_one_picture_may_be_separate_files(tools, tmp_path, apart):
     records = [{"conversations": turns, "image": images} for images in ([names, names[0]], [names, [other, names[0]]])]
     out = tmp_path / "out"
     job = tokenize(tools, write_records(tmp_path, records), out, keep_size=True, panels_apart=apart)
-    assert (job.good, job.bad) == (1, 1) and "panels of one picture must have one size" in str(rows_of(
-        out, "0-of-1-bad.jsonl"))  # fmt: skip
+    assert (job.good, job.bad) == (1, 1) and "panels of one picture must have one size" in str(
+        rows_of(out, "0-of-1-bad.jsonl")
+    )
     row = rows_of(out)[0]
     grids = tools[1].encode([both], 2 if apart else 1)[0], tools[1].encode([open_image(names[0])])[0]
     expected, _ = encode_conversation([("human", [grids[0], " beside?"]), ("assistant", [grids[1]])], tools[0])
@@ -153,11 +155,14 @@ def test_bad_records_are_listed_and_not_replaced(tools, tmp_path):
     (tmp_path / "no.png").write_text("no picture")
     good = {"image_path": name, "prompt": "a cat"}
     bad = [
-        {"image_path": "missing.png", "prompt": "a cat"}, {"image_path": str(tmp_path / "no.png"), "prompt": "a cat"},
-        {"image_path": name, "prompt": "a <eoss> cat"}, {"prompt": "a cat"}, "text",
+        {"image_path": "missing.png", "prompt": "a cat"},
+        {"image_path": str(tmp_path / "no.png"), "prompt": "a cat"},
+        {"image_path": name, "prompt": "a <eoss> cat"},
+        {"prompt": "a cat"},
+        "text",
         {"conversations": [{"from": "gpt", "value": "hello"}], "image": name},
         {"conversations": [{"from": "human", "value": "<|image|>"}, {"from": "gpt", "value": ""}], "image": 2 * [name]},
-    ]  # fmt: skip
+    ]
     job = tokenize(tools, write_records(tmp_path, [good, *bad, good]), tmp_path / "out")
     assert (job.good, job.bad) == (2, 7)
     assert [row["id"] for row in rows_of(tmp_path / "out")] == [0, 8]

@@ -65,10 +65,19 @@ def test_no_code_in_a_pickle_is_run(tmp_path, protocol):
     assert (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [
-    {"token": [1, 2], "label": [1]}, {"token": [], "label": []}, {"token": [1.0], "label": [1]}, [1], {"token": [1]},
-    {"token": [1, 2], "label": [-100, 3]}, {"token": [-1], "label": [-1]}, {"token": [2**40], "label": [2**40]},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"token": [1, 2], "label": [1]},
+        {"token": [], "label": []},
+        {"token": [1.0], "label": [1]},
+        [1],
+        {"token": [1]},
+        {"token": [1, 2], "label": [-100, 3]},
+        {"token": [-1], "label": [-1]},
+        {"token": [2**40], "label": [2**40]},
+    ],
+)
 def test_other_pickles_are_refused_with_a_one_line_error(tmp_path, content):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     with pytest.raises(InputError, match="a.pkl") as caught:
@@ -108,22 +117,34 @@ def test_a_tar_gives_the_same_tokens_as_its_files(tools, tmp_path):
     """Covers text and JSON captions, a conversation with two pictures, and two bad samples."""
     talk = [{"from": "human", "value": "same? <|image|><|image|>"}, {"from": "gpt", "value": "no"}]
     members = {
-        "a/0.png": png(0), "a/0.txt": b"a cat\n", "a/1.json": b'{"caption": "a dog"}', "a/1.png": png(1),
-        "a/2.x.png": png(0), "a/2.y.png": png(1), "a/2.json": json.dumps({"conversations": talk}).encode(),
-        "a/3.png": png(3), "a/4.png": b"no picture", "a/4.txt": b"a cow",
-    }  # fmt: skip
+        "a/0.png": png(0),
+        "a/0.txt": b"a cat\n",
+        "a/1.json": b'{"caption": "a dog"}',
+        "a/1.png": png(1),
+        "a/2.x.png": png(0),
+        "a/2.y.png": png(1),
+        "a/2.json": json.dumps({"conversations": talk}).encode(),
+        "a/3.png": png(3),
+        "a/4.png": b"no picture",
+        "a/4.txt": b"a cow",
+    }
     tar = make_tar(tmp_path / "in.tar", members)
     job = tokenize(tools, tar, tmp_path / "tar")
     assert (job.good, job.bad) == (3, 2)
     reasons = {row["id"]: row["reason"] for row in rows_of(tmp_path / "tar", "0-of-1-bad.jsonl")}
     assert "in.tar/a/3 has no caption" in reasons[3] and "in.tar/a/4.png is not a picture" in reasons[4]
     names = [picture(tmp_path / f"{n}.png", seed=n) for n in range(2)]
-    records = [{"image_path": names[0], "prompt": "a cat"}, {"image_path": names[1], "prompt": "a dog"},
-               {"conversations": talk, "image": names}]  # fmt: skip
+    records = [
+        {"image_path": names[0], "prompt": "a cat"},
+        {"image_path": names[1], "prompt": "a dog"},
+        {"conversations": talk, "image": names},
+    ]
     tokenize(tools, write_records(tmp_path, records), tmp_path / "files")
     for one, other in zip(rows_of(tmp_path / "tar"), rows_of(tmp_path / "files"), strict=True):
-        ids = [read_sequence(tmp_path / place / row["file"], row["id"]).ids
-               for place, row in (("tar", one), ("files", other))]  # fmt: skip
+        ids = [
+            read_sequence(tmp_path / place / row["file"], row["id"]).ids
+            for place, row in (("tar", one), ("files", other))
+        ]
         assert torch.equal(*ids)
 
 
@@ -142,8 +163,10 @@ def test_the_number_of_workers_does_not_change_the_tokens(tools, tmp_path, worke
     records = [{"image_path": name, "prompt": "a cat"} for name in (*names, "missing.png")]
     job = tokenize(tools, write_records(tmp_path, records), tmp_path / "out", workers=workers, batch_size=2)
     assert (job.good, job.bad) == (9, 1)
-    codes = [tuple(read_sequence(tmp_path / "out" / row["file"], row["id"]).ids.tolist())
-             for row in rows_of(tmp_path / "out")]  # fmt: skip
+    codes = [
+        tuple(read_sequence(tmp_path / "out" / row["file"], row["id"]).ids.tolist())
+        for row in rows_of(tmp_path / "out")
+    ]
     assert len(set(codes)) == 9
 
 
@@ -165,12 +188,16 @@ def test_a_folder_gives_the_same_tokens_as_a_record_file(tools, tmp_path):
     assert (job.good, job.bad) == (3, 1)
     (reason,) = rows_of(tmp_path / "folder", "0-of-1-bad.jsonl")
     assert reason["id"] == 2 and "prompt" in reason["reason"]
-    records = [{"image_path": str(folder / name), "prompt": prompt}
-               for name, prompt in (("b.png", "a cat"), ("c.png", "a cow"), ("none", ""), ("more/a.PNG", "a dog"))]
+    records = [
+        {"image_path": str(folder / name), "prompt": prompt}
+        for name, prompt in (("b.png", "a cat"), ("c.png", "a cow"), ("none", ""), ("more/a.PNG", "a dog"))
+    ]
     tokenize(tools, write_records(tmp_path, records), tmp_path / "file")
     for one, other in zip(rows_of(tmp_path / "folder"), rows_of(tmp_path / "file"), strict=True):
-        ids = [read_sequence(tmp_path / place / row["file"], row["id"]).ids
-               for place, row in (("folder", one), ("file", other))]  # fmt: skip
+        ids = [
+            read_sequence(tmp_path / place / row["file"], row["id"]).ids
+            for place, row in (("folder", one), ("file", other))
+        ]
         assert torch.equal(*ids)
     (folder / "b.txt").write_text("a car")
     with pytest.raises(InputError, match="other settings .input"):
@@ -186,17 +213,24 @@ def test_a_folder_without_pictures_is_named(tools, tmp_path):
 
 
 def test_weights_are_shares_of_an_epoch(vocabulary, tmp_path):
-    sources = [make_source(tmp_path, vocabulary, 40, "a", type="x", weight=3),
-               make_source(tmp_path, vocabulary, 20, "b", type="y", weight=1)]  # fmt: skip
+    sources = [
+        make_source(tmp_path, vocabulary, 40, "a", type="x", weight=3),
+        make_source(tmp_path, vocabulary, 20, "b", type="y", weight=1),
+    ]
     dataset = TokenDataset(sources, vocabulary)
     samples = dataset.epoch(0)
     assert len(samples) == 60 and Counter(dataset.kind(samples).tolist()) == {0: 45, 1: 15}
     assert sum(len(planned.samples) for planned in plan_epoch(dataset, 0, BatchSize(rows=4))) == 60
 
 
-@pytest.mark.parametrize("text", [
-    "META: [{path: a, weight: 1}, {path: b}]", "META: [{path: a, weight: 1, ratio: 2}]", "META: [{path: a, weight: -1}]"
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "META: [{path: a, weight: 1}, {path: b}]",
+        "META: [{path: a, weight: 1, ratio: 2}]",
+        "META: [{path: a, weight: -1}]",
+    ],
+)
 def test_invalid_weights_are_refused(tmp_path, text):
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(InputError, match="weight"):

@@ -129,8 +129,11 @@ def test_checkpoint_draws_the_prompt():
     from lumina_mgpt import Pipeline
 
     pipeline = Pipeline.from_pretrained(DEMO)
-    prompts = {"a hedgehog on a sky blue background": "sky blue", "an owl on a black background": "black",
-               "a cactus on a pink background": "pink"}  # fmt: skip
+    prompts = {
+        "a hedgehog on a sky blue background": "sky blue",
+        "an owl on a black background": "black",
+        "a cactus on a pink background": "pink",
+    }
     results = pipeline.generate(list(prompts), n=2, seed=3)
     images = [[r.image for r in results if r.job.prompt_index == n] for n in range(len(prompts))]
     for (first, second), color in zip(images, prompts.values(), strict=True):
@@ -144,11 +147,19 @@ def test_checkpoint_draws_the_prompt():
 
 def _documented_commands() -> list[list[str]]:
     """The different commands of README.md and docs/ that make images with the demo checkpoint."""
-    makers = (["lumina-mgpt", "generate"], ["lumina-mgpt", "generate-with-image"], ["lumina-mgpt", "edit"],
-              ["lumina-mgpt", "reconstruct"], ["python", "generate_examples/generate.py"])  # fmt: skip
+    makers = (
+        ["lumina-mgpt", "generate"],
+        ["lumina-mgpt", "generate-with-image"],
+        ["lumina-mgpt", "edit"],
+        ["lumina-mgpt", "reconstruct"],
+        ["python", "generate_examples/generate.py"],
+    )
     found = {tuple(sorted(words)): words for words in documents.commands(documents.guide_text())}
-    return [words for words in found.values() if words[:2] in makers and "--movqgan_path" not in words
-            and "Alpha-VLLM/Lumina-mGPT-2.0" not in words]  # fmt: skip
+    return [
+        words
+        for words in found.values()
+        if words[:2] in makers and "--movqgan_path" not in words and "Alpha-VLLM/Lumina-mGPT-2.0" not in words
+    ]
 
 
 def test_the_documents_have_commands_and_python():
@@ -161,8 +172,9 @@ def test_documented_commands_run(words, tmp_path):
     program, name, *options = words
     start = [str(ROOT / name)] if program == "python" else ["-m", "lumina_mgpt", name]
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    done = subprocess.run([sys.executable, *start, *options], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *start, *options], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (folder,) = (path for path in tmp_path.iterdir() if path.name != "assets")
     plain = "generate" in name and "--task" not in options
@@ -214,8 +226,10 @@ def test_control_panel_determines_the_outline(tmp_path):
         _generate(tmp_path / name, "--i2i_task", "depth", *words)
         results = [Image.open(tmp_path / name / f"depth_0_{n}_result.png") for n in range(4)]
         assert all(evaluation.nearest_color(result) == "sky blue" for result in results)
-        found = {other: np.mean([_overlap(_silhouette(result), shape) for result in results])
-                 for other, shape in shapes.items()}  # fmt: skip
+        found = {
+            other: np.mean([_overlap(_silhouette(result), shape) for result in results])
+            for other, shape in shapes.items()
+        }
         assert max(found, key=found.get) == name, found
 
 

@@ -148,8 +148,10 @@ def test_make_data_writes_only_image_tasks(pictures, tmp_path, monkeypatch, caps
     monkeypatch.setattr(emoji, "load", lambda folder: pictures)
     monkeypatch.setattr(emoji, "known_names", lambda: NAMES)
     assert script.main(["--out_dir", str(tmp_path), "--omni"]) == 0 and "45 records" in capsys.readouterr().out
-    given, drawn = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-                    for name in ("omni", "pairs"))  # fmt: skip
+    given, drawn = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("omni", "pairs")
+    )
     rows = given + drawn
     assert {row["task"] for row in drawn} == {"pair_depth", "pair_canny"}
     assert {row["task"] for row in given} == set(few) - {"pair_depth", "pair_canny"}

@@ -16,9 +16,17 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.transformer import Transformer
 
-SIZES = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
-         "image_code_offset": 0, "num_image_codes": 32}  # fmt: skip
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 96,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "image_code_offset": 0,
+    "num_image_codes": 32,
+}
 
 
 @pytest.fixture(params=[1, 2], ids=["one norm", "a norm a head"])
@@ -38,16 +46,20 @@ def attention_of(model: Transformer, layer: int, head: int, ids: torch.Tensor) -
     """Attention probabilities (T, T), computed with complex rotations."""
     seen = {}
     module = model.layers[layer].self_attn
-    handles = [getattr(module, name).register_forward_hook(lambda _, given, out, name=name: seen.update({name: out}))
-               for name in ("q_norm", "k_norm")]  # fmt: skip
+    handles = [
+        getattr(module, name).register_forward_hook(lambda _, given, out, name=name: seen.update({name: out}))
+        for name in ("q_norm", "k_norm")
+    ]
     with torch.no_grad():
         model(ids[None])
     for handle in handles:
         handle.remove()
     T, H = len(ids), module.head_dim
     turn = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, H, 2) / H)
-    q, k = (torch.complex(*seen[name][0, :, head].chunk(2, -1)) * torch.polar(torch.ones(1), turn)
-            for name in ("q_norm", "k_norm"))  # fmt: skip
+    q, k = (
+        torch.complex(*seen[name][0, :, head].chunk(2, -1)) * torch.polar(torch.ones(1), turn)
+        for name in ("q_norm", "k_norm")
+    )
     scores = (q @ k.conj().mT).real / H**0.5
     return scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf")).softmax(-1)
 
@@ -88,10 +100,15 @@ def test_head_with_least_effect_on_the_loss_is_replaced(model):
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [(["1.5"], "LAYER:DISTANCE"), (["1.:5"], "LAYER:DISTANCE"),
-     (["1:5"] * 3, "layer 1 has 2 heads"), (["2.0:5"], "layers 0 to 1"), (["0.0:5", "0.0:6"], "given twice"),
-     (["0.0:200"], "must be below 60, the longest sequence")],
-)  # fmt: skip
+    [
+        (["1.5"], "LAYER:DISTANCE"),
+        (["1.:5"], "LAYER:DISTANCE"),
+        (["1:5"] * 3, "layer 1 has 2 heads"),
+        (["2.0:5"], "layers 0 to 1"),
+        (["0.0:5", "0.0:6"], "given twice"),
+        (["0.0:200"], "must be below 60, the longest sequence"),
+    ],
+)
 def test_invalid_pointers_are_refused(model, heads, message):
     with pytest.raises(InputError, match=message):
         point(model, [Pointer.parse(head) for head in heads], list(torch.randint(64, (2, 60))))
@@ -129,7 +146,9 @@ def test_command_writes_a_checkpoint(tokens, own_keys, tmp_path, capsys):
     assert not made.layers[0].self_attn.o_proj.weight[:, H : 2 * H].any()
     assert {file.name for file in own_keys.glob("*.json")} <= {file.name for file in out.iterdir()}
     assert "pointed 0.1:9" in capsys.readouterr().out
-    for bad in (["--heads", "0.9:9", "--save_path", str(tmp_path / "no")],
-                ["--heads", "0.1:9", "--save_path", str(out)]):  # fmt: skip
+    for bad in (
+        ["--heads", "0.9:9", "--save_path", str(tmp_path / "no")],
+        ["--heads", "0.1:9", "--save_path", str(out)],
+    ):
         assert main([*line, *bad]) == 2
     assert not (tmp_path / "no").exists()

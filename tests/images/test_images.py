@@ -68,8 +68,10 @@ def test_other_modes_become_rgb(tmp_path, mode):
     assert opened.mode == "RGB" and min(opened.getpixel((0, 0))) >= 254
 
 
-@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (2, (7, 0)), (3, (7, 3)), (4, (0, 3)), (5, (0, 0)),
-                                                 (6, (3, 0)), (7, (3, 7)), (8, (0, 7))])  # fmt: skip
+@pytest.mark.parametrize(
+    "orientation, corner",
+    [(1, (0, 0)), (2, (7, 0)), (3, (7, 3)), (4, (0, 3)), (5, (0, 0)), (6, (3, 0)), (7, (3, 7)), (8, (0, 7))],
+)
 def test_exif_rotation_is_applied(tmp_path, orientation, corner):
     """The first pixel of the first row is in the corner that the EXIF standard defines."""
     image = Image.new("RGB", (8, 4), "white")

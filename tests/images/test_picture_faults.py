@@ -50,8 +50,12 @@ def test_pre_tokenization_continues_after_bad_pictures(tiny_checkpoint, tmp_path
     names = ["good.png", "thin.png", *DAMAGED]
     rows = [{"image_path": str(tmp_path / name), "prompt": "a cat"} for name in names]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = {"in_filename": tmp_path / "in.jsonl", "out_dir": tmp_path / "out", "model_path": tiny_checkpoint,
-               "target_size": 64}  # fmt: skip
+    options = {
+        "in_filename": tmp_path / "in.jsonl",
+        "out_dir": tmp_path / "out",
+        "model_path": tiny_checkpoint,
+        "target_size": 64,
+    }
     assert main_of("pre_tokenize")([str(text) for item in options.items() for text in (f"--{item[0]}", item[1])]) == 0
     lines = (tmp_path / "out" / "0-of-1-bad.jsonl").read_text().splitlines()
     reasons = [json.loads(line)["reason"] for line in lines]
@@ -62,11 +66,14 @@ def test_pre_tokenization_continues_after_bad_pictures(tiny_checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-@pytest.mark.parametrize("command, options", [
-    ("reconstruct", ["{}"]),
-    ("generate", ["--task", "i2i", "--i2i_task", "depth", "--image_path", "{}", "--prompt", "a cat"]),
-    ("edit", ["--image_path", "{}", "--instruction", "make it red"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("reconstruct", ["{}"]),
+        ("generate", ["--task", "i2i", "--i2i_task", "depth", "--image_path", "{}", "--prompt", "a cat"]),
+        ("edit", ["--image_path", "{}", "--instruction", "make it red"]),
+    ],
+)
 def test_commands_refuse_damaged_pictures(tiny_checkpoint, tmp_path, capsys, name, command, options):
     """Commands with a picture argument printed a traceback."""
     path = tmp_path / name

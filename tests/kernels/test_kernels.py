@@ -125,8 +125,17 @@ def test_compiled_steps_use_them():
     assert model.layers[0].mlp.up_proj.native
     compiled, answers = compile_forward(model), []
     prompt = (torch.randint(0, 96, (2, 9)), torch.arange(9).expand(2, 9), torch.tensor([[8], [6]]))
-    calls = [prompt, *((torch.randint(0, 96, (2, T)), torch.tensor(starts)[:, None] + torch.arange(T),
-                        torch.arange(T).expand(2, T)) for starts, T in CALLS[:3])]  # fmt: skip
+    calls = [
+        prompt,
+        *(
+            (
+                torch.randint(0, 96, (2, T)),
+                torch.tensor(starts)[:, None] + torch.arange(T),
+                torch.arange(T).expand(2, T),
+            )
+            for starts, T in CALLS[:3]
+        ),
+    ]
     for forward in (None, compiled):
         cache = KVCache(config, 2, 32, torch.bfloat16, "cpu", spare=COMPILED_SPARE)
         step = CachedStep(model, cache, slice(64, 96), forward)
@@ -223,11 +232,15 @@ def test_what_they_cannot_take_is_refused():
     assert ops.one_query(q, keys, keys, None, None, right).eq(1).all()
     assert ops.one_query(q, keys.char(), keys.char(), scales, scales, right).eq(1).all()
     for wrong in (
-        (q, keys, keys, None, None, torch.tensor([10, 1])), (q, keys, keys, None, None, torch.tensor([9, 0])),
-        (q, keys, keys, None, None, right.int()), (q, keys, keys, scales, scales, right),
-        (q, keys, keys.char(), None, None, right), (q, keys.char(), keys.char(), scales.double(), scales, right),
-        (q, keys.char(), keys.char(), None, None, right), (q[:, :, :3], keys, keys, None, None, right),
-    ):  # fmt: skip
+        (q, keys, keys, None, None, torch.tensor([10, 1])),
+        (q, keys, keys, None, None, torch.tensor([9, 0])),
+        (q, keys, keys, None, None, right.int()),
+        (q, keys, keys, scales, scales, right),
+        (q, keys, keys.char(), None, None, right),
+        (q, keys.char(), keys.char(), scales.double(), scales, right),
+        (q, keys.char(), keys.char(), None, None, right),
+        (q[:, :, :3], keys, keys, None, None, right),
+    ):
         with pytest.raises(RuntimeError, match="other kinds, shapes or strides"):
             ops.one_query(*wrong)
 

@@ -15,9 +15,15 @@ from lumina_mgpt.model.attention import Span
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
 
 CONFIG = ModelConfig(
-    vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, image_code_offset=0, num_image_codes=8,
-)  # fmt: skip
+    vocab_size=8,
+    hidden_size=32,
+    intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    image_code_offset=0,
+    num_image_codes=8,
+)
 
 
 def span_for(positions, length, cache, filled=None):
@@ -128,8 +134,10 @@ def test_written_out_equals_the_kernel(length):
     q, k, v = (heads(2, 3, length, 8, seed=s).requires_grad_() for s in range(3))
     outward = heads(2, 3, length, 8, seed=9)
     results = []
-    for attend in (attention._causal_blocks, lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True)):  # fmt: skip
+    for attend in (
+        attention._causal_blocks,
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
+    ):
         out = attend(q, k, v)
         results.append((out, *torch.autograd.grad(out, (q, k, v), outward)))
     for ours, theirs in zip(*results, strict=True):

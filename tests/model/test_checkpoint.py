@@ -23,9 +23,16 @@ from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.model.writing import save_model
 
 CONFIG = ModelConfig(
-    vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, model_parallel_size=2, image_code_offset=32, num_image_codes=16,
-)  # fmt: skip
+    vocab_size=48,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    model_parallel_size=2,
+    image_code_offset=32,
+    num_image_codes=16,
+)
 IDS = torch.arange(20)[None]
 
 
@@ -70,8 +77,11 @@ def same(a: Transformer, b: Transformer) -> bool:
 # What works
 
 
-@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True), dict(attention_bias=True, mlp_bias=True)],
-                         ids=["plain", "tied", "biases"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(tie_word_embeddings=True), dict(attention_bias=True, mlp_bias=True)],
+    ids=["plain", "tied", "biases"],
+)
 @pytest.mark.parametrize("limit", [10**9, 3000], ids=["one file", "shards"])
 def test_what_is_saved_is_what_is_loaded(tmp_path, changes, limit):
     model = make(**changes)

@@ -239,10 +239,17 @@ def test_another_base_is_a_hint(tiny_checkpoint, tmp_path, capsys):
     assert "hint" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text, words", [
-    ("\ufeff{}", "peft_type"), ("[]", "JSON object"), ('{"r": ' + "9" * 5000 + "}", "not JSON"),
-    ('{"r": ' * 20000 + "1" + "}" * 20000, "nested"), ('{"peft_type": "LORA", "r": "x"}', "r must be a finite number"),
-], ids=["mark", "list", "digits", "deep", "text"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("\ufeff{}", "peft_type"),
+        ("[]", "JSON object"),
+        ('{"r": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"r": ' * 20000 + "1" + "}" * 20000, "nested"),
+        ('{"peft_type": "LORA", "r": "x"}', "r must be a finite number"),
+    ],
+    ids=["mark", "list", "digits", "deep", "text"],
+)
 def test_a_damaged_adapter_config_is_one_line(text, words, tiny_checkpoint, tmp_path, capsys):
     trained(tiny_checkpoint, tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text(text, encoding="utf-8")

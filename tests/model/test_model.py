@@ -19,9 +19,16 @@ from lumina_mgpt.model.transformer import HeadNorm, Transformer
 
 IMAGE_START = 151665
 TINY = ModelConfig(
-    vocab_size=96, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=4, max_position_embeddings=64, image_code_offset=64, num_image_codes=32,
-)  # fmt: skip
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    image_code_offset=64,
+    num_image_codes=32,
+)
 
 
 def tiny(dtype=torch.float64, seed=0, **changes) -> Transformer:
@@ -135,8 +142,11 @@ def test_logits_equal_transformers_chameleon(changes):
 
 
 @pytest.mark.parametrize("chunks", [[1], [2], [5], [11, 1], [3, 8, 2, 5, 1]], ids=str)
-@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=2, model_parallel_size=2), dict(swin_norm=True)],
-                         ids=["mha", "gqa", "swin"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(num_key_value_heads=2, model_parallel_size=2), dict(swin_norm=True)],
+    ids=["mha", "gqa", "swin"],
+)
 @torch.no_grad()
 def test_a_cache_changes_nothing(changes, chunks):
     """Ragged rows in any chunks, float64: equal to each row alone without a cache."""

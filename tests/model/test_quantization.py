@@ -222,8 +222,10 @@ def test_the_saved_form(tiny_checkpoint, tiny_int4):
     assert "quantization_config" not in json.loads((tiny_checkpoint / "config.json").read_text())
     tensors, before = load_file(tiny_int4 / "model.safetensors"), load_file(tiny_checkpoint / "model.safetensors")
     name = "model.layers.1.mlp.down_proj."
-    found = {leaf: (tensors[name + leaf].dtype, tuple(tensors[name + leaf].shape))
-             for leaf in ("weight_int4", "weight_scale", "weight_zero")}  # fmt: skip
+    found = {
+        leaf: (tensors[name + leaf].dtype, tuple(tensors[name + leaf].shape))
+        for leaf in ("weight_int4", "weight_scale", "weight_zero")
+    }
     parts = (torch.bfloat16, (64, 3))
     assert found == {"weight_int4": (torch.uint8, (64, 48)), "weight_scale": parts, "weight_zero": parts}
     assert name + "weight" not in tensors
@@ -237,8 +239,19 @@ def test_the_saved_form(tiny_checkpoint, tiny_int4):
 
 def test_biases_and_a_tied_head(tmp_path):
     """In either order of weight and bias on disk, and saved and loaded."""
-    config = ModelConfig(48, 32, 64, 2, 4, 2, image_code_offset=32, num_image_codes=16, attention_bias=True,
-                         mlp_bias=True, tie_word_embeddings=True)  # fmt: skip
+    config = ModelConfig(
+        48,
+        32,
+        64,
+        2,
+        4,
+        2,
+        image_code_offset=32,
+        num_image_codes=16,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    )
     model = Transformer(config).eval()
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
@@ -318,8 +331,10 @@ def test_a_file_cut_short(damaged):
         load_model(damaged, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("recipe", [None, {"quant_method": "bitsandbytes"}, 4,
-                                    {"quant_method": "lumina_mgpt_int4", "bits": 4, "group_size": 256}])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [None, {"quant_method": "bitsandbytes"}, 4, {"quant_method": "lumina_mgpt_int4", "bits": 4, "group_size": 256}],
+)
 def test_another_recipe_is_refused(damaged, recipe):
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"quantization_config": recipe}))
@@ -335,8 +350,9 @@ def test_weights_that_are_no_numbers(tiny_checkpoint, tmp_path):
 
 
 def test_int4_weights_are_not_trained(tiny_int4, tmp_path):
-    settings = TrainingConfig.of(data_config="none.yaml", output_dir=str(tmp_path), init_from=str(tiny_int4),
-                                 max_steps=1)  # fmt: skip
+    settings = TrainingConfig.of(
+        data_config="none.yaml", output_dir=str(tmp_path), init_from=str(tiny_int4), max_steps=1
+    )
     with pytest.raises(InputError, match="init_from .* int4 weights, which cannot be trained"):
         build_model(settings)
 
@@ -355,9 +371,11 @@ def test_generate(tiny_checkpoint, tiny_int4, tmp_path, capsys):
     main = main_of("generate")
     options = ["--prompt", "a cat", "--device", "cpu", "--width", "64", "--height", "32", "--save_path"]
     runs = {
-        "while": [str(tiny_checkpoint), "--quant", "--quant_group", "32"], "before": [str(tiny_int4)],
-        "again": [str(tiny_int4), "--quant"], "plain": [str(tiny_checkpoint)],
-    }  # fmt: skip
+        "while": [str(tiny_checkpoint), "--quant", "--quant_group", "32"],
+        "before": [str(tiny_int4)],
+        "again": [str(tiny_int4), "--quant"],
+        "plain": [str(tiny_checkpoint)],
+    }
     pictures = {}
     for name, more in runs.items():
         assert main([*options, str(tmp_path / name), "--model_path", *more]) == 0
@@ -382,8 +400,19 @@ def test_generate(tiny_checkpoint, tiny_int4, tmp_path, capsys):
 def test_options_that_do_not_fit(tiny_checkpoint, tiny_int4, tmp_path, capsys, quantized, options, parts):
     folder = tiny_int4 if quantized else tiny_checkpoint
     main = main_of("generate")
-    code = main(["--prompt", "a cat", "--device", "cpu", "--save_path", str(tmp_path / "out"),
-                 "--model_path", str(folder), *options])  # fmt: skip
+    code = main(
+        [
+            "--prompt",
+            "a cat",
+            "--device",
+            "cpu",
+            "--save_path",
+            str(tmp_path / "out"),
+            "--model_path",
+            str(folder),
+            *options,
+        ]
+    )
     refused(capsys, code, *parts)
     assert not (tmp_path / "out").exists()
 

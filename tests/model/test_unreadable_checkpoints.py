@@ -126,9 +126,12 @@ def test_a_path_that_no_system_takes(path, tmp_path, capsys):
 
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DAMAGE = {
-    "deep": '{"vocab_size": ' * 20000 + "1" + "}" * 20000, "digits": '{"vocab_size": ' + "9" * 5000 + "}",
-    "list": "[]", "zero bytes": "\x00" * 100, "empty": "",
-}  # fmt: skip
+    "deep": '{"vocab_size": ' * 20000 + "1" + "}" * 20000,
+    "digits": '{"vocab_size": ' + "9" * 5000 + "}",
+    "list": "[]",
+    "zero bytes": "\x00" * 100,
+    "empty": "",
+}
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
@@ -163,9 +166,16 @@ def test_a_name_with_lone_surrogates(copy, capsys, tmp_path):
 # -- settings of other models ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling", [
-    {}, {"rope_type": "default"}, {"type": "default"}, {"type": None}, {"rope_type": "default", "factor": 1.0},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {},
+        {"rope_type": "default"},
+        {"type": "default"},
+        {"type": None},
+        {"rope_type": "default", "factor": 1.0},
+    ],
+)
 def test_no_scaling_in_every_spelling(scaling, copy, tmp_path):
     """`{}` and `{"rope_type": "default"}` were refused."""
     rewrite(copy, rope_scaling=scaling)
@@ -174,33 +184,46 @@ def test_no_scaling_in_every_spelling(scaling, copy, tmp_path):
 
 
 REFUSED = {
-    "original_max_position_embeddings": {"rope_scaling": {"type": "dynamic", "factor": 2.0,
-                                                          "original_max_position_embeddings": 64}},
+    "original_max_position_embeddings": {
+        "rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
+    },
     "attention_factor": {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "attention_factor": 0.5}},
     "must have a factor": {"rope_scaling": {"type": "linear"}},
     "must be null, default, linear or dynamic": {"rope_scaling": {"type": "linear", "rope_type": "dynamic"}},
     "rope_scaling must be null": {"rope_scaling": {"factor": 2.0}},
     "rope_parameters must be an object": {"rope_parameters": ["default"]},
     "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 1e4},
-    "must equal rope_scaling": {"rope_parameters": {"rope_type": "default"},
-                                "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "must equal rope_scaling": {
+        "rope_parameters": {"rope_type": "default"},
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
     "partial_rotary_factor": {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-    "partial_rotary_factor must": {"partial_rotary_factor": 0.25}, "head_dim": {"head_dim": 32},
+    "partial_rotary_factor must": {"partial_rotary_factor": 0.25},
+    "head_dim": {"head_dim": 32},
     "sliding_window": {"sliding_window": 256},
-    "attn_logit_softcapping": {"attn_logit_softcapping": 50.0}, "num_local_experts": {"num_local_experts": 8},
+    "attn_logit_softcapping": {"attn_logit_softcapping": 50.0},
+    "num_local_experts": {"num_local_experts": 8},
     "quant_method 'gptq'": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
     "quant_method 'awq'": {"quantization_config": {"quant_method": "awq"}},
     "no quant_method": {"quantization_config": {"load_in_4bit": True}},
-    "must not have desc_act": {"quantization_config": {"quant_method": "lumina_mgpt_int4", "bits": 4,
-                                                      "group_size": 32, "desc_act": True}},
-    "vocab_size": {"vocab_size": True}, "hidden_size": {"hidden_size": 64.0},
-    "intermediate_size": {"intermediate_size": 10**30}, "num_hidden_layers": {"num_hidden_layers": 10**9},
-    "rope_theta must": {"rope_theta": float("nan")}, "rms_norm_eps": {"rms_norm_eps": "1e-5"},
-    "image_code_offset": {"image_code_offset": 512.5}, "attention_bias": {"attention_bias": "false"},
-    "dropout": {"dropout": 10**4000}, "max_position_embeddings": {"max_position_embeddings": 2**63},
-    "tie_word_embeddings": {"tie_word_embeddings": 1}, "swin_norm": {"swin_norm": "no"},
-    "z_loss_weight": {"z_loss_weight": -1.0}, "hidden_act": {"hidden_act": ["silu"]},
-}  # fmt: skip
+    "must not have desc_act": {
+        "quantization_config": {"quant_method": "lumina_mgpt_int4", "bits": 4, "group_size": 32, "desc_act": True}
+    },
+    "vocab_size": {"vocab_size": True},
+    "hidden_size": {"hidden_size": 64.0},
+    "intermediate_size": {"intermediate_size": 10**30},
+    "num_hidden_layers": {"num_hidden_layers": 10**9},
+    "rope_theta must": {"rope_theta": float("nan")},
+    "rms_norm_eps": {"rms_norm_eps": "1e-5"},
+    "image_code_offset": {"image_code_offset": 512.5},
+    "attention_bias": {"attention_bias": "false"},
+    "dropout": {"dropout": 10**4000},
+    "max_position_embeddings": {"max_position_embeddings": 2**63},
+    "tie_word_embeddings": {"tie_word_embeddings": 1},
+    "swin_norm": {"swin_norm": "no"},
+    "z_loss_weight": {"z_loss_weight": -1.0},
+    "hidden_act": {"hidden_act": ["silu"]},
+}
 
 
 @pytest.mark.parametrize("words", REFUSED)
@@ -213,17 +236,33 @@ def test_what_would_change_the_result_is_refused_by_its_name(words, copy, tmp_pa
 
 
 def test_what_changes_nothing_is_allowed(copy, tmp_path):
-    rewrite(copy, attention_dropout=0.1, head_dim=16, sliding_window=None, partial_rotary_factor=1.0, use_cache=False,
-            vq_config={"a": 1}, vocabulary_map={"<image>": 1}, mask_image_logits=True, attention_bias=None,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0})  # fmt: skip
+    rewrite(
+        copy,
+        attention_dropout=0.1,
+        head_dim=16,
+        sliding_window=None,
+        partial_rotary_factor=1.0,
+        use_cache=False,
+        vq_config={"a": 1},
+        vocabulary_map={"<image>": 1},
+        mask_image_logits=True,
+        attention_bias=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
     assert quantize(copy, tmp_path / "out") == 0
 
 
-@pytest.mark.parametrize("text, words", [
-    ("\ufeffvocab_size: 4", "lacks hidden_size"), ("{a: " * 900 + "1" + "}" * 900, "nested"),
-    ("a: \u0000", "zero byte"),
-    ("hidden_size: 4\nhidden_sise: 4", "unknown keys hidden_sise"), ("vocab_size: yes", "vocab_size must be"),
-], ids=["mark", "deep", "zero", "spelling", "kind"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("\ufeffvocab_size: 4", "lacks hidden_size"),
+        ("{a: " * 900 + "1" + "}" * 900, "nested"),
+        ("a: \u0000", "zero byte"),
+        ("hidden_size: 4\nhidden_sise: 4", "unknown keys hidden_sise"),
+        ("vocab_size: yes", "vocab_size must be"),
+    ],
+    ids=["mark", "deep", "zero", "spelling", "kind"],
+)
 def test_model_yaml_of_another_editor_or_damaged(text, words, tmp_path):
     """Deep nesting ended in a traceback. Reached from Python, which a training from scratch calls so."""
     (tmp_path / "model.yaml").write_text(text, encoding="utf-8")

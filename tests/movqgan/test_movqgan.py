@@ -63,11 +63,16 @@ def test_decoder_and_encoder_equal_diffusers_movq(blocks, mult):
     ours = MoVQGAN(config).eval()
     last = len(mult) - 1
     theirs = diffusers.VQModel(
-        block_out_channels=[32 * m for m in mult], layers_per_block=blocks, latent_channels=4, num_vq_embeddings=64,
-        vq_embed_dim=4, norm_num_groups=32, norm_type="spatial",
+        block_out_channels=[32 * m for m in mult],
+        layers_per_block=blocks,
+        latent_channels=4,
+        num_vq_embeddings=64,
+        vq_embed_dim=4,
+        norm_num_groups=32,
+        norm_type="spatial",
         down_block_types=["DownEncoderBlock2D"] * last + ["AttnDownEncoderBlock2D"],
         up_block_types=["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * last,
-    ).eval()  # fmt: skip
+    ).eval()
     for parameter in ours.parameters():  # so that norms and biases count
         torch.nn.init.normal_(parameter, std=0.1)
     theirs.load_state_dict({_diffusers_name(key, last): _shape(key, value) for key, value in ours.state_dict().items()})

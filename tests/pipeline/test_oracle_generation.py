@@ -78,8 +78,9 @@ def test_prompts_with_a_panel_equal_the_released_code(pipeline, oracle_prompts, 
 
     monkeypatch.setattr(CachedStep, "__call__", stop)
     with pytest.raises(Fed) as fed, Image.open(oracle_dir / item["image"]) as picture:
-        pipeline.generate(item["question"].split(":\n", 1)[1], item["width"], item["height"], task=I2I_TASKS[name],
-                          panel=picture)  # fmt: skip
+        pipeline.generate(
+            item["question"].split(":\n", 1)[1], item["width"], item["height"], task=I2I_TASKS[name], panel=picture
+        )
     conditional, unconditional = fed.value.args[0].tolist()
     assert conditional == item["prompt"]
     assert unconditional[: len(item["ref_tokens"])] == item["ref_tokens"]
@@ -99,7 +100,8 @@ def test_image_to_image_equals_the_released_code(pipeline, cases, oracle_dir, or
     case = cases["i2i_depth_64x128_cfg4"]
     prompt = case["question"].split(":\n", 1)[1]
     with Image.open(oracle_dir / oracle_prompts["i2i_depth_64x128"]["image"]) as picture:
-        (result,) = pipeline.generate(prompt, 64, 128, cfg=case["cfg"], top_k=1, task=I2I_TASKS["depth"],
-                                      panel=picture, speculation=speculation)  # fmt: skip
+        (result,) = pipeline.generate(
+            prompt, 64, 128, cfg=case["cfg"], top_k=1, task=I2I_TASKS["depth"], panel=picture, speculation=speculation
+        )
     assert result.ids == case["ref_tokens"] + case["generated"]
     assert pixels_apart(result.image, oracle_dir / "gen_i2i_depth_64x128_cfg4_0.png") <= 1

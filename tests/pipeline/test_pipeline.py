@@ -90,8 +90,10 @@ def test_other_couplings_are_reproducible_and_greedy_with_top_k_1(exact, couplin
     batch = exact.generate(PROMPTS, n=2, batch_size=8, speculation=speculation, **settings)
     alone = exact.generate(PROMPTS, n=2, batch_size=1, speculation=speculation, **settings)
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(batch, alone, strict=True))
-    assert torch.equal(exact.generate("a cat", top_k=1, speculation=speculation, **settings)[0].codes,
-                       exact.generate("a cat", top_k=1, **settings)[0].codes)  # fmt: skip
+    assert torch.equal(
+        exact.generate("a cat", top_k=1, speculation=speculation, **settings)[0].codes,
+        exact.generate("a cat", top_k=1, **settings)[0].codes,
+    )
 
 
 def test_the_near_tie_check_can_fail(exact):
@@ -194,9 +196,13 @@ def test_opening_reads_no_weights(tiny_checkpoint, tmp_path):
 def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
     layout = pipeline.checkpoint.layout(64, 64)
     assert pipeline.batch_size(100, layout, SamplingConfig()) == 8
-    monkeypatch.setattr(pipeline, "checkpoint", pipeline.checkpoint.__class__(
-        pipeline.checkpoint.folder, SEVEN_B, pipeline.checkpoint.vocabulary, pipeline.checkpoint.movqgan_path
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        pipeline,
+        "checkpoint",
+        pipeline.checkpoint.__class__(
+            pipeline.checkpoint.folder, SEVEN_B, pipeline.checkpoint.vocabulary, pipeline.checkpoint.movqgan_path
+        ),
+    )
     assert pipeline.batch_size(9400, layout, SamplingConfig()) == 1
     monkeypatch.setattr(pipeline_module, "_CACHE_LIMIT", 9 << 30)
     settings = SamplingConfig(cfg=1.0)
@@ -248,9 +254,13 @@ def test_an_int8_cache_changes_little(tiny_checkpoint, exact):
 
 
 SEVEN_B = ModelConfig(
-    vocab_size=171385, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    vocab_size=171385,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
     num_key_value_heads=32,
-)  # fmt: skip
+)
 
 
 def test_auto_dtype_on_a_cpu_is_fp32_unless_that_takes_half_of_the_memory(monkeypatch):

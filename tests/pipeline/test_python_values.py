@@ -37,16 +37,32 @@ def test_whole_numbers_of_numpy_and_torch(pipeline, number):
 @pytest.mark.parametrize(
     ("values", "parameter"),
     [
-        (dict(seed=True), "seed"), (dict(seed=np.bool_(True)), "seed"), (dict(seed=torch.tensor(True)), "seed"),
-        (dict(seed=7.0), "seed"), (dict(seed="7"), "seed"), (dict(seed=np.array([1, 2])), "seed"),
-        (dict(seed=10**5000), "seed"), (dict(top_k=True), "top_k"), (dict(cfg=True), "cfg"),
-        (dict(cfg="4"), "cfg"), (dict(cfg=None), "cfg"), (dict(temperature=10**400), "temperature"),
-        (dict(n=True), "n"), (dict(batch_size=2.0), "batch_size"), (dict(width=32.0), "width"),
-        (dict(height="32"), "height"), (dict(share="01"), "share"), (dict(share=(2, 2)), "share"),
-        (dict(share=(0, 0)), "share"), (dict(task="t2i"), "task"), (dict(prompts=b"cat"), "prompts"),
-        (dict(prompts=["a cat", 3]), "prompts"), (dict(prompts=[None]), "prompts"), (dict(shown=3), "shown"),
+        (dict(seed=True), "seed"),
+        (dict(seed=np.bool_(True)), "seed"),
+        (dict(seed=torch.tensor(True)), "seed"),
+        (dict(seed=7.0), "seed"),
+        (dict(seed="7"), "seed"),
+        (dict(seed=np.array([1, 2])), "seed"),
+        (dict(seed=10**5000), "seed"),
+        (dict(top_k=True), "top_k"),
+        (dict(cfg=True), "cfg"),
+        (dict(cfg="4"), "cfg"),
+        (dict(cfg=None), "cfg"),
+        (dict(temperature=10**400), "temperature"),
+        (dict(n=True), "n"),
+        (dict(batch_size=2.0), "batch_size"),
+        (dict(width=32.0), "width"),
+        (dict(height="32"), "height"),
+        (dict(share="01"), "share"),
+        (dict(share=(2, 2)), "share"),
+        (dict(share=(0, 0)), "share"),
+        (dict(task="t2i"), "task"),
+        (dict(prompts=b"cat"), "prompts"),
+        (dict(prompts=["a cat", 3]), "prompts"),
+        (dict(prompts=[None]), "prompts"),
+        (dict(shown=3), "shown"),
     ],
-)  # fmt: skip
+)
 def test_values_of_other_types_are_refused_by_name(pipeline, values, parameter):
     """True counted as 1, b"cat" as the prompts "99", "97" and "116"; others raised a TypeError."""
     with pytest.raises(InputError, match=f"^{parameter} ") as error:

@@ -25,12 +25,17 @@ def mixed_requests() -> list[dict]:
     draw = random.Random(0).choice
     return [
         dict(
-            width=draw([32, 64]), height=draw([32, 64]), cfg=draw([0.5, 1.0, 2.5, 4.0]),
-            top_k=draw([2, 10, 30, 4096]), temperature=draw([0.5, 1.0, 1.5]), batch_size=draw([1, 3, 5, 8]),
-            seed=draw(range(2**40)), n=2,
+            width=draw([32, 64]),
+            height=draw([32, 64]),
+            cfg=draw([0.5, 1.0, 2.5, 4.0]),
+            top_k=draw([2, 10, 30, 4096]),
+            temperature=draw([0.5, 1.0, 1.5]),
+            batch_size=draw([1, 3, 5, 8]),
+            seed=draw(range(2**40)),
+            n=2,
         )
         for _ in range(26)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")

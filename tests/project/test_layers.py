@@ -37,8 +37,7 @@ LAYERS: dict[str, set[str]] = {
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"request", "unirep"},
-    "preparation": FOUNDATIONS
-    | {"config", "model", "movqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
+    "preparation": FOUNDATIONS | {"config", "model", "movqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
 }
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}

@@ -23,8 +23,9 @@ def run(*command: object, cwd: Path) -> str:
     """Standard output of a command that sees neither this checkout nor this environment's packages."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True,
-                          timeout=3 * PATIENCE)  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True, timeout=3 * PATIENCE
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -49,8 +50,12 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def wheel(folder) -> Path:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    reached = subprocess.run([*pip, "download", "--no-deps", "--no-cache-dir", "--dest", folder, "setuptools>=77"],
-                             cwd=folder, capture_output=True, text=True)  # fmt: skip
+    reached = subprocess.run(
+        [*pip, "download", "--no-deps", "--no-cache-dir", "--dest", folder, "setuptools>=77"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     if reached.returncode:
         pytest.skip("pip reaches no package index: " + reached.stderr.strip().splitlines()[-1])
     run(*pip, "wheel", "--no-deps", "--wheel-dir", folder / "dist", copied(folder), cwd=folder)

@@ -30,13 +30,20 @@ class LastIdStep(RememberingStep):
         return torch.from_numpy(values).to(self.dtype)
 
 
-images = st.fixed_dictionaries({
-    "grid": st.tuples(st.integers(1, 3), st.integers(1, 3)), "given": st.integers(0, 1),
-    "cfg": st.sampled_from([0.5, 1.0, 4.0]), "top_k": st.sampled_from([1, 2, 7, 4096]),
-    "temperature": st.sampled_from([0.2, 1.0, 3.0]), "batch": st.integers(1, 3), "seed": st.integers(0, 2**40),
-    "window": st.sampled_from([1, 2, 5, 16, 33, 200]), "proposal": st.sampled_from(sorted(PROPOSALS)),
-    "last_id": st.booleans(),
-})  # fmt: skip
+images = st.fixed_dictionaries(
+    {
+        "grid": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        "given": st.integers(0, 1),
+        "cfg": st.sampled_from([0.5, 1.0, 4.0]),
+        "top_k": st.sampled_from([1, 2, 7, 4096]),
+        "temperature": st.sampled_from([0.2, 1.0, 3.0]),
+        "batch": st.integers(1, 3),
+        "seed": st.integers(0, 2**40),
+        "window": st.sampled_from([1, 2, 5, 16, 33, 200]),
+        "proposal": st.sampled_from(sorted(PROPOSALS)),
+        "last_id": st.booleans(),
+    }
+)
 
 
 @given(images)
@@ -74,9 +81,15 @@ def test_each_sampled_row_is_reported_once_and_final(vocabulary, coupling, given
     prompts = [generation_prompt(text, vocabulary) for text in PROMPTS]
     keys = [(1, n) for n in range(3)]
     codes = sample_jacobi(
-        LastIdStep(64), prompts, layout, SamplingConfig(cfg=1.0), keys, Speculation(coupling, 9),
-        lambda row, codes: seen.append((row, codes)), given=torch.ones((3, given), dtype=torch.long),
-    )  # fmt: skip
+        LastIdStep(64),
+        prompts,
+        layout,
+        SamplingConfig(cfg=1.0),
+        keys,
+        Speculation(coupling, 9),
+        lambda row, codes: seen.append((row, codes)),
+        given=torch.ones((3, given), dtype=torch.long),
+    )
     assert [row for row, _ in seen] == list(range(given // layout.cols, layout.rows))
     assert all(torch.equal(part, codes[:, : row + 1]) for row, part in seen)
 
@@ -139,8 +152,9 @@ def misfit(vocabulary, coupling, window, proposal, sampled=SAMPLED, kept=KEPT) -
         keys = [(17, start + b) for b in range(batch)]
         known = torch.zeros((batch, layout.given), dtype=torch.long)
         prompt = generation_prompt("a cat", vocabulary)
-        codes = sample_jacobi(TableStep(), [prompt] * batch, layout, config, keys,
-                              Speculation(coupling, window, proposal), given=known)  # fmt: skip
+        codes = sample_jacobi(
+            TableStep(), [prompt] * batch, layout, config, keys, Speculation(coupling, window, proposal), given=known
+        )
         for outcome in map(tuple, codes.view(batch, -1)[:, layout.given :].tolist()):
             stray += outcome not in counts
             counts[outcome] = counts.get(outcome, 0) + 1
@@ -169,8 +183,11 @@ def test_images_longer_than_the_ring_buffers_have_the_distribution_of_the_model(
 
 def test_too_short_ring_buffer_is_detected(vocabulary, monkeypatch):
     ring = jacobi._State._ring_index
-    monkeypatch.setattr(jacobi._State, "_ring_index", lambda self, positions, held: torch.where(
-        positions < self.N, positions % 3, ring(self, positions, held)))  # fmt: skip
+    monkeypatch.setattr(
+        jacobi._State,
+        "_ring_index",
+        lambda self, positions, held: torch.where(positions < self.N, positions % 3, ring(self, positions, held)),
+    )
     assert misfit(vocabulary, "maximal", 5, "above", sampled=10, kept=2) > 8
 
 
@@ -263,8 +280,14 @@ def test_drafts_that_are_always_sometimes_and_never_accepted(vocabulary, couplin
 
         monkeypatch.setitem(PROPOSAL_FUNCTIONS, "uniform", propose)
         step = FlatStep()
-        codes = sample_jacobi(step, [generation_prompt("a cat", vocabulary)], layout, config, [(1, 0)],
-                              Speculation(coupling, window, "uniform"))  # fmt: skip
+        codes = sample_jacobi(
+            step,
+            [generation_prompt("a cat", vocabulary)],
+            layout,
+            config,
+            [(1, 0)],
+            Speculation(coupling, window, "uniform"),
+        )
         assert (codes != outside).all()
         return step.forwards - 1
 

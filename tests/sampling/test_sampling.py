@@ -67,9 +67,7 @@ def test_batch_of_different_lengths_equals_single_images(vocabulary, cfg, given_
     config = SamplingConfig(cfg=cfg, top_k=20, temperature=0.7)
     step = RememberingStep(vocabulary.num_image_codes)
     codes = sample(step, prompts, layout, config, KEYS, given=known)
-    expected = [
-        plain_image(p, layout, config, k, g.tolist()) for p, k, g in zip(prompts, KEYS, known, strict=True)
-    ]  # fmt: skip
+    expected = [plain_image(p, layout, config, k, g.tolist()) for p, k, g in zip(prompts, KEYS, known, strict=True)]
     assert codes.tolist() == torch.stack(expected).tolist()
     alone = sample(
         RememberingStep(vocabulary.num_image_codes), prompts[1:2], layout, config, KEYS[1:2], given=known[1:2]
@@ -119,9 +117,14 @@ def test_callback_sees_each_row_once(vocabulary):
     seen = []
     known = torch.randint(0, 64, (2, layout.given))
     codes = sample(
-        RememberingStep(64), [[1], [2, 3]], layout, SamplingConfig(), KEYS[:2],
-        on_row=lambda row, so_far: seen.append((row, so_far)), given=known,
-    )  # fmt: skip
+        RememberingStep(64),
+        [[1], [2, 3]],
+        layout,
+        SamplingConfig(),
+        KEYS[:2],
+        on_row=lambda row, so_far: seen.append((row, so_far)),
+        given=known,
+    )
     assert [row for row, _ in seen] == [4, 5, 6, 7]
     assert all(torch.equal(so_far, codes[:, : row + 1]) for row, so_far in seen)
 
@@ -170,9 +173,12 @@ def test_codes_follow_the_processed_distribution(vocabulary):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 10**6), st.sampled_from([0.0, 0.5, 2.5, 4.0, 10.0]), st.floats(0.05, 20.0), st.integers(1, 40),
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 0.5, 2.5, 4.0, 10.0]),
+    st.floats(0.05, 20.0),
+    st.integers(1, 40),
     st.booleans(),
-)  # fmt: skip
+)
 def test_probabilities_equal_the_reference(seed, cfg, temperature, top_k, coarse):
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(4, 3, 30)) * 4
@@ -234,8 +240,11 @@ def test_noise_is_philox_at_its_counter(seed, repeat, position):
 def test_philox_of_this_module_gives_the_published_answer():
     """Known-answer test of Random123, with a key and a counter of zeros."""
     assert philox((0, 0), (0, 0, 0, 0)) == [
-        0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B,
-    ]  # fmt: skip
+        0x16554D9ECA36314C,
+        0xDB20FE9D672D0FDC,
+        0xD7E772CEE186176B,
+        0x7E68B68AEC7BA23B,
+    ]
 
 
 def test_noise_is_gumbel_and_independent_across_seeds_repeats_and_positions():

@@ -16,8 +16,20 @@ finetune, export = main_of("finetune"), main_of("export")
 def trained(tmp_path_factory, tokens, tiny_checkpoint):
     """A run of two steps, and its command line without --output_dir."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    line = ["--data_config", str(tokens), "--init_from", str(tiny_checkpoint), "--batch_size", "4", "--precision",
-            "fp32", "--on_nonfinite", "skip", "--ema", "0.5"]  # fmt: skip
+    line = [
+        "--data_config",
+        str(tokens),
+        "--init_from",
+        str(tiny_checkpoint),
+        "--batch_size",
+        "4",
+        "--precision",
+        "fp32",
+        "--on_nonfinite",
+        "skip",
+        "--ema",
+        "0.5",
+    ]
     assert finetune([*line, "--output_dir", str(folder), "--max_steps", "2"]) == 0
     return folder, line
 
@@ -28,8 +40,9 @@ def run(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
 
     def go(steps: int = 3) -> int:
-        return finetune([*trained[1], "--output_dir", str(tmp_path / "run"), "--max_steps", str(steps), "--resume",
-                         "auto"])  # fmt: skip
+        return finetune(
+            [*trained[1], "--output_dir", str(tmp_path / "run"), "--max_steps", str(steps), "--resume", "auto"]
+        )
 
     return tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000002", go
 
@@ -99,11 +112,22 @@ def test_a_state_without_a_key_or_of_another_type_is_named(run, tmp_path, capsys
         assert repr(key) in error_of(capsys)
 
 
-@pytest.mark.parametrize("change", [
-    {"settings": {}}, {"settings": {"batch": 1}}, {"model": {}}, {"model": {"hidden_size": "64"}},
-    {"model": {"hidden_size": 2.5}}, {"model": {"colour": 1}}, {"guard": {"norms": "x"}}, {"guard": {"norms": [None]}},
-    {"guard": {"in_a_row": []}}, {"done": 10**6}, {"step": 10**30},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {}},
+        {"settings": {"batch": 1}},
+        {"model": {}},
+        {"model": {"hidden_size": "64"}},
+        {"model": {"hidden_size": 2.5}},
+        {"model": {"colour": 1}},
+        {"guard": {"norms": "x"}},
+        {"guard": {"norms": [None]}},
+        {"guard": {"in_a_row": []}},
+        {"done": 10**6},
+        {"step": 10**30},
+    ],
+)
 def test_a_state_with_wrong_values_is_refused(run, tmp_path, capsys, change):
     folder, checkpoint, go = run
     state = as_an_earlier_version_wrote_it(checkpoint)

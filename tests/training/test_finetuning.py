@@ -166,12 +166,18 @@ def test_merge_refuses_adapters_of_another_model(tiny_checkpoint, tmp_path, caps
     assert "--adapter" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"init_from": None, "model_config": "x", "tokenizer_path": "x", "lora_rank": 2}, "init_from"),
-    ({"lora_rank": 2, "freeze_embeddings": True}, "freeze_embeddings"), ({"lora_alpha": 3.0}, "lora_alpha"),
-    ({"lora_rank": 2, "optimizer": "muon"}, "optimizer"), ({"spike": 0.5}, "spike"),
-    ({"on_nonfinite": "hope"}, "on_nonfinite"), ({"overlong": "cut"}, "overlong"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"init_from": None, "model_config": "x", "tokenizer_path": "x", "lora_rank": 2}, "init_from"),
+        ({"lora_rank": 2, "freeze_embeddings": True}, "freeze_embeddings"),
+        ({"lora_alpha": 3.0}, "lora_alpha"),
+        ({"lora_rank": 2, "optimizer": "muon"}, "optimizer"),
+        ({"spike": 0.5}, "spike"),
+        ({"on_nonfinite": "hope"}, "on_nonfinite"),
+        ({"overlong": "cut"}, "overlong"),
+    ],
+)
 def test_settings_that_exclude_each_other_are_named(values, message):
     base = dict(data_config="x", output_dir="x", init_from="x", batch_size=1, max_steps=1)
     with pytest.raises(InputError, match=message):

@@ -23,9 +23,15 @@ IDS = 1100  # above the length up to which attention on a CPU materializes its s
 def config_of(hidden: int = 128, inner: int = 320, layers: int = 2, vocab: int = 200) -> ModelConfig:
     heads = hidden // 64
     return ModelConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, num_image_codes=8, image_code_offset=100,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        num_image_codes=8,
+        image_code_offset=100,
+    )
 
 
 def saved_bytes(plan: Plan) -> int:
@@ -50,10 +56,20 @@ def saved_bytes(plan: Plan) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-@pytest.mark.parametrize("way", [
-    {"wide": True}, {}, {"devices": 2}, {"lora_rank": 2}, {"wide": True, "lora_rank": 2},
-    {"wide": True, "checkpointing": True}, {"checkpointing": True}, {"devices": 2, "checkpointing": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"wide": True},
+        {},
+        {"devices": 2},
+        {"lora_rank": 2},
+        {"wide": True, "lora_rank": 2},
+        {"wide": True, "checkpointing": True},
+        {"checkpointing": True},
+        {"devices": 2, "checkpointing": True},
+    ],
+    ids=str,
+)
 def test_saved_tensors_of_a_layer_match_the_estimate(way):
     """Difference of models with four and two layers; the estimate may be up to a quarter higher."""
     if way.get("lora_rank"):

@@ -23,8 +23,21 @@ def began(tokens, tiny_checkpoint, tmp_path, monkeypatch):
         if not start.exists():
             shutil.copytree(tiny_checkpoint, start / "base" / "tiny")
         monkeypatch.chdir(start)
-        line = ["--data_config", str(tokens), "--output_dir", "../run", "--batch_size", "4", "--precision", "fp32",
-                "--max_steps", "1", "--init_from", base, *options]  # fmt: skip
+        line = [
+            "--data_config",
+            str(tokens),
+            "--output_dir",
+            "../run",
+            "--batch_size",
+            "4",
+            "--precision",
+            "fp32",
+            "--max_steps",
+            "1",
+            "--init_from",
+            base,
+            *options,
+        ]
         assert finetune(line) == 0
         (tmp_path / "elsewhere").mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / "elsewhere")
@@ -69,8 +82,23 @@ def test_a_changed_base_is_refused(began, tokens, tmp_path, capsys, options):
     if "--lora_rank" in options:
         pytest.importorskip("peft")
     folder, tiny = began(*options), tmp_path / "start" / "base" / "tiny"
-    again = ["--data_config", str(tokens), "--output_dir", str(folder), "--batch_size", "4", "--max_steps", "2",
-             "--init_from", str(tiny), "--resume", "auto", "--precision", "bf16", *options]  # fmt: skip
+    again = [
+        "--data_config",
+        str(tokens),
+        "--output_dir",
+        str(folder),
+        "--batch_size",
+        "4",
+        "--max_steps",
+        "2",
+        "--init_from",
+        str(tiny),
+        "--resume",
+        "auto",
+        "--precision",
+        "bf16",
+        *options,
+    ]
     shutil.copytree(tiny, tmp_path / "original")
     exchange(tiny, only="embed_tokens")
     capsys.readouterr()
@@ -109,8 +137,26 @@ def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(began, tokens
     capsys.readouterr()
     assert export(["--output_dir", str(folder), "--save_path", "out"]) == 2
     assert "a relative path holds in the folder where the run was started" in capsys.readouterr().err
-    assert finetune(["--data_config", str(tokens), "--output_dir", str(folder), "--batch_size", "4", "--max_steps", "2",
-                     "--init_from", str(tiny), "--resume", "auto", "--freeze_embeddings"]) == 0  # fmt: skip
+    assert (
+        finetune(
+            [
+                "--data_config",
+                str(tokens),
+                "--output_dir",
+                str(folder),
+                "--batch_size",
+                "4",
+                "--max_steps",
+                "2",
+                "--init_from",
+                str(tiny),
+                "--resume",
+                "auto",
+                "--freeze_embeddings",
+            ]
+        )
+        == 0
+    )
     assert "what its frozen weights were" in capsys.readouterr().err
 
 
@@ -174,7 +220,24 @@ def test_an_export_does_not_replace_the_weights_that_the_run_began_with(began, t
     line = ["--output_dir", str(run), "--export_dir", str(base)]
     assert finetune([*line, "--export_only"]) == 2
     assert "is the folder of --init_from" in capsys.readouterr().err
-    assert finetune([*line, "--data_config", "none.yaml", "--init_from", str(base), "--batch_size", "4",
-                     "--max_steps", "2", "--resume", "auto", *options]) == 2  # fmt: skip
+    assert (
+        finetune(
+            [
+                *line,
+                "--data_config",
+                "none.yaml",
+                "--init_from",
+                str(base),
+                "--batch_size",
+                "4",
+                "--max_steps",
+                "2",
+                "--resume",
+                "auto",
+                *options,
+            ]
+        )
+        == 2
+    )
     assert "is the folder of --init_from" in capsys.readouterr().err
     assert (base / "model.safetensors").read_bytes() == before

@@ -14,19 +14,41 @@ NUMBERS = [item for item in TrainingConfig.options().values() if item.type in (i
 
 @pytest.fixture
 def line(tokens, tiny_checkpoint, tmp_path) -> list[str]:
-    return ["--data_config", str(tokens), "--output_dir", str(tmp_path / "run"), "--init_from", str(tiny_checkpoint),
-            "--device", "cpu", "--precision", "fp32", "--batch_size", "4", "--max_steps", "1"]  # fmt: skip
+    return [
+        "--data_config",
+        str(tokens),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--init_from",
+        str(tiny_checkpoint),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--batch_size",
+        "4",
+        "--max_steps",
+        "1",
+    ]
 
 
-@pytest.mark.parametrize("variables, parts", [
-    ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE", "'abc'"]),
-    ({"WORLD_SIZE": "2", "RANK": "2"}, ["RANK must be below WORLD_SIZE", "'2'"]),
-    ({"WORLD_SIZE": "4"}, ["RANK must be set with WORLD_SIZE", "WORLD_SIZE='4'", "unset it"]),
-    ({"WORLD_SIZE": "4", "RANK": "0"}, ["WORLD_SIZE is 4", "LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "unset WORLD_SIZE"]),
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
-     ["MASTER_PORT", "'http'"]),
-    ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables, parts",
+    [
+        ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE", "'abc'"]),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, ["RANK must be below WORLD_SIZE", "'2'"]),
+        ({"WORLD_SIZE": "4"}, ["RANK must be set with WORLD_SIZE", "WORLD_SIZE='4'", "unset it"]),
+        (
+            {"WORLD_SIZE": "4", "RANK": "0"},
+            ["WORLD_SIZE is 4", "LOCAL_RANK, MASTER_ADDR, MASTER_PORT", "unset WORLD_SIZE"],
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "http"},
+            ["MASTER_PORT", "'http'"],
+        ),
+        ({"WORLD_SIZE": "9" * 5000}, ["WORLD_SIZE"]),
+    ],
+)
 def test_a_launchers_variables_are_checked(line, capsys, monkeypatch, variables, parts):
     """At b0c7d2f: `ValueError: invalid literal for int()`, and torch's traceback about MASTER_ADDR."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -46,8 +68,9 @@ def test_processes_that_cannot_connect_report_it(line):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        run = run_process("finetune", *line, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)  # fmt: skip
+        run = run_process(
+            "finetune", *line, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
     refused(run, f"MASTER_PORT {port}", "cannot meet")
 
 
@@ -91,7 +114,21 @@ def test_seeds_of_a_training_from_scratch(line, tiny_checkpoint, capsys, seed, s
     """At b0c7d2f: `ValueError: Overflow when unpacking long long` with a traceback."""
     at = line.index("--init_from")
     scratch = ["--model_config", str(tiny_checkpoint / "config.json"), "--tokenizer_path", str(tiny_checkpoint)]
-    assert finetune([*line[:at], *scratch, *line[at + 2 :], "--seed", seed, "--sample_every", "1", "--movqgan_path",
-                     str(tiny_checkpoint / "movqgan_270M.ckpt")]) == status  # fmt: skip
+    assert (
+        finetune(
+            [
+                *line[:at],
+                *scratch,
+                *line[at + 2 :],
+                "--seed",
+                seed,
+                "--sample_every",
+                "1",
+                "--movqgan_path",
+                str(tiny_checkpoint / "movqgan_270M.ckpt"),
+            ]
+        )
+        == status
+    )
     error = capsys.readouterr().err.splitlines()[-1]
     assert not status or ("--seed" in error and str(2**63 - 1) in error), error

@@ -15,9 +15,23 @@ finetune = main_of("finetune")
 def eight(tmp_path_factory, tokens, tiny_checkpoint):
     """A run of eight steps with checkpoints 4 and 8, and its command line."""
     folder = tmp_path_factory.mktemp("eight") / "run"
-    line = ["--data_config", str(tokens), "--init_from", str(tiny_checkpoint), "--batch_size", "4", "--precision",
-            "fp32", "--dropout", "0", "--export_dtype", "fp32", "--lr", "1e-3",
-            "--save_iteration_interval"]  # fmt: skip
+    line = [
+        "--data_config",
+        str(tokens),
+        "--init_from",
+        str(tiny_checkpoint),
+        "--batch_size",
+        "4",
+        "--precision",
+        "fp32",
+        "--dropout",
+        "0",
+        "--export_dtype",
+        "fp32",
+        "--lr",
+        "1e-3",
+        "--save_iteration_interval",
+    ]
     options = ["--sample_every", "4", "--sample_prompts", str(tiny_checkpoint / "prompts.txt")]
     assert finetune([*line, "4", "--output_dir", str(folder), "--max_steps", "8", *options]) == 0
     return folder, line
@@ -149,8 +163,10 @@ def test_a_copied_folder_is_not_the_newest_checkpoint(run):
     copy = folder / "checkpoints" / "step-00000009-copy"
     shutil.copytree(folder / "checkpoints" / "step-00000004", copy)
     assert go("--resume", "auto", "--max_steps", "10", "--keep_checkpoints", "1") == 0
-    assert copy.is_dir() and sorted(path.name for path in copy.parent.iterdir()) == ["step-00000009-copy",
-                                                                                     "step-00000010"]  # fmt: skip
+    assert copy.is_dir() and sorted(path.name for path in copy.parent.iterdir()) == [
+        "step-00000009-copy",
+        "step-00000010",
+    ]
 
 
 def test_a_checkpoint_whose_name_is_wrong_is_refused(run, capsys):

@@ -59,6 +59,7 @@ def test_commands_name_options_that_exist():
     assert {"scripts/finetune.py", "scripts/pre_tokenize.py", "lumina-mgpt export"} <= found.keys()
     for command, options in found.items():
         start = ["-m", *command.replace("lumina-mgpt", "lumina_mgpt").split()] if " " in command else [command]
-        shown = subprocess.run([sys.executable, *start, "--help"], cwd=ROOT, env=environment(), capture_output=True,
-                               text=True, check=True).stdout  # fmt: skip
+        shown = subprocess.run(
+            [sys.executable, *start, "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+        ).stdout
         assert options <= set(re.findall(r"--\w+", shown)), command

@@ -182,14 +182,29 @@ def test_the_text_tokenizer_fits_the_demo_configuration(tmp_path):
     assert len(vocabulary.encode_text(text_to_image(captions[0], 96, 96))) < 60
 
 
-@pytest.mark.parametrize("options, named", [
-    (["--ch", "40"], "--ch"), (["--minutes", "0"], "--minutes"), (["--minutes", "nan"], "--minutes"), ([], "no .png"),
-    (["--ch", "64", "--decoder_of", "x.safetensors"], "--ch 64 means nothing with --decoder_of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--ch", "40"], "--ch"),
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "nan"], "--minutes"),
+        ([], "no .png"),
+        (["--ch", "64", "--decoder_of", "x.safetensors"], "--ch 64 means nothing with --decoder_of"),
+    ],
+)
 def test_options_out_of_range_print_one_line(tmp_path, options, named):
     (tmp_path / "empty").mkdir()
-    command = [sys.executable, "-m", "lumina_mgpt", "train-movqgan", "--images", str(tmp_path / "empty"),
-               "--out_dir", str(tmp_path / "out"), *options]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "lumina_mgpt",
+        "train-movqgan",
+        "--images",
+        str(tmp_path / "empty"),
+        "--out_dir",
+        str(tmp_path / "out"),
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "out").exists()

@@ -97,11 +97,22 @@ def test_sides_that_do_not_fit_the_codes_are_refused_before_the_training(train, 
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, value", [
-    ("seed", "12345678901234567890123"), ("seed", "-1"), ("minutes", "inf"), ("minutes", "nan"), ("lr", "nan"),
-    ("lr", "inf"), ("ch", "32000000000"), ("blocks", "1000000"), ("num_codes", "100000000000000"), ("threads", "0"),
-    ("threads", "99999999999"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("seed", "12345678901234567890123"),
+        ("seed", "-1"),
+        ("minutes", "inf"),
+        ("minutes", "nan"),
+        ("lr", "nan"),
+        ("lr", "inf"),
+        ("ch", "32000000000"),
+        ("blocks", "1000000"),
+        ("num_codes", "100000000000000"),
+        ("threads", "0"),
+        ("threads", "99999999999"),
+    ],
+)
 def test_settings_out_of_range_are_refused(train, tmp_path, name, value):
     """A seed of 23 digits, endless minutes and sizes beyond any memory ended in a traceback."""
     status, error = train(f"--{name}", value)

@@ -268,10 +268,17 @@ def test_torchrun_with_two_processes_equals_one(settings, tmp_path):
 # -- what users do wrong -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"max_seq_len": 30}, "24 of 24|12 of 24"), ({"batch_size": 0}, "batch_size"), ({"epochs": 1}, "epochs=N"),
-    ({"lr": 0.0}, "lr must"), ({"data_config": "missing.yaml"}, "data_config"), ({"optimizer": "sgd"}, "optimizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"max_seq_len": 30}, "24 of 24|12 of 24"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"epochs": 1}, "epochs=N"),
+        ({"lr": 0.0}, "lr must"),
+        ({"data_config": "missing.yaml"}, "data_config"),
+        ({"optimizer": "sgd"}, "optimizer"),
+    ],
+)
 def test_wrong_settings_name_the_parameter(settings, values, message):
     with pytest.raises(InputError, match=message):
         Trainer(changed(settings, **values), ONE)
@@ -356,7 +363,19 @@ def test_other_tokens_of_the_same_lengths_are_not_resumed_with(settings, tokens,
 
 def test_the_released_command_is_understood():
     released = "--cache_ann_on_disk --num_workers 8 --unmask_image_logits --model_size 7B --epochs 2"
-    command = [*line_of("finetune"), "--output_dir", "x", "--data_config", "missing.yaml",
-               "--warmup_epochs", "0.01", "--batch_size", "8", "--tokenizer_path", "x", *released.split()]  # fmt: skip
+    command = [
+        *line_of("finetune"),
+        "--output_dir",
+        "x",
+        "--data_config",
+        "missing.yaml",
+        "--warmup_epochs",
+        "0.01",
+        "--batch_size",
+        "8",
+        "--tokenizer_path",
+        "x",
+        *released.split(),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "missing.yaml" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -11,37 +11,78 @@ from lumina_mgpt.training.options import TrainingConfig, groups, option_fields
 # Every option with its default. A new option, or another default, is a decision: change this list in the same commit.
 OPTIONS = {
     "data": {
-        "data_config": None, "batch_size": 0, "max_tokens": 0, "accum_iter": 1, "pad_multiple": 32, "pack": False,
-        "max_seq_len": 4096, "overlong": "error",
+        "data_config": None,
+        "batch_size": 0,
+        "max_tokens": 0,
+        "accum_iter": 1,
+        "pad_multiple": 32,
+        "pack": False,
+        "max_seq_len": 4096,
+        "overlong": "error",
     },
     "model": {
-        "init_from": None, "model_config": None, "tokenizer_path": None, "lora_rank": 0, "lora_alpha": 0.0,
+        "init_from": None,
+        "model_config": None,
+        "tokenizer_path": None,
+        "lora_rank": 0,
+        "lora_alpha": 0.0,
         "freeze_embeddings": False,
     },
     "optimizer": {
-        "optimizer": "adamw", "lr": 2e-5, "min_lr": 0.0, "muon_lr": 0.02, "wd": 0.1, "clip_grad": 4.0,
-        "on_nonfinite": "stop", "spike": 0.0,
+        "optimizer": "adamw",
+        "lr": 2e-5,
+        "min_lr": 0.0,
+        "muon_lr": 0.02,
+        "wd": 0.1,
+        "clip_grad": 4.0,
+        "on_nonfinite": "stop",
+        "spike": 0.0,
     },
     "schedule": {"epochs": 0.0, "max_steps": 0, "max_minutes": 0.0, "warmup": 0.01},
     "regularization": {
-        "dropout": 0.05, "z_loss_weight": 1e-5, "tail_weight": 0.0, "code_noise": 0.0, "spare_panel": 0.0, "ema": 0.0,
+        "dropout": 0.05,
+        "z_loss_weight": 1e-5,
+        "tail_weight": 0.0,
+        "code_noise": 0.0,
+        "spare_panel": 0.0,
+        "ema": 0.0,
     },
     "checkpoints": {
-        "save_iteration_interval": 1000, "save_minutes": 0.0, "keep_checkpoints": 2, "save_beside": False, "resume": "",
+        "save_iteration_interval": 1000,
+        "save_minutes": 0.0,
+        "keep_checkpoints": 2,
+        "save_beside": False,
+        "resume": "",
     },
     "logging": {
-        "tensorboard": False, "peak_tflops": 0.0, "sample_every": 0, "sample_prompts": None, "movqgan_path": None,
+        "tensorboard": False,
+        "peak_tflops": 0.0,
+        "sample_every": 0,
+        "sample_prompts": None,
+        "movqgan_path": None,
     },
     "runtime": {
-        "precision": "bf16", "compile": False, "cpu_offload": False, "checkpointing": False, "seed": 0,
-        "device": "auto", "threads": 0,
+        "precision": "bf16",
+        "compile": False,
+        "cpu_offload": False,
+        "checkpointing": False,
+        "seed": 0,
+        "device": "auto",
+        "threads": 0,
     },
-}  # fmt: skip
+}
 # Options of the command alone: those of the export, and released ones.
 COMMAND = {
-    "output_dir": None, "export_only": False, "export_dir": None, "export_dtype": "bf16", "model_size": None,
-    "warmup_epochs": None, "cache_ann_on_disk": False, "unmask_image_logits": False, "num_workers": None,
-}  # fmt: skip
+    "output_dir": None,
+    "export_only": False,
+    "export_dir": None,
+    "export_dtype": "bf16",
+    "model_size": None,
+    "warmup_epochs": None,
+    "cache_ann_on_disk": False,
+    "unmask_image_logits": False,
+    "num_workers": None,
+}
 
 
 def test_options_and_defaults_are_as_listed():
@@ -78,11 +119,21 @@ def test_unknown_options_are_refused():
         TrainingConfig.of(data_config="x", output_dir="y", init_from="z", max_steps=3, batch=1)
 
 
-@pytest.mark.parametrize("values, parameter", [
-    ({"lr": "fast"}, "lr"), ({"lr": True}, "lr"), ({"pack": 1}, "pack"), ({"max_steps": 2.5}, "max_steps"),
-    ({"batch_size": 2**31}, "batch_size"), ({"warmup": 1.0}, "warmup"), ({"min_lr": 1.0}, "min_lr"),
-    ({"precision": "fp8"}, "precision"), ({"keep_checkpoints": 0}, "keep_checkpoints"), ({"device": 0}, "device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, parameter",
+    [
+        ({"lr": "fast"}, "lr"),
+        ({"lr": True}, "lr"),
+        ({"pack": 1}, "pack"),
+        ({"max_steps": 2.5}, "max_steps"),
+        ({"batch_size": 2**31}, "batch_size"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"min_lr": 1.0}, "min_lr"),
+        ({"precision": "fp8"}, "precision"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints"),
+        ({"device": 0}, "device"),
+    ],
+)
 def test_the_error_names_the_parameter(values, parameter):
     with pytest.raises(InputError) as caught:
         TrainingConfig.of(**{"data_config": "x", "output_dir": "y", "init_from": "z", "max_steps": 3} | values)

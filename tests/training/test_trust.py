@@ -63,8 +63,9 @@ def test_checkpoints_written_in_the_background(settings, tmp_path, run_forked):
     """Killed and resumed, the run equals an uninterrupted one; also on two processes, whose checkpoints and steps
     communicate at the same time."""
     base = changed(settings, max_steps=20, ema=0.9, accum_iter=2, batch_size=3, dropout=0.0)
-    beside = changed(base, output_dir=str(tmp_path / "beside"), save_iteration_interval=2, resume="auto",
-                     save_beside=True)  # fmt: skip
+    beside = changed(
+        base, output_dir=str(tmp_path / "beside"), save_iteration_interval=2, resume="auto", save_beside=True
+    )
     run_forked(base)
     run_forked(changed(beside, output_dir=str(tmp_path / "killed")), kills=3)
     assert_same_run(base.output_dir, str(tmp_path / "killed"), 0.0)
