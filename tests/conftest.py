@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ORACLE = Path(__file__).parent / "oracle"
-# One spelling of float32 products everywhere; more threads make small sizes slower, beside other work 20 times.
+# One thread here and in every process that a test starts: the order of float32 sums is the same everywhere, and more
+# threads than cores make small products 20 times slower.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _oracle_weights():

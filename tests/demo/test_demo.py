@@ -1,7 +1,6 @@
 """The demo's scenes, captions, maps and measures, its checkpoint, and the commands of the README."""
 
 import json
-import os
 import random
 import shlex
 import subprocess
@@ -167,6 +166,7 @@ def test_the_documents_have_commands_and_python():
     assert len(documents.blocks(documents.guide_text(), "python")) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", _documented_commands(), ids=shlex.join)
 def test_documented_commands_run(words, tmp_path):
     program, name, *options = words
@@ -187,8 +187,9 @@ def test_documented_commands_run(words, tmp_path):
 @pytest.mark.parametrize("block", documents.blocks(documents.guide_text(), "python"))
 def test_documented_python_runs(block, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     written = list(tmp_path.glob("*.png"))
     assert written
