@@ -16,7 +16,7 @@ def require(condition: bool, name: str, value: object, rule: str) -> None:
 
 
 def whole_number(name: str, value: object, low: int | None, high: int | None, rule: str) -> int:
-    """Returns `value` as an int; it is an int, or a NumPy or torch scalar of an integer type.
+    """Returns `value`, an int or an integer scalar of NumPy or torch, as an int.
 
     Args:
         name: name of the parameter, for the error.
@@ -37,7 +37,7 @@ def whole_number(name: str, value: object, low: int | None, high: int | None, ru
 
 
 def is_number(value: object) -> bool:
-    """Returns whether `value` is an int or float, but no bool, and finite as a float."""
+    """Returns whether `value` is an int or float (not bool), and finite as a float."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

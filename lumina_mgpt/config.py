@@ -103,7 +103,7 @@ class ModelConfig:
         return embeddings + self.num_hidden_layers * self.layer_weight_count
 
     def parts(self, panels: int) -> int:
-        """Returns into how many parts, from top to bottom, the image tokenizer cuts an image of some panels.
+        """Returns the number of parts, from top to bottom, that an image with `panels` panels is encoded in.
 
         Norms and attention of a MoVQGAN span the whole image, so the codes of one panel depend on the other: for the
         demo, half of them. The released models were trained on codes of whole images, but get a given panel alone in

@@ -22,7 +22,7 @@ class InputError(ValueError):
 def package_error(
     error: BaseException, need: str, package: str, modules: tuple[str, ...] = (), otherwise: str = ""
 ) -> InputError:
-    """The error for an optional package whose import raised `error`: it is not installed, or it is and fails.
+    """The error for an optional package that is not installed or fails to import; `error` is what the import raised.
 
     Args:
         need: what the package is needed for, as the first words of the message.

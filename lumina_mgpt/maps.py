@@ -19,7 +19,7 @@ def canny(image: Image.Image) -> Image.Image:
     """
     try:
         import cv2
-    except Exception as error:  # any error of its own imports
+    except Exception as error:  # any error that cv2's own imports raise
         raise package_error(error, "canny (OpenCV)", "opencv-python-headless", ("cv2",)) from None
     from lumina_mgpt.images import to_rgb  # imports torch, which takes seconds
 

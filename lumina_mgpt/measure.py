@@ -45,7 +45,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 @contextmanager
 def peak_anonymous(every: float = 0.05) -> Iterator[list[int]]:
-    """Yields a list whose only number becomes the peak of this process's anonymous memory in bytes (Linux only).
+    """Yields a list of one number: the peak anonymous memory of this process so far, in bytes (Linux only).
 
     Pages of mapped files do not count, since the system can reclaim them.
 

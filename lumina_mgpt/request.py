@@ -44,7 +44,7 @@ class GenerationRequest:
             size, codes are used unmodified.
         shown: what the described panel displays, in place of the task's default text.
         batch_size: images sampled together; None: as many as fit the cache limit, at most 8.
-        share: (r, count): make every count-th image, starting with number r. For one of several processes.
+        share: (r, count): make every count-th image, starting with index r. For one of several processes.
 
     Raises:
         InputError: a value has another type or is out of range. `Checkpoint.prepare` checks what depends on a

@@ -185,7 +185,10 @@ def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[
 
 
 def generation_prompt(text: str | Sequence[Turn], vocabulary: Vocabulary) -> list[int]:
-    """Ids of the prompt that the assistant's answer follows: a text, or turns of which the last is the human's.
+    """Ids of a prompt, to be continued by the model with the assistant's answer.
+
+    Args:
+        text: text of the human's turn, or several turns that end with one of the human.
 
     Raises:
         InputError: as for `encode_conversation`, or the last turn is the assistant's.

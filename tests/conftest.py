@@ -105,7 +105,7 @@ def _write_tiny_model(folder: Path) -> None:
         name: torch.from_numpy(oracle.fill(name, shape, *oracle.language_rule(name, shape)))
         for name, shape in shapes.items()
     }
-    tensors["lm_head.weight"] *= 0.4  # flatter laws than the oracle's: under guidance too, noise has a say
+    tensors["lm_head.weight"] *= 0.4  # flatter distributions than the oracle's, so that noise matters with guidance too
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = dict(model_type="chameleon", rms_norm_eps=1e-5, rope_theta=10000.0, model_parallel_size=1) | size
     (folder / "config.json").write_text(json.dumps(config))

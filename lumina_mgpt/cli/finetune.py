@@ -63,7 +63,7 @@ def config_of(args: argparse.Namespace) -> TrainingConfig:
         raise InputError("is missing; give a YAML file such as configs/data/demo.yaml", "data_config")
     if args.model_size and not values["init_from"]:  # a checkpoint has its size
         if values["model_config"]:
-            raise InputError("and --model_config say the same thing; give one of them", "model_size")
+            raise InputError("and --model_config both choose the model; give one of them", "model_size")
         values["model_config"] = str(resources.configs() / "model" / f"{args.model_size}.yaml")
     if args.warmup_epochs is not None:
         if not values["epochs"]:

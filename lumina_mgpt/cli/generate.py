@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
 
 
 def print_hints(prepared: "PreparedRequest", checkpoint: "Checkpoint") -> None:
-    """Prints hints for prompts without a name that a small checkpoint knows; a given panel needs no name."""
+    """Prints a hint for each prompt that contains none of a small checkpoint's names; none with a given panel."""
     names = [] if prepared.panels else prompt_files.known_names(checkpoint.folder)
     for prompt in filter(None, prepared.request.prompts):
         hint = prompt_files.unknown_hint(prompt, names)

@@ -70,7 +70,7 @@ class Planned:
     """One micro-batch of a plan.
 
     Attributes:
-        samples: numbers of the samples.
+        samples: indices of the samples.
         rows, width: shape of the ids.
         packed: all samples share one row.
     """

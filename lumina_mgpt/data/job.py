@@ -79,7 +79,7 @@ class RankFiles:
 
     Args:
         folder: the `out_dir` of all ranks.
-        rank, splits: number of the rank, and number of ranks.
+        rank, splits: index of the rank, and number of ranks.
         records: number of rows in the whole input.
         block: records per shard.
     """
@@ -96,12 +96,12 @@ class RankFiles:
 
     @property
     def part(self) -> range:
-        """Numbers of the rows that this rank tokenizes."""
+        """Range of the indices of the rows that this rank tokenizes."""
         return range(self.records * self.rank // self.splits, self.records * (self.rank + 1) // self.splits)
 
     @property
     def blocks(self) -> list[range]:
-        """Numbers of the rows in each shard."""
+        """For each shard, the range of its row indices."""
         step, stop = self.block, self.part.stop
         return [range(start, min(start + step, stop)) for start in range(self.part.start, stop, step)]
 

@@ -14,7 +14,7 @@ from lumina_mgpt.io import json_line, read_rows, write_atomic
 
 
 class Entry(NamedTuple):
-    """One row of a record file: the path of the shard, the number of ids, and the number of the record."""
+    """One row of a record file: the path of the shard, the number of ids, and the index of the record."""
 
     file: str
     length: int

@@ -43,7 +43,7 @@ class ShardIndex:
     """Content of a shard without its ids.
 
     Attributes:
-        records: number of the record of each sequence.
+        records: index of the record of each sequence.
         lengths: ids of each sequence.
         bad: {"id", "reason"} of each record that was left out.
     """

@@ -1,6 +1,6 @@
-"""The only place that decides whether a native kernel serves; otherwise torch's operators do the same, more slowly.
+"""The only place that decides whether a native kernel is used; otherwise torch's slower operators are.
 
-The first question builds the kernels and compares small products with torch's.
+The first check builds the kernels and compares small products with torch's.
 """
 
 import logging
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 def serves_int4(device: torch.device, dtype: torch.dtype, outputs: int, group: int) -> bool:
-    """Returns whether `int4_linear` serves inputs of this dtype and a matrix with these outputs and groups."""
+    """Returns whether `int4_linear` supports inputs of this dtype and a matrix with these outputs and groups."""
     fits = device.type == "cpu" and dtype == torch.bfloat16 and outputs % ops.INT4_OUTPUTS == 0
     return fits and group in INT4_GROUPS and ready()
 
 
 def serves_int8(x: Tensor, numbers: Tensor) -> bool:
-    """Returns whether `int8_linear` serves these rows and this matrix. Shapes: x (M, K), numbers (N, K)."""
+    """Returns whether `int8_linear` supports these rows and this matrix. Shapes: x (M, K), numbers (N, K)."""
     fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
     return fits and len(numbers) % ops.INT8_MULTIPLE == numbers.shape[1] % ops.INT8_MULTIPLE == 0 and ready()
 
 
 def serves_one_query(q: Tensor, keys: Tensor) -> bool:
-    """Returns whether `one_query` serves these queries and keys. Shapes: q (B, T, N, H), keys (B, S, K, H)."""
+    """Returns whether `one_query` supports these queries and keys. Shapes: q (B, T, N, H), keys (B, S, K, H)."""
     fits = q.device.type == "cpu" and q.dtype == torch.bfloat16 and keys.dtype in (torch.bfloat16, torch.int8)
     shaped = q.shape[1] == 1 and q.shape[3] in ops.HEAD_WIDTHS and keys.stride()[1::2] == (q.shape[3], 1)
     return fits and shaped and not q.requires_grad and ready()

@@ -49,7 +49,7 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
-    """Returns `x @ (numbers · scale).T`, by the native kernel where it serves, else by torch's CPU kernel.
+    """Returns `x @ (numbers · scale).T`, by the native kernel where it is supported, else by torch's CPU kernel.
 
     Shapes: x (..., K), numbers (N, K), scale (N,) -> (..., N).
     """
@@ -143,7 +143,7 @@ class Int4Linear(nn.Module):
 
 
 def apply_all(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Returns the output of each module for the input `x`, by one kernel call where the native kernel serves all.
+    """Returns the output of each module for the input `x`, by one kernel call if the native kernel supports all.
 
     Shapes: x (..., K) -> (..., N) of each module.
     """

@@ -151,7 +151,7 @@ def _tie(model: Transformer, folder: Path) -> None:
 
 
 def assign_parameter(model: Transformer, name: str, tensor: Tensor) -> None:
-    """Assigns one parameter; head-norm rows that are equal within each model-parallel share are stored once."""
+    """Assigns one parameter; a head norm keeps one row per model-parallel shard if the rows in each shard are equal."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, HeadNorm):

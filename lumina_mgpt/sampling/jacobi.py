@@ -20,7 +20,7 @@ from lumina_mgpt.unirep import ImageLayout
 
 
 def window_size(layout: ImageLayout, speculation: Speculation) -> int:
-    """Drafts a round: the window, at most the codes of the image."""
+    """Number of drafts per round: the window, but at most the number of codes of the image."""
     assert speculation.window is not None, "a sampler needs a window"
     return min(speculation.window, layout.num_codes)
 

@@ -29,7 +29,7 @@ def gumbel(seed: int, repeat: int, position: int, count: int) -> Tensor:
 
 
 def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count: int) -> Tensor:
-    """`gumbel` for several rows; equal rows, as of prompts with one seed, are drawn once.
+    """`gumbel` for several rows; noise that several rows share (equal key and position) is computed once.
 
     Args:
         keys: B times (seed, repeat).

@@ -29,7 +29,7 @@ class Processes:
     """This process among those that train together.
 
     Attributes:
-        rank: number of this process, from 0.
+        rank: index of this process, from 0.
         world: number of processes.
         device: device of this process.
     """

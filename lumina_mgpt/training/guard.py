@@ -18,8 +18,8 @@ class Guard:
 
     Args:
         rule: "stop" or "skip".
-        spike: a gradient norm above `spike` times the median of the last norms is a fault; 0: only values that are not
-            finite are.
+        spike: a gradient norm above `spike` times the median of the last norms is a fault. With 0, only
+            values that are not finite are faults.
         folder: output folder, for `bad_steps.jsonl`.
         active: whether this process writes that file.
     """

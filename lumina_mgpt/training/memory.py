@@ -74,7 +74,7 @@ class Plan:
         return c.num_hidden_layers * self.lora_rank * widths
 
     def state(self, gradients: bool) -> float:
-        """Share of one device in weights and optimizer state, with or without gradients."""
+        """Weights and optimizer state on one device, with or without gradients."""
         trained = 16 if gradients else 12  # float32: weight, two moments of AdamW, gradient
         if self.offload:
             return 0
@@ -83,7 +83,7 @@ class Plan:
         return trained * self.weights / self.devices
 
     def saved(self) -> tuple[float, float]:
-        """Tensors saved for the backward pass: of all layers together, and additionally of the current layer."""
+        """Tensors saved for the backward pass: those of all layers, and the current layer's recomputed ones."""
         c = self.config
         width, inner = SAVED_WIDE if self.wide else SAVED_NARROW
         one = self.ids * (width * c.hidden_size + inner * c.intermediate_size)

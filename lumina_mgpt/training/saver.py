@@ -72,10 +72,10 @@ class Saver:
             run_folder.go_back(self.output_dir, start.resolve())
 
     def save(self, tensors: dict, state: dict) -> None:
-        """Writes a checkpoint; with `beside`, starts to write it.
+        """Writes a checkpoint; with `beside`, returns as soon as the tensors are copied.
 
         Raises:
-            InputError: this or the last checkpoint cannot be written; earlier checkpoints are complete.
+            InputError: this or the previous checkpoint cannot be written; earlier checkpoints are complete.
         """
         self.finish()
         partial = self._partial(state)
@@ -96,7 +96,7 @@ class Saver:
         self.processes.barrier()
 
     def poll(self) -> bool:
-        """Publishes a checkpoint whose writing has ended; returns whether the writing has failed instead."""
+        """Publishes the checkpoint that is being written if it is complete; returns whether writing it failed."""
         if self.writing is None or not self.writing[0].done():
             return False
         if self.writing[0].exception():

@@ -238,7 +238,7 @@ class Trainer:
         """Writes a checkpoint of the current step.
 
         Raises:
-            InputError: the disk does not take it; earlier checkpoints are complete.
+            InputError: the checkpoint cannot be written; earlier checkpoints are complete.
         """
         self.saver.save(tensors_of(self.model, self.optimizers, self.ema), self._state())
 

@@ -212,7 +212,7 @@ def _silhouette(picture: Image.Image) -> np.ndarray:
 
 @pytest.mark.slow
 def test_control_panel_determines_the_outline(tmp_path):
-    """Each result has the outline of its own depth map, of two, and the background of the prompt."""
+    """Given one of two depth maps, each result has the outline of its map and the background of the prompt."""
     shown = _silhouette(Image.open(ROOT / "assets/subject.png").resize((CELL, CELL))).astype(np.uint8)
     outline, _ = cv2.findContours(shown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     penguin = cv2.drawContours(shown, outline, -1, 1, cv2.FILLED)  # its belly is as white as the background

@@ -174,7 +174,7 @@ def test_built_once(anew, monkeypatch):
 
 @needed
 def test_a_damaged_library_is_built_anew(anew):
-    """The machine went down while it was written, say."""
+    """An interrupted write, for example by a power loss, leaves an empty file."""
     compiler = build.compiler()
     path = build.library_path(compiler)
     path.touch(0o700)

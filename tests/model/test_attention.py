@@ -53,7 +53,7 @@ def test_cheap_spans_have_no_mask():
     assert span_for(torch.zeros(2, 1, dtype=torch.long), 1, cache).filled == 12
 
 
-def test_the_cache_writes_where_it_is_told_and_nowhere_else():
+def test_the_cache_writes_to_the_given_slots_only():
     cache = KVCache(CONFIG, 2, 8, torch.bfloat16, "cpu")
     keys, values = heads(2, 3, 2, 8, seed=1, dtype=torch.float32), heads(2, 3, 2, 8, seed=2, dtype=torch.float32)
     positions = torch.tensor([[0, 1, 2], [4, 5, 6]])

@@ -132,7 +132,7 @@ def test_transformers_chameleon_reads_what_is_saved(tmp_path):
     assert not report["unexpected_keys"] and all("vqmodel" in key for key in report["missing_keys"])
     theirs.save_pretrained(tmp_path / "theirs")
     shutil.copy(tmp_path / "config.json", tmp_path / "theirs" / "config.json")
-    again = load(tmp_path / "theirs")  # with their model.vqmodel.* keys, which are passed over
+    again = load(tmp_path / "theirs")  # with their model.vqmodel.* keys, which are ignored
     assert again.layers[0].self_attn.q_norm.weight.shape == (1, 8)  # repeated rows become one again
     with torch.no_grad():
         expected = theirs.eval()(input_ids=IDS).logits
@@ -217,7 +217,7 @@ def test_loaded_weights_do_not_lean_on_the_file(folder):
     assert torch.equal(model.embed_tokens.weight, before)
 
 
-# What the user can mend
+# What the user can correct
 
 
 def test_places_that_are_no_checkpoint(tmp_path, folder):

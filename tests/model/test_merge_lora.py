@@ -17,7 +17,7 @@ MATRICES = ["q_proj", "v_proj", "down_proj"]
 
 
 class Scale(nn.Module):
-    """Stands for a norm: its weight, and perhaps a bias."""
+    """A substitute for a norm: a weight, and optionally a bias."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_every_setting_is_merged_as_peft_does(settings, tiny_checkpoint, tmp_path):
-    """The fields were passed over: rslora was 50 % wrong, DoRA 86 %, modules_to_save 83 %, embeddings 99 %."""
+    """Bug: the fields were ignored: rslora was 50 % wrong, DoRA 86 %, modules_to_save 83 %, embeddings 99 %."""
     wanted = trained(tiny_checkpoint, tmp_path / "adapter", **settings)
     assert merge(tiny_checkpoint, tmp_path / "adapter", tmp_path / "out") == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, tmp_path / "out"))

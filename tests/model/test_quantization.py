@@ -163,7 +163,7 @@ def test_a_build_without_the_kernel_is_refused(tiny_int4, tiny_checkpoint, monke
 @pytest.mark.parametrize("size", [1, 0.02])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 4e-3)])
 def test_a_head_in_int8(dtype, limit, size):
-    """The kernel says what the rounded numbers say, whose steps are 1/127 of the largest weight of each output."""
+    """The kernel's result is that of the rounded weights; a step is 1/127 of the largest weight of an output."""
     head = Head(96, 80, bias=False).requires_grad_(False)
     weight = torch.cat([normal(79, 96), torch.zeros(1, 96)]).mul(size).to(dtype)
     head.weight.data, columns = weight, slice(8, 80)
@@ -210,7 +210,7 @@ def test_saved_and_loaded_is_the_same_as_quantized_while_loading(tiny_checkpoint
     asked = load_model(tiny_int4, dtype, "cpu", quant=GROUP)
     assert all(model.layers[1].mlp.up_proj.kernel == kernel for model in (fresh, again, asked))
     assert torch.equal(logits(fresh), logits(again)) and torch.equal(logits(fresh), logits(asked))
-    assert ("dequantized at every step" in caplog.text) == (kernel is None), "no kernel: slow, and said so"
+    assert ("dequantized at every step" in caplog.text) == (kernel is None), "without a kernel, a warning is logged"
     exact = logits(load_model(tiny_checkpoint, dtype, "cpu"))
     error = (logits(fresh) - exact).norm() / exact.norm()
     assert 0.01 < error < 0.25, "int4 shows, and does not drown the model"
@@ -294,7 +294,7 @@ def test_the_whole_model_never_exists_unquantized(tmp_path):
     assert peak(quant=128) < 0.75 * full
 
 
-# What a user can mend
+# What a user can correct
 
 
 def edit(folder: Path, change) -> None:

@@ -87,7 +87,7 @@ def test_an_image_tokenizer_without_permission_is_not_called_damaged(tiny_checkp
 
 
 def test_a_folder_without_permission_is_not_called_missing(tiny_checkpoint, locked):
-    """ "no such folder, and no hub id" stood for it."""
+    """Bug: the message was "no such folder, and no hub id"."""
     (locked / "private").mkdir()
     shutil.copytree(tiny_checkpoint, locked / "private" / "model")
     (locked / "private").chmod(0)
@@ -228,7 +228,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_would_change_the_result_is_refused_by_its_name(words, copy, tmp_path, capsys):
-    """Such settings were passed over, or ended in a traceback."""
+    """Bug: these settings were ignored, or gave a traceback."""
     rewrite(copy, **REFUSED[words])
     assert quantize(copy, tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -264,7 +264,7 @@ def test_what_changes_nothing_is_allowed(copy, tmp_path):
     ids=["mark", "deep", "zero", "spelling", "kind"],
 )
 def test_model_yaml_of_another_editor_or_damaged(text, words, tmp_path):
-    """Deep nesting ended in a traceback. Reached from Python, which a training from scratch calls so."""
+    """Bug: deep nesting gave a traceback. Training from scratch reads the YAML with the same function."""
     (tmp_path / "model.yaml").write_text(text, encoding="utf-8")
     if words.startswith("vocab_size"):
         sizes = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()

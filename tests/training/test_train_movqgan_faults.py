@@ -87,7 +87,7 @@ def test_a_damaged_picture_is_refused_by_name(train, folder, tmp_path):
 
 
 def test_sides_that_do_not_fit_the_codes_are_refused_before_the_training(train, folder, tmp_path):
-    """The training ended in a traceback once a batch had that picture."""
+    """Bug: the training gave a traceback when a batch contained that picture."""
     Image.new("RGB", (36, 32)).save(folder / "odd.png")
     status, error = train()
     assert status == 2 and "odd.png: width and height must be multiples of 8, got 36x32" in error
@@ -114,7 +114,7 @@ def test_sides_that_do_not_fit_the_codes_are_refused_before_the_training(train, 
     ],
 )
 def test_settings_out_of_range_are_refused(train, tmp_path, name, value):
-    """A seed of 23 digits, endless minutes and sizes beyond any memory ended in a traceback."""
+    """A seed of 23 digits, endless minutes and sizes beyond any memory gave a traceback."""
     status, error = train(f"--{name}", value)
     assert status == 2 and error.startswith(f"error: --{name} must be") and not (tmp_path / "out").exists()
 
