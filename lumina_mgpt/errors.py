@@ -1,5 +1,8 @@
 """InputError: the exception for everything that a user can cause and correct."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """An error that a user can correct: a parameter, a file, a folder, a missing device.
@@ -17,6 +20,15 @@ class InputError(ValueError):
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(f"{parameter} {message}" if parameter else message)
         self.parameter, self.message = parameter, message
+
+
+@contextmanager
+def caused_by(parameter: str) -> Iterator[None]:
+    """Names a parameter in the InputErrors of the block, for files and folders that are read because of its value."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error), parameter) from None
 
 
 def package_error(

@@ -43,8 +43,9 @@ def fit_panels(
             kinds = "a picture (PIL.Image), its path or its codes (torch.Tensor)"
             raise InputError(f"(number {number}) must be {kinds}, got {type(panel).__name__}; convert it", "panel")
     if len(panels) not in ((1, count) if layout.given else (0,)):
-        rule = f"1 or {count} (one for each prompt)" if layout.given else "none, as this task generates every panel"
-        raise InputError(f"must give {rule}, got {len(panels)}; or choose another task", "panel")
+        several = f", or {count}, one for each prompt" if count > 1 else ""
+        rule = f"be 1 picture{several}" if layout.given else "be left out, as this task generates every panel"
+        raise InputError(f"must {rule}, got {len(panels)}; correct it, or choose another task", "panel")
     return tuple(_fit(panel, layout, num_codes) for panel in panels)
 
 

@@ -96,6 +96,8 @@ class Pipeline:
         """
         device = resolve_device(device)
         attention.backend(attn)  # raises before any weights are read
+        _check_format("cache_dtype", cache_dtype or torch.float32, torch.int8)
+        _check_format("movqgan_dtype", movqgan_dtype)
         if compile:
             require_compiler(device)
         if not isinstance(model_path, Checkpoint):
@@ -245,6 +247,13 @@ class Pipeline:
                 picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, part * panel_rows * CODE_CELL))
             pictures.append(picture)
         return pictures
+
+
+def _check_format(name: str, dtype: object, *others: torch.dtype) -> None:
+    """Raises InputError unless `dtype` is a floating-point format or one of `others`."""
+    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype in others):
+        choices = " or ".join(["a floating-point torch.dtype", *map(str, others)])
+        raise InputError(f"must be {choices}, got {dtype!r}", name)
 
 
 def _check_flash(device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:

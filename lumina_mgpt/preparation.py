@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.movqgan.tokenizer import find_movqgan
 from lumina_mgpt.panels import fit_panels, pixel_size
@@ -68,12 +68,10 @@ class Checkpoint:
             InputError: there is no checkpoint of that name, it is incomplete, or MoVQGAN weights are missing.
         """
         _require_utf8("model_path", model_path)
-        try:
+        with caused_by("model_path"):
             folder = resolve(model_path)
             config = ModelConfig.from_json(folder / "config.json")
             vocabulary = Vocabulary.from_folder(folder, config)
-        except InputError as error:
-            raise InputError(str(error), "model_path") from None
         movqgan = find_movqgan(folder, movqgan_path)
         if movqgan.suffix == ".safetensors":
             _require_utf8("movqgan_path", movqgan)

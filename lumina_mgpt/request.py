@@ -1,6 +1,6 @@
 """One request for images, validated when it is made. Importing this module does not import torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Union
 
@@ -64,17 +64,21 @@ class GenerationRequest:
     share: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        prompts = (self.prompts,) if isinstance(self.prompts, str | bytes) else tuple(self.prompts)
+        prompts = (self.prompts,) if isinstance(self.prompts, str | bytes) else _several(self.prompts)
         if not prompts:
             raise InputError("must hold at least one text, got none", "prompts")
         for name, text in (*(("prompts", text) for text in prompts), ("shown", self.shown or "")):
             if not isinstance(text, str):
                 raise InputError(f"must be text, got {type(text).__name__}; give a str", name)
+        known = isinstance(self.sampling, SamplingConfig)
+        require(known, "sampling", self.sampling, "must be a config.SamplingConfig")
+        known = self.speculation is None or isinstance(self.speculation, Speculation)
+        require(known, "speculation", self.speculation, "must be a config.Speculation or None")
         if not isinstance(self.task, Task):
             raise InputError(f"must be one of prompts.TASKS or prompts.I2I_TASKS, got {excerpt(self.task)}", "task")
         plain = {
             "prompts": prompts,
-            "panels": tuple(self.panels),
+            "panels": (self.panels,) if isinstance(self.panels, str | bytes) else tuple(self.panels),
             "width": _pixels("width", self.width),
             "height": _pixels("height", self.height),
             "n": image_count("n", self.n),
@@ -112,6 +116,11 @@ class GenerationRequest:
         first, every = self.share
         jobs = [ImageJob(text, index, repeat) for index, text in enumerate(self.prompts) for repeat in range(self.n)]
         return jobs[first::every]
+
+
+def _several(prompts: Sequence[str]) -> tuple[str, ...]:
+    require(isinstance(prompts, Iterable), "prompts", prompts, "must be a text or a sequence of texts")
+    return tuple(prompts)
 
 
 def _pixels(name: str, value: int | None) -> int | None:

@@ -61,6 +61,9 @@ def config_of(args: argparse.Namespace) -> TrainingConfig:
     values = {name: getattr(args, name) for name in TrainingConfig.options()}
     if values["data_config"] is None:
         raise InputError("is missing; give a YAML file such as configs/data/demo.yaml", "data_config")
+    named = values["movqgan_path"]
+    if named and not Path(named).is_file():  # the export would take another image tokenizer
+        raise InputError(f"{named} is not a file; check the path", "movqgan_path")
     if args.model_size and not values["init_from"]:  # a checkpoint has its size
         if values["model_config"]:
             raise InputError("and --model_config both choose the model; give one of them", "model_size")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lumina_mgpt import cli
+from lumina_mgpt.errors import caused_by
 
 
 def build_parser() -> cli.Parser:
@@ -30,7 +31,8 @@ def merge(args: argparse.Namespace) -> None:
     from lumina_mgpt.training.merging import merge_adapter
 
     require_new(args.save_path, "save_path")  # before the weights are loaded
-    source = resolve(cli.checkpoint_path(args.model_path))
+    with caused_by("model_path"):
+        source = resolve(cli.checkpoint_path(args.model_path))
     require_plain_weights(source, "model_path", "merged")
     with new_folder(args.save_path, "save_path") as folder:
         model = load_model(source, None, "cpu")

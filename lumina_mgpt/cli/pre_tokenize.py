@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lumina_mgpt import cli
+from lumina_mgpt.errors import caused_by
 
 OPTIONS = ("out_dir", "splits", "rank", "target_size", "keep_size", "seed", "batch_size", "block", "workers")
 
@@ -50,9 +51,10 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     files = config.files(source)
     device = resolve_device(args.device)
     folder = Path(args.model_path)
-    model = ModelConfig.from_json(folder / "config.json")
+    with caused_by("model_path"):
+        model = ModelConfig.from_json(folder / "config.json")
+        vocabulary = Vocabulary.from_folder(folder, model)
     movqgan = find_movqgan(folder, args.movqgan_path)
-    vocabulary = Vocabulary.from_folder(folder, model)
     models = f"{fingerprint(folder / 'tokenizer.json', movqgan)}-{model.image_code_offset}"
     images = ImageTokenizer.from_checkpoint(movqgan, device)
     images.require_codes(model, movqgan)

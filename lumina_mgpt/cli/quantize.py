@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lumina_mgpt import cli
 from lumina_mgpt.config import DEFAULT_INT4_GROUP, INT4_GROUPS
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import caused_by
 
 
 def build_parser() -> cli.Parser:
@@ -32,10 +32,8 @@ def quantize(args: argparse.Namespace) -> None:
     from lumina_mgpt.model.hub import resolve
 
     check_target(args.save_path)
-    try:
+    with caused_by("model_path"):
         source = resolve(cli.checkpoint_path(args.model_path))
-    except InputError as error:
-        raise InputError(str(error), "model_path") from None
     with cli.ReadingBar(f"int4, groups of {args.group}") as bar:
         try:
             quantize_checkpoint(source, args.save_path, args.group, bar)

@@ -41,11 +41,9 @@ class BatchSize:
 
     def __post_init__(self) -> None:
         if (self.rows > 0) == (self.tokens > 0) or min(self.rows, self.tokens) < 0:
-            raise InputError(
-                f"give batch_size or max_tokens, above 0; got batch_size={self.rows} and max_tokens={self.tokens}"
-            )
+            raise InputError(f"give one of batch_size=N and max_tokens=N, above 0; got {self.rows} and {self.tokens}")
         if self.packed and not self.tokens:
-            raise InputError(f"needs max_tokens, the number of ids in a row, got batch_size={self.rows}", "pack")
+            raise InputError(f"needs max_tokens=N, the number of ids in a row, got batch_size={self.rows}", "pack")
         if self.multiple < 1:
             raise InputError(f"must be at least 1, got {self.multiple}", "pad_multiple")
 

@@ -46,7 +46,9 @@ def _read_jobs(folder: Path) -> list[dict]:
     """Job files of all ranks, in order. Raises InputError if one is missing or differs from the others."""
     jobs = sorted((_read_job(path) for path in folder.glob("*-of-*-job.json")), key=lambda job: job["rank"])
     if not jobs:
-        raise InputError(f"{folder} holds no work of a pre-tokenization; give its out_dir", "sub_record_dir")
+        raise InputError(
+            f"{folder} holds no work of a pre-tokenization; give the folder that one wrote", "sub_record_dir"
+        )
     splits, ranks = jobs[0]["splits"], [job["rank"] for job in jobs]
     if len(ranks) != splits or ranks != list(range(splits)):
         raise InputError(f"{folder} holds ranks {ranks} of {splits}; pre-tokenize all of them", "sub_record_dir")

@@ -110,7 +110,7 @@ class TokenDataset:
         if over:
             raise InputError(
                 f"must be at least {self.lengths.max()}, got {max_seq_len}: {over} of {len(self.lengths)} sequences "
-                "are longer; raise it, pre-tokenize with a smaller target_size, or leave them out with overlong=drop",
+                "are longer; raise it, pre-tokenize smaller pictures, or leave them out with overlong=drop",
                 "max_seq_len",
             )
         for source, (start, _) in zip(self.sources, self.spans, strict=True):

@@ -44,8 +44,10 @@ class PreTokenizeConfig:
     models: str = ""
 
     def __post_init__(self) -> None:
-        if self.splits < 1 or not 0 <= self.rank < self.splits:
-            raise InputError(f"must be in 0 ... splits - 1, got rank {self.rank} with splits={self.splits}", "rank")
+        if self.splits < 1:
+            raise InputError(f"must be at least 1, got {self.splits}", "splits")
+        if not 0 <= self.rank < self.splits:
+            raise InputError(f"must be at least 0 and below splits={self.splits}, got {self.rank}", "rank")
         for name in ("batch_size", "block", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"must be at least 1, got {getattr(self, name)}", name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.io import read_json, write_atomic
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.training.options import TrainingConfig
@@ -34,6 +34,12 @@ def describe(settings: TrainingConfig, folder: Path | None) -> dict:
     if not source or folder is None or os.path.isdir(os.path.expanduser(source)):
         return {"revision": None}
     return {"revision": folder.name if folder.parent.name == "snapshots" else None}
+
+
+def find(init_from: str) -> Path:
+    """Returns the folder of the base of a new run; its InputErrors name `init_from`."""
+    with caused_by("init_from"):
+        return resolve(init_from)
 
 
 def locate(settings: TrainingConfig, described: dict | None) -> Path:

@@ -15,9 +15,8 @@ from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.data.sources import read_sources
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.io import alone_in
-from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base, loading, run_folder
@@ -61,13 +60,14 @@ def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
     """
     options = settings.model
     if options.init_from:
-        folder = resolve(options.init_from)
+        folder = base.find(options.init_from)
         require_plain_weights(folder, "init_from", "trained")
         narrow = options.lora_rank and settings.runtime.precision == "bf16"
         model = load_model(folder, torch.bfloat16 if narrow else torch.float32, torch.device("cpu"), "sdpa")
     else:
         path = str(options.model_config)
-        config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
+        with caused_by("model_config"):
+            config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
         folder = Path(str(options.tokenizer_path))
         model = Transformer(config)
         model.init_weights(torch.Generator().manual_seed(settings.runtime.seed))

@@ -355,3 +355,54 @@ def test_incomplete_files_of_a_killed_run_are_removed(run):
         os.utime(Path("out") / name, (time.time() - age,) * 2)
     assert run("generate", "--prompt", "a cat") == 0
     assert names() == [".0_0.png.8.part", ".other.png.7.part", "0_0.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "option"),
+    [
+        (
+            "finetune",
+            "--init_from no_folder --data_config d.yaml --output_dir o --max_steps 1",
+            "--init_from",
+        ),
+        (
+            "finetune",
+            "--model_config no.yaml --tokenizer_path t --data_config d.yaml --output_dir o --max_steps 1",
+            "--model_config",
+        ),
+        (
+            "finetune",
+            "--init_from b --movqgan_path no_file --data_config d.yaml --output_dir o --max_steps 1",
+            "--movqgan_path",
+        ),
+        ("merge_lora", "--model_path no_folder --adapter a --save_path o", "--model_path"),
+        ("quantize", "--model_path no_folder --save_path o", "--model_path"),
+        ("pre_tokenize", "--model_path no_folder --in_filename p --out_dir o --target_size 64", "--model_path"),
+    ],
+)
+def test_a_missing_file_or_folder_is_reported_with_its_option(here, capsys, name, options, option):
+    """`--movqgan_path` was ignored, so that the export took another image tokenizer; others named no option."""
+    (here / "d.yaml").write_text("META: [{path: records.jsonl, type: image}]\n")
+    (here / "records.jsonl").write_text("")
+    (here / "p").mkdir()
+    picture(here / "p" / "a.png")
+    (here / "p" / "a.txt").write_text("a cat")
+    assert main_of(name)(options.split()) == 2
+    assert f"error: {option} no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pre_tokenize", "--in_filename p --out_dir o --model_path m --splits 0", "--splits must be at least 1, got 0"),
+        (
+            "pre_tokenize",
+            "--in_filename p --out_dir o --model_path m --splits 2 --rank 2",
+            "--rank must be at least 0 and below --splits 2, got 2",
+        ),
+    ],
+)
+def test_messages_name_the_option_at_fault(here, capsys, name, options, message):
+    """They named parameters without dashes (`0 ... splits - 1`), and --rank where --splits was wrong."""
+    assert main_of(name)([*options.split(), "--target_size", "64"]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"

@@ -104,9 +104,9 @@ def test_the_panel_matters(exact):
 @pytest.mark.parametrize(
     ("task", "panel", "parts"),
     [
-        (I2I_TASKS["depth"], None, ["panel must give 1 or 2", "got 0"]),
+        (I2I_TASKS["depth"], None, ["panel must be 1 picture, or 2, one for each prompt", "got 0"]),
         (I2I_TASKS["depth"], [Image.new("L", (32, 32))] * 3, ["got 3"]),
-        (TASKS["depth"], Image.new("L", (32, 32)), ["must give none", "got 1"]),
+        (TASKS["depth"], Image.new("L", (32, 32)), ["panel must be left out", "got 1"]),
         (I2I_TASKS["depth"], torch.zeros(4, 8, dtype=torch.long), ["32x32", "(4, 4)", "(4, 8)"]),
         (I2I_TASKS["depth"], torch.full((4, 4), 64), ["int64 in 0 ... 63", "got torch.int64 in 64 ... 64"]),
         (I2I_TASKS["depth"], torch.zeros(4, 4), ["int64 in 0 ... 63", "got torch.float32"]),

@@ -99,3 +99,38 @@ def test_a_missing_panel(pipeline):
 def test_a_str_is_one_prompt(pipeline):
     layout = pipeline.checkpoint.layout(32, 32)
     assert pipeline.checkpoint.prompt_ids("a cat", layout) == pipeline.checkpoint.prompt_ids(["a cat"], layout)
+
+
+@pytest.mark.parametrize(
+    ("values", "parameter"),
+    [
+        (dict(speculation="maximal"), "speculation"),
+        (dict(sampling={"cfg": 1.0}), "sampling"),
+        (dict(prompts=None), "prompts"),
+        (dict(prompts=3), "prompts"),
+    ],
+)
+def test_fields_of_other_types_are_refused_by_name(values, parameter):
+    """They raised AttributeError in the middle of the work, or TypeError."""
+    with pytest.raises(InputError, match=f"^{parameter} must be "):
+        GenerationRequest(**{"prompts": "a cat"} | values)
+
+
+def test_a_path_as_panels_is_one_panel():
+    """It counted as a panel for each letter."""
+    assert GenerationRequest("a cat", panels="a.png").panels == ("a.png",)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(cache_dtype="int8"),
+        dict(cache_dtype=torch.int32),
+        dict(movqgan_dtype="bf16"),
+        dict(movqgan_dtype=torch.int8),
+    ],
+)
+def test_other_number_formats_are_refused_while_loading(tiny_checkpoint, values):
+    """They loaded and raised AttributeError, RuntimeError or TypeError of torch."""
+    with pytest.raises(InputError, match=f"^{next(iter(values))} must be a floating-point torch.dtype"):
+        Pipeline.from_pretrained(tiny_checkpoint, "cpu", **values)
