@@ -46,6 +46,7 @@ images = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(images)
 @settings(max_examples=60, deadline=None)
 def test_common_noise_gives_identical_images_to_the_plain_sampler(vocabulary, drawn):
@@ -175,12 +176,14 @@ def test_images_have_the_distribution_of_the_model(vocabulary, coupling, window,
     assert abs(misfit(vocabulary, coupling, window, proposal)) < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("coupling", "window"), [("maximal", 2), ("independent", 3)])
 def test_images_longer_than_the_ring_buffers_have_the_distribution_of_the_model(vocabulary, coupling, window):
     """Ten positions of two codes; the ring buffer holds a row of four and the window."""
     assert abs(misfit(vocabulary, coupling, window, "above", sampled=10, kept=2)) < 4
 
 
+@pytest.mark.slow
 def test_too_short_ring_buffer_is_detected(vocabulary, monkeypatch):
     ring = jacobi._State._ring_index
     monkeypatch.setattr(
