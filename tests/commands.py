@@ -37,6 +37,11 @@ def environment(**variables: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": modules, "PATH": programs} | variables
 
 
+def options_of(**values: object) -> list[str]:
+    """Options of a command line: `options_of(lr=0.1, resume="auto")` is `--lr 0.1 --resume auto`."""
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
 def run_process(name: str, *options: object, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess:
     """Runs a command to its end; output is text."""
     return subprocess.run(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from commands import main_of
 from PIL import Image
@@ -12,8 +13,9 @@ from PIL import Image
 from lumina_mgpt.data.inputs import read_input
 from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.pre_tokenize import PreTokenizer
-from lumina_mgpt.data.shards import Sequence, write_shard
-from lumina_mgpt.data.sources import Source
+from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
+from lumina_mgpt.data.sources import Source, read_sources
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.unirep import encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -69,6 +71,24 @@ def pre_tokenize_command(in_filename: Path, out: Path, checkpoint: Path) -> int:
 def rows_of(out: Path, name="0-of-1-record.jsonl") -> list[dict]:
     """Rows of a JSON lines file in an output folder."""
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def assert_same_ids(folder: Path, one: str, other: str) -> None:
+    """Asserts that two outputs of pre-tokenize, subfolders of `folder`, hold the same ids in the same order."""
+    rows = zip(rows_of(folder / one), rows_of(folder / other), strict=True)
+    for pair in rows:
+        ids = [
+            read_sequence(folder / part / row["file"], row["id"]).ids
+            for part, row in zip((one, other), pair, strict=True)
+        ]
+        assert torch.equal(*ids)
+
+
+def refuse_sources(folder: Path, text: str, match: str | None = None) -> None:
+    """Asserts that a data file with this text is refused."""
+    (folder / "data.yaml").write_text(text)
+    with pytest.raises(InputError, match=match):
+        read_sources(folder / "data.yaml")
 
 
 def make_source(folder: Path, vocabulary: Vocabulary, count: int, name: str = "a", **source) -> Source:

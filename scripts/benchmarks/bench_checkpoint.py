@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import add_sizes
+
 from lumina_mgpt import cli
 
 SIZES = {
@@ -28,8 +30,7 @@ SIZES = {
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="bench_checkpoint.py", description="Measures how long a checkpoint delays training.")
     parser.add_argument("--folder", type=Path, default=Path("."), help="folder on the disk to measure")
-    for name, (default, meaning) in SIZES.items():
-        parser.add_argument(f"--{name}", type=cli.whole, default=default, help=meaning)
+    add_sizes(parser, SIZES)
     return parser
 
 

@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from common import add_sizes
+
 from lumina_mgpt import cli
 
 SIDES = ("plain", "ours", "checkpointing")
@@ -31,8 +33,7 @@ SIZES = {
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="bench_train.py", description="Measures a training step against a plain loop.")
-    for name, (default, meaning) in SIZES.items():
-        parser.add_argument(f"--{name}", type=cli.whole, default=default, help=meaning)
+    add_sizes(parser, SIZES)
     parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
     return parser
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: markdown tables and the option for CPU threads."""
 
 import argparse
+from collections.abc import Mapping
 
 import torch
 
@@ -22,6 +23,12 @@ def print_row(*cells: object) -> None:
 def add_threads(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Adds `--threads`."""
     parser.add_argument("--threads", type=cli.whole, default=torch.get_num_threads(), help="CPU threads")
+
+
+def add_sizes(parser: argparse.ArgumentParser, sizes: Mapping[str, tuple[int, str]]) -> None:
+    """Adds an option for each size: name -> (default, help)."""
+    for name, (default, meaning) in sizes.items():
+        parser.add_argument(f"--{name}", type=cli.whole, default=default, help=meaning)
 
 
 def set_threads(threads: int) -> None:

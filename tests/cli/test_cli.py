@@ -45,6 +45,11 @@ def no_weights(monkeypatch):
     monkeypatch.setattr("lumina_mgpt.pipeline.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
+def ended(command: list, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Runs a command in a folder to its end; output is text."""
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+
+
 # -- what a run writes -------------------------------------------------------------------------------------------------
 
 
@@ -349,13 +354,10 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path):
     """Runs in another process, whose connections are all refused."""
     environment = ENVIRONMENT | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
     environment.pop("HF_HUB_OFFLINE", None)
-    result = subprocess.run(
+    result = ended(
         [sys.executable, SCRIPT, *BASE, "--prompt", "a cat", "--model_path", "some/model", "--save_path", "out"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+        tmp_path,
+        environment,
     )
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and "--model_path some/model" in result.stderr, result.stderr
@@ -510,14 +512,8 @@ def test_the_demo_checkpoint_is_found_from_any_folder(tmp_path, monkeypatch):
 def test_the_sample_script_runs(tiny_checkpoint, tmp_path):
     """Runs from another folder, with a path and a prompt that need quotes."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "my models" / "tiny")
-    result = subprocess.run(
-        ["bash", SCRIPT.parent.parent / "scripts" / "sample.sh", folder, "--prompt", "a cat  & \"a 'snowman'\"", *BASE],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    script = SCRIPT.parent.parent / "scripts" / "sample.sh"
+    result = ended(["bash", script, folder, "--prompt", "a cat  & \"a 'snowman'\"", *BASE], tmp_path, ENVIRONMENT)
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "outputs" / "t2i" / "0_0.png") as image:
         assert image.text["prompt"] == "a cat  & \"a 'snowman'\""

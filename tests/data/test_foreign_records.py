@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import main_of
-from records import pre_tokenize_command, square
+from records import pre_tokenize_command, refuse_sources, square
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -237,9 +237,7 @@ def test_record_files_of_windows_are_read(made, tokens, vocabulary):
     ],
 )
 def test_damaged_data_files_are_refused(tmp_path, text):
-    (tmp_path / "data.yaml").write_text(text)
-    with pytest.raises(InputError):
-        read_sources(tmp_path / "data.yaml")
+    refuse_sources(tmp_path, text)
 
 
 def test_encodings_of_data_files(tmp_path):

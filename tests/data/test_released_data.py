@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from records import make_source, picture, rows_of, tokenize, write_records
+from records import assert_same_ids, make_source, picture, refuse_sources, rows_of, tokenize, write_records
 from training_runs import ROOT, environment, path_with_python
 
 from lumina_mgpt.data.batches import BatchSize, plan_epoch
@@ -140,12 +140,7 @@ def test_a_tar_gives_the_same_tokens_as_its_files(tools, tmp_path):
         {"conversations": talk, "image": names},
     ]
     tokenize(tools, write_records(tmp_path, records), tmp_path / "files")
-    for one, other in zip(rows_of(tmp_path / "tar"), rows_of(tmp_path / "files"), strict=True):
-        ids = [
-            read_sequence(tmp_path / place / row["file"], row["id"]).ids
-            for place, row in (("tar", one), ("files", other))
-        ]
-        assert torch.equal(*ids)
+    assert_same_ids(tmp_path, "tar", "files")
 
 
 def test_a_damaged_tar_is_named(tools, tmp_path):
@@ -193,12 +188,7 @@ def test_a_folder_gives_the_same_tokens_as_a_record_file(tools, tmp_path):
         for name, prompt in (("b.png", "a cat"), ("c.png", "a cow"), ("none", ""), ("more/a.PNG", "a dog"))
     ]
     tokenize(tools, write_records(tmp_path, records), tmp_path / "file")
-    for one, other in zip(rows_of(tmp_path / "folder"), rows_of(tmp_path / "file"), strict=True):
-        ids = [
-            read_sequence(tmp_path / place / row["file"], row["id"]).ids
-            for place, row in (("folder", one), ("file", other))
-        ]
-        assert torch.equal(*ids)
+    assert_same_ids(tmp_path, "folder", "file")
     (folder / "b.txt").write_text("a car")
     with pytest.raises(InputError, match="other settings .input"):
         tokenize(tools, folder, tmp_path / "folder")
@@ -232,9 +222,7 @@ def test_weights_are_shares_of_an_epoch(vocabulary, tmp_path):
     ],
 )
 def test_invalid_weights_are_refused(tmp_path, text):
-    (tmp_path / "data.yaml").write_text(text)
-    with pytest.raises(InputError, match="weight"):
-        read_sources(tmp_path / "data.yaml")
+    refuse_sources(tmp_path, text, "weight")
 
 
 def test_the_data_files_in_configs_can_be_read(monkeypatch):

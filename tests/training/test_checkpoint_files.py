@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import main_of
+from commands import main_of, options_of
 
 finetune, export = main_of("finetune"), main_of("export")
 
@@ -16,20 +16,8 @@ finetune, export = main_of("finetune"), main_of("export")
 def trained(tmp_path_factory, tokens, tiny_checkpoint):
     """A run of two steps, and its command line without --output_dir."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    line = [
-        "--data_config",
-        str(tokens),
-        "--init_from",
-        str(tiny_checkpoint),
-        "--batch_size",
-        "4",
-        "--precision",
-        "fp32",
-        "--on_nonfinite",
-        "skip",
-        "--ema",
-        "0.5",
-    ]
+    start = {"data_config": tokens, "init_from": tiny_checkpoint}
+    line = options_of(**start, batch_size=4, precision="fp32", on_nonfinite="skip", ema=0.5)
     assert finetune([*line, "--output_dir", str(folder), "--max_steps", "2"]) == 0
     return folder, line
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import main_of
+from commands import main_of, options_of
 from safetensors.torch import load_file, save_file
 
 from lumina_mgpt.model.reading import load_model
@@ -82,23 +82,8 @@ def test_a_changed_base_is_refused(began, tokens, tmp_path, capsys, options):
     if "--lora_rank" in options:
         pytest.importorskip("peft")
     folder, tiny = began(*options), tmp_path / "start" / "base" / "tiny"
-    again = [
-        "--data_config",
-        str(tokens),
-        "--output_dir",
-        str(folder),
-        "--batch_size",
-        "4",
-        "--max_steps",
-        "2",
-        "--init_from",
-        str(tiny),
-        "--resume",
-        "auto",
-        "--precision",
-        "bf16",
-        *options,
-    ]
+    start = {"data_config": tokens, "output_dir": folder, "init_from": tiny}
+    again = [*options_of(**start, batch_size=4, max_steps=2, resume="auto", precision="bf16"), *options]
     shutil.copytree(tiny, tmp_path / "original")
     exchange(tiny, only="embed_tokens")
     capsys.readouterr()
@@ -137,26 +122,8 @@ def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(began, tokens
     capsys.readouterr()
     assert export(["--output_dir", str(folder), "--save_path", "out"]) == 2
     assert "a relative path holds in the folder where the run was started" in capsys.readouterr().err
-    assert (
-        finetune(
-            [
-                "--data_config",
-                str(tokens),
-                "--output_dir",
-                str(folder),
-                "--batch_size",
-                "4",
-                "--max_steps",
-                "2",
-                "--init_from",
-                str(tiny),
-                "--resume",
-                "auto",
-                "--freeze_embeddings",
-            ]
-        )
-        == 0
-    )
+    line = options_of(data_config=tokens, output_dir=folder, batch_size=4, max_steps=2, init_from=tiny, resume="auto")
+    assert finetune([*line, "--freeze_embeddings"]) == 0
     assert "what its frozen weights were" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from commands import main_of
+from commands import main_of, options_of
 from safetensors.torch import load_file
 
 finetune = main_of("finetune")
@@ -15,23 +15,9 @@ finetune = main_of("finetune")
 def eight(tmp_path_factory, tokens, tiny_checkpoint):
     """A run of eight steps with checkpoints 4 and 8, and its command line."""
     folder = tmp_path_factory.mktemp("eight") / "run"
-    line = [
-        "--data_config",
-        str(tokens),
-        "--init_from",
-        str(tiny_checkpoint),
-        "--batch_size",
-        "4",
-        "--precision",
-        "fp32",
-        "--dropout",
-        "0",
-        "--export_dtype",
-        "fp32",
-        "--lr",
-        "1e-3",
-        "--save_iteration_interval",
-    ]
+    start = {"data_config": tokens, "init_from": tiny_checkpoint}
+    line = options_of(**start, batch_size=4, precision="fp32", dropout=0, export_dtype="fp32", lr=1e-3)
+    line += ["--save_iteration_interval"]
     options = ["--sample_every", "4", "--sample_prompts", str(tiny_checkpoint / "prompts.txt")]
     assert finetune([*line, "4", "--output_dir", str(folder), "--max_steps", "8", *options]) == 0
     return folder, line
