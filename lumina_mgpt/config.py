@@ -40,8 +40,9 @@ class ModelConfig:
     Args:
         image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
         base_size: side in pixels of the images that the weights were trained on.
-        panels_apart: whether the image tokenizer encodes and decodes each panel of an image separately (`parts`).
-        quantization_config: `int4_recipe` for int4 weights; other programs know the key and refuse the recipe.
+        panels_apart: whether the image tokenizer encodes and decodes each panel of an image separately; see `parts`.
+        quantization_config: None, or what `int4_recipe` returns if the weights are int4. Other programs
+            read this key, and refuse a recipe that they do not know.
 
     Raises:
         InputError: a value is of another type or out of its range, or two sizes do not fit each other.

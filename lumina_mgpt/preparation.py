@@ -46,7 +46,12 @@ class PreparedRequest:
         return replace(self, request=replace(self.request, **settings))
 
     def single(self, index: int, panel: Image.Image | Tensor, **settings: Any) -> "PreparedRequest":
-        """Returns the request for one prompt and a panel of this layout, with other settings as in `changed`."""
+        """Returns a copy for prompt `index` alone, with `panel` as the given panel.
+
+        Args:
+            panel: fits the layout of this request.
+            settings: as in `changed`.
+        """
         request = replace(self.request, prompts=self.request.prompts[index : index + 1], panels=(panel,), **settings)
         return replace(self, request=request, starts=self.starts[index : index + 1], panels=(panel,))
 

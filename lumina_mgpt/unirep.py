@@ -71,7 +71,7 @@ class ImageLayout:
 
         Raises:
             InputError: width is not a multiple of 32, height is not a multiple of 32 · panels, or the tokenizer has no
-                name for one of them.
+                id for one of the sides.
         """
         largest = vocabulary.max_grid * GRID_UNIT
         _check_side("width", width, GRID_UNIT, largest)

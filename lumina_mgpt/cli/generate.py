@@ -81,7 +81,11 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], OutputPlan]) -> None:
-    """Generates what `read_plan` reads from a command line with the options of `add_options`."""
+    """Generates the images of the plan that `read_plan` makes from `args`.
+
+    Args:
+        args: parsed command line, with the options of `add_options`.
+    """
     cli.quant_group(args)
     plan = read_plan(args)
     output = OutputFolder(args.save_path, args.overwrite, shared=plan.request.share[1] > 1)

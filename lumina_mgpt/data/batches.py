@@ -48,7 +48,7 @@ class BatchSize:
             raise InputError(f"must be at least 1, got {self.multiple}", "pad_multiple")
 
     def width(self, length: int) -> int:
-        """Ids of a row with padding."""
+        """Number of ids, with padding, of a row that holds `length` ids."""
         return _round_up(length, self.multiple)
 
     def rows_of(self, width: int) -> int:
@@ -157,8 +157,10 @@ def pack(lengths: np.ndarray, kinds: np.ndarray, tokens: int) -> list[list[int]]
 def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, pad_id: int = 0) -> MicroBatch:
     """Reads the samples of a planned micro-batch into tensors.
 
-    Rows are padded on the right, where no id attends to the padding. Missing rows are all padding. `index` is padded to
-    a multiple of 8 * `multiple`, at most B * T, so that few shapes occur (each shape may compile anew).
+    Rows are padded on the right, where no id attends to the padding. Missing rows are all padding.
+
+    The loss covers only the positions in `MicroBatch.index`. Their number is padded to a multiple of 8 * `multiple`, at
+    most B * T, so that few shapes occur (each new shape may cause a compilation).
     """
     B, T = planned.rows, planned.width
     ids, successors = torch.full((B * T,), pad_id), torch.full((B * T,), IGNORED)

@@ -71,7 +71,7 @@ class ImageCodes:
         return codes, (found[0][1][0], sum(height for _, (_, height) in found))
 
     def release(self, records: Iterable[Record]) -> None:
-        """Frees the codes that no record after these uses."""
+        """Marks `records` as done, and frees the codes that no remaining record uses."""
         for record in records:
             self._uses.subtract(self._parts(record))
         for part in [part for part in self._codes if not self._uses[part]]:

@@ -59,11 +59,13 @@ def gumbel_like(log_probs: Tensor, keys: Sequence[tuple[int, int]], positions: S
 
 
 def uniform_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], round: int, count: int) -> Tensor:
-    """`count` uniform numbers a row, new for each (seed, repeat, position, round) and independent of `gumbel`.
+    """Returns `count` uniform numbers for each of B rows, independent of the Gumbel noise.
+
+    The numbers of a row depend only on its (seed, repeat), its position and `round`.
 
     Args:
-        keys: B times (seed, repeat).
-        positions: B indices of codes.
+        keys: (seed, repeat) of each row.
+        positions: index of the code of each row.
         round: index of the verification, from 0.
 
     Shapes: -> (B, count) float64 in (0, 1) on the CPU.

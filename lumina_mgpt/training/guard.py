@@ -30,7 +30,7 @@ class Guard:
         self.in_a_row = 0
 
     def begin(self) -> None:
-        """Removes damaged lines from the file, as a power loss leaves them; bad steps of all attempts stay."""
+        """Removes lines of `bad_steps.jsonl` that a power loss damaged. Bad steps of earlier attempts stay."""
         if self.active:
             keep_until(self.path, sys.maxsize)
 

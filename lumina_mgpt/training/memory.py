@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def matrix(self) -> int:
-        """Number of weights of the embedding, and of the head."""
+        """Number of weights of the embedding; the head has the same number."""
         return self.config.vocab_size * self.config.hidden_size
 
     @property

@@ -164,7 +164,7 @@ class ModelOptions(Options):
 
 @dataclass(frozen=True)
 class OptimizerOptions(Options):
-    """Optimizer, learning rates, and which steps are applied."""
+    """Optimizer, learning rates, and how steps with a bad loss or gradient are treated."""
 
     optimizer: str = option(
         "adamw", "muon: for the matrices of the layers, adamw for the rest", choices=("adamw", "muon")
