@@ -1,8 +1,8 @@
-"""Chooses how to sample by timing a few forwards of each way with the loaded model on this machine.
+"""Chooses the speculation settings by timing a few forwards of each candidate with the loaded model on this machine.
 
-The time of a forward depends on the machine: on a GPU that is bound by memory bandwidth, a window costs little more
-than a single code; on a CPU with int4 weights it costs many times as much. The number of codes that a forward accepts
-depends little on the machine, so it is a table.
+The time of a forward depends on the machine. On a GPU that is bound by memory bandwidth, a forward over a window of
+drafts costs little more than one over a single code. On a CPU with int4 weights it costs many times as much. The
+number of codes that a forward accepts depends little on the machine, so a table of measured values, CODES, has it.
 """
 
 import logging
@@ -51,11 +51,11 @@ class _Enough(Exception):
 
 
 def fastest(pipeline: Pipeline, prepared: PreparedRequest) -> Speculation | None:
-    """Returns the settings with the most codes per second for this request; None means one code per forward.
+    """Returns the speculation settings with the most codes per second for a request; None: one code per forward.
 
-    All candidates are exact: they sample from the same distribution. Where the estimated time of the whole request is
-    above half an hour, it also tries compiled steps, and sets `pipeline.compiled` if they save more time than the
-    remaining compilation takes.
+    All candidates are exact: they sample from the same distribution. If the estimated time of the whole request
+    exceeds half an hour, the function also tries compiled forwards. It sets `pipeline.compiled` if these save more time
+    than the remaining compilation takes.
     """
     request, layout, start = prepared.request, prepared.layout, prepared.starts[0]
     batch = request.batch_size or pipeline.batch_size(len(start), layout, request.sampling)

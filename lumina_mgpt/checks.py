@@ -37,7 +37,7 @@ def whole_number(name: str, value: object, low: int | None, high: int | None, ru
 
 
 def is_number(value: object) -> bool:
-    """Returns whether `value` is an int or float (not bool), and finite as a float."""
+    """Returns whether `value` is an int or float (not bool) that is finite when converted to a float."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -55,7 +55,7 @@ def plain(value: object) -> object:
 
 
 def real_number(value: object) -> float:
-    """Returns a real number as a float, NaN for any other value (bool included), inf where a float overflows."""
+    """Returns a real number as a float: inf if it is too large, NaN if `value` is no real number (or a bool)."""
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
         return math.nan
@@ -66,7 +66,7 @@ def real_number(value: object) -> float:
 
 
 def excerpt(value: object) -> str:
-    """Returns the representation of `value` for a message, shortened above 200 characters."""
+    """Returns the `repr` of `value` for a message, shortened if it exceeds 200 characters."""
     try:
         text = repr(plain(value))
     except ValueError:  # Python prints no integer of over 4,300 digits

@@ -27,7 +27,7 @@ DEFAULT_INT4_GROUP = 128
 
 
 def int4_recipe(group: int) -> dict[str, object]:
-    """Returns the `quantization_config` of int4 weights in groups of `group`."""
+    """Returns the `quantization_config` of int4 weights where `group` weights share a scale."""
     return {"quant_method": "lumina_mgpt_int4", "bits": 4, "group_size": group}
 
 
@@ -35,14 +35,14 @@ def int4_recipe(group: int) -> dict[str, object]:
 class ModelConfig:
     """Shape of the decoder-only transformer; field names are those of the released `config.json`.
 
-    Released files lack the following fields, and their defaults fit the released models.
+    Args lists only fields that released files lack; their defaults fit the released models.
 
     Args:
         image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
         base_size: side in pixels of the images that the weights were trained on.
         panels_apart: whether the image tokenizer encodes and decodes each panel of an image separately; see `parts`.
-        quantization_config: None, or what `int4_recipe` returns if the weights are int4. Other programs
-            read this key, and refuse a recipe that they do not know.
+        quantization_config: what `int4_recipe` returns if the weights are int4, else None. Other programs read this
+            key of `config.json` and refuse a value that they do not know.
 
     Raises:
         InputError: a value is of another type or out of its range, or two sizes do not fit each other.
@@ -104,21 +104,24 @@ class ModelConfig:
         return embeddings + self.num_hidden_layers * self.layer_weight_count
 
     def parts(self, panels: int) -> int:
-        """Returns the number of parts, from top to bottom, that an image with `panels` panels is encoded in.
+        """Returns how many parts, one above the other, the image tokenizer codes separately: `panels` or 1.
 
-        Norms and attention of a MoVQGAN span the whole image, so the codes of one panel depend on the other: for the
-        demo, half of them. The released models were trained on codes of whole images, but get a given panel alone in
-        inference. With `panels_apart`, the codes of a panel are the same in training, in inference and for the panel as
-        a separate image.
+        Norms and attention of a MoVQGAN span its whole input, so a panel's codes depend on the other panel. For the
+        demo, half of the codes do. The released models were trained on codes of whole images, but in inference a
+        given panel is encoded alone. With `panels_apart`, each panel is always encoded alone, so its codes are the
+        same in training and in inference.
+
+        Args:
+            panels: number of panels of the image.
         """
         return panels if self.panels_apart else 1
 
     @classmethod
     def from_json(cls, path: str | Path) -> "ModelConfig":
-        """Reads a `config.json`; null means the default.
+        """Reads a `config.json`; a key whose value is null gets its default.
 
-        Keys that do not affect this model are ignored, such as `vq_config`, `vocabulary_map`, `mask_image_logits`,
-        `attention_dropout` and the ids of bos and eos in released files.
+        Keys that do not affect this model are ignored. Released files have `vq_config`, `vocabulary_map`,
+        `mask_image_logits`, `attention_dropout` and the ids of bos and eos, for example.
 
         Raises:
             InputError: the file cannot be read, is of another type of model, or has settings that are not supported.
@@ -188,7 +191,7 @@ class SamplingConfig:
 
     Args:
         cfg: scale of classifier-free guidance, 0 to 1000; 1.0 means no guidance and no unconditional row.
-        top_k: number of most probable codes to sample from, at least 1; above the number of codes it means all.
+        top_k: sample from this number of most probable codes, at least 1. More than there are means all codes.
         temperature: divisor of the logits, above 0.
         seed: seed of the noise, 0 to 2**63 - 1.
 
@@ -212,7 +215,7 @@ class SamplingConfig:
             object.__setattr__(self, name, value)  # the class is frozen
 
     def with_seeds(self, count: int) -> list["SamplingConfig"]:
-        """Returns `count` copies with consecutive seeds, starting with this one's.
+        """Returns `count` copies with consecutive seeds, starting with `seed`.
 
         Raises:
             InputError: the last seed is out of range.
@@ -232,9 +235,9 @@ class Speculation:
 
     Args:
         coupling: how drafts are verified against the target distribution, one of COUPLINGS.
-        window: drafts that one forward verifies, 1 to 4096. A pipeline replaces None by `devices.default_window`;
-            samplers need a number.
-        proposal: proposal distribution of a new draft, one of PROPOSALS.
+        window: number of drafts that one forward verifies, 1 to 4096. A pipeline replaces None by
+            `devices.default_window`; samplers need a number.
+        proposal: distribution from which a new draft is drawn, one of PROPOSALS.
 
     Raises:
         InputError: a value is out of range.

@@ -1,4 +1,4 @@
-"""Output streams that never raise, and signals as exceptions."""
+"""Output streams that never raise, and signals that raise exceptions."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 class SafeStream:
     """A text stream that never raises. It escapes what it cannot encode and drops what it cannot write.
 
-    So a pipe whose reader exits (`| head -1`), a closed stream or a full disk does not end a run.
+    A run therefore continues when the reader of its pipe exits (`| head -1`), a stream is closed or a disk is full.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -99,8 +99,9 @@ def safe_output() -> Iterator[None]:
 def stoppable() -> Iterator[None]:
     """Raises `Stopped` in the main thread at SIGTERM and SIGHUP, so that a command can remove unfinished files.
 
-    A signal that is ignored before (`nohup`) stays ignored. After the first signal, further ones are ignored, because
-    both the kernel and the shell send SIGHUP when a terminal closes. Ctrl-C still interrupts the clean-up.
+    A signal that the process already ignores (`nohup`) stays ignored. After the first signal, further SIGTERM and
+    SIGHUP are ignored, because both the kernel and the shell send SIGHUP when a terminal closes. Ctrl-C still
+    interrupts the clean-up.
     """
     handlers: dict[int, Any] = {}
 

@@ -41,7 +41,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def own_device(name: str) -> torch.device:
-    """Returns the device of a name; of several GPUs the one that a launcher assigned to this process."""
+    """Returns the device of a name; for a CUDA GPU, the one that the launcher assigned to this process, if any."""
     device, local = resolve_device(name), os.environ.get("LOCAL_RANK", "")
     return resolve_device(f"cuda:{local}") if device.type == "cuda" and local.isdecimal() else device
 
@@ -51,13 +51,15 @@ def resolve_dtype(
 ) -> torch.dtype:
     """Returns the number format of a name.
 
-    `auto` is bf16 on CUDA (fp16 on GPUs without bf16), fp16 on Apple GPUs and fp32 on a CPU, where fp32 is the fastest
-    format that every processor supports. On a CPU it is bf16, with a line in the log, if fp32 weights exceed half of
-    the memory. With int4 weights it is bf16 on a CPU, because torch's kernel is 40 times slower with fp32 inputs
-    (measured by `scripts/benchmarks/bench_large.py floor`).
+    `auto` is bf16 on CUDA (fp16 on GPUs without bf16) and fp16 on Apple GPUs. On a CPU, `auto` is fp32, the fastest
+    format that every processor supports, with two exceptions:
+
+    - bf16, with a line in the log, if fp32 weights exceed half of the memory;
+    - bf16 with int4 weights. torch's int4 kernel is 40 times slower with fp32 inputs (measured by
+      `scripts/benchmarks/bench_large.py floor`).
 
     Args:
-        quant: group size of int4 weights that are made while loading.
+        quant: group size if the weights are quantized to int4 while loading, else None.
 
     Raises:
         InputError: the name is unknown or not a floating-point format.
@@ -84,9 +86,10 @@ def resolve_dtype(
 
 
 def default_window(device: torch.device, int4: bool) -> int:
-    """Returns the default number of drafts that one forward verifies: the fastest measured, or the wider of equals.
+    """Returns the default number of drafts that one forward verifies.
 
-    Seconds per image of the demo checkpoint on two cores, the better of the couplings `noise` and `maximal`
+    On a CPU it is the fastest window in this table, the wider one of equals. The table has the seconds per image of
+    the demo checkpoint on two cores, with the faster of the couplings `noise` and `maximal`
     (`scripts/benchmarks/bench.py --window 8 16 32 64`):
 
     | window | fp32 | bf16 | int4 | int4, int8 cache | int4, AMX kernel |
@@ -106,7 +109,12 @@ def default_window(device: torch.device, int4: bool) -> int:
 
 
 def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
-    """Returns the bytes of keys and values of one row of `slots` ids; int8 adds a float32 scale per token and head."""
+    """Returns the bytes of the keys and values that the KV cache holds for one sequence, all layers together.
+
+    Args:
+        slots: number of ids of the sequence.
+        dtype: type of keys and values; int8 adds a float32 scale per token and head.
+    """
     vector = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
     return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * vector
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """An error that a user can correct: a parameter, a file, a folder, a missing device.
 
-    One line with the parameter or file, the rule, the value got and a remedy:
-    `width must be a multiple of 32, got 100; try 96 or 128`. Other parameters are named as in Python, `device=cpu`.
-    Commands print the same line with their options, `--width ...; use --device cpu`, and exit with status 2. All other
-    exceptions are bugs and keep their traceback.
+    The message is one line with the parameter or file, the rule, the value got and a remedy:
+    `width must be a multiple of 32, got 100; try 96 or 128`. A remedy writes another parameter as in Python,
+    `device=cpu`. Commands print the line with the names of their options, `--width ...; use --device cpu`, and exit
+    with status 2. All other exceptions are bugs and keep their traceback.
 
     Attributes:
         parameter: name of the parameter at fault, None where it is a file or something else.
@@ -24,7 +24,10 @@ class InputError(ValueError):
 
 @contextmanager
 def caused_by(parameter: str) -> Iterator[None]:
-    """Names a parameter in the InputErrors of the block, for files and folders that are read because of its value."""
+    """Makes every InputError of the block name `parameter`.
+
+    For blocks that read a file or folder which the value of the parameter names.
+    """
     try:
         yield
     except InputError as error:
@@ -34,12 +37,13 @@ def caused_by(parameter: str) -> Iterator[None]:
 def package_error(
     error: BaseException, need: str, package: str, modules: tuple[str, ...] = (), otherwise: str = ""
 ) -> InputError:
-    """The error for an optional package that is not installed or fails to import; `error` is what the import raised.
+    """Returns the error for an optional package that is not installed or fails to import.
 
     Args:
-        need: what the package is needed for, as the first words of the message.
-        package: its name for pip.
-        modules: names it is imported by, where they differ from `package`.
+        error: what the import raised.
+        need: what needs the package, as the first words of the message.
+        package: name of the package for pip.
+        modules: names of its modules; empty if the only one is `package`.
         otherwise: what a user can do without the package.
     """
     reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -54,12 +54,12 @@ def picture_suffixes() -> frozenset[str]:
 def open_image(path: str | os.PathLike, content: BinaryIO | None = None, alpha: bool = False) -> Image.Image:
     """Opens a picture as upright RGB: EXIF rotation applied, transparency over white, 16 bits scaled to 8.
 
-    Reads the first of several frames. Starts no other program.
+    Of a file with several frames, reads the first. Starts no other program.
 
     Args:
-        path: the file; with `content`, only its name in messages.
-        content: read instead of the file.
-        alpha: return RGBA with its transparency instead of RGB.
+        path: the file. If `content` is given, `path` only names the picture in messages.
+        content: stream to read in place of the file.
+        alpha: whether to return RGBA, which keeps the transparency.
 
     Raises:
         InputError: the file is missing, damaged or not a picture, or the picture has more than 178,956,970 pixels or a
@@ -114,7 +114,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def open_panel(parameter: str, path: str | os.PathLike) -> Image.Image:
-    """Opens a picture that is to be cropped to a panel.
+    """Opens a picture that the caller then crops to a panel.
 
     Args:
         parameter: name of the parameter that has the path, for messages.
@@ -161,7 +161,7 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The center of `image`, scaled to cover `size` (width, height).
+    """Scales `image` to cover `size` (width, height) and returns the center of that size.
 
     Halves with a box filter while both sides are at least twice the target, then resizes with a bicubic filter.
 
@@ -189,14 +189,15 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def crop_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`center_crop` of a picture of any mode, upright and with transparency over white."""
+    """Returns the `center_crop` of a picture of any mode, after EXIF rotation and with transparency over white."""
     return center_crop(to_rgb(upright(image)), size)
 
 
 def candidate_sizes(target: int) -> list[tuple[int, int]]:
-    """Sizes (width, height) of at most target² pixels: multiples of 32, ratio of sides at most 4.
+    """Returns sizes (width, height) of at most target² pixels: multiples of 32, ratio of sides at most 4.
 
-    Starts with one row of all 32 x 32 patches. Adds a row where the patches suffice, and otherwise removes a column.
+    The area target² is (target / 32)² patches of 32 × 32 pixels. The search starts with all patches in one row. Each
+    step adds a row if there are enough patches, and otherwise removes a column.
 
     Raises:
         InputError: `target` is not a positive multiple of 32, or is above 8192.
@@ -221,7 +222,11 @@ def candidate_sizes(target: int) -> list[tuple[int, int]]:
 
 
 def best_size(size: tuple[int, int], candidates: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The candidate (width, height) whose crop keeps the largest part of `size`; of ties, the larger tuple."""
+    """Returns the candidate to which a picture of `size` is cropped with the least loss; of ties, the larger tuple.
+
+    Args:
+        size, candidates: all as (width, height).
+    """
 
     def kept(candidate: tuple[int, int]) -> float:
         ratios = candidate[0] / size[0], candidate[1] / size[1]
@@ -236,12 +241,12 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def stacked(images: Sequence[Image.Image]) -> Image.Image:
-    """Images of the same width one above another, without gaps, as panels."""
+    """Images of the same width one above the other, without gaps, as the panels of an image."""
     return Image.fromarray(np.concatenate([np.asarray(image.convert("RGB")) for image in images], axis=0))
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB, at most 100, which equal images have."""
+    """Peak signal-to-noise ratio in dB of two images; 100, the largest value, for equal images."""
     difference = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
     return -10 * math.log10(max(float((difference**2).mean()) / 255**2, 1e-10))
 

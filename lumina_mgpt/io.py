@@ -38,7 +38,7 @@ def cause(error: BaseException) -> str:
 
 
 def remedy(error: BaseException, otherwise: str = "check the path") -> str:
-    """Returns advice for an error of the operating system, `otherwise` if the error number is not in the table."""
+    """Returns advice for an error of the operating system, or `otherwise` if there is none for its error number."""
     return _REMEDIES.get(getattr(error, "errno", None) or 0, otherwise)
 
 
@@ -46,14 +46,14 @@ def remedy(error: BaseException, otherwise: str = "check the path") -> str:
 
 
 def decode_text(data: bytes, where: str, parameter: str | None = None) -> str:
-    """Returns the text of UTF-8 bytes, without byte order marks; joined files have one at the start of several lines.
+    """Returns the text of UTF-8 bytes, without byte order marks at the start of any line (joined files have several).
 
     Args:
-        where: source of the bytes, for errors.
+        where: name of the file or stream that the bytes are from, for errors.
         parameter: parameter that named the source, for errors.
 
     Raises:
-        InputError: the bytes are not UTF-8, or contain a zero byte; names the encoding that they seem to have.
+        InputError: the bytes are not UTF-8, or contain a zero byte. The message names the probable encoding.
     """
     try:
         text = re.sub("^\ufeff", "", data.decode("utf-8"), flags=re.MULTILINE)
@@ -88,7 +88,7 @@ def read_text(path: str | Path, parameter: str | None = None) -> str:
 
 
 def require_readable(path: str | Path, parameter: str | None = None) -> None:
-    """Checks that a file can be opened, for libraries whose errors do not name the reason.
+    """Checks that a file can be opened, before a library opens it whose errors give no reason.
 
     Raises:
         InputError: the file is missing, is a folder, or cannot be read.
@@ -113,7 +113,7 @@ def parse_json(text: str, where: str, parameter: str | None = None) -> object:
     """Returns the value of a JSON text.
 
     Args:
-        where: source of the text, for errors.
+        where: name of the file or stream that the text is from, for errors.
         parameter: parameter that named the source, for errors.
 
     Raises:
@@ -144,7 +144,7 @@ def read_rows(path: str | Path, parameter: str | None = None) -> list:
     """Returns the rows of a `.json` file (a list) or a `.jsonl` file (one value per line).
 
     Raises:
-        InputError: the file cannot be read; names the damaged line.
+        InputError: the file cannot be read, or is damaged. The message names the damaged line.
     """
     path = Path(path)
     if path.suffix not in (".json", ".jsonl"):
@@ -163,13 +163,15 @@ def read_rows(path: str | Path, parameter: str | None = None) -> list:
 
 
 def partial_path(path: Path) -> Path:
-    """Returns the temporary name of a file that is being written, in the same folder."""
+    """Returns the path of the temporary file that is written in place of `path`, in the same folder."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yields a temporary file that replaces `path` atomically when the block ends, and is removed if it raises.
+    """Yields a temporary file, open for writing bytes, that replaces `path` atomically when the block ends.
+
+    If the block raises, the temporary file is removed.
 
     Raises:
         OSError: the file cannot be written; the previous one is kept.
@@ -201,7 +203,9 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file with the access rights of the umask; safetensors itself always sets mode 0600.
+    """Writes a safetensors file with the usual access rights (umask), where safetensors itself sets mode 0600.
+
+    The write is not atomic.
 
     Raises:
         OSError, SafetensorError: the file cannot be written and may be incomplete.
@@ -215,7 +219,7 @@ def write_tensors(path: str | Path, tensors: Mapping, metadata: Mapping[str, str
 
 
 def require_new(target: str | Path, parameter: str) -> None:
-    """Checks that a path is free or an empty folder.
+    """Checks that nothing exists at a path, or only an empty folder.
 
     Raises:
         InputError: the path is taken or cannot be examined.
@@ -233,9 +237,10 @@ def require_new(target: str | Path, parameter: str) -> None:
 
 @contextmanager
 def new_folder(target: str | Path, parameter: str) -> Iterator[Path]:
-    """Yields a hidden folder to write to; its content becomes `target` when the block ends, or is removed if it raises.
+    """Yields a hidden folder to write to, whose content becomes the folder `target` when the block ends.
 
-    A new folder appears in one step. An existing empty folder may be a mount point, so files are moved into it.
+    If the block raises, the hidden folder is removed. A `target` that does not exist appears in one step. An existing
+    empty `target` may be a mount point, so the files are moved into it one by one.
 
     Args:
         parameter: parameter that named the folder, for errors.
@@ -275,7 +280,7 @@ def new_folder(target: str | Path, parameter: str) -> Iterator[Path]:
 
 
 def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
-    """Appends JSON lines and flushes them to the disk.
+    """Appends rows to a file, one JSON line per row, and flushes them to the disk.
 
     Raises:
         InputError: the file cannot be written.
@@ -293,9 +298,9 @@ def append_lines(path: str | Path, rows: Iterable[dict]) -> None:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Removes the lines of later steps, which a resumed run repeats, and damaged lines.
+    """Removes from a JSON Lines file all rows after a training step, which a resumed run repeats, and damaged lines.
 
-    It keeps complete lines whose `step` is an integer of at most `step`.
+    Keeps complete rows whose key `step` is an integer of at most `step`.
     """
     if not path.exists():
         return
@@ -311,7 +316,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def json_line(row: dict) -> str:
-    """Returns a line of JSON in ASCII, since a path may contain bytes that are not UTF-8."""
+    """Returns a row as a line of JSON in ASCII, since a path in it may contain bytes that are not UTF-8."""
     return json.dumps(row) + "\n"
 
 
@@ -321,7 +326,7 @@ def alone_in(folder: Path, parameter: str, name: str = ".lock") -> Iterator[None
 
     Args:
         parameter: parameter that named the folder, for errors.
-        name: file name of the lock; processes that use other names can work in the folder at the same time.
+        name: file name of the lock. Processes exclude each other only if they use the same name.
 
     Raises:
         InputError: another process has the lock.

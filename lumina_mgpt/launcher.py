@@ -26,7 +26,7 @@ def process_share() -> tuple[int, int]:
 
 
 def meeting_point() -> None:
-    """Checks the variables that several processes need to connect to each other.
+    """Checks the environment variables with which several processes connect to each other.
 
     Raises:
         InputError: a variable is missing or out of its range.

@@ -1,4 +1,4 @@
-"""Computes control maps of a picture without a trained network."""
+"""Computes control maps, such as edges, from a picture without a trained network."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType

@@ -11,7 +11,7 @@ import torch
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
-    """Returns the median seconds of several runs, after one that is not counted."""
+    """Returns the median seconds of `repeats` calls of `work`, after one call that is not timed."""
     work()
     taken = []
     for _ in range(repeats):
@@ -22,7 +22,10 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
 
 
 def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) -> float:
-    """Returns the bytes per second of reading `size` float32 numbers: the best of sums and matrix-vector products."""
+    """Returns the memory bandwidth for reading `size` float32 numbers, in bytes per second.
+
+    It is the best of `repeats` sums and `repeats` matrix-vector products.
+    """
     data = torch.ones(size // 4096, 4096, device=device)
     vector, best = torch.ones(4096, device=device), 0.0
     for work in (data.sum, lambda: (data @ vector)[0]) * repeats:
@@ -45,9 +48,9 @@ def peak_bytes(device: torch.device) -> int | None:
 
 @contextmanager
 def peak_anonymous(every: float = 0.05) -> Iterator[list[int]]:
-    """Yields a list of one number: the peak anonymous memory of this process so far, in bytes (Linux only).
+    """Yields a list of one number, kept up to date: this process's peak of anonymous memory in bytes (Linux only).
 
-    Pages of mapped files do not count, since the system can reclaim them.
+    The peak is that since the block began. Pages of mapped files do not count, since the system can reclaim them.
 
     Args:
         every: seconds between two readings.

@@ -50,7 +50,7 @@ _TYPE_RULES: dict[Any, str] = {
 
 
 def check_type(name: str, value: object, kind: Any) -> None:
-    """Refuses a value of another type than `kind`; integers are accepted as float, bool is not a number.
+    """Refuses a value of another type than `kind`. An int passes as a float; a bool passes as neither.
 
     Raises:
         InputError: the type differs, or a number is infinite or NaN.
@@ -71,7 +71,7 @@ def check_sizes(config: Any) -> None:
         config: a ModelConfig whose fields have the right types.
 
     Raises:
-        InputError: the first field at fault.
+        InputError: a size is wrong. The message names the first such field.
     """
     for name, most in _MOST.items():
         value = getattr(config, name)
@@ -106,7 +106,7 @@ def check_foreign_keys(raw: dict, values: dict) -> None:
         values: the keys that are fields of ModelConfig.
 
     Raises:
-        InputError: the first key at fault.
+        InputError: a key is not supported. The message names the first one.
     """
     for name, neutral in _FOREIGN.items():
         value = raw.get(name)
@@ -118,7 +118,13 @@ def check_foreign_keys(raw: dict, values: dict) -> None:
 
 
 def with_rope_parameters(values: dict, parameters: object) -> dict:
-    """Returns `values` with rope_theta and rope_scaling from `rope_parameters`, which transformers 5 writes instead.
+    """Returns `values` with `rope_theta` and `rope_scaling` from `rope_parameters`.
+
+    transformers 5 writes the key `rope_parameters` in place of the two fields.
+
+    Args:
+        values: fields of ModelConfig in the file.
+        parameters: value of `rope_parameters`, None if the file lacks it.
 
     Raises:
         InputError: the parameters contradict the other fields, or are not supported.
@@ -138,7 +144,11 @@ def with_rope_parameters(values: dict, parameters: object) -> dict:
 
 
 def checked_rope(scaling: object, name: str = "rope_scaling") -> dict | None:
-    """Returns the scaling of rotary angles, None for each spelling of no scaling.
+    """Returns the scaling of rotary angles, or None if `scaling` is one of the ways to write "no scaling".
+
+    Args:
+        scaling: value of `rope_scaling`.
+        name: name of the key, for errors.
 
     Raises:
         InputError: the type, or a setting, is not supported.
@@ -161,7 +171,7 @@ def checked_rope(scaling: object, name: str = "rope_scaling") -> dict | None:
 
 
 def check_recipe(recipe: dict, known: Sequence[dict]) -> None:
-    """Refuses int4 weights of other programs, and unknown settings.
+    """Refuses quantized weights that other programs made, and unknown settings of quantization.
 
     Args:
         recipe: the `quantization_config` of the file.

@@ -1,4 +1,4 @@
-"""Writes pictures atomically, with their settings as PNG text, and never over an existing file."""
+"""Writes pictures atomically, with their settings as PNG text. Existing files are kept unless the caller overrides."""
 
 import os
 import re
@@ -19,7 +19,7 @@ _PARTIAL = re.compile(r"\.(.+)\.\d+\.part", re.DOTALL)
 
 
 class OutputFolder:
-    """The folder for results. Files appear there under their name only when they are complete."""
+    """A folder for results. A file gets its name only when it is complete."""
 
     def __init__(
         self, folder: str | Path, overwrite: bool = False, shared: bool = False, parameter: str = "save_path"
@@ -34,12 +34,12 @@ class OutputFolder:
         self.overwrite, self.shared, self.parameter = overwrite, shared, parameter
 
     def claim(self, names: Iterable[str], keep: Iterable[Path] = (), temporary: Iterable[str] = ()) -> None:
-        """Checks before the work that all of `names` can be written. Leaves nothing behind.
+        """Checks before sampling that all of `names` can be written; leaves no new file or folder.
 
         Args:
             names: file names of the results.
-            keep: files that no result may replace.
-            temporary: file names that the run itself removes; they may exist, because a killed run leaves them.
+            keep: files that no result may replace, such as inputs.
+            temporary: names of files that the run removes at its end. They may exist, as a killed run leaves them.
 
         Raises:
             InputError: a result exists, a result would replace one of `keep`, the folder cannot be created or written,
@@ -80,7 +80,8 @@ class OutputFolder:
         """Writes `image` as the PNG file `name` with `text` inside and returns its path.
 
         Args:
-            again: allow to replace an earlier version from this run.
+            text: keys and values of the PNG text chunks.
+            again: whether the file may replace an earlier version from this run.
 
         Raises:
             InputError: the file exists and must not be replaced, or it cannot be written.
@@ -124,10 +125,10 @@ class OutputFolder:
 
 
 def png_text(text: Mapping[str, object]) -> PngInfo:
-    """Returns PNG text chunks of `text`.
+    """Returns `text` as PNG text chunks, one per key.
 
-    Characters that PNG text cannot hold are escaped with a backslash: null characters, and the surrogates that Python
-    uses for file names that are not UTF-8.
+    A backslash escapes characters that PNG text cannot hold: null characters and surrogates. Python uses surrogates
+    in file names that are not UTF-8.
     """
     info = PngInfo()
     for key, value in text.items():

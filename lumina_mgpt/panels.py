@@ -28,11 +28,12 @@ def given_size(layout: ImageLayout) -> tuple[int, int]:
 def fit_panels(
     panels: Sequence[Panel], layout: ImageLayout, count: int, num_codes: int
 ) -> tuple[Image.Image | Tensor, ...]:
-    """Returns the panels at the size that the layout gives them; opens paths, crops pictures and checks codes.
+    """Returns the given panels, fitted to a layout: opens paths, crops pictures and checks codes.
 
     Args:
+        panels: one panel for all prompts or one per prompt; none if the layout has no given panel.
         count: number of prompts.
-        num_codes: number of codes of the image tokenizer.
+        num_codes: size of the image tokenizer's codebook.
 
     Raises:
         InputError: a panel has an unsupported type, a picture cannot be read, the number of panels does not fit the
@@ -68,10 +69,11 @@ def _fit(panel: Panel, layout: ImageLayout, num_codes: int) -> Image.Image | Ten
 def encode_panels(
     panels: Sequence[Image.Image | Tensor], layout: ImageLayout, count: int, tokenizer: ImageTokenizer
 ) -> Tensor:
-    """Returns the codes of the given panel of each of `count` prompts, in reading order.
+    """Returns the codes of each prompt's given panel, in reading order.
 
     Args:
         panels: what `fit_panels` returns.
+        count: number of prompts.
 
     Shapes: -> (count, layout.given).
     """

@@ -1,4 +1,4 @@
-"""From a request to images: the only module where vocabulary, sampler, model and image tokenizer meet."""
+"""Turns requests into images: the only module where vocabulary, sampler, model and image tokenizer meet."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -41,8 +41,8 @@ class Pipeline:
     results[0].image.save("hedgehog.png")
 
     Attributes:
-        compiled: the compiled forward, None where steps run eagerly.
-        forwards: number of steps of the last `sample`.
+        compiled: the compiled forward of the model, None if the model runs eagerly.
+        forwards: number of forwards in the last call of `sample`.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class Pipeline:
         Args:
             model_path: a local folder in the released layout, a hub id, or an opened checkpoint.
             attn: attention backend, `sdpa` or `flash`.
-            quant: group size, 32, 64 or 128, to quantize the layers' matrices to int4 while they are read. A checkpoint
-                with int4 weights needs no value. `pipeline.model.config.int4_group` is the group size in use.
-            cache_dtype: type of keys and values (default: the model's). torch.int8 takes half the memory of bf16.
+            quant: quantize the layers' matrices to int4 while loading, in groups of this size: 32, 64 or 128. A
+                checkpoint with int4 weights needs no value. `pipeline.model.config.int4_group` is the size in use.
+            cache_dtype: type of cached keys and values (default: the model's). torch.int8 takes half of bf16's memory.
             movqgan_dtype: type of the image tokenizer. With float32 the image is a function of its codes alone; bf16
                 and fp16 take half the memory.
-            compile: compile the steps, each shape at its first use, which takes a minute or more. On CUDA they are
-                captured as graphs.
+            compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
+                CUDA, the forwards are also captured as graphs.
             on_read: called with the number of weights read so far and their total.
 
         Raises:
-            InputError: the device is missing, there is no checkpoint, a file is damaged or does not fit the others, or
-                the weights cannot be quantized with these settings.
+            InputError: the device or the checkpoint is missing, a file is damaged or does not fit the others, or the
+                weights cannot be quantized with these settings.
         """
         device = resolve_device(device)
         attention.backend(attn)  # raises before any weights are read
@@ -125,17 +125,22 @@ class Pipeline:
         on_row: OnRow | None = None,
         **settings: Any,
     ) -> list[Result]:
-        """Returns `n` images of each prompt, ordered by prompt; the arguments are those of `GenerationRequest.of`."""
+        """Returns `n` images of each prompt, ordered by prompt.
+
+        Args:
+            on_row: called with a `RowsDone` each time a row of a batch is final.
+            settings: other arguments of `GenerationRequest.of`, such as `n`.
+        """
         return list(self.stream(GenerationRequest.of(prompts, width, height, **settings), on_row))
 
     def stream(self, request: GenerationRequest | PreparedRequest, on_row: OnRow | None = None) -> Iterator[Result]:
-        """Yields the images of a request, each batch as soon as it is decoded.
+        """Returns an iterator over the images of a request, which samples a batch at a time.
 
         Args:
-            on_row: called when a row of a batch is final.
+            on_row: called with a `RowsDone` each time a row of a batch is final.
 
         Raises:
-            InputError: before any work, where the request does not fit the checkpoint.
+            InputError: the request does not fit the checkpoint. The call itself raises it, before any sampling.
         """
         prepared = request if isinstance(request, PreparedRequest) else self.checkpoint.prepare(request)
         request = prepared.request
@@ -169,7 +174,7 @@ class Pipeline:
             yield Result(job, sampling.seed, image, grid, encode_image(grid, self.checkpoint.vocabulary), layout.panels)
 
     def with_window(self, speculation: Speculation | None) -> Speculation | None:
-        """Returns the settings with the default window of this device and precision where `window` is None."""
+        """Returns `speculation`; where its `window` is None, with the default window of this device and precision."""
         if speculation is None or speculation.window is not None:
             return speculation
         return replace(speculation, window=default_window(self.device, bool(self.model.config.int4_group)))
@@ -180,7 +185,7 @@ class Pipeline:
         """Returns the automatic batch size: as many images as fit the cache limit, at most 8.
 
         Args:
-            start: ids of the longest prompt.
+            start: number of ids of the longest prompt, up to image start.
         """
         config, slots = self.checkpoint.config, start + layout.length
         image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
@@ -200,13 +205,13 @@ class Pipeline:
         on_row: Callable[[int, Tensor], None] | None = None,
         speculation: Speculation | None = None,
     ) -> Tensor:
-        """Returns the codes of one image for each of B starts, sampled in one batch.
+        """Returns the codes of B images, one for each of `starts`, sampled in one batch.
 
         Args:
-            starts: ids up to image start.
-            repeats: repeat of each image, part of the key of its noise.
+            starts: the prompt's ids of each image, up to image start.
+            repeats: `ImageJob.repeat` of each image; it and the seed determine the noise of the image.
             given: codes of the given panels (B, layout.given).
-            on_row: called with the index of a row that is final and the codes so far.
+            on_row: called when a row is final, with its index and the codes so far, (B, index + 1, cols).
 
         Shapes: -> (B, rows, cols) int64 on the CPU.
         """
@@ -227,7 +232,12 @@ class Pipeline:
         settings: SamplingConfig,
         speculation: Speculation | None,
     ) -> CachedStep:
-        """Returns a step with an empty cache for one batch; `speculation` must have a window."""
+        """Returns a callable that runs the model for one batch, with an empty KV cache.
+
+        Args:
+            starts: the prompt's ids of each image, up to image start.
+            speculation: None, or settings whose `window` is a number.
+        """
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
@@ -236,7 +246,7 @@ class Pipeline:
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
-        """Returns pictures of full size from the first rows of their codes; the rest is grey.
+        """Returns pictures of unfinished images, at full size; rows without codes are grey.
 
         Shapes: codes (B, rows so far, cols).
         """

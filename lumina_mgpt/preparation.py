@@ -1,4 +1,4 @@
-"""Opens a checkpoint's small files and prepares requests for it: sizes, prompt ids and panels. Loads no weights."""
+"""Opens a checkpoint's small files and prepares requests for it: layouts, prompt ids and panels. Loads no weights."""
 
 import math
 from collections.abc import Sequence
@@ -25,9 +25,10 @@ class PreparedRequest:
     """A request that was checked against a checkpoint.
 
     Attributes:
-        layout: layout of each image.
+        layout: layout of every image.
         starts: ids of each prompt, up to image start.
-        panels: the given panels at their size, one for all prompts or one for each: pictures, or codes (rows, cols).
+        panels: the given panels, fitted to the layout, one for all prompts or one per prompt. Each is a picture, or
+            codes (rows, cols).
     """
 
     request: GenerationRequest
@@ -42,14 +43,19 @@ class PreparedRequest:
         return panel if isinstance(panel, Image.Image) else None
 
     def changed(self, **settings: Any) -> "PreparedRequest":
-        """Returns a copy whose request has other settings (`sampling`, `speculation`, `batch_size`, `share`, `n`)."""
+        """Returns a copy whose request has other settings.
+
+        Args:
+            settings: any of `sampling`, `speculation`, `batch_size`, `share` and `n`.
+        """
         return replace(self, request=replace(self.request, **settings))
 
     def single(self, index: int, panel: Image.Image | Tensor, **settings: Any) -> "PreparedRequest":
-        """Returns a copy for prompt `index` alone, with `panel` as the given panel.
+        """Returns a copy for one prompt alone, with `panel` as its given panel.
 
         Args:
-            panel: fits the layout of this request.
+            index: index of the prompt.
+            panel: a picture or codes that already fit the layout of this request.
             settings: as in `changed`.
         """
         request = replace(self.request, prompts=self.request.prompts[index : index + 1], panels=(panel,), **settings)
@@ -83,11 +89,11 @@ class Checkpoint:
         return cls(folder, config, vocabulary, movqgan)
 
     def base_size(self, panels: int = 1) -> tuple[int, int]:
-        """Returns the default width and height in pixels: square panels of the base size, one above the other.
+        """Returns the default width and height in pixels of an image: square panels, one above the other.
 
-        Where several panels of that size have more codes than the model's context, they are made smaller until all
-        panels together have the area of one image of the base size: 512 × 1024 for two panels of the released weights,
-        as in their examples.
+        The side of a panel is `config.base_size`. If the codes of several such panels exceed the model's context, the
+        panels are smaller: all together have at most the area of one. With the released weights, an image of two
+        panels is 512 × 1024, as in their examples.
         """
         side = self.config.base_size
         if panels > 1 and panels * (side // CODE_CELL) ** 2 > self.config.max_position_embeddings:
@@ -121,8 +127,9 @@ class Checkpoint:
         """Returns the ids of each prompt's instruction, up to image start.
 
         Args:
-            shown: what the described panel displays, as in `Task.instruction`.
-            parameter: name of the texts in errors.
+            layout: layout of the images.
+            shown: what the panel that the instruction describes displays (default: the task's `shown`).
+            parameter: name of the texts' parameter, for errors.
 
         Raises:
             InputError: a text contains the name of a special token, or prompt and image exceed the model's context.
@@ -152,7 +159,7 @@ class Checkpoint:
         """Returns the request with its layout, prompt ids and panels.
 
         Args:
-            parameter: name of the prompts in errors.
+            parameter: name of the prompts' parameter, for errors.
 
         Raises:
             InputError: the size does not fit the model, a prompt cannot be encoded, or a panel cannot be used.

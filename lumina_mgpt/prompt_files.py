@@ -1,4 +1,4 @@
-"""Reads prompts from text files of users and checkpoints, and suggests corrections."""
+"""Reads prompts from text files of users and checkpoints, and suggests corrections of names."""
 
 import difflib
 import re
@@ -21,10 +21,10 @@ EXAMPLE_PROMPTS = (
 
 
 def read_prompts(prompts: Sequence[str] | None, file: str | None, parameter: str = "prompt_file") -> list[str]:
-    """Returns `prompts`, then the prompts in a file: one per line, blank lines ignored.
+    """Returns `prompts`, followed by the prompts in a file: one per line, blank lines ignored.
 
     Args:
-        parameter: name of the file in errors.
+        parameter: name of the parameter that has the file, for errors.
 
     Raises:
         InputError: a prompt is empty, or the file cannot be read, is not UTF-8, or has no prompt.
@@ -41,17 +41,20 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None, parameter: str
 
 
 def example_prompts(folder: Path) -> list[str]:
-    """Returns five example prompts: those in the checkpoint's `prompts.txt`, else EXAMPLE_PROMPTS.
+    """Returns example prompts: the first five in the checkpoint's `prompts.txt`, else EXAMPLE_PROMPTS.
+
+    Args:
+        folder: the checkpoint folder.
 
     Raises:
-        InputError: the file exists but cannot be read or is not UTF-8.
+        InputError: `prompts.txt` exists but cannot be read or is not UTF-8.
     """
     file = folder / PROMPTS_FILE
     return (_not_blank(read_text(file)) if file.exists() else [])[:5] or list(EXAMPLE_PROMPTS)
 
 
 def known_names(folder: Path) -> list[str]:
-    """Returns the names in a small checkpoint's `names.txt`, which it can draw; empty without that file."""
+    """Returns the names of things that a small checkpoint can draw, from its `names.txt`; empty without that file."""
     try:
         return _not_blank(read_text(folder / "names.txt"))
     except InputError:  # only hints need the names
@@ -59,7 +62,11 @@ def known_names(folder: Path) -> list[str]:
 
 
 def unknown_hint(prompt: str, names: Sequence[str]) -> str | None:
-    """Returns a hint with similar names for a prompt that contains none of `names`; None if it contains one."""
+    """Returns a hint with similar names if a prompt contains none of `names`, else None.
+
+    Args:
+        names: what `known_names` returns; None is returned if it is empty.
+    """
     text = prompt.lower()
     if not names or any(re.search(rf"\b{_plural_too(name.lower())}\b", text) for name in names):
         return None

@@ -1,4 +1,7 @@
-"""Tasks and their instructions, as data. The model is trained on exactly these strings. A new task is one entry."""
+"""Tasks and their instructions, as data. To add a task, add one entry.
+
+The model is trained on exactly these strings.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,11 +37,11 @@ class Task:
     """A kind of request.
 
     Attributes:
-        template: instruction with `{width}` and `{height}` (pixels of the whole image), `{prompt}` and optionally
-            `{shown}`, what a panel displays.
+        template: text of the instruction with the fields `{width}`, `{height}` (pixels of the whole image) and
+            `{prompt}`. The optional field `{shown}` says what one of the panels displays.
         shown: default of `{shown}`.
         panels: number of panels of the image, one above the other; the height is a multiple of 32 · panels.
-        given_panels: number of panels, from the top, that the user gives.
+        given_panels: number of panels that the user gives, counted from the top.
         wordless: whether the prompt may be empty.
     """
 
@@ -49,11 +52,11 @@ class Task:
     wordless: bool = False
 
     def instruction(self, prompt: str, width: int, height: int, shown: str | None = None) -> str:
-        """Returns the text of the human turn.
+        """Returns the instruction for a prompt: the text of the human turn.
 
         Args:
             width, height: pixels of the whole image.
-            shown: what the described panel displays (default: the task's `shown`).
+            shown: what the panel that the instruction describes displays (default: the task's `shown`).
         """
         shown = self.shown if shown is None else shown
         return self.template.format(width=width, height=height, prompt=prompt, shown=shown)
@@ -82,10 +85,10 @@ I2I_TASKS: Mapping[str, Task] = MappingProxyType(
 
 
 def text_to_image(prompt: str, width: int, height: int) -> str:
-    """Returns the instruction for an image of that size in pixels."""
+    """Returns the text-to-image instruction for a prompt and an image size in pixels."""
     return TASKS["t2i"].instruction(prompt, width, height)
 
 
 def text_to_image_plain(prompt: str) -> str:
-    """Returns the instruction without a size, which one in ten training sequences has."""
+    """Returns the text-to-image instruction without a size. One in ten training sequences has it."""
     return _TEXT_TO_IMAGE_PLAIN.format(prompt=prompt)

@@ -17,7 +17,13 @@ _MOST_IMAGES = 100_000  # each image takes a file name and some memory before th
 
 @dataclass(frozen=True)
 class ImageJob:
-    """One image to make: `prompt_index` counts the prompts, `repeat` the images of one prompt, both from 0."""
+    """One image to make.
+
+    Args:
+        prompt: text of the prompt.
+        prompt_index: index of the prompt in the request, from 0.
+        repeat: index of the image among those of its prompt, from 0.
+    """
 
     prompt: str
     prompt_index: int
@@ -28,23 +34,24 @@ class ImageJob:
 class GenerationRequest:
     """A request for `n` images of each prompt.
 
-    An image depends on its prompt, its repeat (0 to n - 1), its panel, the seed and the other settings. It does not
-    depend on the other prompts, their order or `batch_size`.
+    An image depends on its prompt, its repeat (0 to n - 1), its given panel, the seed and the sampling settings. It
+    does not depend on the other prompts, their order or `batch_size`.
 
     Args:
         prompts: texts, at least one; a single str becomes a tuple.
-        width, height: pixels of the whole image, multiples of 32, the height a multiple of 32 for each panel (default:
-            `Checkpoint.base_size`).
+        width, height: pixels of the whole image (default: `Checkpoint.base_size`). The width is a multiple of 32, the
+            height of 32 · `task.panels`.
         n: images of each prompt.
         sampling: guidance, temperature, top-k and seed.
-        speculation: settings of speculative sampling, None for one code a forward. The coupling `noise` gives the
-            identical image, other couplings an image from the same distribution.
+        speculation: settings of speculative sampling, None for one code per forward. The coupling `noise` gives the
+            same image as None. Other couplings give an image from the same distribution.
         task: an entry of prompts.TASKS, or of prompts.I2I_TASKS for tasks with given panels.
-        panels: given upper panels, one for all prompts or one for each. Pictures and paths are cropped to the panel's
-            size, codes are used unmodified.
-        shown: what the described panel displays, in place of the task's default text.
+        panels: given upper panels, one for all prompts or one per prompt. Pictures, also those read from paths, are
+            cropped to the panel's size. Codes are used unmodified.
+        shown: what the panel that the instruction describes displays (default: `task.shown`).
         batch_size: images sampled together; None: as many as fit the cache limit, at most 8.
-        share: (r, count): make every count-th image, starting with index r. For one of several processes.
+        share: (rank, count): this process is number `rank` (from 0) of `count` processes. It makes every count-th
+            image, starting with index `rank`.
 
     Raises:
         InputError: a value has another type or is out of range. `Checkpoint.prepare` checks what depends on a
@@ -101,8 +108,8 @@ class GenerationRequest:
         """Returns a request from flat keyword arguments.
 
         Args:
-            panel: one given panel, or one for each prompt.
-            settings: fields of SamplingConfig (`cfg`, `top_k`, `temperature`, `seed`) and of this class.
+            panel: one given panel, or one per prompt.
+            settings: fields of SamplingConfig (`cfg`, `top_k`, `temperature`, `seed`) and of GenerationRequest.
         """
         names = {item.name for item in fields(SamplingConfig)} & settings.keys()
         if names:
@@ -112,7 +119,7 @@ class GenerationRequest:
 
     @property
     def jobs(self) -> list[ImageJob]:
-        """The images of this share, ordered by prompt, then repeat."""
+        """The images that `share` selects, ordered by prompt, then by repeat."""
         first, every = self.share
         jobs = [ImageJob(text, index, repeat) for index, text in enumerate(self.prompts) for repeat in range(self.n)]
         return jobs[first::every]
@@ -128,10 +135,13 @@ def _pixels(name: str, value: int | None) -> int | None:
 
 
 def image_count(name: str, value: int) -> int:
-    """Returns a number of images as an int.
+    """Returns `value`, a number of images, as an int.
+
+    Args:
+        name: name of the parameter, for the error.
 
     Raises:
-        InputError: it is not a whole number in 1 ... 100000.
+        InputError: `value` is not a whole number in 1 ... 100000.
     """
     return whole_number(name, value, 1, _MOST_IMAGES, f"must be a whole number in 1 ... {_MOST_IMAGES}; try 1")
 

@@ -1,6 +1,6 @@
 """Finds the model configurations and the demo checkpoint.
 
-A checkout has them at its top level, an installed package inside the package.
+A checkout of the repository has them at its top level. An installation has them inside the package.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def configs() -> Path:
-    """Returns the folder of the YAML files of models and data sets."""
+    """Returns the folder with the YAML configurations of models and data sets."""
     return _find("configs")
 
 

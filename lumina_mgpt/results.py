@@ -14,6 +14,7 @@ class Result:
     """One generated image.
 
     Attributes:
+        job: the prompt and repeat of the image.
         codes: image codes (rows, cols).
         ids: ids from image start to image end.
         panels: number of equal panels, one above the other.
@@ -34,13 +35,19 @@ class Result:
 
     @property
     def panel_codes(self) -> Tensor:
-        """Codes of the lowest panel, (rows / panels, cols). They can be the given panel of the next request."""
+        """Codes of the lowest panel, (rows / panels, cols). Another request can take them as its given panel."""
         return self.codes.chunk(self.panels)[-1]
 
 
 @dataclass(frozen=True)
 class RowsDone:
-    """The first rows of a batch are final: codes (B, rows so far, cols)."""
+    """Progress of a batch of B images: their first rows are final.
+
+    Attributes:
+        jobs: the images of the batch.
+        codes: codes of the final rows (B, rows so far, cols).
+        layout: layout of every image.
+    """
 
     jobs: tuple[ImageJob, ...]
     codes: Tensor

@@ -1,7 +1,7 @@
 """Uni-Rep: images and text as one sequence of ids, and the layout of an image in it.
 
-An image is `start grid_rows grid_cols row row ... end`; a row is its codes and a row end. A conversation is
-`bos turn turn_end turn turn_end ...`, human and assistant alternately, without role names.
+An image is `start grid_rows grid_cols row row ... end`. A row is its codes, then a row end. A conversation is
+`bos turn turn_end turn turn_end ...` without role names; turns of the human and the assistant alternate.
 
 Source: Lumina-mGPT (arXiv 2408.02657), section 2; Lumina-mGPT 2.0 (arXiv 2507.17801).
 """
@@ -29,7 +29,7 @@ class UniRepError(ValueError):
     """An error in the ids or codes of an image.
 
     Attributes:
-        position: index of the first wrong id; the length of the sequence where ids are missing.
+        position: index of the first wrong id, or the length of the sequence if ids are missing at its end.
     """
 
     def __init__(self, position: int, reason: str) -> None:
@@ -39,13 +39,13 @@ class UniRepError(ValueError):
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """The ids of one image: which are forced, and which are codes, given or sampled.
+    """The ids of one image: which are forced by its size, and which are codes, given or sampled.
 
-    A position is the index of a code in reading order, an offset the distance of an id from image start. The first
-    `given` codes are known, as the upper panel of an image-to-image task; the others are sampled.
+    A position is the index of a code in reading order. An offset is the index of an id, counted from image start. The
+    first `given` codes are known: in an image-to-image task, the upper panel. The others are sampled.
 
     Args:
-        grid_rows, grid_cols: size in grid units, 1 ... vocabulary.max_grid.
+        grid_rows, grid_cols: size in grid units of 32 pixels, 1 ... vocabulary.max_grid.
         given: number of given codes, 0 ... rows · cols.
         panels: number of equal panels, one above another; the ids do not depend on it.
 
@@ -116,13 +116,18 @@ class ImageLayout:
         return self.offset_of(self.given) if self.given < self.num_codes else self.length
 
     def offset_of(self, position: int) -> int:
-        """Offset of the code at a position: `code_offsets[position]` without a tensor."""
+        """Offset of the code at a position: `code_offsets[position]` as an int."""
         return HEADER + position + position // self.cols
 
     def fill(self, codes: Tensor) -> Tensor:
-        """Ids from image start up to the first code that is not in `codes`; with all codes, the ids of the whole image.
+        """Ids of an image from image start up to its first code that is not in `codes`, which is not included.
 
-        Shapes: codes (..., n), the first n in reading order, n in 0 ... rows · cols -> ids (..., m).
+        With all codes, these are the ids of the whole image.
+
+        Args:
+            codes: the first n codes in reading order, n in 0 ... rows · cols.
+
+        Shapes: codes (..., n) -> ids (..., m), where m is the number of ids.
         Ranges: codes in [0, num_image_codes).
         """
         n = codes.shape[-1]
@@ -135,7 +140,7 @@ class ImageLayout:
 def encode_image(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
     """Ids of the image with these codes.
 
-    Shapes: codes (rows, cols), multiples of 4. Ranges: codes in [0, num_image_codes).
+    Shapes: codes (rows, cols), both multiples of 4. Ranges: codes in [0, num_image_codes).
 
     Raises:
         UniRepError: the shape is not that of a grid, or a code is out of range.
@@ -144,10 +149,10 @@ def encode_image(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
 
 
 def decode_image(ids: Sequence[int] | Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Codes (rows, cols) of the ids of one image, from image start to image end.
+    """Codes (rows, cols) of one image from its ids, image start to image end.
 
     Raises:
-        UniRepError: the ids are not those of one image; with the first wrong id and the expected one.
+        UniRepError: the ids are not those of one image. The message has the first wrong id and the expected one.
     """
     ids = torch.as_tensor(ids, dtype=torch.long).flatten()
     layout = _read_header(ids, vocabulary)
@@ -165,12 +170,12 @@ def decode_image(ids: Sequence[int] | Tensor, vocabulary: Vocabulary) -> Tensor:
 
 
 def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation: bos, then the turns, each with a turn end.
+    """Ids and labels of a conversation: bos, then the turns, each followed by a turn end.
 
-    The label of an id in an assistant turn is that id, turn end included; all others are -100.
+    In an assistant turn and its turn end, the label of an id is the id itself. All other labels are -100.
 
     Raises:
-        InputError: roles do not alternate, starting with the human, or a text contains a control name.
+        InputError: the first turn is not the human's, the roles do not alternate, or a text contains a control name.
         UniRepError: the shape of a code grid is wrong, or a code is out of range.
     """
     ids, labels = [vocabulary.bos_id], [IGNORED]
@@ -185,7 +190,7 @@ def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[
 
 
 def generation_prompt(text: str | Sequence[Turn], vocabulary: Vocabulary) -> list[int]:
-    """Ids of a prompt, to be continued by the model with the assistant's answer.
+    """Ids of a prompt, which the model continues with the assistant's answer.
 
     Args:
         text: text of the human's turn, or several turns that end with one of the human.
@@ -202,8 +207,11 @@ def generation_prompt(text: str | Sequence[Turn], vocabulary: Vocabulary) -> lis
 def drop_context(ids: list[int], labels: list[int], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
     """Ids and labels of an unconditional training sample: the answer's image alone, without prompt and turn end.
 
-    Returns other sequences unmodified: those with several images, or with text in the answer. Training drops the
-    context of 10 % of the sequences, which classifier-free guidance needs.
+    Sequences with several images, or with text in the answer, are returned unmodified. Training drops the context of
+    10 % of the sequences, because classifier-free guidance needs a model that also samples without a prompt.
+
+    Args:
+        ids, labels: what `encode_conversation` returns.
     """
     ends_in_image = ids[-2:] == [vocabulary.image_end_id, vocabulary.turn_end_id]
     if not ends_in_image or ids.count(vocabulary.image_end_id) != 1:

@@ -25,7 +25,7 @@ REQUIRED_GRID = 64  # every tokenizer has names for the sizes 1 ... 64, the rele
 
 
 def grid_name(size: int) -> str:
-    """Name of a grid size. Ranges: size in 0 ... 91199 grid units, as the name has five digits."""
+    """Name of the special token for a grid size. Ranges: size in 0 ... 91199, as the name has five digits."""
     return f"<reserved{8800 + size:05d}>"
 
 
@@ -40,19 +40,20 @@ class Vocabulary:
 
     Attributes:
         bos_id, image_start_id, image_end_id, row_end_id, turn_end_id: control ids.
-        max_grid: the largest grid size for which 1 ... max_grid all have a name.
-        code_slice: ids of the image codes, the columns of the output projection that samplers read.
+        max_grid: the largest grid size such that the tokenizer has names for all sizes 1 ... max_grid.
+        code_slice: slice of the image codes' ids. Samplers read only these logits.
         num_image_codes, vocab_size: as in the model's configuration.
 
     Args:
         tokenizer: the text tokenizer, with the special names.
         bos: name of the id that begins a sequence.
         image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
-        vocab_size: rows of the embedding.
+        vocab_size: number of rows of the embedding.
         source: name of the tokenizer in messages.
 
     Raises:
-        InputError: a special name is missing, or a text or control id is an image code or not below `vocab_size`.
+        InputError: the tokenizer lacks a special name. Or the id of a text or control token is that of an image code,
+            or not below `vocab_size`.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Vocabulary:
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: ModelConfig) -> "Vocabulary":
-        """The vocabulary of a checkpoint folder: `tokenizer.json`, with bos (or eos) from the tokenizer's other files.
+        """The vocabulary of a checkpoint folder, from its `tokenizer.json`.
+
+        The tokenizer's other files name bos; where they name none, eos takes its place.
 
         Raises:
             InputError: a file is missing or damaged, or the tokenizer does not fit `config`.
@@ -130,7 +133,7 @@ class Vocabulary:
         return encoding.ids
 
     def decode_text(self, ids: list[int]) -> str:
-        """Text of ids, without special names.
+        """Text of ids, without the names of special tokens.
 
         Raises:
             ValueError: an id is an image code.
@@ -167,25 +170,25 @@ class Vocabulary:
     # -- image codes ---------------------------------------------------------------------------------------------------
 
     def code_to_id(self, codes: Tensor) -> Tensor:
-        """Ids of image codes, of any shape. Ranges: codes in [0, num_image_codes).
+        """Ids of image codes, in the shape of `codes`. Ranges: codes in [0, num_image_codes).
 
         Raises:
-            ValueError: a code is out of range; with its value and index.
+            ValueError: a code is out of range. The message has its value and index.
         """
         _check_range(codes, slice(0, self.num_image_codes), "image code")
         return codes.long() + self.code_slice.start
 
     def id_to_code(self, ids: Tensor) -> Tensor:
-        """Image codes of ids, of any shape.
+        """Image codes of ids, in the shape of `ids`.
 
         Raises:
-            ValueError: an id is not an image code; with its value and index.
+            ValueError: an id is not an image code. The message has its value and index.
         """
         _check_range(ids, self.code_slice, "id of an image code")
         return ids.long() - self.code_slice.start
 
     def is_code(self, ids: Tensor) -> Tensor:
-        """Whether each id is an image code; bool of the same shape."""
+        """Whether each id is an image code, as a bool tensor of the same shape."""
         return (ids >= self.code_slice.start) & (ids < self.code_slice.stop)
 
     def describe(self, id_: int) -> str:
