@@ -1,1 +1,1 @@
-"""Native CPU kernels: C++ sources, their build, the torch operators, and the choice between them and torch's."""
+"""Native CPU kernels: C++ sources, their build, their torch operators, and the choice between them and torch's own."""

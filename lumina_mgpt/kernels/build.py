@@ -1,4 +1,4 @@
-"""Compiles and loads the C++ kernels; the library is cached in a folder of the user.
+"""Compiles and loads the C++ kernels. The compiled library is cached in the user's cache folder.
 
 The kernels need x86 with AMX and AVX-512, Linux, and a C++ compiler. LUMINA_MGPT_NATIVE=0 switches them off.
 """
@@ -44,12 +44,12 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 def machine_supports() -> bool:
-    """Returns whether this machine can build and run the kernels, whether or not they are correct."""
+    """Returns whether this machine can build and run the kernels. Does not check that their results are correct."""
     return processor_supports() and bool(compiler()) and tiles_allowed()
 
 
 def processor_supports() -> bool:
-    """Returns whether the system is Linux on a processor with the instructions, and the kernels are switched on."""
+    """Returns whether the system is Linux, the processor has AMX and AVX-512, and the kernels are switched on."""
     if os.environ.get("LUMINA_MGPT_NATIVE") == "0" or sys.platform != "linux":
         return False
     capabilities = torch.cpu.get_capabilities()
@@ -57,18 +57,18 @@ def processor_supports() -> bool:
 
 
 def compiler() -> list[str]:
-    """Returns the command of the C++ compiler: CXX, g++ or clang++; an empty list if there is none."""
+    """Returns the command of the C++ compiler: the variable CXX, else g++, else clang++, else an empty list."""
     return shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "")
 
 
 def tiles_allowed() -> bool:
-    """Requests the AMX tile data from the system for this process; returns whether it is granted."""
+    """Asks the system to let this process use the AMX tile registers. Returns whether the system permits it."""
     arguments = (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
     return ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments)) == 0
 
 
 def load() -> None:
-    """Registers the operators of the cached library, which is compiled if it is missing or damaged.
+    """Registers the operators of the cached library. Compiles the library first if it is missing or damaged.
 
     Raises:
         OSError: the cache folder cannot be used, or torch refuses the operators.
@@ -85,10 +85,16 @@ def load() -> None:
 
 
 def library_path(command: list[str]) -> Path:
-    """Returns the path of the library; its name is a hash of the sources, the compiler and torch's version.
+    """Returns the path of the cached library, which need not exist yet. Creates its folder.
+
+    The file name has a hash of everything that the build depends on, such as sources, compiler and torch's version.
+
+    Args:
+        command: command of the C++ compiler.
 
     Raises:
-        OSError: the folder or the library belongs to another user, or others can write to it.
+        OSError: the folder cannot be made, or the folder or the library belongs to another user or is writable by
+            others.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or "")
     folder = (home if home.is_absolute() else Path.home() / ".cache") / "lumina_mgpt"
@@ -106,7 +112,10 @@ def library_path(command: list[str]) -> Path:
 
 
 def compile_library(command: list[str], path: Path) -> Path:
-    """Compiles the sources to `path`, which gets its content in one step; returns `path`.
+    """Compiles the sources to the library `path`, and returns `path`. The complete file appears in one step.
+
+    Args:
+        command: command of the C++ compiler.
 
     Raises:
         OSError: the compiler cannot be started, or the folder cannot be written.

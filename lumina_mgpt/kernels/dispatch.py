@@ -1,6 +1,6 @@
-"""The only place that decides whether a native kernel is used; otherwise torch's slower operators are.
+"""Decides whether a native kernel or torch's slower operator is used; no other module decides this.
 
-The first check builds the kernels and compares small products with torch's.
+The first check in a process builds the kernels and compares small products with torch's.
 """
 
 import logging
@@ -17,13 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 def serves_int4(device: torch.device, dtype: torch.dtype, outputs: int, group: int) -> bool:
-    """Returns whether `int4_linear` supports inputs of this dtype and a matrix with these outputs and groups."""
+    """Returns whether `int4_linear` supports inputs of this dtype and a matrix of this size.
+
+    Args:
+        outputs: number of outputs, which are the rows of the matrix.
+        group: number of weights that share a scale.
+    """
     fits = device.type == "cpu" and dtype == torch.bfloat16 and outputs % ops.INT4_OUTPUTS == 0
     return fits and group in INT4_GROUPS and ready()
 
 
 def serves_int8(x: Tensor, numbers: Tensor) -> bool:
-    """Returns whether `int8_linear` supports these rows and this matrix. Shapes: x (M, K), numbers (N, K)."""
+    """Returns whether `int8_linear` supports these inputs and this matrix. Shapes: x (M, K), numbers (N, K)."""
     fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
     return fits and len(numbers) % ops.INT8_MULTIPLE == numbers.shape[1] % ops.INT8_MULTIPLE == 0 and ready()
 
@@ -37,7 +42,7 @@ def serves_one_query(q: Tensor, keys: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def ready() -> bool:
-    """Returns whether the operators work on this machine; builds them at the first call."""
+    """Returns whether the native operators work on this machine. The first call builds and checks them."""
     return _works()
 
 

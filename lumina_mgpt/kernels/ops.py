@@ -1,12 +1,13 @@
 """Definitions of the torch operators that the C++ kernels implement on the CPU.
 
     torch.ops.lumina_mgpt.int4_linear(x, packed, group, scale_and_zero)
-        torch's `_weight_int4pack_mm_for_cpu` for several matrices with the same input. `packed` is torch's packing,
-        `scale_and_zero` is reordered by `blocked_scales`.
+        Computes torch's `_weight_int4pack_mm_for_cpu` for several matrices with the same input x. `packed` lists the
+        matrices in torch's packing. `scale_and_zero` lists their scales and zeros in the order of `blocked_scales`.
+        `group` is the number of weights that share a scale.
     torch.ops.lumina_mgpt.int8_linear(x, numbers, scale)
-        torch's `_weight_int8pack_mm`.
+        Computes torch's `_weight_int8pack_mm`.
     torch.ops.lumina_mgpt.one_query(q, keys, values, key_scales, value_scales, slots)
-        Attention of one query a row over the first `slots` slots of a KV cache.
+        Computes attention of one query per row. The query of row b reads the first `slots[b]` slots of a KV cache.
 
 Shapes: x (M, K), numbers (N, K), scale (N,); q (B, 1, N, H); keys and values (B, S, K, H) in bf16, or in int8 with
 float32 scales (B, S, K); slots (B,) int64. x, q, scale and the results are bf16. The operators raise RuntimeError for
@@ -30,9 +31,9 @@ for _schema in (
 
 
 def blocked_scales(scale_and_zero: Tensor) -> Tensor:
-    """Returns scales and zeros in the order in which int4_linear reads them.
+    """Returns scales and zeros reordered for `int4_linear`, which reads them in blocks of 64 outputs.
 
-    Shapes: (K/group, N, 2), as torch's kernel takes them -> (N/64, K/group, 64, 2).
+    Shapes: scale_and_zero (K/group, N, 2), in the order of torch's kernel -> (N/64, K/group, 64, 2).
     """
     return scale_and_zero.unflatten(1, (-1, INT4_OUTPUTS)).transpose(0, 1).contiguous()
 

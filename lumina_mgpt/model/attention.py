@@ -1,4 +1,4 @@
-"""Attention backends: functions of (q, k, v, span, cached), selected by name when the model is built."""
+"""Attention backends: functions of (q, k, v, span, cached). Building a model selects one by name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,20 +16,21 @@ QUERY_BLOCK = 128  # queries of one block of `_causal_blocks`
 MAX_CAUSAL_BLOCKS = 1024  # longest sequence of `_causal_blocks`
 HALVES = (torch.bfloat16, torch.float16)
 INT8_QUERIES = 256  # up to this many queries attention reads int8 integers; above, a layer's cache is dequantized
-# On a CPU, numbers of a cache converted to float32 at once (4 MB: 1024 slots of 8 heads of 128), and heads of a block.
+# On a CPU: how many numbers of a cache are converted to float32 at once (4 MB: 1024 slots, 8 heads of width 128), and
+# how many heads one block has.
 BLOCK, BLOCK_HEADS = 1 << 20, 8
 
 
 @dataclass(frozen=True)
 class Span:
-    """The key slots that the queries of one forward may see; every layer uses the same span.
+    """The key slots that the queries of one forward pass may attend to. Every layer uses the same span.
 
     Attributes:
-        positions: (B, T), or the position of the first query where all rows have the same positions.
-        filled: number of key slots to read.
-        mask: (B or 1, 1, T, S), added to the scores; None if none is needed.
-        causal: queries and keys have the same T positions, so the kernel's causal mask applies.
-        documents: lengths of sequences packed into one row, which do not see each other.
+        positions: position of each query, (B, T). An int is the first position of consecutive ones, for all rows.
+        filled: number of key slots to read, from slot 0.
+        mask: (B or 1, 1, T, S), added to the scores; None if no mask is needed.
+        causal: whether the kernel's own causal mask applies, because queries and keys have the same T positions.
+        documents: lengths of the sequences that one row packs. They do not attend to each other.
     """
 
     positions: Tensor | int
@@ -48,7 +49,14 @@ class Span:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "Span":
-        """Returns the span of `length` queries at `positions`, without host synchronization."""
+        """Returns the span of `length` queries per row at `positions`, without host synchronization.
+
+        Args:
+            positions: as the attribute.
+            cache: cache that holds the keys; None if the keys are those of the queries themselves.
+            filled: number of key slots to read; None for all slots. An int for `positions` overrides it.
+            dtype: dtype of the mask.
+        """
         if cache is None:
             return cls(positions, length, None, True)
         if isinstance(positions, int):
@@ -69,7 +77,7 @@ Backend = Callable[..., Tensor]  # of (q, k, v, span, cached)
 
 
 def backend(name: str) -> Backend:
-    """Returns the attention function of a name.
+    """Returns the attention function with this name, `sdpa` or `flash`.
 
     Raises:
         InputError: the name is unknown, or `flash` lacks its package or a GPU.
@@ -88,7 +96,9 @@ def backend(name: str) -> Backend:
 
 
 def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
-    """Attention by torch's scaled_dot_product_attention, or by faster code for one query or few on a KV cache.
+    """Computes attention by torch's scaled_dot_product_attention, or by faster code where there is some.
+
+    The faster code covers one query or a few queries per row on a KV cache, and bf16 training on a CPU.
 
     Args:
         cached: whether k and v are views of a KV cache.
@@ -116,9 +126,10 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:
-    """Attention by the flash-attn package on a KV cache: each row reads up to its length, without a mask.
+    """Computes attention on a KV cache by the flash-attn package, without a mask.
 
-    The positions of each row must be consecutive. Without a cache, torch's kernel is the same algorithm.
+    Each row reads the slots up to its last position. The positions of a row must be consecutive. Without a cache,
+    `sdpa` computes the attention: torch's kernel uses the same algorithm.
 
     Shapes: as `sdpa`.
     """

@@ -1,4 +1,7 @@
-"""Makes a checkpoint folder from another one: with int4 weights, or with the companion files of the first."""
+"""Makes a checkpoint folder from an existing one: quantizes its weights to int4, or copies its companion files.
+
+Companion files are those besides config.json and the weights, such as the tokenizer.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -13,18 +16,18 @@ from lumina_mgpt.model.writing import save_model
 def quantize_checkpoint(
     source: Path, target: Path, group: int, on_read: Callable[[int, int], None] | None = None
 ) -> None:
-    """Writes the checkpoint in `source` with int4 weights to `target`, with its tokenizer and MoVQGAN files.
+    """Writes the checkpoint in `source` to `target` with int4 weights. Copies its tokenizer and MoVQGAN files.
 
-    Tensors that are not quantized keep their dtype. Memory holds the int4 model and one tensor. An error or an
-    interrupt leaves no files.
+    Tensors that are not quantized keep their dtype. Memory holds the int4 model and one tensor of `source` at a time.
+    After an error or an interrupt, no files of the new checkpoint remain.
 
     Args:
         group: number of weights that share a scale: 32, 64 or 128.
-        on_read: called with the number of weights read and the total, after each tensor.
+        on_read: called after each tensor with the number of weights read so far and the number of all weights.
 
     Raises:
-        InputError: the source is int4 already, `group` does not divide a matrix, or `target` exists or cannot be
-            written.
+        InputError: the source is int4 already, `group` does not divide the inputs of a matrix, or `target` is not
+            empty or cannot be written.
     """
     require_plain_weights(source, "model_path", "quantized again")
     with new_folder(target, "save_path") as part:
@@ -43,7 +46,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Refuses a folder for a new checkpoint that exists and is not empty.
+    """Raises an error if `target`, the folder for a new checkpoint, exists and is not empty.
 
     Raises:
         InputError: the folder is not empty, or cannot be examined.

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint: a local one, or one fetched from the Hugging Face hub."""
+"""Finds the folder of a checkpoint: a local folder, or one fetched from the Hugging Face hub."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def resolve(source: str | Path) -> Path:
     """Returns the folder of a checkpoint.
 
     Args:
-        source: a local folder, or a hub id of the form owner/name, which is fetched to the hub's cache.
+        source: a local folder, or a hub id of the form owner/name. A hub id is fetched to the hub's local cache.
 
     Raises:
         InputError: `source` is neither a checkpoint folder nor a hub id that can be fetched.

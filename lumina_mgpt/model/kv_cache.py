@@ -1,4 +1,4 @@
-"""Preallocated keys and values of every layer."""
+"""The KV cache: preallocated keys and values of every layer."""
 
 from typing import NamedTuple
 
@@ -19,12 +19,15 @@ class Scaled(NamedTuple):
 
     @classmethod
     def quantize(cls, x: Tensor) -> "Scaled":
-        """Rounds to int8; the scale of each token and head maps its largest number to 127."""
+        """Returns `x` rounded to int8. The scale of each token and head maps its largest magnitude to 127.
+
+        Shapes: x (B, S, K, H).
+        """
         scales = x.abs().amax(-1).float().clamp_(min=torch.finfo(torch.float32).tiny) / 127
         return cls((x / scales[..., None]).round().to(torch.int8), scales)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Returns integers times scales. Shapes: (B, S, K, H)."""
+        """Returns the integers times their scales, in `dtype`. Shapes: -> (B, S, K, H)."""
         return (self.integers * self.scales[..., None]).to(dtype)
 
 
@@ -32,17 +35,19 @@ Cached = Tensor | Scaled  # keys or values as attention reads them
 
 
 class KVCache:
-    """Keys and values of `rows` sequences of at most `length` ids; the key of position p is in slot p.
+    """Keys and values of every layer for a batch of sequences. Slot p holds the key and value of position p.
 
     The slots of one head are contiguous in memory, because attention reads them in this order. With dtype int8, keys
     and values are quantized when they are written, and attention reads the integers.
 
-    A query sees slots up to its own position only, and these are always written before. So slots are never cleared: an
-    earlier sequence, a rejected draft or a pad has no effect. All slots start as zero, because an unseen slot has
-    weight 0 in the products, and 0 · NaN is NaN.
+    A query attends to the slots up to its own position. The model writes all of these before the query reads them.
+    Slots are therefore never cleared: what an earlier sequence, a rejected draft or a pad left there has no effect.
+    All slots start as zero. A slot above the query's position has weight 0, and 0 · NaN would be NaN.
 
     Args:
-        spare: additional slots above `length` for the pads of short rows; no query sees them.
+        rows: number of sequences.
+        length: largest number of ids in one sequence.
+        spare: number of additional slots after `length`, for the pads of short rows. No query attends to them.
     """
 
     def __init__(
@@ -67,27 +72,33 @@ class KVCache:
             self.layers.append(LayerCache(stores, scales, row))
 
     def tensors(self) -> list[Tensor]:
-        """Returns keys, values and scales of all layers."""
+        """Returns the tensors of all layers: keys, values and, in int8, their scales."""
         return [tensor for layer in self.layers for tensor in (*layer.stores, *(layer.scales or ()))]
 
     def copy_rows(self, source: Tensor, filled: int) -> None:
-        """Copies the first `filled` slots of row source[r] to row r, for every r. Shapes: source (rows,)."""
+        """Copies the first `filled` slots of row `source[r]` to row r, for every row r. Shapes: source (rows,)."""
         for tensor in self.tensors():
             tensor[:, :, :filled] = tensor[source, :, :filled]
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer. Shapes: stores (rows, K, slots, H), scales (rows, K, slots), row (rows, 1)."""
+    """Keys and values of one layer.
+
+    Attributes:
+        stores: keys and values, two of (rows, K, slots, H).
+        scales: scales of int8 keys and values, two of (rows, K, slots); None for other dtypes.
+        row: index of each row, (rows, 1).
+    """
 
     stores: list[Tensor]
     scales: list[Tensor] | None
     row: Tensor
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor | int, filled: int) -> tuple[Cached, Cached]:
-        """Writes keys and values at their positions; returns views of the first `filled` slots of the first B rows.
+        """Writes the keys and values of B rows. Returns views of the first `filled` slots of these rows.
 
         Args:
-            positions: position of each token, or of the first token where all rows have the same positions.
+            positions: position of each token. An int is the first position of consecutive ones, for all rows.
 
         Shapes: keys, values (B, T, K, H); positions (B, T); returns two of (B, filled, K, H).
         """

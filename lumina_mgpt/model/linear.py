@@ -1,4 +1,4 @@
-"""Linear layers with floating-point weights, by the faster of two libraries."""
+"""Linear layers with floating-point weights, computed by the faster of two libraries."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ _MKL_ROWS, _MKL_WEIGHTS = (3, 1 << 19) if torch.cpu.get_capabilities().get("amx_
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns `x @ weight.T + bias`, by oneDNN where that is faster: on a CPU, in float32 and without gradients.
+    """Returns `x @ weight.T + bias`.
 
-    Which library is faster depends on the processor. GB/s of weights read on two cores, for 11008 x 4096:
+    On a CPU, in float32 and without gradients, oneDNN computes it where oneDNN is faster than torch's default (MKL).
+    This depends on the processor and on the number of rows of x. For a weight of 11008 x 4096, two cores read these
+    GB/s of weights ("memory" is the limit of the memory):
 
         rows                          1    2    3    4    8   16   32
         with AMX         MKL         32   30   28   15   10    9    9
@@ -21,8 +23,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         without AMX      MKL         22   11
         (memory: 32)     oneDNN      33   28
 
-    Microseconds for 384 x 384 with AMX and the same rows: MKL 10, 10, 11, 21, 23, 32, 47; oneDNN 24, 35, 35, 36, 39,
-    50, 67. Both accumulate in float32, in a different order.
+    A weight of 384 x 384 with AMX and the same rows takes, in microseconds: MKL 10, 10, 11, 21, 23, 32, 47; oneDNN 24,
+    35, 35, 36, 39, 50, 67. Both libraries accumulate in float32, in different orders.
 
     Shapes: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
     """
@@ -34,8 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that computes with `linear`."""
+    """An `nn.Linear` whose forward calls the function `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., K) -> (..., N)."""
+        """Returns the output of the layer. Shapes: x (..., K) -> (..., N)."""
         return linear(x, self.weight, self.bias)

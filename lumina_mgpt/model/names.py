@@ -23,16 +23,16 @@ _SHOWN = 5
 
 
 def disk_name(name: str) -> str:
-    """Returns the name on disk of a model parameter: all but the head have the prefix `model.`."""
+    """Returns the name on disk of a model parameter: `model.` and `name`, or `name` alone for the head."""
     return name if name == HEAD else f"model.{name}"
 
 
 def listed(names: list[str]) -> str:
-    """Returns the first five names joined by commas, with the count of the rest, for messages."""
+    """Returns the first five names, joined by commas, and the number of the others, for messages."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, or its type where it has no text."""
+    """Returns the first line of an error's text, or the name of its type if the text is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,11 +1,11 @@
 """Weight-only quantization: int4 matrices in the layers, and an int8 head on the CPU.
 
-Embeddings, norms and biases keep their dtype. The head keeps its dtype on disk; on a CPU its columns of image codes
-become int8 after loading, unless it is tied to the embedding.
+Embeddings, norms and biases keep their dtype. The head keeps its dtype on disk. On a CPU, the part of the head that
+computes logits of image codes becomes int8 after loading, unless the head is tied to the embedding.
 
-An int4 matrix has one of three forms: the portable one of int4.py, or the packed form of torch's CPU or CUDA kernel.
-The CUDA form follows torch's documentation and was never run. With AMX, a native kernel multiplies by the CPU form
-(`kernels.dispatch`).
+An int4 matrix has one of three forms: the portable form of int4.py, or the packed form of torch's CPU or CUDA kernel.
+The CUDA form follows torch's documentation and was never run. On a CPU with AMX, a native kernel of this project
+multiplies by the CPU form; `kernels.dispatch` decides where.
 """
 
 import logging
@@ -21,7 +21,7 @@ from lumina_mgpt.model.int4 import CHUNK, TINY, Int4, dequantize, quantize, unpa
 
 logger = logging.getLogger(__name__)
 
-# Operators under torch.ops.aten: the first packs a matrix for the kernel, the second multiplies by it.
+# Operators under torch.ops.aten. The first of a pair packs a matrix for the kernel, the second multiplies by it.
 _CPU_OPS = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
 _CUDA_OPS = ("_convert_weight_to_int4pack", "_weight_int4pack_mm")
 _INT8_OP = "_weight_int8pack_mm"  # CPU only
@@ -29,12 +29,12 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the inputs of
 
 
 def has_int8_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Returns whether `int8_linear` takes inputs of this dtype on this device."""
+    """Returns whether `int8_linear` supports inputs of this dtype on this device."""
     return device.type == "cpu" and dtype in _CPU_DTYPES and hasattr(torch.ops.aten, _INT8_OP)
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds each row of a matrix to int8, with a scale that maps its largest weight to 127.
+    """Rounds each row of a matrix to int8. The scale of a row maps its largest magnitude to 127.
 
     Shapes: weight (N, K) -> numbers (N, K) int8, scale (N,) in the dtype of `weight`.
     """
@@ -49,9 +49,11 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
-    """Returns `x @ (numbers · scale).T`, by the native kernel where it is supported, else by torch's CPU kernel.
+    """Returns `x @ W.T` for the int8 matrix W, whose row n is `numbers[n] · scale[n]`.
 
-    Shapes: x (..., K), numbers (N, K), scale (N,) -> (..., N).
+    The native kernel computes it where it supports the inputs, otherwise torch's CPU kernel does.
+
+    Shapes: x (..., K), numbers (N, K) int8, scale (N,) -> (..., N).
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     native = dispatch.serves_int8(rows, numbers)
@@ -60,13 +62,14 @@ def int8_linear(x: Tensor, numbers: Tensor, scale: Tensor) -> Tensor:
 
 
 class Int4Linear(nn.Module):
-    """A linear layer with an int4 matrix; its buffers are the portable form until `pack` converts them for a kernel.
+    """A linear layer with an int4 matrix. Its buffers hold the portable form until `pack` converts them for a kernel.
 
     Attributes:
-        kernel: "cpu" or "cuda" once packed, None in the portable form.
+        kernel: "cpu" or "cuda" after `pack`, for torch's kernel whose form the matrix has; None for the portable form.
         native: whether the native kernel multiplies by the packed matrix.
 
-    Shapes: weight_int4 (N, K/2) uint8; weight_scale and weight_zero (N, K/group) bfloat16. Names on disk are the same.
+    Shapes: weight_int4 (N, K/2) uint8; weight_scale and weight_zero (N, K/group) bfloat16. These buffers have the same
+    names on disk.
     """
 
     weight_int4: Tensor
@@ -88,17 +91,18 @@ class Int4Linear(nn.Module):
 
     @property
     def matrix(self) -> Int4:
-        """The portable form; available before `pack`."""
+        """The portable form of the matrix. Not available once `pack` has converted it."""
         return Int4(self.weight_int4, self.weight_scale, self.weight_zero)
 
     def load(self, leaf: str, tensor: Tensor, device: torch.device | str) -> None:
-        """Sets one buffer from a tensor on disk, or all three by quantizing a plain `weight`.
+        """Sets one buffer from a tensor on disk, or quantizes a floating-point matrix and sets all three buffers.
 
         Args:
-            leaf: name of the buffer, or `weight`, a matrix (N, K) of floating-point numbers.
+            leaf: name of the buffer that `tensor` holds, or `weight` if `tensor` is a floating-point matrix (N, K).
+            device: device of the buffers.
 
         Raises:
-            InputError: the tensor has another dtype than the buffer, or holds infinite values or NaN.
+            InputError: the dtype of the tensor is not that of the buffer, or it holds infinite values or NaN.
         """
         if leaf == "weight":
             self.weight_int4, self.weight_scale, self.weight_zero = quantize(tensor.to(device), self.group)
@@ -112,7 +116,10 @@ class Int4Linear(nn.Module):
         setattr(self, leaf, torch.empty(tensor.shape, dtype=wanted, device=device).copy_(tensor))
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Converts the buffers for the kernel that takes inputs of `dtype`; without one they stay portable."""
+        """Converts the buffers for the kernel that supports inputs of `dtype`.
+
+        Without such a kernel, the buffers keep the portable form.
+        """
         weight, N = self.weight_int4, len(self.weight_int4)
         self.kernel = _kernel(weight.device, dtype, N, 2 * weight.shape[1])
         if self.kernel is None:
@@ -131,7 +138,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scale_and_zero", pairs.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., K) -> (..., N)."""
+        """Returns the output of the layer. Shapes: x (..., K) -> (..., N)."""
         if self.kernel is None:
             return F.linear(x, dequantize(self.matrix, x.dtype), self.bias)
         if self.native:
@@ -143,9 +150,9 @@ class Int4Linear(nn.Module):
 
 
 def apply_all(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """Returns the output of each module for the input `x`, by one kernel call if the native kernel supports all.
+    """Returns the output of each module for the input `x`. Uses one kernel call if the native kernel serves all.
 
-    Shapes: x (..., K) -> (..., N) of each module.
+    Shapes: x (..., K) -> one (..., N) per module, each with its own N.
     """
     int4 = [linear for linear in linears if isinstance(linear, Int4Linear) and linear.native]
     if len(int4) == len(linears):
@@ -172,10 +179,10 @@ def _kernel(device: torch.device, dtype: torch.dtype, outputs: int, inputs: int)
 
 
 def require_kernel(device: torch.device | str) -> None:
-    """Refuses a build of torch that lacks the int4 kernel of this device.
+    """Raises an error if this build of torch lacks the int4 kernel for this device.
 
     Raises:
-        InputError: an operator is missing.
+        InputError: an operator of the kernel is missing.
     """
     operators = {"cpu": _CPU_OPS, "cuda": _CUDA_OPS}.get(torch.device(device).type, ())
     missing = [name for name in operators if not hasattr(torch.ops.aten, name)]
@@ -187,10 +194,13 @@ def require_kernel(device: torch.device | str) -> None:
 
 
 def replace_linears(model: nn.Module, group: int) -> None:
-    """Replaces every linear layer in `model.layers` by an empty Int4Linear on the same device.
+    """Replaces every linear layer in `model.layers` by an Int4Linear without weights yet, on the same device.
+
+    Args:
+        group: number of weights that share a scale.
 
     Raises:
-        InputError: `group` does not divide the inputs of a layer; then none is replaced.
+        InputError: `group` does not divide the number of inputs of a layer. No layer is replaced then.
     """
     layers = model.get_submodule("layers")
     found = {name: module for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
@@ -208,7 +218,7 @@ def replace_linears(model: nn.Module, group: int) -> None:
 
 
 def pack_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Packs every Int4Linear for inputs of `dtype`, and logs a warning if some have no kernel."""
+    """Packs every Int4Linear for inputs of `dtype`. Logs a warning if there is no kernel for some of them."""
     without = 0
     for module in model.modules():
         if isinstance(module, Int4Linear):

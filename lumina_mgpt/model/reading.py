@@ -1,6 +1,6 @@
 """Reads a checkpoint folder in the released layout into a model.
 
-Parameters have the names on disk without the leading `model.`; `lm_head.weight` is the same in both.
+A parameter has its name on disk without the leading `model.`. The name `lm_head.weight` has no such prefix on disk.
 """
 
 import logging
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def require_plain_weights(folder: Path, parameter: str, action: str) -> None:
-    """Refuses a checkpoint with int4 weights.
+    """Raises an error if the checkpoint in `folder` has int4 weights.
 
     Args:
-        parameter: name of the parameter that the folder was given as.
-        action: what int4 weights cannot be used for, as a participle such as "trained".
+        parameter: name of the user's parameter that gave the folder, for the message.
+        action: what int4 weights cannot be, for the message: a participle such as "trained".
 
     Raises:
         InputError: the weights are int4, or config.json cannot be read.
@@ -49,20 +49,20 @@ def load_model(
 ) -> Transformer:
     """Returns the model of a checkpoint folder, in evaluation mode.
 
-    All names and shapes are checked before the first weight is read. Each tensor is then converted and moved on its
-    own, so memory never holds a second copy of the model.
+    The function checks all names and shapes before it reads the first weight. Then it converts and moves one tensor
+    at a time, so memory never holds a second copy of the model.
 
     Args:
-        dtype: dtype of the parameters. None keeps the dtype of each tensor and the portable form of int4 weights, as
-            `save_model` needs them.
+        dtype: dtype of the parameters. None keeps the dtype of each tensor and the portable form of int4 weights;
+            `save_model` needs this form.
         attn: attention backend, `sdpa` or `flash`.
-        quant: 32, 64 or 128 quantizes the layers' matrices to int4 while they are read, in groups of this size, from
-            the numbers in the file whatever `dtype` is. `model.config` then has the recipe.
-        on_read: called with the number of weights read and the total, after each tensor.
-        config: configuration of the checkpoint, if it is already read.
+        quant: group size 32, 64 or 128 to quantize the layers' matrices to int4 while they are read. The numbers in
+            the file are quantized, before any conversion to `dtype`. `model.config` then records the group size.
+        on_read: called after each tensor with the number of weights read so far and the number of all weights.
+        config: configuration of the checkpoint; None to read it from the folder.
 
     Raises:
-        InputError: files are missing, damaged or of another model, or the matrices do not divide into the groups.
+        InputError: files are missing, damaged or of another model, or a matrix does not divide into groups.
     """
     folder = Path(folder)
     config = config or ModelConfig.from_json(folder / "config.json")
@@ -151,7 +151,10 @@ def _tie(model: Transformer, folder: Path) -> None:
 
 
 def assign_parameter(model: Transformer, name: str, tensor: Tensor) -> None:
-    """Assigns one parameter; a head norm keeps one row per model-parallel shard if the rows in each shard are equal."""
+    """Makes `tensor` the parameter `name` of the model.
+
+    The tensor of a head norm may have several equal rows per model-parallel shard; one row per shard is then kept.
+    """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(module, HeadNorm):

@@ -1,4 +1,4 @@
-"""The model as samplers use it: ids in, logits of image codes out, with a KV cache between calls."""
+"""The model as samplers call it: it takes ids, returns logits of image codes, and keeps a KV cache between calls."""
 
 import functools
 import logging
@@ -27,12 +27,15 @@ _SHAPES = 64  # limit of compiled shapes; torch's default of 8 would run further
 
 
 class CachedStep:
-    """A step function for one sampler. Position p of a row is in slot p, so feeding a position again overwrites it.
+    """The step function of one sampler: a model with its KV cache.
+
+    Position p of a row is in slot p of the cache. A call that feeds a position again overwrites its slot.
 
     Args:
-        columns: the vocabulary ids whose logits are returned.
-        compiled: result of `compile_forward`. All steps but the first, which reads the prompts, are then padded to few
-            shapes. Pads write to slots behind the end of a row, which the row overwrites before it sees them.
+        columns: the vocabulary ids whose logits a call returns.
+        compiled: result of `compile_forward`; None to run the model uncompiled. The first step reads the prompts and
+            is never compiled. Each later step is padded to one of few shapes. Pads write to the slots after the end of
+            a row. Later ids of the row overwrite these slots before any query attends to them.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, columns: slice, compiled: Forward | None = None) -> None:
@@ -84,9 +87,9 @@ def _padded(ids: Tensor, positions: Tensor, filled: int, slots: int) -> tuple[Te
 
 
 def compile_forward(model: Transformer) -> Forward:
-    """Returns the model's forward, compiled for each shape at its first use; on CUDA as CUDA graphs.
+    """Returns the model's forward with torch.compile. Each input shape is compiled at its first use.
 
-    Weights and settings of the model must not change afterwards.
+    On CUDA, the compiled code runs as CUDA graphs. Weights and settings of the model must not change afterwards.
     """
     device = next(model.parameters()).device
     logger.info("compiling: the first step of each shape takes a minute or more")
@@ -100,7 +103,7 @@ def compile_forward(model: Transformer) -> Forward:
 
 
 def limited(compiled: Forward, shapes: int) -> Forward:
-    """Returns `compiled` with a limit of compiled shapes that holds during its calls only."""
+    """Returns a wrapper of `compiled` that raises torch's limit of compiled shapes to `shapes` during each call."""
 
     @functools.wraps(compiled)
     def call(*args, **kwargs) -> Tensor:
@@ -127,7 +130,7 @@ def _with_own_code(method: Callable[..., Tensor]) -> Forward:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Returns whether torch.compile has a compiler for this device."""
+    """Returns whether torch.compile finds a compiler for this device: triton on CUDA, otherwise a C++ compiler."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -142,7 +145,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Refuses a device for which torch.compile has no compiler.
+    """Raises an error if torch.compile finds no compiler for this device.
 
     Raises:
         InputError: triton or a C++ compiler is missing.

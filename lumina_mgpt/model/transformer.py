@@ -1,4 +1,4 @@
-"""The decoder-only transformer over text and image ids. It knows neither samplers nor tokenizers."""
+"""The decoder-only transformer over text and image ids. This module uses neither samplers nor tokenizers."""
 
 import math
 
@@ -20,7 +20,10 @@ Rope = tuple[Tensor, Tensor]  # cosines and signed sines
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32; the weight multiplies after the cast back, as in the released model."""
+    """Root-mean-square norm, computed in float32.
+
+    The weight multiplies the result after the cast back to the input's dtype, as in the released model.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -32,9 +35,13 @@ class RMSNorm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Layer norm over the width of each head; each row of weights applies to an equal share of the heads.
+    """Layer norm over the width of each head. Each row of weights applies to an equal share of the heads.
 
-    Released files have model_parallel_size rows; files of `transformers` 5 have one row a head.
+    Released files have `model_parallel_size` rows of weights; files of `transformers` 5 have one row per head.
+
+    Args:
+        rows: number of rows of weights.
+        width: width of one head.
 
     Raises:
         InputError: `rows` does not divide `heads`.
@@ -50,7 +57,7 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(rows, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: x (..., heads, H) -> (..., heads, H)."""
+        """Returns the normalized heads. Shapes: x (..., heads, H) -> (..., heads, H)."""
         width = x.shape[-1]
         if len(self.weight) == len(self.bias) == 1:
             return F.layer_norm(x, (width,), self.weight[0], self.bias[0], HEAD_NORM_EPS)
@@ -60,13 +67,16 @@ class HeadNorm(nn.Module):
 
 
 def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torch.dtype) -> Rope:
-    """Returns the cosines and signed sines for `rotate`, computed in float32, or in float64 for a float64 model.
+    """Returns the cosines and sines of the rotary angles, as `rotate` takes them.
 
-    Differs from the reference: with a KV cache, `length` is the cache's length, so all keys of a sequence get the same
-    angles. The reference uses the current length at each step, and keys in the cache keep the angles of earlier steps.
+    The result is float32, or float64 for a float64 model. The first half of the sines has its sign flipped.
+
+    Differs from the reference: with a KV cache, `length` is the length of the cache, so all steps of a sequence scale
+    the angles alike. The reference uses the current length at each step, so cached keys keep earlier scalings.
 
     Args:
-        length: sequence length for dynamic scaling, which applies above max_position_embeddings.
+        length: sequence length for dynamic scaling, which applies to lengths above `max_position_embeddings`.
+        dtype: dtype of the model.
 
     Shapes: positions (..., T); returns two of (..., T, 1, H).
 
@@ -88,7 +98,10 @@ def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torc
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates each pair (i, i + H/2) of a head by its angle, in float32. Shapes: x (B, T, N, H)."""
+    """Rotates each pair of components (i, i + H/2) of a head by its angle, in the dtype of `rope`.
+
+    Shapes: x (B, T, N, H) -> (B, T, N, H).
+    """
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((b, a), -1), sin).to(x.dtype)
@@ -109,7 +122,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(K, config.model_parallel_size, H)
 
     def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: LayerCache | None) -> Tensor:
-        """Shapes: hidden (B, T, D) -> (B, T, D)."""
+        """Returns the attention output. Shapes: hidden (B, T, D) -> (B, T, D)."""
         mixed = quantization.apply_all(hidden, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in mixed)  # (B, T, N, H), twice (B, T, K, H)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
@@ -135,7 +148,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP on residual branches; swin_norm puts the norm at the end of a branch, not at its start."""
+    """Attention and MLP, each on a residual branch with a norm.
+
+    The norm is at the start of the branch, or at its end if the config sets `swin_norm`.
+    """
 
     def __init__(self, config: ModelConfig, attn: str) -> None:
         super().__init__()
@@ -146,7 +162,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden: Tensor, rope: Rope, span: Span, cache: LayerCache | None, dropout: float) -> Tensor:
-        """Applies the layer; `dropout` is the rate in training and evaluation mode alike.
+        """Returns the output of the layer. The dropout rate `dropout` applies in training and in evaluation mode.
 
         Shapes: hidden (B, T, D) -> (B, T, D).
         """
@@ -161,8 +177,8 @@ class Head(Linear):
     """The output projection, to the whole vocabulary or to a slice of it.
 
     Attributes:
-        columns: the slice of the vocabulary that the weights hold; None for all of it.
-        scale: scale of each int8 column; None for floating-point weights.
+        columns: the slice of the vocabulary that the weights cover; None for the whole vocabulary.
+        scale: one scale per vocabulary id of int8 weights; None for floating-point weights.
     """
 
     columns: slice | None = None
@@ -173,11 +189,14 @@ class Head(Linear):
         self.register_buffer("scale", None, persistent=False)
 
     def slice_columns(self, columns: slice, int8: bool = False) -> None:
-        """Slices the projection to these columns and frees the rest, such as all text ids for image generation.
+        """Keeps the weights of these vocabulary ids and frees the others.
+
+        Image generation keeps the image codes this way, and frees the weights of text ids.
 
         Args:
-            int8: quantize the remaining columns to int8 where a kernel exists. With int4 layers, a bf16 head takes a
-                large part of each step.
+            columns: slice of the vocabulary to keep.
+            int8: whether to quantize the kept weights to int8, if there is a kernel. With int4 layers, a bf16 head
+                would take a large part of the time of each step.
         """
         weight, self.columns = self.weight[columns].detach(), columns
         if int8 and quantization.has_int8_kernel(weight.device, weight.dtype):
@@ -187,7 +206,10 @@ class Head(Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        """Returns the logits of the given columns. Shapes: hidden (..., D) -> (..., V or columns)."""
+        """Returns the logits of the vocabulary ids in `columns`; None for all ids. A sliced head needs its own slice.
+
+        Shapes: hidden (..., D) -> (..., V), or (..., length of the slice).
+        """
         assert self.columns in (None, columns), f"columns {columns} of a head sliced to {self.columns}"
         if self.scale is not None:
             return quantization.int8_linear(hidden, self.weight, self.scale.to(hidden.dtype))
@@ -195,14 +217,15 @@ class Head(Linear):
 
 
 class Transformer(nn.Module):
-    """Embedding, layers, final norm and head. Parameters have the names on disk without the leading `model.`.
+    """Embedding, layers, final norm and head. A parameter has its name on disk without the leading `model.`.
 
     Attributes:
         dropout: dropout rate in training mode.
-        gradient_checkpointing: whether the backward recomputes each layer.
+        gradient_checkpointing: whether the backward pass recomputes each layer instead of storing its activations.
 
     Raises:
-        InputError: the backend `attn` is unknown or does not work here, or sizes in the config do not fit each other.
+        InputError: the attention backend `attn` is unknown or does not work on this machine, or sizes in the config
+            contradict each other.
     """
 
     def __init__(self, config: ModelConfig, attn: str = "sdpa") -> None:
@@ -226,16 +249,17 @@ class Transformer(nn.Module):
         filled: int | None = None,
         documents: tuple[int, ...] = (),
     ) -> Tensor:
-        """Returns hidden states after the final norm; `project` computes their logits.
+        """Returns the hidden states after the final norm. `project` computes logits from them.
 
         Args:
-            positions: position of each id, or of the first id where all rows have the same positions (default 0). An
-                int is cheaper: for one id a row, or from position 0, no mask is needed.
-            cache: keys and values are written to the slots of their positions, and an id sees the slots up to its
-                position. Without a cache an id sees the ids before it in its row.
-            filled: number of slots to read; must exceed every position that matters (default: all slots).
-            documents: lengths of the sequences packed into each row, T in total. They do not see each other, and their
-                positions start at 0. Not with a cache.
+            positions: position of each id. An int is the first position of consecutive ones, for all rows (default 0).
+                An int is cheaper: no mask is needed for one id per row, or from position 0.
+            cache: receives keys and values in the slots of their positions. An id attends to the slots up to its own
+                position. Without a cache, an id attends to itself and to the ids before it in its row.
+            filled: number of cache slots to read, more than the position of any id that is not a pad (default: all
+                slots).
+            documents: lengths of the sequences that each row packs, T in total. The sequences do not attend to each
+                other, and the positions of each start at 0. Not allowed with a cache.
 
         Shapes: ids (B, T), positions (B, T); returns (B, T, D).
         """
@@ -264,16 +288,19 @@ class Transformer(nn.Module):
         return self.norm(hidden)
 
     def project(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        """Returns the logits of the vocabulary or of a slice of it. Shapes: hidden (..., D) -> (..., V or slice)."""
+        """Returns the logits of the vocabulary ids in `columns`; None for all ids.
+
+        Shapes: hidden (..., D) -> (..., V), or (..., length of the slice).
+        """
         return self.lm_head(hidden, columns)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initializes all parameters for training from scratch, also those of `to_empty`.
+        """Initializes all parameters for training from scratch. They may be uninitialized, as after `to_empty`.
 
-        Weights are normal with standard deviation √(2/5D) (arXiv 1910.05895, "small init"); the last projection of
-        each branch has 2/(L√D), so the variance of the residual stream does not depend on depth. Both are those of
-        GPT-NeoX-20B (arXiv 2204.06745, section 2.1).
+        Weights are normally distributed with standard deviation √(2/(5D)) (arXiv 1910.05895, "small init"). For the
+        last projection of each branch, it is 2/(L√D) with L layers, so the variance of the residual stream does not
+        depend on depth. GPT-NeoX-20B uses both values (arXiv 2204.06745, section 2.1).
         """
         D, L = self.config.hidden_size, self.config.num_hidden_layers
         for name, parameter in self.named_parameters():

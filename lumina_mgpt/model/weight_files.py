@@ -1,4 +1,4 @@
-"""Weight files of a checkpoint folder: which ones to read, and their tensors one at a time."""
+"""Finds the weight files of a checkpoint folder, and reads their tensors one at a time."""
 
 import pickle
 import zipfile
@@ -18,7 +18,7 @@ Reader = tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """Returns the weight files of a folder in reading order; safetensors are preferred to pickles.
+    """Returns the weight files of a folder in reading order. Pickles are used only if there are no safetensors.
 
     Raises:
         InputError: the folder holds no weights, or its index is damaged or names files that are missing.
@@ -54,7 +54,7 @@ def _read_index(path: Path) -> list[Path]:
 
 @contextmanager
 def open_weights(shard: Path) -> Iterator[Reader]:
-    """Yields the names and shapes of one weight file, and a function that reads one of its tensors.
+    """Yields the names and shapes of the tensors in a weight file, and a function that reads a tensor by name.
 
     Raises:
         InputError: the file cannot be read, or is damaged.

@@ -1,4 +1,4 @@
-"""Writes a model in the released layout: all files, or none of them."""
+"""Writes a model in the released layout: either all files or none of them."""
 
 import json
 from collections.abc import Iterator
@@ -18,13 +18,14 @@ from lumina_mgpt.model.transformer import Transformer
 def save_model(
     model: Transformer, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Writes config.json and safetensors in the released layout; other files in the folder are not touched.
+    """Writes config.json and safetensors in the released layout. Other files in the folder stay unchanged.
 
-    Each file gets a temporary name, and all are renamed when the last one is on disk.
+    Each file first has a temporary name. When the last one is on disk, all get their final names.
 
     Args:
-        dtype: dtype on disk; None keeps the dtype of each tensor. Int4 weights need None, and must be in the portable
-            form (`load_model` with dtype None).
+        dtype: dtype on disk; None keeps the dtype of each tensor. Int4 weights need None. They must also be in the
+            portable form, in which `load_model` leaves them with dtype None.
+        max_shard_bytes: largest size of one weight file, unless a single tensor is larger.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written to.

@@ -1,1 +1,1 @@
-"""The image tokenizer MoVQGAN: images to grids of codes and back."""
+"""The image tokenizer MoVQGAN: converts images to grids of codes and back."""

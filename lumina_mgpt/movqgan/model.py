@@ -1,8 +1,10 @@
 """MoVQGAN (Zheng et al. 2022, "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation").
 
-The encoder is that of VQGAN; with four levels a latent cell has 8 x 8 pixels. Every norm of the decoder is a group
-norm whose scale and shift are 1x1 convolutions of the quantized latent. Module names are the keys of the released state
-dict: `encoder.*`, `decoder.*`, `quantize.embedding.weight`, `quant_conv.*`, `post_quant_conv.*`.
+The encoder is that of VQGAN. It halves the resolution between levels, so with four levels a latent cell covers 8 x 8
+pixels. Every norm of the decoder is a group norm. Its scale and shift are 1x1 convolutions of the quantized latent.
+
+Module names are the keys of the released state dict: `encoder.*`, `decoder.*`, `quantize.embedding.weight`,
+`quant_conv.*`, `post_quant_conv.*`.
 
 Shape letters: B batch, C channels, Z latent channels; h, w latent cells; H, W pixels or positions of a feature map.
 """
@@ -23,7 +25,17 @@ _CHUNK_CELLS = 4096  # cells whose distances to all codes are computed at once: 
 
 @dataclass(frozen=True)
 class MoVQGANConfig:
-    """Sizes of a MoVQGAN. (ch, blocks) is (128, 2) for the released 67M, (128, 4) for 102M and (256, 2) for 270M."""
+    """Sizes of a MoVQGAN. Of the released files, 67M has (ch, blocks) = (128, 2), 102M (128, 4) and 270M (256, 2).
+
+    Attributes:
+        ch: channels of the first feature map.
+        blocks: number of residual blocks per level of the encoder.
+        mult: channels of each level, as multiples of `ch`.
+        z_channels: channels of the latent that the decoder takes.
+        embed_dim: width of a codebook entry.
+        num_codes: number of codebook entries.
+        attention_levels: indices of the levels with attention.
+    """
 
     ch: int
     blocks: int
@@ -69,7 +81,7 @@ class MoVQGANConfig:
 
     @property
     def cell(self) -> int:
-        """Side in pixels of the square that one code stands for."""
+        """Side of the square that one code stands for, in pixels."""
         return 2 ** (len(self.mult) - 1)
 
 
@@ -120,7 +132,7 @@ class SpatialNorm(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Group norm with the signature of `SpatialNorm`; the latent is not used."""
+    """Group norm with the signature of `SpatialNorm`. It ignores the latent."""
 
     def __init__(self, width: int) -> None:
         super().__init__(_GROUPS, width, eps=1e-6)
@@ -157,7 +169,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head attention over all cells, without a matrix of cells x cells in memory."""
+    """Single-head attention over all cells of a feature map, in chunks that avoid a large matrix of cells x cells."""
 
     def __init__(self, width: int, z_channels: int | None) -> None:
         super().__init__()
@@ -223,7 +235,7 @@ class _Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to latents."""
+    """Encoder network, which converts pixels to latents."""
 
     def __init__(self, config: MoVQGANConfig) -> None:
         super().__init__()
@@ -240,7 +252,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Shapes: pixels (B, 3, H, W) -> (B, Z, h, w)."""
+        """Returns the latents of images. Shapes: pixels (B, 3, H, W) -> (B, Z, h, w)."""
         x = _conv(self.conv_in, pixels)
         for level in self.down:
             x = level(x, None)
@@ -249,7 +261,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pixels; the quantized latent modulates every norm."""
+    """Decoder network, which converts latents to pixels. The quantized latent modulates every norm."""
 
     def __init__(self, config: MoVQGANConfig) -> None:
         super().__init__()
@@ -268,7 +280,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        """Shapes: x, latent (B, Z, h, w) -> (B, 3, H, W)."""
+        """Returns the pixels of `x`, the quantized latent after a 1x1 convolution. `latent` modulates the norms.
+
+        Shapes: x, latent (B, Z, h, w) -> (B, 3, H, W).
+        """
         x = self.mid(self.conv_in(x), latent)
         for level in reversed(self.up):
             x = level(x, latent)
@@ -276,14 +291,14 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook."""
+    """The codebook, with one embedding per code."""
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_codes, width)
 
     def nearest(self, latent: Tensor) -> Tensor:
-        """Returns the codes with the least Euclidean distance. Shapes: (..., Z) -> (...) int64."""
+        """Returns the code whose embedding is nearest to each latent vector. Shapes: latent (..., Z) -> (...) int64."""
         table = self.embedding.weight.float()
         flat = latent.reshape(-1, latent.shape[-1]).float()
         half_norms = table.square().sum(1) / 2  # argmin |x - e|^2 = argmin |e|^2 / 2 - x.e
@@ -305,10 +320,10 @@ class MoVQGAN(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "MoVQGAN":
-        """Returns a model with the tensors of a state dict; training state (`loss.*`, `ema_*`) is dropped.
+        """Returns a model with the tensors of a state dict. Ignores training state (`loss.*`, `ema_*`).
 
         Raises:
-            InputError: keys are missing or unknown, or a shape does not fit.
+            InputError: keys are missing or unknown, or a tensor has the wrong shape.
         """
         state = {key: value for key, value in state.items() if not key.startswith(_IGNORED) and "ema_" not in key}
         config = MoVQGANConfig.from_state_dict(state)
@@ -321,14 +336,14 @@ class MoVQGAN(nn.Module):
         return model.requires_grad_(False).eval()
 
     def latent(self, pixels: Tensor) -> Tensor:
-        """Returns latents before quantization.
+        """Returns the latents of images before quantization.
 
         Shapes: pixels (B, 3, H, W) in [-1, 1] -> (B, Z, H/8, W/8).
         """
         return self.quant_conv(self.encoder(pixels))
 
     def decode_latent(self, latent: Tensor) -> Tensor:
-        """Returns pixels of quantized latents, about [-1, 1] but not clamped.
+        """Returns the pixels of quantized latents. Values lie roughly in [-1, 1] and are not clamped.
 
         Shapes: latent (B, Z, h, w) -> (B, 3, 8h, 8w).
         """
@@ -336,7 +351,7 @@ class MoVQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Returns the codes of pixels.
+        """Returns the codes of images.
 
         Shapes: pixels (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> (B, H/8, W/8) int64.
         """
@@ -344,7 +359,7 @@ class MoVQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Returns the pixels of codes.
+        """Returns the pixels of the images that the codes stand for.
 
         Shapes: codes (B, h, w) in [0, num_codes) -> (B, 3, 8h, 8w) float32 in [-1, 1].
 

@@ -21,10 +21,13 @@ _PATTERNS = ("movqgan*.safetensors", "movqgan*.ckpt")
 
 
 def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -> Path:
-    """Returns the MoVQGAN file: `explicit`, else the one in the model folder, else the released file in its folder.
+    """Returns the path of the MoVQGAN file to load.
+
+    It is `explicit` if given. Otherwise it is the MoVQGAN file in the model folder. If there is none, it is the
+    released file at `movqgan/270M` in this package.
 
     Raises:
-        InputError: no file or several files are found, or `explicit` cannot be read.
+        InputError: no file is found, the model folder holds several, or `explicit` cannot be read.
     """
     if explicit is not None:
         require_readable(explicit, "movqgan_path")
@@ -44,10 +47,10 @@ def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Returns the tensors of a `.safetensors` file or a pickled state dict; no code of a pickle runs.
+    """Returns the tensors of a `.safetensors` file or of a pickled state dict. Runs no code from a pickle.
 
     Raises:
-        InputError: the file cannot be read, is damaged, or holds something else than tensors.
+        InputError: the file cannot be read, is damaged, or holds anything but tensors.
     """
     path = Path(path)
     require_readable(path)
@@ -71,7 +74,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 class ImageTokenizer:
-    """A MoVQGAN on a device, with images as inputs and outputs."""
+    """A MoVQGAN on a device, which encodes PIL images to codes and decodes codes to PIL images."""
 
     def __init__(self, model: MoVQGAN) -> None:
         self.model = model
@@ -80,7 +83,7 @@ class ImageTokenizer:
     def from_checkpoint(
         cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "ImageTokenizer":
-        """Loads the file at `path`; the sizes of the model follow from its tensors.
+        """Loads the MoVQGAN file at `path`. Infers the sizes of the model from its tensors.
 
         Raises:
             InputError: the file cannot be read, or is not a MoVQGAN.
@@ -98,34 +101,36 @@ class ImageTokenizer:
 
     @property
     def cell(self) -> int:
-        """Side of the square of pixels that one code stands for; 8 in all released sizes."""
+        """Side of the square that one code stands for, in pixels. It is 8 in all released files."""
         return self.model.config.cell
 
     def require_codes(self, config: ModelConfig, path: str | Path) -> None:
-        """Refuses an image tokenizer whose codebook has another size than that of the model.
+        """Raises an error if the number of codes differs between this image tokenizer and the transformer.
 
         Args:
-            config: configuration of the model.
+            config: configuration of the transformer.
             path: file of this image tokenizer, for the message.
 
         Raises:
-            InputError: the sizes differ.
+            InputError: the numbers of codes differ.
         """
         if self.num_codes != config.num_image_codes:
             rule = f"must have the model's {config.num_image_codes} codes, but {path} has {self.num_codes}"
             raise InputError(f"{rule}; give the MoVQGAN that the model was trained with", "movqgan_path")
 
     def encode(self, images: Sequence[Image.Image], parts: int = 1) -> Tensor:
-        """Returns the codes of images of any mode, on the CPU.
+        """Returns the codes of images on the CPU. The images may have any PIL mode.
 
         Args:
-            images: images of equal size after their EXIF rotation; the sides are multiples of 8.
-            parts: number of equal parts, from top to bottom, that are encoded separately.
+            images: images that have equal sizes once their EXIF rotation is applied. Widths are multiples of `cell`,
+                heights multiples of `parts * cell`.
+            parts: number of equal parts, stacked from top to bottom, into which each image is cut. Each part is
+                encoded on its own.
 
-        Shapes: returns (B, rows, cols) int64.
+        Shapes: -> (B, rows, cols) int64.
 
         Raises:
-            InputError: the sizes differ, or a side is not a multiple of the cell.
+            InputError: the sizes differ, or a side is not such a multiple.
         """
         images = [upright(image) for image in images]
         sizes = {image.size for image in images}
@@ -140,10 +145,10 @@ class ImageTokenizer:
         return rearrange(codes, "(B P) rows cols -> B (P rows) cols", P=parts)
 
     def decode(self, codes: Tensor, parts: int = 1) -> list[Image.Image]:
-        """Returns RGB images of 8 cols x 8 rows pixels.
+        """Returns the RGB images that the codes stand for. Each code covers a square of side `cell`.
 
         Args:
-            parts: as in `encode`.
+            parts: number of equal parts, stacked from top to bottom, that are decoded on their own, as in `encode`.
 
         Shapes: codes (B, rows, cols).
 

@@ -1,4 +1,4 @@
-"""Samplers: they draw image codes from a model's logits, and call the model only through a `step` function."""
+"""Samplers, which draw image codes from a model's logits. They call the model only through a `step` function."""
 
 from lumina_mgpt.sampling.autoregressive import Step, sample
 

@@ -1,4 +1,7 @@
-"""The plain sampler: one code a step. Slow and simple, it is the oracle of the speculative sampler."""
+"""The plain sampler, which samples one code of each image per step.
+
+It is slow and simple. Tests of the speculative sampler compare with its images.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -14,25 +17,26 @@ from lumina_mgpt.unirep import ImageLayout
 
 
 class Step(Protocol):
-    """A model with its cache: runs one forward on new ids and returns logits of image codes.
+    """A model with its cache. A call runs one forward pass on new ids and returns logits of image codes.
 
-    The id of row r at column t is written to cache slot `cache_positions[r, t]` and attends to the slots up to its own.
-    Rows shorter than T are padded on the right. Padding writes to slots after the end of its row, which later ids
-    overwrite before any id attends to them.
+    The id of row r at column t is written to cache slot `cache_positions[r, t]`. It attends to the slots up to its own.
+    Rows shorter than T are padded on the right. A pad writes to a slot after the end of its row. Later ids of the row
+    overwrite this slot before any id attends to it.
 
     Args:
-        ids: on the CPU in the first call, then on the device of the logits.
-        cache_positions: on the CPU, so that the filled length of the cache is known without host synchronization.
-        read: columns of T to return logits for, on the CPU.
+        ids: new ids of each row, on the CPU in the first call, then on the device of the logits.
+        cache_positions: cache slot of each id. On the CPU, so the filled length is known without host synchronization.
+        read: columns of `ids` whose logits each row returns, on the CPU.
 
-    Shapes: ids (R, T), cache_positions (R, T), read (R, Q) -> (R, Q, C).
+    Shapes: ids (R, T), cache_positions (R, T), read (R, Q) -> (R, Q, C). R is the number of rows of the model's batch,
+    Q the number of columns read per row.
     """
 
     def __call__(self, ids: Tensor, cache_positions: Tensor, read: Tensor, /) -> Tensor: ...
 
 
 class Call(NamedTuple):
-    """Arguments of one `step`."""
+    """The arguments of one call of `step`."""
 
     ids: Tensor  # (R, T)
     cache_positions: Tensor  # (R, T)
@@ -53,24 +57,25 @@ def sample(
     *,
     given: Tensor | None = None,
 ) -> Tensor:
-    """Samples the codes of one image for each prompt; all images have the same layout.
+    """Samples the codes of one image per prompt. All images have the same layout.
 
-    Calls `step` once with the prompts and once more for each sampled code except the first. Each row end is fed with
-    the code before it; the image end is never fed. On a GPU the host synchronizes once a row.
+    Calls `step` once with the prompts, then once for each sampled code except the first. The call that feeds the last
+    code of a row also feeds the row's end. The image end is never fed. On a GPU the host synchronizes once per row.
 
     Args:
-        step: the model; it gets 2B rows, conditional ones first, or B rows where `settings.cfg` is 1.
-        prompts: B sequences of ids up to and including the last turn end before the image.
-        layout: forced ids, and the given and sampled positions.
-        settings: guidance, temperature and top-k; the seed is not used.
-        keys: B times (seed, repeat). With a code's position, they determine its noise.
-        on_row: called with each complete row: its index and a copy of the codes so far, (B, row + 1, cols).
-        given: the first codes in reading order, (B, layout.given).
+        step: the model. It gets 2B rows, the conditional ones first, or B rows if `settings.cfg` is 1.
+        prompts: B sequences of ids, each up to and including the last turn end before the image.
+        layout: forced ids, and the positions of given and of sampled codes.
+        settings: guidance, temperature and top-k. The seed is ignored; `keys` holds the seeds.
+        keys: one pair (seed, repeat) per image. The pair and the position of a code determine its noise.
+        on_row: called after each complete row with its index `row` and a copy of all codes so far,
+            (B, row + 1, cols).
+        given: the first `layout.given` codes of each image in reading order, (B, layout.given).
 
     Shapes: -> codes (B, rows, cols), on the device of the logits.
 
     Raises:
-        InputError: a logit is NaN, by an overflow in half precision or broken weights; checked at the end of each row.
+        InputError: a logit is NaN, because half precision overflows or weights are broken. Each row end checks this.
     """
     B, C = len(prompts), layout.vocabulary.num_image_codes
     given = check_given(given, keys, layout, B)
@@ -99,7 +104,10 @@ def sample(
 
 
 def check_given(given: Tensor | None, keys: Sequence[tuple[int, int]], layout: ImageLayout, B: int) -> Tensor:
-    """The given codes (B, layout.given), or an empty tensor for None; asserts their shape and one key an image."""
+    """Returns the given codes (B, layout.given), or an empty tensor (B, 0) for None.
+
+    Asserts the shape of `given`, and that there is one key per image.
+    """
     assert len(keys) == B, (len(keys), B)
     given = torch.empty((B, 0), dtype=torch.long) if given is None else given
     assert given.shape == (B, layout.given), (given.shape, B, layout.given)
@@ -109,7 +117,11 @@ def check_given(given: Tensor | None, keys: Sequence[tuple[int, int]], layout: I
 def draw(
     log_probs: Tensor, settings: SamplingConfig, keys: Sequence[tuple[int, int]], positions: Sequence[int]
 ) -> Tensor:
-    """Samples one code a row with the Gumbel-max trick; for top_k 1 the most probable code, without noise.
+    """Samples one code per row with the Gumbel-max trick. For top_k 1, returns the most probable code of each row.
+
+    Args:
+        keys: (seed, repeat) of each row, which determines its noise.
+        positions: position of each row's code in its image.
 
     Shapes: log_probs (B, C); keys and positions of length B -> (B,).
     """
@@ -121,12 +133,13 @@ def draw(
 def first_call(
     prompts: Sequence[Sequence[int]], layout: ImageLayout, given: Tensor, *, guided: bool
 ) -> tuple[Call, Tensor]:
-    """The call that fills the cache: prompts with the known ids of their images, and unconditional rows with guidance.
+    """Returns the arguments of the first call, which fills the cache, and where the image starts in each row.
 
-    An unconditional row is the image without its prompt.
+    A conditional row holds a prompt and the known ids of its image. With guidance, an unconditional row per image
+    follows, which holds the known ids without the prompt. The call reads the logits at the last id of each row.
 
-    Shapes: given (B, layout.given) -> a call of R rows that reads the last id of each, and origin (R,), the cache
-    position of image start in each row.
+    Shapes: given (B, layout.given) -> a call of R rows, and the cache position of the image start (R,). R is 2B with
+    guidance and B without.
     """
     prefix = layout.fill(given.cpu()).tolist()
     rows = [[*prompt, *known] for prompt, known in zip(prompts, prefix, strict=True)] + (prefix if guided else [])
@@ -139,7 +152,12 @@ def first_call(
 
 
 def next_call(code: Tensor, position: int, layout: ImageLayout, origin: Tensor) -> Call:
-    """The call after the code at `position`: that code, and the forced ids up to the next code.
+    """Returns the arguments of the call that feeds the code at `position` and the forced ids before the next code.
+
+    Args:
+        code: code of each image at `position`.
+        position: index of the code in its image, in reading order.
+        origin: cache position of the image start in each row of the model.
 
     Shapes: code (B,), origin (R,) with R a multiple of B -> a call of R rows.
     """
@@ -153,7 +171,10 @@ def next_call(code: Tensor, position: int, layout: ImageLayout, origin: Tensor) 
 
 
 def check_not_nan(log_probs: Tensor) -> None:
-    """Raises InputError for NaN. Once a row is enough, because a NaN in the cache makes all later logits NaN."""
+    """Raises InputError if a log-probability is NaN.
+
+    One check per row of the image is enough, because a NaN in the cache makes all later logits NaN.
+    """
     if log_probs.isnan().any():
         raise InputError(
             "gives logits that are not numbers; try bf16 or fp32, or download the checkpoint again", "dtype"

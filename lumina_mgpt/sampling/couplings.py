@@ -1,14 +1,15 @@
-"""Couplings: how a draft is verified against its target distribution, and what replaces a rejected draft.
+"""Couplings, which accept or reject each draft by its target distribution, and replace rejected drafts.
 
-A coupling verifies a window of W positions. One forward has given the target distribution of each, conditioned on the
-drafts before it. All codes up to and including the first rejected position are final, because the codes they were
-conditioned on are final. The codes after it are the drafts of the next round.
+A coupling verifies a window of W positions. One forward pass computes the target distribution of each position,
+conditioned on the drafts before it. The codes that a coupling returns are final up to and including the first rejected
+position, because all codes before that position are accepted drafts. The codes after it are drafts of the next round.
 
 Shapes:
-    target, proposal: (B, W, C) log-probabilities, -inf where the probability is 0; drafts come from `proposal`.
-    drafts: (B, W).
-    uniforms: (2, B, W) float64 in (0, 1) on the CPU, new in every round.
-    noise: (B, W, C), constant for a position.
+    target, proposal: (B, W, C) log-probabilities, -inf where the probability is 0. Drafts are sampled from `proposal`.
+    drafts: (B, W) codes.
+    uniforms: (2, B, W) float64 in (0, 1) on the CPU, new in every round. The first half decides acceptance, the second
+        draws replacements.
+    noise: (B, W, C) Gumbel noise, which stays the same for a position in all rounds.
 """
 
 import math
@@ -18,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # codes a block of `sample_by_inversion`; the square root of the released model's 16,384 codes
+BLOCK = 128  # codes per block of `sample_by_inversion`; the square root of the released model's 16,384 codes
 
 
 class Verified(NamedTuple):
-    """The result of one verification.
+    """The result of one verification: a code for each position, and which drafts are accepted.
 
-    Reading `accepted` is the only host synchronization of a round on a GPU.
+    On a GPU, copying `accepted` to the CPU is the only host synchronization of a round.
     """
 
     codes: Tensor  # (B, W), on the device of the target
@@ -32,12 +33,12 @@ class Verified(NamedTuple):
 
 
 def common_noise(target: Tensor, drafts: Tensor, noise: Tensor | None) -> Verified:
-    """Draws each position with its fixed Gumbel noise and accepts the draft where the code is the same.
+    """Samples each code from its target with the fixed Gumbel noise, and accepts drafts that equal the sampled code.
 
-    The image is the one that `autoregressive.sample` draws with the same noise.
+    The result is the image that `autoregressive.sample` draws with the same noise.
 
     Args:
-        noise: None for greedy decoding.
+        noise: Gumbel noise of each position; None for greedy decoding.
 
     Source: Jacobi decoding (arXiv 2002.09928), with the Gumbel-max trick in place of argmax.
     """
@@ -46,9 +47,9 @@ def common_noise(target: Tensor, drafts: Tensor, noise: Tensor | None) -> Verifi
 
 
 def maximal(target: Tensor, proposal: Tensor, drafts: Tensor, uniforms: Tensor) -> Verified:
-    """Accepts each draft with the highest probability that any coupling allows, also after a rejected one.
+    """Accepts each draft with the highest probability that any coupling allows, even after a rejected draft.
 
-    Every code returned is distributed as `target`, which is therefore its proposal in the next round.
+    Every returned code is distributed as its `target`. This target is therefore its proposal in the next round.
 
     Source: MC-SJD (arXiv 2510.24211).
     """
@@ -59,9 +60,9 @@ def maximal(target: Tensor, proposal: Tensor, drafts: Tensor, uniforms: Tensor) 
 
 
 def independent(target: Tensor, proposal: Tensor, drafts: Tensor, uniforms: Tensor) -> Verified:
-    """Accepts drafts up to the first rejection, and draws all codes after it anew from `target`.
+    """Accepts drafts up to the first rejection, and samples all codes after it anew from `target`.
 
-    Accepts fewer drafts than the other couplings; the baseline of benchmarks.
+    This coupling accepts fewer drafts than the others. It is the baseline of the benchmarks.
 
     Source: speculative Jacobi decoding (arXiv 2410.01699).
     """
@@ -75,9 +76,11 @@ def independent(target: Tensor, proposal: Tensor, drafts: Tensor, uniforms: Tens
 
 
 def accepts(target: Tensor, proposal: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """Whether each draft is accepted, with probability min(1, target / proposal).
+    """Returns which drafts are accepted. A draft's acceptance probability is min(1, target / proposal).
 
-    Shapes: uniform (B, W) on the CPU -> (B, W) bool on the CPU, so that only rejected positions are drawn again.
+    The result is on the CPU, so that the caller can select the rejected positions and sample only those.
+
+    Shapes: uniform (B, W) on the CPU -> (B, W) bool on the CPU.
     """
     of_draft = torch.stack([each.gather(-1, drafts[..., None])[..., 0] for each in (target, proposal)])
     log_target, log_proposal = of_draft.cpu().double()
@@ -85,9 +88,9 @@ def accepts(target: Tensor, proposal: Tensor, drafts: Tensor, uniform: Tensor) -
 
 
 def sample_residual(target: Tensor, proposal: Tensor, drafts: Tensor, uniform: Tensor) -> Tensor:
-    """Samples from the residual distribution max(0, target - proposal), normalized.
+    """Samples from the residual distribution: the positive part of target - proposal, normalized.
 
-    Returns the draft where the residual is 0 for all codes.
+    Where the residual is 0 for all codes, the result is the draft.
 
     Shapes: target, proposal (n, C) log-probabilities; drafts, uniform (n,) -> (n,).
     Source: speculative decoding (arXiv 2211.17192), section 2.3.
@@ -97,21 +100,21 @@ def sample_residual(target: Tensor, proposal: Tensor, drafts: Tensor, uniform: T
 
 
 def to_probs(log_probs: Tensor) -> Tensor:
-    """Probabilities of log-probabilities, at least 1e-31 (in float64 1e-292).
+    """Returns the probabilities exp(log_probs), raised to at least 1e-31 (1e-292 in float64).
 
-    The minimum keeps differences of two probabilities out of the subnormal numbers, with which a CPU computes 10 to 30
-    times slower and which strong guidance produces often. It never affects a sample: uniform numbers of 52 bits do not
-    resolve it.
+    The minimum keeps the difference of two probabilities from being a subnormal number. Strong guidance would produce
+    many of these, and a CPU computes with them 10 to 30 times slower. The minimum never affects a sample, because it is
+    too small for uniform numbers of 52 bits to resolve.
     """
     numbers = torch.finfo(log_probs.dtype)
     return log_probs.clamp(min=math.log(numbers.tiny / numbers.eps)).exp_()
 
 
 def sample_by_inversion(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Samples codes in proportion to `weights` by inverting their cumulative sum.
+    """Samples codes with probabilities proportional to `weights`, by inverting the cumulative sum.
 
-    Chooses a block of codes first and then a code in it: a cumulative sum over all codes in float64 takes longer than
-    the forward of a small model. The result is arbitrary where all weights are 0.
+    Chooses a block of codes first, and then a code in this block. One cumulative sum over all codes in float64 would
+    take longer than the forward pass of a small model. Where all weights are 0, the result is arbitrary.
 
     Shapes: weights (..., C) >= 0, uniform (...) in (0, 1) -> (...).
     """

@@ -1,8 +1,8 @@
-"""Speculative Jacobi sampling: one forward verifies a window of drafts, and the accepted ones become final.
+"""Speculative Jacobi sampling: each round verifies a window of drafts in one forward pass.
 
-Images have the same distribution as those of the plain sampler. With the coupling `noise` they are identical to them,
-except where a window's logits and a single step's differ by rounding: at near ties in float32, more often in half
-precision.
+All codes up to and including the first rejected position become final. Images have the same distribution as those of
+the plain sampler. With the coupling `noise` they are even identical, up to rounding. The logits of a window and those
+of a single step round differently. This changes a code at near ties in float32, and more often in half precision.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,22 @@ from lumina_mgpt.unirep import ImageLayout
 
 
 def window_size(layout: ImageLayout, speculation: Speculation) -> int:
-    """Number of drafts per round: the window, but at most the number of codes of the image."""
+    """Returns the number of drafts per round and image: `speculation.window`, or all codes if the image has fewer."""
     assert speculation.window is not None, "a sampler needs a window"
     return min(speculation.window, layout.num_codes)
 
 
 def spare_slots(layout: ImageLayout, window: int) -> int:
-    """Cache slots needed after the end of the image: the window of an image that is nearly complete writes there."""
+    """Returns the number of cache slots needed after the end of the image.
+
+    The window of a nearly complete image extends past the end of the image and writes to these slots.
+    """
     window = min(window, layout.num_codes)
     return window + window // layout.cols + 1
 
 
 def ring_bytes(layout: ImageLayout, speculation: Speculation) -> int:
-    """Bytes of one image's ring buffers of proposals and noise, in float32."""
+    """Returns the bytes of the float32 ring buffers that hold the proposals and the noise of one image."""
     window = window_size(layout, speculation)
     length = layout.cols + window + 1 + (window + 1 if speculation.coupling == "noise" else 0)
     return 4 * length * layout.vocabulary.num_image_codes
@@ -50,13 +53,14 @@ def sample_jacobi(
     *,
     given: Tensor | None = None,
 ) -> Tensor:
-    """Samples the codes of one image for each prompt; arguments, shapes and errors as for `autoregressive.sample`.
+    """Samples the codes of one image per prompt.
 
-    Calls `step` once with the prompts, which gives the first code, and then once a round. The images of a batch advance
-    independently. On a GPU the host synchronizes once a round, to read what was accepted.
+    Other arguments, shapes and errors are those of `autoregressive.sample`. The function calls `step` once with the
+    prompts, which gives the first code, and then once per round. The images of a batch advance independently. On a GPU
+    the host synchronizes once per round, to read which drafts are accepted.
 
     Args:
-        speculation: coupling, window (not None) and proposal distribution.
+        speculation: coupling, window and proposal distribution. The window must not be None.
     """
     B = len(prompts)
     given = check_given(given, keys, layout, B)

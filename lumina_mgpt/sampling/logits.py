@@ -1,7 +1,7 @@
-"""From the model's logits to log-probabilities of codes: guidance, top-k, temperature and softmax.
+"""Converts the model's logits to log-probabilities of codes: guidance, top-k, temperature and softmax.
 
-Pure functions of tensors, for any number of positions. They compute in float32, or in float64 for float64 logits, so
-that tests can compare samplers without near ties.
+All functions are pure and take any number of positions. They compute in float32, or in float64 for float64 logits. With
+float64, tests can compare samplers without near ties.
 """
 
 import torch
@@ -14,9 +14,9 @@ COLDEST = 1e-30  # minimum of the temperature: it leaves only the largest logits
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:
-    """Logits with classifier-free guidance: uncond + scale · (cond - uncond).
+    """Returns the logits with classifier-free guidance: uncond + scale · (cond - uncond).
 
-    Differs from the reference: the scale is constant; the released code changes it while sampling.
+    Differs from the reference: the scale is constant, whereas the released code changes it during sampling.
 
     Shapes: logits (2B, ..., C), conditional rows first -> (B, ..., C).
     """
@@ -25,10 +25,10 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 
 
 def truncate(logits: Tensor, top_k: int) -> Tensor:
-    """The `top_k` largest logits less the smallest of them, and -inf for the others.
+    """Keeps the `top_k` largest logits, shifted so that the smallest of them is 0, and sets the others to -inf.
 
-    Exactly min(top_k, C) remain. Of equal logits at the border those with the lower index remain, on every device; the
-    order of ties in `torch.topk` is unspecified.
+    Exactly min(top_k, C) logits remain. If equal logits compete for the last places, those with the lower indices
+    remain, on every device. The order of ties in `torch.topk` would be unspecified.
 
     Shapes: (..., C) -> (..., C). Ranges: top_k >= 1.
     """
@@ -47,7 +47,7 @@ def truncate(logits: Tensor, top_k: int) -> Tensor:
 
 
 def log_probs(logits: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Log-probabilities: log-softmax of the `top_k` largest logits / temperature.
+    """Returns log-probabilities: the log-softmax of the `top_k` largest logits, divided by the temperature first.
 
     Shapes: (..., C) -> (..., C) in float32 or float64; -inf where the probability is 0.
     Ranges: temperature > 0, top_k >= 1.
@@ -56,9 +56,9 @@ def log_probs(logits: Tensor, temperature: float, top_k: int) -> Tensor:
 
 
 def code_log_probs(logits: Tensor, settings: SamplingConfig) -> Tensor:
-    """Log-probabilities of the next code at each position that a `step` returned logits for.
+    """Returns log-probabilities of the next code from the logits of a `step`: guidance, top-k, temperature, softmax.
 
-    Shapes: logits (R, Q, C) -> (B, Q, C); R = 2B with guidance, R = B where `settings.cfg` is 1.
+    Shapes: logits (R, Q, C) -> (B, Q, C), for Q positions per row. R = 2B with guidance, R = B if `settings.cfg` is 1.
     """
     if settings.cfg != 1.0:
         logits = guide(logits, settings.cfg)

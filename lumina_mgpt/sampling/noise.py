@@ -1,9 +1,9 @@
 """Random numbers as functions of (seed, repeat, position): Gumbel noise for sampling, uniform numbers for verification.
 
-Philox is a counter-based generator: its bits depend on key and counter alone. The noise of a code is therefore
-independent of the order, batch, process and device that draw the image. NumPy guarantees the stream of raw bits; the
-distributions of `numpy.random.Generator` may change between versions (NEP 19), so this module derives its own.
-Measured on one core of a server: 125 µs for 16,384 codes, half of it Philox.
+Philox is a counter-based generator: its bits depend on key and counter alone. The noise of a code is therefore the same
+for any sampling order, batch, process and device. NumPy guarantees the stream of raw bits. The distributions of
+`numpy.random.Generator` may change between versions (NEP 19), so this module derives its own from the bits. The Gumbel
+noise of one code with 16,384 candidates takes 125 µs on one core of a server; half of this is Philox.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,15 @@ from torch import Tensor
 
 
 def gumbel(seed: int, repeat: int, position: int, count: int) -> Tensor:
-    """Standard Gumbel noise for the `count` candidates of one code.
+    """Returns standard Gumbel noise for one code of an image, one number for each of its `count` candidates.
 
-    argmax(log_probs + noise) is a sample from the distribution (the Gumbel-max trick).
+    argmax(log_probs + noise) is then a sample from the distribution `log_probs` (the Gumbel-max trick).
 
     Args:
-        seed: 0 ... 2**64 - 1.
-        repeat: index of the image among those of one prompt.
+        seed: seed of the request, 0 ... 2**64 - 1.
+        repeat: index of the image among the images of one prompt.
         position: index of the code in its image, 0 ... rows · cols - 1.
+        count: number of candidates, which is the size of the codebook.
 
     Shapes: -> (count,) float64 on the CPU. The first n values do not depend on `count`.
     """
@@ -29,11 +30,12 @@ def gumbel(seed: int, repeat: int, position: int, count: int) -> Tensor:
 
 
 def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count: int) -> Tensor:
-    """`gumbel` for several rows; noise that several rows share (equal key and position) is computed once.
+    """Returns `gumbel` noise for B rows. Rows with equal key and position share noise, which is computed once.
 
     Args:
-        keys: B times (seed, repeat).
-        positions: B indices of codes.
+        keys: (seed, repeat) of each row.
+        positions: index of each row's code in its image.
+        count: number of candidates of each code.
 
     Shapes: -> (B, count) float64 on the CPU.
     """
@@ -51,7 +53,7 @@ def gumbel_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], count
 
 
 def gumbel_like(log_probs: Tensor, keys: Sequence[tuple[int, int]], positions: Sequence[int]) -> Tensor:
-    """`gumbel_rows` with the shape, device and dtype of `log_probs`. Shapes: (B, C) -> (B, C)."""
+    """Returns `gumbel_rows` noise with the shape, device and dtype of `log_probs`. Shapes: (B, C) -> (B, C)."""
     noise = gumbel_rows(keys, positions, log_probs.shape[-1]).to(log_probs.dtype)
     if log_probs.is_cuda:
         noise = noise.pin_memory()  # copies from pageable memory synchronize
@@ -65,8 +67,8 @@ def uniform_rows(keys: Sequence[tuple[int, int]], positions: Sequence[int], roun
 
     Args:
         keys: (seed, repeat) of each row.
-        positions: index of the code of each row.
-        round: index of the verification, from 0.
+        positions: index of a code in the image of each row.
+        round: index of the sampling round, from 0.
 
     Shapes: -> (B, count) float64 in (0, 1) on the CPU.
     """
