@@ -1,4 +1,7 @@
-"""One module for each command, and what commands share. Nothing here imports torch before a command runs."""
+"""The commands, one module each, and the options, parser and progress bars that they share.
+
+No module of this package imports torch before a command runs.
+"""
 
 from lumina_mgpt.cli.options import (
     ALIASES,

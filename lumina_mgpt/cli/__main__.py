@@ -1,4 +1,4 @@
-"""Runs `python -m lumina_mgpt.cli COMMAND` as `lumina-mgpt COMMAND`."""
+"""Makes `python -m lumina_mgpt.cli COMMAND` do the same as `lumina-mgpt COMMAND`."""
 
 import sys
 

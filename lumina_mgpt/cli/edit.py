@@ -3,9 +3,9 @@
     lumina-mgpt edit --image_path assets/subject.png --save_path edited \\
         --instruction "make the background red" --instruction "replace the penguin with a snowman"
 
-Each turn edits the codes of the previous result, so that no error of decoding and encoding accumulates. Turn t writes
-edit_{t}.png with both panels and edit_{t}_result.png. edit_strip.png shows the given picture,
-edit_ref_center_crop.png, and all results side by side.
+Each turn edits the codes of the previous result, so that no error of decoding and encoding accumulates. Turn t, counted
+from 1, writes edit_{t}.png with both panels, and edit_{t}_result.png with the result alone. The cropped picture is
+saved as edit_ref_center_crop.png. edit_strip.png shows the cropped picture and all results side by side.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def build_parser() -> cli.Parser:
 
 
 def edit(args: argparse.Namespace) -> None:
-    """Checks everything that needs no weights, then loads them and edits."""
+    """Checks everything that needs no weights, then loads the weights and edits the picture."""
     plan = read_plan(args)
     cli.quant_group(args)
     output = OutputFolder(args.save_path, args.overwrite)
@@ -66,7 +66,7 @@ def edit(args: argparse.Namespace) -> None:
 
 
 def read_plan(args: argparse.Namespace) -> OutputPlan:
-    """Returns the plan of this command, one prompt for each turn; opens the picture."""
+    """Opens the picture and returns the plan of this command. The plan has one prompt per turn."""
     sampling = cli.sampling_settings(args)
     if not all(text.strip() for text in args.instruction):
         raise InputError("must not be empty, got ''; say what to change", "instruction")
@@ -89,7 +89,16 @@ def make(
     output: OutputFolder,
     described: Mapping[str, object],
 ) -> None:
-    """Edits turn by turn and saves each turn when it is done; turn t has the seed of the request plus t - 1."""
+    """Edits turn by turn, and saves each result when its turn is done.
+
+    Turn t, counted from 1, samples with the seed of the request plus t - 1.
+
+    Args:
+        prepared: the request, with one prompt per turn and the given panel.
+        plan: names of the files.
+        output: folder to save to.
+        described: settings for the text of the saved pictures.
+    """
     from lumina_mgpt.images import side_by_side
 
     layout, turns = prepared.layout, len(prepared.request.prompts)
@@ -121,7 +130,7 @@ def make(
 
 
 def file_names(plan: OutputPlan) -> list[str]:
-    """Returns the names of all files that a run writes."""
+    """Returns the names of all files that a run of the plan writes."""
     stems = [f"edit_{turn}" for turn in range(1, len(plan.request.prompts) + 1)]
     return [plan.panel_file, _STRIP, *(f"{stem}.png" for stem in stems), *map(result_file, stems)]
 

@@ -1,4 +1,4 @@
-"""Writes a training checkpoint in the released layout, also during the training.
+"""Writes a training checkpoint as a model folder in the released layout. The training may still be running.
 
 lumina-mgpt export --output_dir outputs/finetune --save_path outputs/now
 """

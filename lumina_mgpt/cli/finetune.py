@@ -57,7 +57,7 @@ def _add_options(target: argparse._ActionsContainer, group: type[Options]) -> No
 
 
 def config_of(args: argparse.Namespace) -> TrainingConfig:
-    """Returns the training configuration of parsed options."""
+    """Returns the training configuration that the parsed options describe."""
     values = {name: getattr(args, name) for name in TrainingConfig.options()}
     if values["data_config"] is None:
         raise InputError("is missing; give a YAML file such as configs/data/demo.yaml", "data_config")
@@ -76,7 +76,12 @@ def config_of(args: argparse.Namespace) -> TrainingConfig:
 
 
 def train(settings: TrainingConfig) -> tuple[int, bool, Path | None]:
-    """Trains; returns the signal that ended it or 0, whether this is the first process, and the last checkpoint."""
+    """Trains a model.
+
+    Returns:
+        Three values: the number of the signal that stopped the training, or 0; whether this process is the first of
+        all; and the path of the last checkpoint, or None.
+    """
     from lumina_mgpt.training.distributed import Processes
     from lumina_mgpt.training.trainer import Trainer
 

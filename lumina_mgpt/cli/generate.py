@@ -5,10 +5,12 @@
     lumina-mgpt generate --task i2i --i2i_task depth --image_path assets/depth.png \\
         --image_prompt "a hedgehog on a sky blue background" --save_path controlled
 
-Files are named {prompt index}_{repeat}.png, counted from 0, and carry prompt and settings as PNG text. With a given
-panel the file is {i2i_task}.png, and the panel is saved as {i2i_task}_ref_center_crop.png. The lower panel of an image
-with two panels is also saved alone, as {name}_result.png. Under `accelerate launch` or torchrun, each process generates
-its share of the images.
+Files are named {prompt index}_{repeat}.png, both counted from 0. They contain the prompt and the settings as PNG text.
+With a given panel, a single image is named {i2i_task}.png. Several images are named
+{i2i_task}_{prompt index}_{repeat}.png. The given panel is saved as {i2i_task}_ref_center_crop.png.
+
+If an image NAME.png has two panels, its lower panel is also saved alone, as NAME_result.png. Under `accelerate launch`
+or torchrun, each process generates its share of the images.
 """
 
 import argparse
@@ -76,15 +78,16 @@ def add_size_options(group: argparse._ActionsContainer) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Checks everything that needs no weights, then loads them and generates."""
+    """Checks everything that needs no weights, then loads the weights and generates the images."""
     run(args, tasks.read_plan)
 
 
 def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], OutputPlan]) -> None:
-    """Generates the images of the plan that `read_plan` makes from `args`.
+    """Generates the images of a plan.
 
     Args:
         args: parsed command line, with the options of `add_options`.
+        read_plan: makes the plan from `args`.
     """
     cli.quant_group(args)
     plan = read_plan(args)
@@ -114,7 +117,10 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
 
 
 def print_hints(prepared: "PreparedRequest", checkpoint: "Checkpoint") -> None:
-    """Prints a hint for each prompt that contains none of a small checkpoint's names; none with a given panel."""
+    """Prints a hint for each prompt that contains none of the names that a small checkpoint knows.
+
+    With a given panel, the function prints no hint.
+    """
     names = [] if prepared.panels else prompt_files.known_names(checkpoint.folder)
     for prompt in filter(None, prepared.request.prompts):
         hint = prompt_files.unknown_hint(prompt, names)
@@ -129,7 +135,16 @@ def make(
     output: OutputFolder,
     described: Mapping[str, object],
 ) -> None:
-    """Generates and saves. However it ends, finished images stay and no preview is left."""
+    """Generates the images and saves each when it is finished.
+
+    After an error or a stop, finished images stay, and all previews are removed.
+
+    Args:
+        prepared: the request to generate.
+        plan: names of the files.
+        output: folder to save to.
+        described: settings for the text of the saved pictures.
+    """
     request, layout = prepared.request, prepared.layout
     rank, processes = request.share
     total, saved, previews = len(request.jobs), 0, set()
@@ -164,7 +179,7 @@ def make(
 
 
 def save_result(result: "Result", plan: OutputPlan, output: OutputFolder, described: Mapping[str, object]) -> object:
-    """Saves an image and its lowest panel and removes its preview; returns the image's path."""
+    """Saves an image, and its lowest panel if it has several, and removes its preview. Returns the image's path."""
     job, stem = result.job, plan.stem(result.job)
     text = {"prompt": job.prompt, "repeat": job.repeat} | dict(described)
     if result.panels > 1:
@@ -189,15 +204,15 @@ def _progress_bar(images: int, codes: int, shown: bool) -> tqdm:
 
 
 def loading_text(args: argparse.Namespace) -> dict[str, str | None]:
-    """Returns the loading options that become part of a picture's text."""
+    """Returns those options about the checkpoint that become part of a picture's text."""
     return {name: getattr(args, name) for name in ("model_path", "movqgan_path", "attn", "movqgan_dtype")}
 
 
 def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping[str, str | None]) -> dict[str, object]:
-    """Returns all settings of an image except its prompt and repeat, as the text of its file.
+    """Returns the settings that all images of a run share, for the text of the saved pictures.
 
     Args:
-        loading: what `loading_text` returns.
+        loading: the result of `loading_text`.
     """
     from lumina_mgpt.panels import pixel_size
 

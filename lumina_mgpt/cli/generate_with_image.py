@@ -3,8 +3,8 @@
     lumina-mgpt generate-with-image --task canny --extract --input_image_path assets/subject.png \\
         --prompt "a penguin on a yellow background" --save_path controlled
 
-Equivalent to `lumina-mgpt generate --task i2i`, with the same files. `--width 768 --height 768` are two panels of
-768 x 384.
+This command does the same as `lumina-mgpt generate --task i2i` and names its files in the same way. The size is that of
+both panels together: `--width 768 --height 768` gives two panels of 768 x 384 pixels.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def build_parser() -> cli.Parser:
 
 
 def read_plan(args: argparse.Namespace) -> tasks.OutputPlan:
-    """Returns the plan of this command; opens the picture."""
+    """Opens the picture and returns the plan of this command."""
     settings = tasks.request_settings(args)
     prompts = prompt_files.read_prompts(None if args.prompt is None else [args.prompt], None)
     source = ("input_image_path", args.input_image_path)

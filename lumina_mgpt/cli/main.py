@@ -1,4 +1,4 @@
-"""The console script `lumina-mgpt COMMAND [options]`: imports the command's module and runs it."""
+"""The console script `lumina-mgpt COMMAND [options]`. It imports the module of the command and runs it."""
 
 import importlib
 import sys
@@ -31,7 +31,7 @@ def build_parser() -> cli.Parser:
 
 
 def overview() -> str:
-    """Returns the text of `--help`."""
+    """Returns the text of `lumina-mgpt --help`: usage and list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
@@ -47,7 +47,11 @@ def overview() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
+    """Runs the command that the first argument names, and returns its exit status.
+
+    Args:
+        argv: command and options; None: those of this process.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         return cli.run(lambda _: print(overview()), cli.Parser(), [])

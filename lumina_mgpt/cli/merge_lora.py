@@ -2,7 +2,7 @@
 
     lumina-mgpt merge-lora --model_path Lumina-mGPT-2.0 --adapter outputs/adapter --save_path outputs/merged
 
-It reads adapters in peft's format, as `lumina-mgpt export --adapter` writes them too.
+The adapters must be in the format of peft. `lumina-mgpt export --adapter` writes this format.
 """
 
 import argparse

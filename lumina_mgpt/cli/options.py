@@ -1,4 +1,4 @@
-"""Groups of options that several commands share, and the settings that they stand for."""
+"""Options that several commands share, and the conversion of their values to settings."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 DEMO = "assets/demo"
-# Parameters of GenerationRequest -> options, where the names differ.
+# Parameter of GenerationRequest -> option, where the names differ.
 ALIASES = {"prompts": "--prompt", "panel": "--image_path", "shown": "--panel_prompt"}
 
 
@@ -75,7 +75,13 @@ def add_checkpoint_options(parser: Parser) -> None:
 
 
 def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "Pipeline":
-    """Returns the pipeline of an opened checkpoint with the options of `add_checkpoint_options`."""
+    """Loads the weights of an opened checkpoint and returns the pipeline.
+
+    Args:
+        args: parsed command line, with the options of `add_checkpoint_options`.
+        checkpoint: the opened checkpoint.
+        device: device to load the weights to.
+    """
     import torch
 
     from lumina_mgpt.devices import DTYPES
@@ -97,10 +103,14 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
 
 
 def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | None:
-    """Returns the group size that --quant asks for, None without it.
+    """Returns the group size for int4 weights, or None without --quant.
 
     Args:
-        stored: group size of a checkpoint with int4 weights.
+        args: parsed command line, with the options of `add_checkpoint_options`.
+        stored: group size of the checkpoint if its weights are int4 already, else None.
+
+    Raises:
+        InputError: --quant_group is given without --quant.
     """
     if args.quant:
         return args.quant_group or stored or DEFAULT_INT4_GROUP
@@ -110,7 +120,7 @@ def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | No
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of SamplingConfig."""
+    """Adds the options that set the fields of SamplingConfig."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--cfg", type=number, default=SamplingConfig.cfg, help="guidance scale; 1 disables guidance")
     group.add_argument(
@@ -160,7 +170,14 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def speculation_settings(args: argparse.Namespace) -> Speculation | None:
-    """Returns the settings of the speculation options, None without --speculative_jacobi."""
+    """Returns the settings of speculative sampling, or None without --speculative_jacobi.
+
+    Args:
+        args: parsed command line, with the options of `add_speculation_options`.
+
+    Raises:
+        InputError: options do not fit each other.
+    """
     given = {name: getattr(args, name) for name in ("coupling", "window") if getattr(args, name) is not None}
     if args.fast and (args.speculative_jacobi or given):
         raise InputError("--fast chooses --speculative_jacobi, --coupling and --window itself; leave those out, or it")
@@ -172,17 +189,21 @@ def speculation_settings(args: argparse.Namespace) -> Speculation | None:
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of OutputFolder."""
+    """Adds --save_path and --overwrite, the options for OutputFolder."""
     group = parser.add_argument_group("output")
     group.add_argument("--save_path", default="outputs", help="folder for the images")
     group.add_argument("--overwrite", action="store_true", help="replace files of the same name")
 
 
 def checkpoint_path(text: str) -> str | Path:
-    """Returns the demo checkpoint's folder for DEMO from any working folder; returns other paths and ids unmodified."""
+    """Returns the path or hub id of a checkpoint, such that the path DEMO works in every working directory.
+
+    If `text` is DEMO and the working directory has no such path, the result is the folder of the demo checkpoint.
+    Otherwise, the result is `text`.
+    """
     return resources.demo_checkpoint() if text == DEMO and not Path(DEMO).exists() else text
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
-    """Returns the settings of the sampling options."""
+    """Returns the settings that the options of `add_sampling_options` give."""
     return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)

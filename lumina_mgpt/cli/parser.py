@@ -1,4 +1,4 @@
-"""The argument parser of all commands, and the types of options."""
+"""The argument parser of all commands, and the converters of option values."""
 
 import argparse
 import re
@@ -18,10 +18,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of printing its usage and refuses abbreviated options.
+    """An argument parser that refuses abbreviated options. For a wrong command line, it raises InputError.
+
+    Args:
+        aliases: initial value of the attribute.
+        kwargs: further arguments of `argparse.ArgumentParser`.
 
     Attributes:
-        aliases: parameter of the library -> option of this command, where the names differ.
+        aliases: parameter of a library function -> option of this command, where the names differ.
     """
 
     def __init__(self, aliases: Mapping[str, str] | None = None, **kwargs: Any) -> None:
@@ -33,11 +37,17 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists every option")
 
     def option(self, parameter: str) -> str:
-        """Returns the option that sets a parameter, `--width` for width, or the parameter if no option does."""
+        """Returns the option that sets a parameter, such as `--width` for `width`.
+
+        If no option sets the parameter, the result is its name.
+        """
         return self.aliases.get(parameter) or self._options().get(parameter, parameter)
 
     def render(self, error: InputError) -> str:
-        """Returns the message of an error with options instead of parameters: `--device cpu` for `device=cpu`."""
+        """Returns the message of an error in terms of options.
+
+        Each parameter in the message becomes its option: `device=cpu` becomes `--device cpu`.
+        """
         options = self._options() | self.aliases
         text = re.sub(r"(?<![\w/.-])([a-z]\w*)=(\S)", lambda found: _option_value(options, found), error.message)
         text = re.sub(r"(--?\w+) True\b", r"\1", text)
@@ -53,7 +63,7 @@ def _option_value(options: Mapping[str, str], found: re.Match) -> str:
 
 
 def whole(text: str) -> int:
-    """Converts the value of a whole-number option."""
+    """Converts the value of an option that takes a whole number."""
     try:
         return int(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Progress bars of commands."""
+"""The progress bars that commands show."""
 
 import contextlib
 import os
@@ -10,18 +10,19 @@ if TYPE_CHECKING:
 
 
 def bar_interval() -> float:
-    """Returns seconds between updates of a progress bar: 0.1 on a terminal, 10 in a log file."""
+    """Returns the time between updates of a progress bar in seconds: 0.1 on a terminal, 10 in a log file."""
     return 0.1 if sys.stderr.isatty() else 10
 
 
 class ReadingBar(contextlib.AbstractContextManager):
-    """A progress bar for the `on_read` of `load_model`.
+    """A progress bar that counts weights while they are read. It serves as the `on_read` of `load_model`.
 
-    It appears with the first weight, after the checks, so that their errors stay a single line.
+    The bar does not appear before the first weight is read. The checks are done by then, so that an error of a check
+    prints a single line and no bar.
 
     Args:
-        words: description of the bar.
-        delay: seconds before the bar appears.
+        words: text in front of the bar.
+        delay: seconds from the first weight until the bar appears.
     """
 
     def __init__(self, words: str, delay: float = 0) -> None:

@@ -1,8 +1,8 @@
-"""Makes a checkpoint with int4 weights, which loads without quantization: the 7B takes 6.3 GB instead of 15.8.
+"""Makes a checkpoint with int4 weights. Loading it needs no quantization. The 7B takes 6.3 GB instead of 15.8 GB.
 
     lumina-mgpt quantize --model_path assets/demo --save_path work/demo-int4
 
-The new folder holds the tokenizer and MoVQGAN files too. It is written completely or not at all.
+The new folder also holds the tokenizer and MoVQGAN files. The folder is written completely or not at all.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Returns the size of a folder's transformer weights."""
+    """Returns the size of a folder's transformer weights in bytes."""
     files = {file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)}
     return sum(file.stat().st_size for file in files)
 

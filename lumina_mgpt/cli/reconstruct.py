@@ -1,10 +1,12 @@
-"""Shows what the image tokenizer preserves of pictures: encodes and decodes them.
+"""Encodes and decodes pictures, to show what the image tokenizer preserves of them.
 
     lumina-mgpt reconstruct assets/subject.png assets/depth.png --save_path reconstructed
 
-For each picture it writes {name}_reconstruction.png and {name}_codes.png (the codes as 16-bit grey, one pixel per code)
-and prints a line with the PSNR. --through_model adds {name}_no_edit.png: the model edits the picture with the
-instruction "no edit", which shows what the model preserves (Lumina-mGPT, arXiv 2408.02657).
+For each picture, this command writes two files. {name}_reconstruction.png is the decoded picture. {name}_codes.png
+holds the codes as 16-bit grey, one pixel per code. It also prints a line with the PSNR of the reconstruction.
+
+--through_model adds {name}_no_edit.png: the model edits the picture with the instruction "no edit". The result shows
+what the model preserves of the picture (Lumina-mGPT, arXiv 2408.02657).
 """
 
 import argparse
@@ -117,9 +119,11 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def crop_pictures(paths: Sequence[str], target: int, keep_size: bool) -> "list[Image.Image]":
-    """Returns the pictures, each cropped to the nearest size of about `target` x `target` pixels.
+    """Returns the pictures, each cropped to about `target` x `target` pixels at the nearest aspect ratio.
 
     Args:
+        paths: files of the pictures.
+        target: side in pixels of a square with about as many pixels as each crop.
         keep_size: leave pictures whose sides are multiples of 32 uncropped.
     """
     from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_panel
@@ -136,8 +140,13 @@ def crop_pictures(paths: Sequence[str], target: int, keep_size: bool) -> "list[I
 def prepare(checkpoint: "Checkpoint", crop: "Image.Image", path: str, settings: Mapping[str, Any]) -> "PreparedRequest":
     """Returns the request for the model's copy of a picture.
 
+    Args:
+        crop: the cropped picture.
+        path: file of the picture, for the error message.
+        settings: sampling and speculation of the request.
+
     Raises:
-        InputError: two panels of that size exceed the model's context.
+        InputError: two panels of the crop's size exceed the model's context.
     """
     from lumina_mgpt.preparation import PreparedRequest
 
@@ -154,11 +163,15 @@ def prepare(checkpoint: "Checkpoint", crop: "Image.Image", path: str, settings: 
 def through_model(
     pipeline: "Pipeline", prepared: "Mapping[str, PreparedRequest]", stem: str, codes: "Tensor"
 ) -> "tuple[Result, dict[str, object]]":
-    """Returns the model's copy of a picture and its settings.
+    """Returns the model's copy of a picture, and the settings for the text of its file.
 
     Args:
-        stem: file stem of the picture.
-        codes: codes of the picture, (rows, cols).
+        pipeline: the loaded model.
+        prepared: file stem of a picture -> its request.
+        stem: file stem of the picture to copy.
+        codes: codes of this picture.
+
+    Shapes: codes (rows, cols).
     """
     request = prepared[stem].single(0, codes)
     (result,) = pipeline.stream(request)
@@ -168,10 +181,14 @@ def through_model(
 def show(
     crops: "Mapping[str, Image.Image]", images: "ImageTokenizer", copy: "Copy | None", output: OutputFolder
 ) -> None:
-    """Writes the files and prints a table row for each picture.
+    """Writes the files and prints a table with one row per picture.
 
     Args:
-        copy: returns the model's result and its settings for a file stem and its codes; None without --through_model.
+        crops: file stem -> cropped picture.
+        images: image tokenizer.
+        copy: function of a file stem and the picture's codes. It returns the model's copy and the settings for the text
+            of its file. None without --through_model.
+        output: folder to save to.
     """
     import numpy as np
     from PIL import Image
@@ -198,7 +215,12 @@ def show(
 
 
 def file_names(stems: Sequence[str], through_model: bool) -> list[str]:
-    """Returns the names of all files that a run writes."""
+    """Returns the names of all files that a run writes.
+
+    Args:
+        stems: file stems of the pictures.
+        through_model: whether the run also writes the model's copies.
+    """
     kinds = ["codes", "reconstruction"] + ["no_edit"] * through_model
     return [f"{stem}_{kind}.png" for stem in stems for kind in kinds]
 

@@ -1,4 +1,4 @@
-"""Runs a command: messages on stderr and exit statuses."""
+"""Runs a command, prints its messages on stderr and returns its exit status."""
 
 import argparse
 import contextlib
@@ -21,11 +21,15 @@ def run(
 ) -> int:
     """Parses the options, calls `work` with them and returns the exit status.
 
-    The status is what `work` returns (None: 0). An InputError prints one line on stderr and gives 2. Signal n gives
-    128 + n (130: Ctrl-C). Other exceptions are bugs and keep their traceback.
+    The status is what `work` returns, with 0 for None. It is 2, with one line on stderr, after an InputError, for a
+    missing or unreadable file, and for a lack of memory. After signal n, it is 128 + n, such as 130 for Ctrl-C. Other
+    exceptions are bugs and keep their traceback.
 
     Args:
-        stopped: end of the message after a signal, unless the KeyboardInterrupt has a text.
+        work: the command, a function of the parsed options.
+        parser: parser of the command's options.
+        argv: options to parse; None: those of this process.
+        stopped: end of the message after a signal. If the KeyboardInterrupt has a text, that text replaces it.
     """
     with safe_output(), stoppable(), _logged():
         try:

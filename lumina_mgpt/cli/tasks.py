@@ -1,4 +1,4 @@
-"""From a command line to a request and the names of its files."""
+"""Makes a request, and the names of the files to write, from a command line."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -21,16 +21,17 @@ _GIVEN = "i2i"  # value of --task for every task with a given panel
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """A request of a command, and how its files are named and described.
+    """The request of a command, and how to name and describe the files that the command writes.
 
     Attributes:
+        request: what to generate.
         label: name of the task in a picture's text.
-        prompts_from: parameter, options or file of the prompts, for errors.
-        examples: whether the prompts are still to be read from the checkpoint; `request` has a placeholder until then.
-        name: first part of the files' names; without it they are numbered.
-        image_path: file of the picture for the given panel.
-        extract: computes the panel from the cropped picture; without it the crop is the panel.
-        preview: whether to write pictures while they grow.
+        prompts_from: where the prompts come from, for error messages: a parameter, options or a file.
+        examples: whether the prompts are still to be read from the checkpoint. Until then, `request` has a placeholder.
+        name: first part of the file names; None: they begin with {prompt index}_{repeat}.
+        image_path: file of the picture for the given panel; None without such a panel.
+        extract: function that computes the panel from the cropped picture; None: the cropped picture is the panel.
+        preview: whether to save previews of unfinished images.
     """
 
     request: GenerationRequest
@@ -44,23 +45,32 @@ class OutputPlan:
 
     @property
     def keep(self) -> list[Path]:
-        """Files that no result may replace."""
+        """The files that no result may replace: the given picture."""
         return [] if self.image_path is None else [Path(self.image_path)]
 
     def with_prompts(self, prompts: Sequence[str], prompts_from: str) -> "OutputPlan":
-        """Returns the plan for other prompts."""
+        """Returns a copy of the plan with other prompts.
+
+        Args:
+            prompts: the new prompts.
+            prompts_from: where they come from, for error messages.
+        """
         request = replace(self.request, prompts=prompts)
         return replace(self, request=request, prompts_from=prompts_from, examples=False)
 
     def described(self) -> dict[str, object]:
-        """Returns the task's part of a picture's text."""
+        """Returns that part of a picture's text which describes the task."""
         shown, path = self.request.shown, self.image_path
         text: dict[str, object] = {"task": self.label}
         text |= {} if shown is None else {"panel_prompt": shown}
         return text | ({} if path is None else {"image_path": path})
 
     def stem(self, job: ImageJob) -> str:
-        """Returns the file name of an image without suffix: `0_0`, or the plan's name for its only image: `depth`."""
+        """Returns the file name of an image without its extension.
+
+        Without a `name` in the plan, the result is {prompt index}_{repeat}, such as `0_0`. With the name `depth`, it is
+        `depth` for the only image of a plan, and `depth_0_0` for one of several.
+        """
         numbered = f"{job.prompt_index}_{job.repeat}"
         if self.name is None:
             return numbered
@@ -68,11 +78,11 @@ class OutputPlan:
 
     @property
     def panel_file(self) -> str:
-        """File name of the given panel, as in the released code."""
+        """The file name of the given panel. It is the same as in the released code."""
         return f"{self.name}_ref_center_crop.png"
 
     def file_names(self) -> list[str]:
-        """Returns the names of all results of this process."""
+        """Returns the names of all files that this process writes, without previews."""
         names = []
         for stem in map(self.stem, self.request.jobs):
             names += [f"{stem}.png"] + [result_file(stem)] * (self.request.task.panels > 1)
@@ -80,22 +90,22 @@ class OutputPlan:
         return names + [self.panel_file] * (self.image_path is not None and first)
 
     def preview_names(self) -> list[str]:
-        """Returns the names of all previews of this process, which it removes itself."""
+        """Returns the names of all previews of this process. The process itself removes these files."""
         return [preview_file(self.stem(job)) for job in self.request.jobs] if self.preview else []
 
 
 def result_file(stem: str) -> str:
-    """Returns the file name of the lowest panel of an image."""
+    """Returns the file name for the lowest panel of the image `{stem}.png`."""
     return f"{stem}_result.png"
 
 
 def preview_file(stem: str) -> str:
-    """Returns the file name of an image's preview."""
+    """Returns the file name for the preview of the image `{stem}.png`."""
     return f"{stem}.preview.png"
 
 
 def add_task_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `generate` that select a task and what it is given."""
+    """Adds the options of `generate` that select the task, its picture and its panel text."""
     group = parser.add_argument_group("task")
     group.add_argument(
         "--task",
@@ -133,7 +143,7 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_plan(args: argparse.Namespace) -> OutputPlan:
-    """Returns the plan of `generate`; opens the picture.
+    """Returns the plan of `generate`. If the task has a given panel, its picture is opened.
 
     Raises:
         InputError: options do not fit each other, a prompt is missing, or the picture cannot be read.
@@ -164,13 +174,15 @@ def panel_plan(
     settings: dict[str, Any],
     extract: bool = False,
 ) -> OutputPlan:
-    """Returns the plan of a task with a given panel; opens the picture.
+    """Opens the picture and returns the plan of a task with a given panel.
 
     Args:
-        name: key of I2I_TASKS.
-        source: parameter that names the picture, and its value.
+        name: key of the task in I2I_TASKS.
+        prompts: what the lower panel shows; may be empty for some tasks.
+        source: (name, value) of the parameter that gives the path of the picture. The value None is an error.
+        shown: what the described panel displays; None: the task's own text.
         settings: further fields of the request.
-        extract: compute the panel from the picture.
+        extract: compute the panel from the picture with the extractor of this task.
 
     Raises:
         InputError: the task needs a picture or a prompt that is missing, or no map of that name can be computed.

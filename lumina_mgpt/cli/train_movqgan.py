@@ -2,7 +2,8 @@
 
 lumina-mgpt train-movqgan --images work/demo/pictures/single=3 work/demo/pictures/maps=1 --out_dir work/movqgan
 
-Writes `movqgan.safetensors` to --out_dir, with the names of the released files. After a stop, the same command resumes.
+The command writes `movqgan.safetensors` to --out_dir. Its tensors have the same names as in the released MoVQGAN files.
+To resume after a stop, run the same command again.
 """
 
 import argparse
@@ -23,7 +24,7 @@ MEANING = {
 
 
 def weighted_folder(text: str) -> tuple[Path, float]:
-    """Type of an option `FOLDER` or `FOLDER=WEIGHT`."""
+    """Converts an option value `FOLDER` or `FOLDER=WEIGHT` to folder and weight. The default weight is 1."""
     folder, _, weight = text.partition("=")
     try:
         value = float(weight or 1)

@@ -1,6 +1,6 @@
-"""Webdataset tar -> rows for `parse_record`. Pictures are read from the tar, nothing is unpacked.
+"""Webdataset tar -> rows for `parse_record`. Pictures are read from the tar; nothing is unpacked to disk.
 
-Before: tars.py checks the file and lists its members. inputs.py calls this module.
+Before: tars.py checks the tar and lists its members. Next: inputs.py takes the rows.
 """
 
 import io
@@ -28,7 +28,7 @@ class _Sample:
 
     Attributes:
         name: path in the tar up to the first dot of the file name.
-        members: kind -> member. The kind is the rest of the name in lower case, such as `depth.png`.
+        members: kind -> member. The kind is the part of the name after that dot in lower case, such as `depth.png`.
         faults: reasons to leave the sample out.
     """
 
@@ -42,21 +42,22 @@ class _Sample:
 
 
 class Archive:
-    """Samples of an uncompressed tar. Members whose names are equal up to the first dot are one sample.
+    """Reads the samples of an uncompressed tar. Members whose names are equal up to the first dot form one sample.
 
-    A sample becomes a row in one of two forms:
+    Each sample becomes a row in one of two forms:
 
-    - prompt and picture. The prompt is the text of a `.txt` member, else `prompt`, `caption` or `text` of a `.json`
-      member. The picture is the one with a plain extension (`0.png`, not `0.depth.png`), or the only one.
-    - conversation: a `.json` member with `conversations`. Its pictures are those that `image` names. Without `image`,
-      they are those with plain extensions, or all pictures if there are none.
+    - Prompt and picture. The prompt is the text of the `.txt` member. If that is missing or blank, it is the
+      value of `prompt`, `caption` or `text` in the `.json` member. The picture is the one with a plain extension
+      (`0.png`, not `0.depth.png`), or the only picture of the sample.
+    - Conversation. The `.json` member holds `conversations`. The pictures are those that its key `image` names. Without
+      `image`, they are those with plain extensions. If no picture has one, they are all pictures of the sample.
 
     Args:
         path: tar file.
 
     Attributes:
-        rows: raw records for `parse_record`. An InputError stands for a sample that gives none.
-        offsets: path of a picture -> its offset and size in the tar.
+        rows: one raw record for `parse_record` per sample. An InputError replaces the record of an unusable sample.
+        offsets: path of a picture -> (offset, size) of its data in the tar, in bytes.
 
     Raises:
         InputError: the file is missing, damaged, cut or compressed.
@@ -136,7 +137,10 @@ class Archive:
         return path
 
     def open(self, path: Path) -> io.BytesIO | None:
-        """Bytes of a picture in the tar; None for other paths.
+        """The content of a picture as a binary file, or None if the tar holds no such picture.
+
+        Args:
+            path: path of the picture, as in `rows`.
 
         Raises:
             InputError: the tar is no longer readable.

@@ -1,9 +1,9 @@
 """Samples of a TokenDataset -> Planned batches -> MicroBatch tensors.
 
-Before: dataset.py. Next: the trainer computes the loss of each MicroBatch.
+Before: dataset.py reads the samples. Next: the trainer computes the loss of each MicroBatch.
 
-The plan of an epoch is one list of micro-batches, a function of seed, epoch and batch size. Each of n processes takes
-every n-th entry of the same list.
+The plan of an epoch is a list of micro-batches. It depends only on the dataset and its seed, the epoch and the batch
+size. All n processes make the same list, and each of them takes every n-th entry.
 """
 
 from dataclasses import dataclass, replace
@@ -22,16 +22,17 @@ _OPEN_ROWS = 16  # candidates of best-fit packing: more fill rows a little bette
 
 @dataclass(frozen=True)
 class BatchSize:
-    """Size of a micro-batch: a fixed number of rows, or as many rows as fit into a number of ids.
+    """Size of a micro-batch: either a fixed number of rows, or the number of ids that its rows must fit into.
 
     Args:
-        rows: sequences per micro-batch, 0 if `tokens` is given.
-        tokens: ids per micro-batch, padding included, 0 if `rows` is given.
-        multiple: rows are padded to a multiple of this.
-        packed: one row of at most `tokens` ids, which holds several sequences one after another.
+        rows: number of rows per micro-batch, with one sequence each. 0 if `tokens` is given.
+        tokens: largest number of ids per micro-batch, padding included. 0 if `rows` is given.
+        multiple: the number of ids in each row is padded to a multiple of this.
+        packed: a micro-batch is one row of at most `tokens` ids. It holds several sequences, one after another.
 
     Raises:
-        InputError: both or neither of rows and tokens are given, or a value is out of range.
+        InputError: `rows` and `tokens` are both given or both 0, a value is out of range, or `packed` is given without
+            `tokens`.
     """
 
     rows: int = 0
@@ -48,14 +49,22 @@ class BatchSize:
             raise InputError(f"must be at least 1, got {self.multiple}", "pad_multiple")
 
     def width(self, length: int) -> int:
-        """Number of ids, with padding, of a row that holds `length` ids."""
+        """Number of ids in a row, padding included.
+
+        Args:
+            length: number of ids without padding.
+        """
         return _round_up(length, self.multiple)
 
     def rows_of(self, width: int) -> int:
         return self.rows or max(1, self.tokens // width)
 
     def check(self, longest: int) -> None:
-        """Raises InputError if the longest sequence does not fit into `tokens`."""
+        """Raises InputError if the longest sequence with its padding does not fit into `tokens`.
+
+        Args:
+            longest: number of ids in the longest sequence.
+        """
         if 0 < self.tokens < self.width(longest):
             raise InputError(
                 f"must be at least {self.width(longest)}, the longest sequence with its padding, got {self.tokens}",
@@ -65,11 +74,11 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class Planned:
-    """One micro-batch of a plan.
+    """One micro-batch of a plan, not read yet.
 
     Attributes:
-        samples: indices of the samples.
-        rows, width: shape of the ids.
+        samples: numbers of its samples in the TokenDataset. There may be fewer than `rows`.
+        rows, width: number of rows, and number of ids in each row with padding.
         packed: all samples share one row.
     """
 
@@ -81,15 +90,18 @@ class Planned:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Tensors of a micro-batch. The loss predicts `targets` from the hidden states at `index`.
+    """Tensors of a micro-batch. The model predicts `targets` from its hidden states at the positions in `index`.
 
     Attributes:
-        ids: input (B, T) long.
-        index: positions (L,) in the flattened ids whose next id has a label.
-        targets: that next id (L,); -100 where `index` is padding.
+        ids: input ids. B is the number of rows, T the number of ids in each row.
+        index: positions in the flattened ids whose next id has a label. Padding at the end of `index` is 0.
+        targets: the next id for each position in `index`; -100 where `index` is padding.
         labelled: number of targets without padding.
         tokens: number of ids without padding.
-        documents: lengths of the sequences in a packed row, the last is padding; empty if not packed.
+        documents: number of ids of each sequence in a packed row, then of its padding if there is any. Empty if the
+            batch is not packed.
+
+    Shapes: ids (B, T) long; index, targets (L,) long.
     """
 
     ids: Tensor
@@ -101,7 +113,15 @@ class MicroBatch:
 
 
 def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Planned]:
-    """Micro-batches of an epoch in random order. Each holds samples of one type, of similar length unless packed."""
+    """The micro-batches of an epoch in random order.
+
+    All samples of a micro-batch have the same type. Unless packed, they also have similar lengths.
+
+    Args:
+        dataset: all samples; its seed determines the order.
+        epoch: number of the epoch, from 0.
+        size: size of each micro-batch.
+    """
     samples = dataset.epoch(epoch)
     random = generator(dataset.seed, "plan", epoch)
     lengths, kinds = dataset.length(samples), dataset.kind(samples)
@@ -125,16 +145,19 @@ def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Plann
 
 
 def pack(lengths: np.ndarray, kinds: np.ndarray, tokens: int) -> list[list[int]]:
-    """Packs sequences into rows of at most `tokens` ids by best fit: each goes to the fullest open row that takes it.
+    """Packs sequences into rows of at most `tokens` ids by best fit.
+
+    Each sequence goes to the fullest open row that still has room for it. A row holds sequences of one kind only.
 
     Args:
-        lengths, kinds: of the sequences. Equal kinds are adjacent; kinds do not share rows.
-        tokens: ids per row.
+        lengths: number of ids of each sequence.
+        kinds: kind of each sequence. Sequences of equal kind must be adjacent.
+        tokens: largest number of ids per row.
 
-    Shapes: lengths, kinds (N,).
+    Shapes: lengths, kinds (N,) for N sequences.
 
     Returns:
-        Indices of the sequences in each row.
+        For each row, the indices of its sequences.
     """
     rows: list[list[int]] = []
     free: dict[int, int] = {}  # open row -> its free ids
@@ -157,10 +180,19 @@ def pack(lengths: np.ndarray, kinds: np.ndarray, tokens: int) -> list[list[int]]
 def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, pad_id: int = 0) -> MicroBatch:
     """Reads the samples of a planned micro-batch into tensors.
 
-    Rows are padded on the right, where no id attends to the padding. Missing rows are all padding.
+    Rows are padded on the right, so that no id attends to the padding. If there are fewer samples than rows, the
+    remaining rows are all padding.
 
-    The loss covers only the positions in `MicroBatch.index`. Their number is padded to a multiple of 8 * `multiple`, at
-    most B * T, so that few shapes occur (each new shape may cause a compilation).
+    The loss covers only the positions in `MicroBatch.index`. `index` is padded to a multiple of 8 * `multiple`, but not
+    beyond the number of all ids. The padding keeps the number of different shapes small. Each new shape may cause a
+    compilation.
+
+    Args:
+        dataset: the dataset of the plan.
+        planned: the micro-batch to read.
+        epoch: number of the epoch; it selects the samples without context.
+        multiple: `BatchSize.multiple`.
+        pad_id: id that pads the rows.
     """
     B, T = planned.rows, planned.width
     ids, successors = torch.full((B * T,), pad_id), torch.full((B * T,), IGNORED)
@@ -183,19 +215,27 @@ def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, 
 
 
 def empty_like(batch: MicroBatch) -> MicroBatch:
-    """A batch of the same shape without labels, for a process that has no batch left in a step."""
+    """A copy of `batch` without labels, for a process that has no batch left in a step."""
     return replace(batch, targets=torch.full_like(batch.targets, IGNORED), labelled=0, tokens=0)
 
 
 class Feed:
-    """Yields the micro-batches of one of `world` processes, step by step.
+    """Gives one process its micro-batches, step by step.
 
-    A step takes `accum` * `world` micro-batches of the plan; process r takes those at r, r + world, ... The last step
-    of an epoch may be smaller. Epochs without samples are skipped, but counted.
+    A step covers the next `accum` * `world` micro-batches of the plan. Process `rank` takes every `world`-th of them,
+    starting at number `rank`. The last step of an epoch may be smaller. Epochs without samples are skipped but counted.
+
+    Args:
+        dataset: the samples.
+        size: size of each micro-batch.
+        accum: number of micro-batches per step and process.
+        rank, world: index of this process, and number of processes.
 
     Attributes:
-        epoch, done: position: the epoch, and the number of its micro-batches that are done. Writable, to resume.
-        samples: samples of the last step on all processes.
+        epoch: number of the current epoch, from 0.
+        done: number of micro-batches of this epoch that are done, on all processes together. To resume a run, set
+            `epoch` and `done`.
+        samples: numbers of the samples of the last step, on all processes together.
     """
 
     def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:
@@ -213,11 +253,11 @@ class Feed:
 
     @property
     def epochs(self) -> float:
-        """Number of epochs done, with the fraction of the current one."""
+        """Number of epochs done, plus the fraction of the current epoch that is done."""
         return self.epoch + self.done / len(self.plan)
 
     def next_step(self) -> list[MicroBatch]:
-        """This process's micro-batches of the next step, at least one. Advances the position."""
+        """Returns this process's micro-batches of the next step, at least one, and advances `epoch` and `done`."""
         plan, multiple = self.plan, self.size.multiple
         step = plan[self.done : self.done + self.accum * self.world]
         self.samples = [int(sample) for planned in step for sample in planned.samples]
@@ -237,18 +277,20 @@ class Feed:
 def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tensor:
     """Replaces a share `rate` of the image codes in the input ids, as data augmentation.
 
-    With few images, a model can recognize an image by its previous codes, and one wrong sampled code then misleads it.
-    Half of the new codes come from another row at the same position, half are random. The rate of each row is uniform
-    in [0, 2 * rate]. Draws from torch's global generator.
+    With few training images, a model can learn to recognize an image by its previous codes. One wrong code during
+    sampling then misleads the model.
+
+    Half of the new codes are random. The others are the codes of another row at the same position. The rate of each row
+    is uniform in [0, 2 * rate]. All random numbers come from torch's global generator.
 
     Args:
-        ids: input of the model. Labels stay unmodified.
-        codes: range of the ids of image codes.
+        ids: input ids of the model. They are not modified, and neither are the labels.
+        codes: range of the ids that are image codes.
         rate: mean share of the codes to replace.
-        spared: share of the rows whose first half of codes, a given upper panel, stays unmodified. The model then
-            learns to rely on that panel.
+        spared: share of the rows that keep the first half of their codes, which is the given upper panel. From these
+            rows, the model learns to rely on that panel.
 
-    Shapes: ids and result (B, T).
+    Shapes: ids and result (B, T), with B rows of T ids.
 
     Source: scheduled sampling (arXiv 1506.03099) has the same aim, but needs a second forward pass.
     """

@@ -1,4 +1,4 @@
-"""Caption files, as folder.py and archive.py read them."""
+"""What folder.py and archive.py share to read caption files."""
 
 from lumina_mgpt.errors import InputError
 
@@ -6,11 +6,11 @@ RESOURCE_FORK = "._"  # prefix of macOS metadata files, which hold no picture
 
 
 def caption_of(text: str, where: str) -> str:
-    r"""A caption with `\n` line ends and without surrounding white space.
+    r"""The caption in `text`, with `\n` as line ends and without surrounding white space.
 
     Args:
-        text: content of the file.
-        where: name of the file, for the error.
+        text: content of the caption file.
+        where: name of the caption file, for the error message.
 
     Raises:
         InputError: the caption is empty.

@@ -18,13 +18,14 @@ def concat_records(sub_record_dir: str | Path, save_path: str | Path) -> tuple[i
 
     Args:
         sub_record_dir: the `out_dir` of the pre-tokenization. The shards stay there.
-        save_path: record file, `.jsonl` or `.json`. Its rows name shards relative to its folder.
+        save_path: record file to write, `.jsonl` or `.json`. Its rows give the paths of shards relative to its folder.
 
     Returns:
-        Number of records in the file, and number of records that were left out.
+        Number of records in the written file, and number of records that the pre-tokenization left out.
 
     Raises:
-        InputError: a rank is missing or unfinished, a shard is damaged, or a record file does not match its shards.
+        InputError: a rank is missing or unfinished, a shard is damaged, the record file of a rank does not match its
+            shards, or `save_path` has another extension.
     """
     folder, save_path = Path(sub_record_dir), Path(save_path)
     if save_path.suffix not in (".json", ".jsonl"):

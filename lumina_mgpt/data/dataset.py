@@ -1,7 +1,7 @@
 """Record files -> samples of ids and labels for training.
 
-Before: record_files.py lists the sequences, sources.py says how often each is seen. Next: batches.py plans and
-collates batches. All random choices are functions of (seed, epoch).
+Before: record_files.py lists the sequences, and sources.py says how often each sequence is seen. Next: batches.py plans
+the batches and makes their tensors. The same seed and epoch give the same random choices.
 """
 
 import hashlib
@@ -28,21 +28,25 @@ _MIN_RECORDS = 0.001  # per epoch: Feed skips empty epochs one by one, so there 
 
 
 class TokenDataset:
-    """All records of several sources.
+    """All records of several sources, numbered from 0 to N - 1.
 
-    A sample is an integer, record + repeat * number of records: a record that is seen several times in an epoch is
-    several samples. The length of a sample is known without reading it.
+    An epoch consists of samples. A record that is seen several times in an epoch gives several samples. The number of a
+    sample is its record's number + N * repeat, where `repeat` counts from 0. The length of a sample is known without
+    reading the sample.
 
     Args:
         sources: record files, with their ratios or weights.
-        vocabulary: that of the model.
+        vocabulary: vocabulary of the model.
         seed: selects the records of fractional ratios, and the samples without context.
-        longest: longer sequences are left out and counted in the log. 0 keeps all; `check` refuses them.
+        longest: largest number of ids in a sequence. Longer sequences are left out, and the log counts them. 0 keeps
+            all sequences, and `check` then raises an error for those that are too long.
 
     Attributes:
-        lengths: ids per record (N,).
-        kinds: index of the record's type (N,). A batch holds records of one kind.
-        spans: first and last + 1 record of each source.
+        lengths: number of ids of each record.
+        kinds: number of each record's type. All records of a batch have the same type.
+        spans: (start, stop) of each source: its records have the numbers start to stop - 1.
+
+    Shapes: lengths, kinds (N,).
 
     Raises:
         InputError: a record file is missing, damaged or empty, or the ratios are too small.
@@ -101,7 +105,12 @@ class TokenDataset:
         return kept
 
     def check(self, max_seq_len: int) -> None:
-        """Checks lengths and vocabulary before training starts. Decodes the images of one sample of each source.
+        """Checks lengths and vocabulary before training starts.
+
+        The check of the vocabulary decodes the images of one record per source.
+
+        Args:
+            max_seq_len: largest number of ids in a sequence.
 
         Raises:
             InputError: sequences are longer than `max_seq_len`, or a source was made with another vocabulary.
@@ -141,12 +150,16 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Samples of an epoch, each source at its ratio.
+        """The numbers of the samples of an epoch. The ratio of each source determines how many of them are its own.
 
-        The fractional part of a ratio cycles through a fixed permutation of the source's records. Each epoch continues
-        where the last one stopped, so that all records are seen equally often.
+        The integer part of a ratio takes all records of the source that many times. The fractional part cycles through
+        a fixed permutation of these records. Each epoch continues where the previous epoch stopped, so that all records
+        are seen equally often.
 
-        Shapes: (M,). M may be 0, except in epoch 0.
+        Args:
+            epoch: number of the epoch, from 0.
+
+        Shapes: result (M,). M may be 0, except in epoch 0.
         """
         parts = [np.empty(0, dtype=np.int64)]
         for n, (ratio, (start, stop)) in enumerate(zip(self.ratios, self.spans, strict=True)):
@@ -167,9 +180,15 @@ class TokenDataset:
         return self.kinds[samples % len(self.kinds)]
 
     def read(self, sample: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and labels of a sample for training. One in ten, selected by (seed, epoch, sample), has no context.
+        """Ids and labels of a sample for training.
 
-        Shapes: both (T,).
+        One sample in ten loses its context. The seed, the epoch and the sample's number select these samples.
+
+        Args:
+            sample: number of the sample.
+            epoch: number of the epoch.
+
+        Shapes: ids and labels (T,), with T ids in the sample.
 
         Raises:
             InputError: the shard is missing or damaged.
@@ -188,12 +207,15 @@ class TokenDataset:
         return labels.where(torch.arange(len(labels)) >= positions[len(positions) // 2], IGNORED)
 
     def locate(self, sample: int) -> dict:
-        """Shard and record number of a sample, for logs."""
+        """The path of a sample's shard, and the index of its record in the input of pre-tokenization, for logs."""
         number = int(sample) % len(self.lengths)
         return {"file": self.files[self.file_numbers[number]], "id": int(self.records[number])}
 
     def sequence(self, sample: int) -> Sequence:
         """The complete sequence of a sample, context included.
+
+        Args:
+            sample: number of the sample.
 
         Raises:
             InputError: the shard is missing or damaged, or does not match the record file or the vocabulary.

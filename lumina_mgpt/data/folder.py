@@ -1,6 +1,6 @@
 """Folder of pictures and captions -> rows for `parse_record`.
 
-A caption is a text file beside its picture, or metadata in the picture. inputs.py calls this module.
+A caption is a text file beside its picture, or metadata in the picture. Next: inputs.py takes the rows.
 """
 
 import logging
@@ -23,12 +23,13 @@ log = logging.getLogger(__name__)
 def read_folder(path: str | Path) -> list[dict | InputError]:
     """One row for each picture in a folder and its subfolders, sorted by path.
 
-    The prompt of `cat.png` is the text of `cat.txt` in the same folder. If there is no such file, it is the prompt that
-    this project writes into the PNG files it generates. Links to folders are followed; each folder is read once.
+    The prompt of `cat.png` is the text of `cat.txt` in the same folder. Without `cat.txt`, the prompt is read from the
+    picture itself: this project writes it into the PNG files that it generates. Links to folders are followed, but each
+    folder is read only once.
 
     Returns:
-        Rows `{"image_path", "prompt"}`. An InputError stands for a picture without a usable caption; at the end, one
-        for each caption without a picture.
+        Rows `{"image_path", "prompt"}`. An InputError replaces the row of a picture without a usable caption. At the
+        end of the list, there is one more InputError for each caption without a picture.
 
     Raises:
         InputError: there is no picture, or a folder is not readable.

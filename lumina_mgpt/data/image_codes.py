@@ -1,6 +1,6 @@
 """Records -> code grids: reads, crops and encodes the images of records in batches.
 
-Before: records.py. Next: pre_tokenize.py builds ids and labels from codes and texts.
+Before: records.py parses the records. Next: pre_tokenize.py builds ids and labels from codes and texts.
 """
 
 from collections import Counter, deque
@@ -22,13 +22,13 @@ Size = tuple[int, int]  # width, height in pixels
 
 
 class ImageCodes:
-    """Codes of the images of some records. An image that several records share is encoded once.
+    """Encodes the images of records and keeps the codes. An image that several records share is encoded once.
 
     Args:
         tokenizer: encodes the images.
-        config: sizes of images and batches.
-        source: the input of the records.
-        records: all records whose images will be encoded.
+        config: sizes of images and batches, and whether to encode panels separately.
+        source: the input that the records come from.
+        records: all records that `encode` will be called with. They show how long to keep each image's codes.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ImageCodes:
         self._uses = Counter(part for record in records for part in self._parts(record))
 
     def encode(self, records: Iterable[Record]) -> None:
-        """Encodes the images of records that are not encoded yet, in batches of equal size."""
+        """Encodes those images of `records` that are not encoded yet. All images of a batch have the same size."""
         new = [part for record in records for part in self._parts(record) if part not in self._codes]
         waiting: dict[Size, list[tuple[Panels, Image.Image]]] = {}
         for part, image in self._read(list(dict.fromkeys(new))):
@@ -55,7 +55,12 @@ class ImageCodes:
             self._encode_batch(batch)
 
     def of(self, image: Panels) -> tuple[torch.Tensor, Size]:
-        """Codes (rows, cols) of an encoded image, and its size after the crop.
+        """The codes of an encoded image, and the image's width and height after the crop, in pixels.
+
+        Args:
+            image: files of the image's panels.
+
+        Shapes: codes (rows, cols).
 
         Raises:
             InputError: the image could not be read, or its panels differ in size.

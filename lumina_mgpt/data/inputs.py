@@ -1,6 +1,6 @@
 """Input of pre-tokenization -> rows.
 
-Accepts a `.json` or `.jsonl` file, a webdataset tar (archive.py) or a folder of pictures (folder.py).
+The input is a `.json` or `.jsonl` file, a webdataset tar (archive.py) or a folder of pictures (folder.py).
 Next: records.py parses each row into a Record.
 """
 
@@ -21,9 +21,9 @@ class Input:
 
     Attributes:
         path: the file or folder.
-        rows: raw records for `parse_record`. An InputError in place of a record states why its source has none.
+        rows: raw records for `parse_record`. An InputError replaces a record that could not be made, and says why.
         digest: hash of the content. It detects an input that changed between two runs.
-        archive: the tar that holds the pictures; None if they are files.
+        archive: the tar that holds the pictures; None if the pictures are files on disk.
     """
 
     path: Path
@@ -32,7 +32,10 @@ class Input:
     archive: Archive | None = None
 
     def open(self, picture: Path) -> BinaryIO | None:
-        """Bytes of a picture in the tar; None for a picture that is a file.
+        """The content of a picture as a binary file, or None if the picture is not in a tar.
+
+        Args:
+            picture: path of the picture, as in `rows`.
 
         Raises:
             InputError: the tar is no longer readable.
@@ -41,7 +44,7 @@ class Input:
 
 
 def read_input(path: str | Path) -> Input:
-    """All rows of a record file, tar or folder. No picture is decoded.
+    """The rows of a `.json`, `.jsonl` or `.tar` file, or of a folder of pictures. No picture is decoded.
 
     Raises:
         InputError: the input is missing, damaged or of another kind.
@@ -63,7 +66,7 @@ def read_input(path: str | Path) -> Input:
 
 
 def fingerprint(*paths: Path) -> str:
-    """One hash of the contents of several files."""
+    """One hash over the contents of all given files, in their order."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

@@ -1,6 +1,6 @@
 """Configuration of a pre-tokenization, and the files of each rank.
 
-pre_tokenize.py writes these files, concat.py reads them.
+pre_tokenize.py writes these files. concat.py reads them.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,15 +17,16 @@ class PreTokenizeConfig:
 
     Args:
         out_dir: folder for shards and record files.
-        splits, rank: the input is divided into `splits` parts, this process tokenizes part `rank`.
+        splits: number of parts that the input is divided into.
+        rank: index of the part that this process tokenizes, from 0.
         target_size: images are cropped to about target_size x target_size pixels.
         keep_size: leave images whose sides are multiples of 32 uncropped.
         seed: selects the records whose instruction does not name the image size.
         batch_size: images per call of the image tokenizer.
-        block: records per shard.
-        workers: threads that read and crop images.
-        panels_apart: encode each panel of an image separately, as in ModelConfig.
-        models: fingerprint of the tokenizer and MoVQGAN files.
+        block: number of input rows per shard.
+        workers: number of threads that read and crop images.
+        panels_apart: encode each panel of an image separately; the value of `panels_apart` in ModelConfig.
+        models: one hash over the text tokenizer's file and the MoVQGAN file.
 
     Raises:
         InputError: a value is out of range.
@@ -54,12 +55,19 @@ class PreTokenizeConfig:
         candidate_sizes(self.target_size)
 
     def description(self, source: Input) -> dict:
-        """Content of the job file: everything that determines the shards."""
+        """The content of the job file: everything that determines the shards.
+
+        Args:
+            source: the input to tokenize.
+        """
         options = {key: value for key, value in asdict(self).items() if key not in ("out_dir", "batch_size", "workers")}
         return options | {"records": len(source.rows), "input": source.digest}
 
     def files(self, source: Input) -> "RankFiles":
-        """The part of an input that this rank tokenizes, and its files.
+        """The part of an input that this rank tokenizes, and the files that this rank writes.
+
+        Args:
+            source: the whole input.
 
         Raises:
             InputError: the part is empty.
@@ -80,10 +88,10 @@ class RankFiles:
     The part is divided into blocks. Each block becomes one shard.
 
     Args:
-        folder: the `out_dir` of all ranks.
+        folder: the `out_dir`, which all ranks share.
         rank, splits: index of the rank, and number of ranks.
         records: number of rows in the whole input.
-        block: records per shard.
+        block: number of input rows per shard.
     """
 
     folder: Path
@@ -98,12 +106,12 @@ class RankFiles:
 
     @property
     def part(self) -> range:
-        """Range of the indices of the rows that this rank tokenizes."""
+        """The indices of the input rows that this rank tokenizes."""
         return range(self.records * self.rank // self.splits, self.records * (self.rank + 1) // self.splits)
 
     @property
     def blocks(self) -> list[range]:
-        """For each shard, the range of its row indices."""
+        """For each shard, the indices of its input rows."""
         step, stop = self.block, self.part.stop
         return [range(start, min(start + step, stop)) for start in range(self.part.start, stop, step)]
 
@@ -112,15 +120,15 @@ class RankFiles:
 
     @property
     def job(self) -> Path:
-        """JSON with the configuration of the shards."""
+        """Path of the job file: the configuration of the shards as JSON."""
         return self.folder / f"{self.name}-job.json"
 
     @property
     def record(self) -> Path:
-        """Record file: lists the sequences in the shards."""
+        """Path of the record file, which lists the sequences in the shards."""
         return self.folder / f"{self.name}-record.jsonl"
 
     @property
     def bad(self) -> Path:
-        """Lists the rows that were left out, with reasons."""
+        """Path of the list of rows that were left out, with reasons."""
         return self.folder / f"{self.name}-bad.jsonl"

@@ -1,10 +1,10 @@
-"""Input rows -> token shards, one rank of several.
+"""Input rows -> token shards, for one of several ranks.
 
-The order: rows (inputs.py) -> Record (records.py) -> codes (image_codes.py) -> ids and labels (unirep.py) -> shard
-(shards.py) -> record file (record_files.py). concat.py joins the record files of all ranks.
+The data pass through these modules: rows (inputs.py) -> Record (records.py) -> codes (image_codes.py) -> ids and labels
+(unirep.py) -> shard (shards.py) -> record file (record_files.py). concat.py joins the record files of all ranks.
 
-A run can be killed and started again at any time. Each block of rows becomes one shard, written atomically: a shard
-that exists is complete. The record file is rebuilt from the shards at every start.
+A run can be killed and started again at any time. Each block of rows becomes one shard. Shards are written atomically,
+so that every existing shard is complete. Each start rebuilds the record file from the existing shards.
 """
 
 import json
@@ -30,9 +30,15 @@ log = logging.getLogger(__name__)
 class PreTokenizer:
     """Tokenizes one rank's part of an input.
 
+    Args:
+        config: what to tokenize, and how.
+        source: the whole input.
+        vocabulary: vocabulary of the model.
+        images: image tokenizer.
+
     Attributes:
-        files: the rank's part and its files.
-        good, bad: number of records tokenized and of records left out, earlier runs included.
+        files: the rank's part of the input, and the files that it writes.
+        good, bad: number of tokenized records, and number of records left out. Both include earlier runs.
 
     Raises:
         InputError: the rank's part is empty.
@@ -49,10 +55,11 @@ class PreTokenizer:
         """Tokenizes all blocks that have no shard yet.
 
         Args:
-            progress: called with the number of records of each finished block, those of earlier runs first.
+            progress: called after each block with the number of its records. The first call gives the number of records
+                that earlier runs finished.
 
         Raises:
-            InputError: `out_dir` holds shards of another configuration, is not writable, or another process works on
+            InputError: `out_dir` holds shards of another configuration or is not writable, or another process works on
                 the same rank.
         """
         files = self.files

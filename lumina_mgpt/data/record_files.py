@@ -1,6 +1,6 @@
-"""Record files: one row {file, len, id} for each token sequence in the shards.
+"""Reads and writes record files: one row {file, len, id} for each token sequence in the shards.
 
-Before: shards.py gives the rows, concat.py writes them. Next: dataset.py reads them for training.
+Before: shards.py makes the rows, and concat.py writes them. Next: dataset.py reads them for training.
 """
 
 import json
@@ -14,7 +14,13 @@ from lumina_mgpt.io import json_line, read_rows, write_atomic
 
 
 class Entry(NamedTuple):
-    """One row of a record file: the path of the shard, the number of ids, and the index of the record."""
+    """One row of a record file.
+
+    Attributes:
+        file: path of the shard that holds the sequence.
+        length: number of ids in the sequence.
+        record: index of the record in the input of pre-tokenization.
+    """
 
     file: str
     length: int
@@ -22,7 +28,11 @@ class Entry(NamedTuple):
 
 
 def write_record_file(path: Path, rows: Iterable[dict]) -> None:
-    """Writes a `.jsonl` file (one row per line) or a `.json` file (one list).
+    """Writes a record file: `.jsonl` with one row per line, or `.json` with one list of all rows.
+
+    Args:
+        path: file to write; its extension selects the format.
+        rows: rows with the keys file, len and id.
 
     Raises:
         InputError: the file is not writable.
@@ -33,7 +43,7 @@ def write_record_file(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_record_file(path: str | Path) -> list[Entry]:
-    """All rows of a record file. Relative paths of shards start at its folder.
+    """All rows of a record file. Relative paths of shards start at the folder of the record file.
 
     Raises:
         InputError: the file is missing, damaged or empty.
@@ -51,7 +61,7 @@ def read_record_file(path: str | Path) -> list[Entry]:
 
 
 def comparable(row: object) -> str:
-    """A row as text. Rows that differ only in the separators of Windows have the same text."""
+    """A row as text, to compare rows. Paths with `\\` and with `/` as separators give the same text."""
     if isinstance(row, dict) and isinstance(row.get("file"), str):
         row = row | {"file": row["file"].replace("\\", "/")}
     return json.dumps(row, sort_keys=True)

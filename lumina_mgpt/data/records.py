@@ -1,7 +1,7 @@
 """Row of an input -> Record -> conversation.
 
-Before: inputs.py reads the rows. Next: image_codes.py encodes the images of a Record, and pre_tokenize.py builds its
-ids and labels from the conversation.
+Before: inputs.py reads the rows. Next: image_codes.py encodes the images of each Record, and pre_tokenize.py builds ids
+and labels from the conversation.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from lumina_mgpt import prompts
 from lumina_mgpt.data.seeding import uniform
 from lumina_mgpt.errors import InputError
 
-Panels = tuple[Path, ...]  # panels of one image, from the top; mostly one
+Panels = tuple[Path, ...]  # files of one image's panels, from the top; most images have one panel
 
 IMAGE_MARK = "<|image|>"
 LLAVA_MARK = "<image>"
@@ -44,10 +44,10 @@ class Record:
     """One training example before tokenization.
 
     Attributes:
-        images: files of the images.
-        turns: (role, parts); a part is a text or the index of an image.
-        caption: prompt of a text-to-image record, instead of turns: the instruction names the size of the cropped
-            image.
+        images: for each image, the files of its panels.
+        turns: (role, parts) of each turn of a conversation. A part is a text, or an index into `images`.
+        caption: prompt of a text-to-image record, which has no `turns`. `conversation` makes the instruction from it,
+            once the size of the cropped image is known.
     """
 
     images: tuple[Panels, ...]
@@ -56,13 +56,13 @@ class Record:
 
 
 def parse_record(raw: object) -> Record:
-    """A row of an input as a Record.
+    """Parses a row of an input into a Record.
 
-    A row is `{"image_path", "prompt"}` (text to image) or `{"conversations", "image"}`. Relative paths start at the
-    working directory. `<image>`, the mark of LLaVA, is read as `<|image|>`.
+    A row has the keys `image_path` and `prompt` (text to image), or `conversations` and `image`. Relative paths start
+    at the working directory. The image mark is `<|image|>`; in conversations, LLaVA's mark `<image>` means the same.
 
     Args:
-        raw: the row, or an InputError that states why its source has no record.
+        raw: the row, or an InputError that says why there is no row.
 
     Raises:
         InputError: the row has neither form, its image marks do not match its images, or `raw` is an error.
@@ -176,22 +176,27 @@ def _parts(text: str, counter) -> list[str | int]:
 
 
 def is_plain(seed: int, record: int) -> bool:
-    """Whether the instruction of a text-to-image record does not name the size; a function of (seed, record)."""
+    """Whether the instruction of a text-to-image record leaves out the image size, as one in ten does.
+
+    Args:
+        seed: seed of the pre-tokenization. Seed and record determine the result.
+        record: index of the record in the input.
+    """
     return uniform(seed, "plain", record) < PLAIN_SHARE
 
 
 def conversation(
     record: Record, codes: list[Tensor], sizes: list[tuple[int, int]], plain: bool
 ) -> list[tuple[str, list[str | Tensor]]]:
-    """The turns of a record as texts and code grids, for `unirep.encode_conversation`.
+    """The turns of a record as (role, parts), for `unirep.encode_conversation`. A part is a text or a code grid.
 
     Args:
-        record: the record.
+        record: the record to convert.
         codes: code grid of each image.
         sizes: (width, height) of each image after the crop, in pixels.
         plain: leave the size out of a text-to-image instruction.
 
-    Shapes: each of codes (rows, cols).
+    Shapes: each code grid (rows, cols).
     """
     if record.caption is not None:
         width, height = sizes[0]

@@ -1,6 +1,6 @@
-"""Token records of the released pre-tokenizer: one pickle each. No code in a pickle is run.
+"""Reads token records of the released pre-tokenizer, which stores each record in a pickle. No code in a pickle is run.
 
-shards.py reads them like its own records.
+Next: shards.py returns these records like those in its shards.
 """
 
 import pickle
@@ -28,9 +28,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read_released(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels of a `.pkl` record, {"token": [...], "label": [...]}.
+    """The ids and labels of a `.pkl` record.
 
-    Shapes: both (T,) long.
+    Args:
+        path: pickle of a dictionary, {"token": ids, "label": labels}.
+
+    Shapes: ids and labels (T,) long.
 
     Raises:
         InputError: the file is missing or damaged, or has other content.

@@ -1,6 +1,7 @@
 """Random numbers as pure functions of a key.
 
-They do not depend on the order of calls, the process, or earlier runs.
+A key is a sequence of numbers and names, such as a seed, the name of a choice and an epoch. The random numbers do not
+depend on the order of calls, the process, or earlier runs.
 """
 
 import hashlib
@@ -14,15 +15,15 @@ def _digest(key: tuple) -> int:
 
 
 def uniform(*key: int | str) -> float:
-    """A number in [0, 1), uniform over keys."""
+    """The random number in [0, 1) of a key. Over many keys, these numbers are uniformly distributed."""
     return (_digest(key) >> 11) * 2.0**-53
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed in 0 ... 2**63 - 1."""
+    """The random seed of a key, an integer from 0 to 2**63 - 1."""
     return _digest(key) >> 1
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A NumPy generator that is seeded by the key."""
+    """A new NumPy generator that is seeded with the key."""
     return np.random.Generator(np.random.Philox(key=_digest(key)))

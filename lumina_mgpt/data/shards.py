@@ -1,9 +1,15 @@
-"""Token shards: many sequences of ids and labels in one safetensors file, written atomically.
+"""Reads and writes token shards: safetensors files, each with many sequences of ids and labels.
 
-Before: pre_tokenize.py makes the sequences. Next: record_files.py lists them, dataset.py reads them.
+Before: pre_tokenize.py makes the sequences. Next: record_files.py lists the sequences, and dataset.py reads them.
 
-Tensors of a shard: `ids` int32 (total,), `labelled` bool (total,), `offsets` int64 (sequences + 1,), `records` int64
-(sequences,). The metadata holds a checksum and the records that were left out, with reasons.
+A shard holds four tensors:
+
+- `ids` int32 (total,): the ids of all sequences, one sequence after another.
+- `labelled` bool (total,): whether each id has a label.
+- `offsets` int64 (sequences + 1,): sequence n is ids[offsets[n] : offsets[n + 1]].
+- `records` int64 (sequences,): index of each sequence's record in the input of pre-tokenization.
+
+The metadata holds a checksum, and the records that were left out, with reasons. Shards are written atomically.
 """
 
 import json
@@ -28,7 +34,12 @@ _AGAIN = "delete it and pre-tokenize again"
 
 @dataclass(frozen=True)
 class Sequence:
-    """One tokenized record. A label is its id, or -100 for ids without loss.
+    """One tokenized record.
+
+    Attributes:
+        record: index of the record in the input of pre-tokenization.
+        ids: the token ids.
+        labels: for each position, the id at that position, or -100 if it carries no loss.
 
     Shapes: ids, labels (T,) long.
     """
@@ -40,12 +51,12 @@ class Sequence:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Content of a shard without its ids.
+    """What a shard holds, without ids and labels.
 
     Attributes:
-        records: index of the record of each sequence.
-        lengths: ids of each sequence.
-        bad: {"id", "reason"} of each record that was left out.
+        records: for each sequence, the index of its record in the input of pre-tokenization.
+        lengths: number of ids of each sequence.
+        bad: {"id", "reason"} of each record that was left out. The id is the record's index.
     """
 
     records: list[int]
@@ -53,7 +64,11 @@ class ShardIndex:
     bad: list[dict]
 
     def rows(self, file: str | PurePath) -> list[dict]:
-        """Rows of a record file. Paths have POSIX separators, which every system reads."""
+        """One row of a record file, {"file", "len", "id"}, for each sequence of the shard.
+
+        Args:
+            file: path of the shard. The rows contain it with `/` as separator, which every system reads.
+        """
         file = PurePath(file).as_posix()
         return [{"file": file, "len": n, "id": record} for record, n in zip(self.records, self.lengths, strict=True)]
 
@@ -64,7 +79,7 @@ def write_shard(path: Path, sequences: list[Sequence], bad: list[dict]) -> Shard
     Args:
         path: file to write.
         sequences: tokenized records.
-        bad: {"id", "reason"} of each record that was left out.
+        bad: {"id", "reason"} of each record that was left out. The id is the record's index.
 
     Raises:
         InputError: the file is not writable.
@@ -94,11 +109,11 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def read_index(path: str | Path, check: bool = False) -> ShardIndex:
-    """The index of a shard.
+    """Reads the index of a shard.
 
     Args:
-        path: shard.
-        check: compare all tensors with the checksum.
+        path: file of the shard.
+        check: also read all tensors and compare them with the checksum.
 
     Raises:
         InputError: the file is missing or damaged, or is not a token shard.
@@ -163,7 +178,13 @@ def _open(path: str) -> _OpenShard:
 
 
 def read_sequence(path: str | Path, record: int) -> Sequence:
-    """One sequence of a shard, of which only these ids are read, or of a released `.pkl` file.
+    """Reads one sequence of a shard, or the only sequence of a released `.pkl` file.
+
+    The ids and labels of the shard's other sequences are not read.
+
+    Args:
+        path: file of the shard, or `.pkl` file.
+        record: index of the sequence's record in the input of pre-tokenization.
 
     Raises:
         InputError: the file is missing or damaged, or does not hold the record.

@@ -1,4 +1,4 @@
-"""Data file of a training (YAML) -> its record files, and how often each is seen.
+"""Data file of a training (YAML) -> its record files, and how often the training sees each of them.
 
 Next: dataset.py reads the record files.
 """
@@ -25,11 +25,12 @@ class Source:
 
     Args:
         path: record file.
-        type: a batch holds records of one type.
-        ratio: share of the records that an epoch holds. Above 1, records occur several times. A remainder of less than
-            a record is carried over to the next epoch.
-        weight: share of this source in an epoch, instead of a ratio. All sources have a weight, or none.
-        given: train on the lower panel only; the upper panel is input.
+        type: a name of your choice. All records of a batch have the same type.
+        ratio: number of samples of this source in an epoch, divided by its number of records. Above 1, records occur
+            several times. A fraction of a sample is carried over to the next epoch.
+        weight: share of this source in an epoch, relative to the weights of the other sources. It replaces `ratio`.
+            Either all sources have a weight, or none has.
+        given: train on the lower panel only. The upper panel is input without loss.
 
     Raises:
         InputError: a value is of another type or out of range.
@@ -53,12 +54,12 @@ class Source:
 
 
 def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
-    """The sources with ratios computed from their weights; unmodified if there are no weights.
+    """The sources with ratios that are computed from their weights. Without weights, the sources are unmodified.
 
-    An epoch has as many samples as there are records.
+    With weights, an epoch has as many samples as all sources together have records.
 
     Args:
-        sources: all with a weight, or none.
+        sources: either all have a weight, or none has.
         counts: number of records of each source.
 
     Raises:
@@ -78,7 +79,10 @@ def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
 
 
 def read_sources(data_config: str | Path) -> list[Source]:
-    """The `META` list of a data file. Relative paths start at the working directory.
+    """Reads the list `META` of a data file. Relative paths in it start at the working directory.
+
+    Args:
+        data_config: the data file, in YAML.
 
     Raises:
         InputError: the file is not readable, or a key or value is wrong.

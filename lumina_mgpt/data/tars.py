@@ -17,11 +17,12 @@ _CHUNK = 1 << 20  # bytes per read
 def members_of(path: str | Path) -> list[tarfile.TarInfo]:
     """All members of an uncompressed tar (GNU, PAX or ustar).
 
-    Python's tarfile silently stops at a damaged header or at the end of a cut file. This function raises an error.
+    Python's tarfile silently stops at a damaged header or at the end of a cut file. This function raises an error
+    in both cases.
 
     Raises:
         InputError: the file is missing, compressed, damaged or cut, or has data after the end of the archive. The
-            message gives the byte.
+            message gives the offset of the fault in bytes.
     """
     members, at = [], 0
     try:
