@@ -1,4 +1,4 @@
-"""Which weights of a model are trained: all, all but embedding and head, or low-rank adapters (LoRA, by peft)."""
+"""Chooses the trained weights of a model: all, all but embedding and head, or low-rank adapters (LoRA, by peft)."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ _PREFIX = "base_model.model."  # of names in an adapter file; the rest is the na
 
 
 def choose_trained(model: Transformer, options: ModelOptions, seed: int = 0) -> None:
-    """Adds adapters and freezes weights in place. New adapters do not change the model's output.
+    """Adds adapters to a model, if `options` asks for them, and freezes the weights that are not trained.
+
+    It changes the model in place. New adapters do not change the model's output.
 
     Args:
+        options: `lora_rank` adds adapters and freezes all other weights. `freeze_embeddings` freezes only embedding and
+            head.
         seed: seed of the adapters' initial weights.
 
     Raises:
@@ -54,9 +58,11 @@ def _lora(options: ModelOptions) -> dict[str, Any]:
 def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | str, first: bool = True) -> Transformer:
     """Returns a copy of the model with adapters merged and weights unsharded, made one tensor at a time.
 
+    All processes call the function together. Only the copy of the first process has weights.
+
     Args:
-        first: whether this is the first process. All processes call the function together; only the copy of the first
-            has weights.
+        dtype, device: those of the copy.
+        first: whether this is the first process.
     """
     with torch.device("meta"):
         copy = Transformer(model.config)
@@ -77,7 +83,7 @@ def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | st
 
 
 def save_adapter(model: Transformer, folder: Path, options: ModelOptions) -> None:
-    """Writes the adapters without the base weights, in peft's format.
+    """Writes the adapters of a model to a folder, in peft's format and without the base weights.
 
     Raises:
         InputError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""The base checkpoint of a run, which it started from: its folder, and a fingerprint of its weights."""
+"""Finds the base checkpoint, from which a run started, and compares its weights by a fingerprint."""
 
 import hashlib
 import json
@@ -20,7 +20,10 @@ _PATHS = ("init_from", "model_config", "tokenizer_path", "data_config", "movqgan
 
 
 def lasting(settings: TrainingConfig) -> dict:
-    """Returns the options with absolute paths, valid in every working folder; a hub id is left unchanged."""
+    """Returns the options of a run with absolute paths, so that they are valid in every working folder.
+
+    A hub id is left unchanged.
+    """
     values = settings.flat()
     for name in _PATHS:
         if values[name] and os.path.exists(path := os.path.expanduser(values[name])):
@@ -29,7 +32,13 @@ def lasting(settings: TrainingConfig) -> dict:
 
 
 def describe(settings: TrainingConfig, folder: Path | None) -> dict:
-    """Returns what checkpoints store about the base in `folder`: its revision if it comes from the hub."""
+    """Returns what the checkpoints of a run store about its base: `{"revision": revision}`.
+
+    The revision is None if the base does not come from the hub.
+
+    Args:
+        folder: folder of the base; None for a model that is trained from scratch.
+    """
     source = settings.model.init_from
     if not source or folder is None or os.path.isdir(os.path.expanduser(source)):
         return {"revision": None}
@@ -37,16 +46,25 @@ def describe(settings: TrainingConfig, folder: Path | None) -> dict:
 
 
 def find(init_from: str) -> Path:
-    """Returns the folder of the base of a new run; its InputErrors name `init_from`."""
+    """Returns the folder of the base of a new run.
+
+    Args:
+        init_from: checkpoint folder or hub id.
+
+    Raises:
+        InputError: there is no such checkpoint; names the option `init_from`.
+    """
     with caused_by("init_from"):
         return resolve(init_from)
 
 
 def locate(settings: TrainingConfig, described: dict | None) -> Path:
-    """Returns the folder of the base of a run; for a hub id, the revision that the run started from.
+    """Returns the folder of the base of an existing run.
+
+    For a hub id, this is the folder of the revision that the run started from, if the cache still holds it.
 
     Args:
-        described: what `describe` returned when the run started; None for checkpoints of earlier versions.
+        described: what `describe` returned when the run started; None for checkpoints of earlier toolkit versions.
 
     Raises:
         InputError: the folder does not exist, or the model is not in the hub's cache.
@@ -65,9 +83,13 @@ def locate(settings: TrainingConfig, described: dict | None) -> Path:
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Returns a digest of named weights on the CPU, rounded to bfloat16: the same in every precision.
+    """Returns a digest of weights after rounding them to bfloat16.
 
-    A model with adapters and one without have the same digest.
+    Float32 and bfloat16 copies of a checkpoint therefore have the same digest. The names that peft gives to base
+    weights do not change the digest.
+
+    Args:
+        named: pairs of name and weight; the weights are on the CPU.
     """
     weights = [(name.replace(".base_layer.", "."), tensor.detach()) for name, tensor in named]
     weights.sort(key=lambda pair: pair[0])
@@ -85,17 +107,19 @@ def _digest(weight: tuple[str, Tensor]) -> str:
 
 
 def frozen(model: torch.nn.Module) -> str | None:
-    """Returns the fingerprint of the weights that are not trained; None if all are trained."""
+    """Returns the fingerprint of the weights that are not trained; None if all weights are trained."""
     named = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     return fingerprint(named) if named else None
 
 
 def check(found: str | None, wanted: str | None, source: str | Path | None, parameter: str = "init_from") -> None:
-    """Compares the fingerprint of frozen weights with that of the run.
+    """Compares the fingerprint of loaded weights with the fingerprint of the weights that a run started from.
 
     Args:
+        found: fingerprint of the loaded weights.
         wanted: fingerprint in the checkpoint of the run; None skips the comparison.
-        source, parameter: where the weights were loaded from, and the parameter that named it.
+        source: where the weights were loaded from.
+        parameter: option that gave `source`; the error names both.
 
     Raises:
         InputError: the weights differ.
@@ -109,18 +133,27 @@ def check(found: str | None, wanted: str | None, source: str | Path | None, para
 
 
 def write_beside_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Writes the fingerprint of the weights that an adapter was trained on, as a file beside it."""
+    """Writes the fingerprint of the weights that an adapter was trained on to `base_weights.json` in `folder`.
+
+    Args:
+        model: model with the adapter.
+        folder: folder of the adapter.
+    """
     write_atomic(folder / _BESIDE_ADAPTER, json.dumps({"fingerprint": frozen(model)}) + "\n")
 
 
 def check_beside_adapter(model: torch.nn.Module, adapter: Path, source: str | Path) -> None:
-    """Compares a model without adapters with the weights that an adapter was trained on, if a file names them.
+    """Compares the weights of a model with those that an adapter was trained on.
+
+    It does nothing if the adapter's folder holds no `base_weights.json`.
 
     Args:
-        source: where the model was loaded from.
+        model: model without adapters.
+        adapter: folder of the adapter.
+        source: where the model was loaded from; the error names it.
 
     Raises:
-        InputError: they differ, or the file is damaged.
+        InputError: the weights differ, or `base_weights.json` is damaged.
     """
     path = adapter / _BESIDE_ADAPTER
     if not path.is_file():

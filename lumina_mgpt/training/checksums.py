@@ -1,4 +1,4 @@
-"""Checksums of the files of a training checkpoint, in the format of `sha256sum`."""
+"""Writes and verifies checksums of the files of a training checkpoint, in the format of `sha256sum`."""
 
 import hashlib
 import os
@@ -17,11 +17,11 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes a checksum of each file in a folder.
+    """Writes the checksum of each file in a folder to the file `SHA256SUMS` in it.
 
     Raises:
         OSError: a file cannot be read.
-        InputError: the list cannot be written.
+        InputError: `SHA256SUMS` cannot be written.
     """
     names = _files(folder)
     sums = _hashes([folder / name for name in names])
@@ -32,13 +32,14 @@ def verify(checkpoint: Path, share: int = 0, shares: int = 1) -> bool:
     """Compares the files of a checkpoint with their checksums.
 
     Args:
-        share, shares: this process reads part `share` of `shares`.
+        share: index of this process, from 0. It reads only its part of the files.
+        shares: number of processes that read; each reads another part.
 
     Returns:
-        Whether the checkpoint has checksums; checkpoints of earlier versions have none.
+        Whether the checkpoint has checksums; checkpoints of earlier toolkit versions have none.
 
     Raises:
-        InputError: a file differs, is missing or is not listed; names it.
+        InputError: a file differs, is missing or is not listed; the message names the file.
     """
     path = checkpoint / CHECKSUMS
     if not path.exists():

@@ -1,4 +1,4 @@
-"""One process or many by the same calls: process groups, sums over processes, sharded parameters (FSDP2)."""
+"""Process groups, sums over processes and sharded parameters (FSDP2); the calls are the same for a single process."""
 
 import ctypes
 import os
@@ -26,7 +26,7 @@ _SEPARATE_BYTES = 1 << 20  # blocks of at least this size are mapped and unmappe
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
+    """Describes this process, and connects it with the other processes of the training.
 
     Attributes:
         rank: index of this process, from 0.
@@ -40,11 +40,13 @@ class Processes:
 
     @classmethod
     def start(cls, device: str = "auto", cpu_offload: bool = False) -> "Processes":
-        """Joins the process group that torchrun describes; a process without torchrun is alone and has no group.
+        """Joins the process group that torchrun describes.
+
+        A process that torchrun did not start trains alone, and has no group unless `cpu_offload` is set.
 
         Args:
             device: auto, cpu or cuda.
-            cpu_offload: FSDP offloads to the CPU; it needs a group for a single process too.
+            cpu_offload: whether FSDP keeps the shards in the CPU's memory; FSDP needs a group, even for one process.
 
         Raises:
             InputError: the device cannot be used, the launcher's variables are wrong, or the processes cannot connect.
@@ -77,7 +79,7 @@ class Processes:
         return cls(rank, world, found)
 
     def stop(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, if there is one."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -87,7 +89,7 @@ class Processes:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Returns each value summed over all processes."""
+        """Returns the sum of each value over all processes, in the order of the arguments."""
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -95,7 +97,7 @@ class Processes:
         return tensor.tolist()
 
     def barrier(self) -> None:
-        """Waits for all processes."""
+        """Waits until all processes have called this method."""
         if self.world > 1:
             dist.barrier()
 
@@ -103,9 +105,10 @@ class Processes:
 def return_freed_memory() -> None:
     """Makes glibc return the CPU memory of a freed tensor to the system at once (Linux only).
 
-    By default glibc raises its threshold and keeps freed blocks of up to 32 MiB; the fragmentation costs 0.7 GB for the
-    model of bench_train.py. Memory that is mapped anew in each step must use huge pages: with pages of 4 KiB, mapping
-    takes a third of a step. torch reads THP_MEM_ALLOC_ENABLE when it allocates its first tensor.
+    By default glibc raises its threshold and keeps freed blocks of up to 32 MiB. The fragmentation costs 0.7 GB for the
+    model of bench_train.py. Each step then maps its memory anew, and needs huge pages for it: with pages of 4 KiB,
+    mapping takes a third of a step. The variable THP_MEM_ALLOC_ENABLE makes torch use huge pages. Call this function
+    before torch allocates its first tensor, which is when torch reads the variable.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
@@ -113,14 +116,15 @@ def return_freed_memory() -> None:
 
 
 def place(module: LossModel, processes: Processes, cpu_offload: bool = False, narrow: bool = False) -> None:
-    """Moves a model from the CPU to its device, or shards it over the processes (FSDP2).
+    """Shards a model over the processes (FSDP2); without a process group, moves it from the CPU to the device.
 
-    Sharded parameters, gradients and optimizer state are gathered a layer at a time: a device holds its shard, the
-    head, and the embedding or at most two layers.
+    Parameters, gradients and optimizer state are sharded. FSDP gathers the parameters one layer at a time. A device
+    therefore holds its shard, the whole head, and either the whole embedding or at most two whole layers.
 
     Args:
-        cpu_offload: shards are in the CPU's memory.
-        narrow: parameters are gathered and multiplied in bfloat16; shards and sums of gradients stay float32.
+        cpu_offload: whether the shards are in the CPU's memory.
+        narrow: whether parameters are gathered and multiplied in bfloat16. Shards and sums of gradients stay float32.
+            Without a process group, it has no effect.
     """
     if not dist.is_initialized():
         module.to(processes.device)
@@ -136,11 +140,15 @@ def place(module: LossModel, processes: Processes, cpu_offload: bool = False, na
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:
-    """Returns a sharded tensor gathered from all processes, any other tensor unmodified."""
+    """Returns the whole of a sharded tensor, gathered from all processes; returns any other tensor unmodified."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Clips gradients to a global norm of `limit`, 0 for no limit; returns the norm before clipping."""
+    """Scales the gradients down to a global norm of at most `limit`; returns the norm before that.
+
+    Args:
+        limit: largest norm; 0 for no limit.
+    """
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit if limit > 0 else float("inf"))
     return float(full_tensor(norm))

@@ -29,20 +29,21 @@ def export_checkpoint(
     checkpoint: Path | None = None,
     parameter: str = "export_dir",
 ) -> Path:
-    """Writes a checkpoint in the released layout, adapters merged; returns the folder.
+    """Writes a training checkpoint as a model folder in the released layout, and returns that folder.
 
-    Tokenizer and image tokenizer are copied along. Runs on one process and takes the memory of the weights, twice that
-    with adapters. A training that is running in `output_dir` is not disturbed.
+    Adapters are merged into the weights. The export also holds the tokenizer and the image tokenizer. The function
+    runs in one process. It needs memory for the weights once, and twice if there are adapters. It does not disturb a
+    training that runs in `output_dir`.
 
     Args:
         output_dir: output folder of the run.
-        folder: folder to write, `output_dir/export` if None; a former export there is replaced.
+        folder: folder to write; `output_dir/export` if None. A former export in it is replaced.
         dtype: number format of the weights, a key of DTYPES.
-        checkpoint: checkpoint to export, the newest if None.
-        parameter: name of `folder` in messages.
+        checkpoint: checkpoint to export; the newest if None.
+        parameter: option that gave `folder`; error messages name it.
 
     Raises:
-        InputError: there is no checkpoint, it is damaged, or `folder` cannot be written; nothing is written.
+        InputError: there is no checkpoint, it is damaged, or `folder` cannot be written. Nothing is written then.
     """
     output_dir = Path(output_dir)
     folder = Path(folder) if folder else output_dir / "export"
@@ -59,12 +60,16 @@ def export_checkpoint(
 
 
 def require_export_folder(folder: Path, settings: TrainingConfig, parameter: str) -> None:
-    """Checks that an export can be written to a folder; call it before the training.
+    """Checks that an export can be written to a folder, so that a bad folder is found before the training.
 
-    A new or empty folder and a former export are allowed.
+    The folder may be new, empty, or hold a former export.
+
+    Args:
+        settings: configuration of the run that is exported.
+        parameter: option that gave `folder`; the error names it.
 
     Raises:
-        InputError: it is a file, cannot be examined, or holds the checkpoint that the run started from.
+        InputError: `folder` is a file, cannot be examined, or is the base checkpoint of the run.
     """
     try:
         if not os.path.isdir(folder) or not any(os.scandir(folder)):
@@ -82,9 +87,12 @@ def require_export_folder(folder: Path, settings: TrainingConfig, parameter: str
 
 
 def keep_companions(source: str | Path, output_dir: Path) -> None:
-    """Copies tokenizer and lists of names to `output_dir/tokenizer`, for later exports.
+    """Copies the files that accompany the weights, such as the tokenizer, to `output_dir/tokenizer`.
 
-    The image tokenizer is not copied: it is large, and only the export reads it.
+    Later exports read them there. The image tokenizer is not copied: it is large, and only the export reads it.
+
+    Args:
+        source: folder of the tokenizer that the run uses.
     """
     for file in _companions(Path(source)):
         if "movqgan" not in file.name:

@@ -1,4 +1,4 @@
-"""Detects steps that would damage the weights, records them, and stops or skips them."""
+"""Detects and records training steps that would damage the weights; stops the run or skips the step."""
 
 import math
 import sys
@@ -14,13 +14,13 @@ _LIMIT = 10  # consecutive skipped steps; if there are more, the weights themsel
 
 
 class Guard:
-    """Checks each step before its gradient is applied, with the same result on every process.
+    """Checks each training step before its gradient is applied, with the same result on every process.
 
     Args:
-        rule: "stop" or "skip".
-        spike: a gradient norm above `spike` times the median of the last norms is a fault. With 0, only
-            values that are not finite are faults.
-        folder: output folder, for `bad_steps.jsonl`.
+        rule: what happens at a bad step: "stop" ends the run, "skip" leaves the step out.
+        spike: a step is bad if its gradient norm exceeds `spike` times the median norm of the last 100 good steps. With
+            0, a step is bad only if its loss or norm is not finite.
+        folder: output folder of the run; bad steps are recorded in its `bad_steps.jsonl`.
         active: whether this process writes that file.
     """
 
@@ -30,20 +30,27 @@ class Guard:
         self.in_a_row = 0
 
     def begin(self) -> None:
-        """Removes lines of `bad_steps.jsonl` that a power loss damaged. Bad steps of earlier attempts stay."""
+        """Removes lines of `bad_steps.jsonl` that a power loss damaged.
+
+        All other lines stay, also those of steps that a resumed run repeats.
+        """
         if self.active:
             keep_until(self.path, sys.maxsize)
 
     def state(self) -> dict:
-        """Returns the state for a checkpoint, so that a resumed run makes the same decisions."""
+        """Returns the state to store in a checkpoint; with it, a resumed run makes the same decisions."""
         return {"norms": self.norms, "in_a_row": self.in_a_row}
 
     def load(self, state: dict) -> None:
-        """Restores what `state` returned."""
+        """Restores a state that the method `state` returned."""
         self.norms, self.in_a_row = list(state.get("norms", [])), state.get("in_a_row", 0)
 
     def fault(self, loss: float, norm: float) -> str | None:
-        """Returns why a step must not be applied; None for a good step, whose norm is recorded."""
+        """Returns why a step is bad; for a good step, records its norm and returns None.
+
+        Args:
+            loss, norm: loss and gradient norm of the step.
+        """
         if not math.isfinite(loss + norm):
             return f"the loss is {loss} and the gradient norm {norm}"
         usual = sorted(self.norms)[len(self.norms) // 2] if len(self.norms) >= _NEEDED else math.inf
@@ -53,7 +60,12 @@ class Guard:
         return None
 
     def refuse(self, step: int, fault: str, samples: list[dict]) -> None:
-        """Records a bad step with the sequences of its batches. The caller skips the step.
+        """Records a bad step, and raises an error unless the caller may skip it.
+
+        Args:
+            step: number of the step.
+            fault: what the method `fault` returned for it.
+            samples: file and record of each sequence in the step's batches, as `TokenDataset.locate` returns them.
 
         Raises:
             InputError: the rule is "stop", or too many consecutive steps are bad.

@@ -1,13 +1,19 @@
-"""Codebook of an image tokenizer in training: k-means initialization, then moving averages."""
+"""Trains the codebook of an image tokenizer: initialization by k-means, then updates by moving averages."""
 
 import torch
 from torch import Tensor
 
 
 def kmeans(points: Tensor, count: int, steps: int = 12, generator: torch.Generator | None = None) -> Tensor:
-    """Returns the centres of `count` clusters by Lloyd's algorithm; empty clusters restart at random points.
+    """Returns the centres of `count` clusters of points, by Lloyd's algorithm.
 
-    Shapes: points (N, Z); returns (count, Z).
+    An empty cluster restarts at a random point.
+
+    Args:
+        steps: number of iterations.
+        generator: source of the random choices; torch's global one if None.
+
+    Shapes: points (N, Z), N points of Z channels; returns (count, Z).
     """
     centres = points[torch.randperm(len(points), generator=generator)[:count]].clone()
     for _ in range(steps):
@@ -23,9 +29,9 @@ class MovingCodes:
     """Updates codes in place, as moving averages of the latents that are assigned to them.
 
     Args:
-        codes: the codebook, (C, Z).
-        decay: decay of the averages, in [0, 1).
-        dead_below: a code with fewer assigned latents per step is dead.
+        codes: the codebook (C, Z): C codes of Z channels.
+        decay: decay of the averages per step, in [0, 1).
+        dead_below: a code is dead if fewer latents than this are assigned to it per step, as a moving average.
 
     Source: van den Oord et al. 2017 (arXiv 1711.00937), appendix A.1.
     """
@@ -36,16 +42,20 @@ class MovingCodes:
         self.sums = torch.zeros_like(codes)  # (C, Z)
 
     def start(self, centres: Tensor) -> None:
-        """Sets the codes to `centres` (C, Z), each with a weight of one latent."""
+        """Sets the codes to `centres` (C, Z). In the averages, each centre counts as one latent."""
         self.codes.data.copy_(centres)
         self.sizes.fill_(1.0)
         self.sums.copy_(centres)
 
     @torch.no_grad()
     def update(self, flat: Tensor, nearest: Tensor) -> None:
-        """Moves the codes towards the mean of their latents.
+        """Moves each code towards the mean of the latents of a batch that are assigned to it.
 
-        Shapes: flat (N, Z) latents; nearest (N,) their codes.
+        Args:
+            flat: N latents of the batch.
+            nearest: index of the code of each latent.
+
+        Shapes: flat (N, Z), nearest (N,).
         """
         count = len(self.codes)
         self.sizes.mul_(self.decay).add_(torch.bincount(nearest, minlength=count), alpha=1 - self.decay)
@@ -59,9 +69,13 @@ class MovingCodes:
 
     @torch.no_grad()
     def revive(self, flat: Tensor, generator: torch.Generator) -> int:
-        """Moves dead codes to latents of the batch, preferably to those far from any code; returns how many.
+        """Moves dead codes to random latents of a batch; returns the number of moved codes.
 
-        At most one code moves per eight latents: a batch has few latents that differ much from each other.
+        Latents far from every code are chosen more often. At most one code moves per eight latents, since a batch has
+        few latents that differ much from each other.
+
+        Args:
+            flat: N latents of the batch.
 
         Shapes: flat (N, Z).
         """

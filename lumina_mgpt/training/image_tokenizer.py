@@ -1,7 +1,8 @@
-"""Trains a MoVQGAN from scratch on a CPU: autoencoder warm-up, k-means codes, then codes by moving averages.
+"""Trains a MoVQGAN on a CPU.
 
-The loss has no perceptual or adversarial term, which need other trained networks. L1 and L2 with a term on pixel
-differences give sharp edges at small sizes.
+The first steps train an autoencoder without codes. K-means then initializes the codes, and moving averages update them.
+The loss has no perceptual or adversarial term, since these need other trained networks. L1 and L2 errors and a term on
+pixel differences give sharp edges at small image sizes.
 """
 
 import logging
@@ -35,23 +36,23 @@ _BESIDE_PICTURES = {".txt", ".json", ".jsonl"}  # captions
 
 @dataclass(frozen=True)
 class MoVQGANTrainingConfig:
-    """Configuration of a training of the image tokenizer.
+    """Holds the options of a training of the image tokenizer.
 
     Args:
         minutes: length of the training; the learning rate decays linearly over it.
-        decoder_of: file of trained weights, of which only the decoder is trained. Encoder and codes do not change, and
-            existing tokens keep their meaning.
-        pixels: pixels of a batch.
+        decoder_of: file of trained weights to start from; only their decoder is trained. Encoder and codes do not
+            change, so that existing tokens keep their meaning. None trains from scratch.
+        pixels: approximate number of pixels in a batch, over all its pictures.
         lr: peak learning rate.
-        warmup_steps: steps in which the learning rate rises.
-        continuous_steps: first steps, without quantization, after which k-means initializes the codes.
+        warmup_steps: number of first steps in which the learning rate rises.
+        continuous_steps: number of first steps without quantization; k-means then initializes the codes.
         commitment: weight of the commitment loss.
-        decay: decay of the codes' moving averages.
-        dead_below: codes with fewer latents per step are dead, and are moved to a latent of the batch.
-        revive_every: steps between moves of dead codes.
-        revive_until: fraction of the run after which dead codes are not moved.
-        save_minutes: minutes between saves.
-        seed: seed of weights and batches.
+        decay: decay of the codes' moving averages per step.
+        dead_below: a code is dead, and moves to a latent of the batch, if it has fewer latents per step than this.
+        revive_every: number of steps from one move of dead codes to the next.
+        revive_until: fraction of the run after which dead codes no longer move.
+        save_minutes: minutes from one save to the next.
+        seed: seed of initial weights and batches.
     """
 
     minutes: float = 45.0
@@ -70,10 +71,10 @@ class MoVQGANTrainingConfig:
 
 
 class Pictures:
-    """Pictures in memory, grouped by folder and size. A batch is taken from one group.
+    """Holds pictures in memory, grouped by folder and size; all pictures of a batch are from one group.
 
     Args:
-        folders: folder -> weight with which it is chosen.
+        folders: weight of each folder. The probability that a batch is from a folder is proportional to its weight.
 
     Raises:
         InputError: a folder has no picture, or a picture cannot be opened.
@@ -112,7 +113,7 @@ class Pictures:
         """Checks that the sides of all pictures are multiples of `cell` pixels.
 
         Raises:
-            InputError: a picture has other sides.
+            InputError: a side of a picture is not such a multiple.
         """
         for (width, height), path in self._first.items():
             if width % cell or height % cell:
@@ -123,9 +124,9 @@ class Pictures:
                 )
 
     def batch(self, rng: np.random.Generator, pixels: int) -> Tensor:
-        """Returns random pictures of one group, of about `pixels` pixels in total.
+        """Returns a batch of random pictures of one group, with about `pixels` pixels in total.
 
-        Shapes: returns (B, 3, height, width), in [-1, 1].
+        Shapes: returns (B, 3, height, width) for B pictures; values are in [-1, 1].
         """
         _, images = self.groups[rng.choice(len(self.groups), p=self.weights)]
         count = max(1, pixels // (images.shape[1] * images.shape[2]))
@@ -141,8 +142,10 @@ def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
 def reconstruction_loss(out: Tensor, pixels: Tensor) -> Tensor:
     """Returns the squared error of pixels and of differences of neighbouring pixels, plus 0.1 times the L1 error.
 
-    The squared error dominates: while the position of an edge is uncertain, the minimum of L1 is the median, which has
-    no edge, and training with L1 alone stalls at blurred images.
+    The squared error dominates, since training with L1 alone stalls at blurred images: while the position of an edge
+    is uncertain, the median minimizes L1, and the median has no edge.
+
+    Shapes: out and pixels (B, 3, height, width); returns a scalar.
     """
     error = out - pixels
     sharpness = sum(d.square().mean() for d in _differences(error))
@@ -150,9 +153,9 @@ def reconstruction_loss(out: Tensor, pixels: Tensor) -> Tensor:
 
 
 class ConvMuon:
-    """Muon for wide convolutions, as matrices (out, in * k * k), and AdamW for all other parameters.
+    """Trains wide convolutions with Muon, as matrices (out, in * k * k), and all other parameters with AdamW.
 
-    Updates are scaled to the size of AdamW's (arXiv 2502.16982), and both use one learning rate.
+    Muon's updates are scaled to the size of AdamW's (arXiv 2502.16982), so that both use one learning rate.
 
     Source: https://kellerjordan.github.io/posts/muon/, which flattens convolutions in the same way.
     """
@@ -169,7 +172,7 @@ class ConvMuon:
         self.parameters = trained
 
     def step(self, lr: float) -> None:
-        """Updates all parameters with learning rate `lr`, and clears the gradients."""
+        """Clips the gradients to norm 1, updates all parameters with learning rate `lr`, and clears the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for matrix, convolution in zip(self.matrices, self.convolutions, strict=True):
             assert convolution.grad is not None
@@ -186,16 +189,16 @@ class ConvMuon:
         return {"adamw": self.adamw.state_dict(), "muon": self.muon.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores a state that `state_dict` returned."""
         self.adamw.load_state_dict(state["adamw"])
         self.muon.load_state_dict(state["muon"])
 
 
 class ImageTokenizerTrainer:
-    """Trains an image tokenizer in one process for a given time; resumes from the state in `out_dir`.
+    """Trains an image tokenizer in one process for a given time; resumes from the state in `out_dir` if there is one.
 
     Args:
-        config: sizes of the model; ignored with `decoder_of`.
+        config: sizes of the model; ignored if `settings.decoder_of` gives trained weights.
         out_dir: folder for weights, state and log.
 
     Raises:
@@ -251,7 +254,7 @@ class ImageTokenizerTrainer:
         logger.info("resumed at step %d, %.1f minutes", self.step, self.elapsed / 60)
 
     def save(self) -> None:
-        """Writes the state, and the weights as `movqgan.safetensors`.
+        """Writes the state as `training.pt`, and the weights as `movqgan.safetensors`.
 
         Raises:
             InputError: the folder cannot be written.
@@ -316,10 +319,10 @@ class ImageTokenizerTrainer:
         return loss.item(), -10 * math.log10(F.mse_loss(out.detach().float().clamp(-1, 1), pixels).item() / 4 + 1e-12)
 
     def run(self) -> MoVQGAN:
-        """Trains until the time is used, including that of earlier runs; returns the model.
+        """Trains until `settings.minutes` have passed, and returns the model. The time before a resume counts.
 
         Raises:
-            InputError: the disk is full, the loss is not finite, or the time ends before there are codes.
+            InputError: the disk is full, the loss is not finite, or the time ends before the codes are initialized.
         """
         budget = self.settings.minutes * 60
         bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc="movqgan")
@@ -370,7 +373,7 @@ class ImageTokenizerTrainer:
 
 
 def export(model: MoVQGAN, path: Path) -> None:
-    """Writes the weights as safetensors under the released names, in float16.
+    """Writes the weights of an image tokenizer as safetensors in float16, under the released tensor names.
 
     Raises:
         OSError, SafetensorError: the file cannot be written; a partial file is removed.

@@ -1,4 +1,4 @@
-"""Loads checkpoints of a run: to resume training, or as a model."""
+"""Loads the checkpoints of a run, to resume the training or to use the model."""
 
 import logging
 from pathlib import Path
@@ -23,13 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 def verified_state(checkpoint: Path, processes: Processes | None = None) -> dict:
-    """Returns the state of a checkpoint after its files match their checksums.
+    """Verifies the checksums of a checkpoint, and returns the contents of its state file.
+
+    A checkpoint without checksums, of an earlier toolkit version, is not verified.
 
     Args:
-        processes: processes that share the reading; all of them call this function together.
+        processes: the processes that share the reading; all of them call this function together. With None, this
+            process reads all files.
 
     Raises:
-        InputError: a file is damaged, missing or not listed; names it.
+        InputError: a file is damaged, missing or not listed. Every process raises; those that found the
+            fault name the file.
     """
     share = (processes.rank, processes.world) if processes else (0, 1)
     fault, sealed = None, False
@@ -48,7 +52,12 @@ def verified_state(checkpoint: Path, processes: Processes | None = None) -> dict
 def load(
     checkpoint: Path, model: Transformer, optimizers: list[Optimizer], ema: Ema | None, processes: Processes
 ) -> None:
-    """Loads model, optimizers and moving average from a checkpoint.
+    """Loads the state of model, optimizers and moving average from a checkpoint, in place.
+
+    Frozen weights stay unchanged, since checkpoints do not hold them.
+
+    Args:
+        ema: moving average of the weights; None if the run has none.
 
     Raises:
         InputError: a file is missing or damaged, or holds another model.
@@ -65,9 +74,10 @@ def load(
 
 
 def trained_model(checkpoint: Path) -> tuple[Transformer, TrainingConfig]:
-    """Returns the model of a checkpoint in float32 on the CPU, adapters not merged, and its training configuration.
+    """Returns the model of a checkpoint and its training configuration.
 
-    Trained weights are those of the moving average if the run has one.
+    The model is on the CPU in float32, and its adapters are not merged. Its trained weights are those of the moving
+    average if the run has one.
 
     Raises:
         InputError: the checkpoint is damaged, or the base checkpoint of its frozen weights is missing or changed.

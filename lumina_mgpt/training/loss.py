@@ -1,4 +1,4 @@
-"""Next-id loss over labelled positions, computed whole or in chunks of rows."""
+"""Computes the next-id loss over labelled positions, whole or in chunks of positions."""
 
 import math
 
@@ -16,18 +16,18 @@ MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the hea
 
 
 def token_losses(logits: Tensor, targets: Tensor, tail_weight: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Returns the sums of the cross-entropy and of logsumexp² (the z-loss), in float32.
+    """Returns two sums over the labelled positions: cross-entropy and logsumexp² (the z-loss), in float32.
 
-    The tail term adds to the cross-entropy the mean squared distance of unlikely ids from one log-probability.
-    Cross-entropy hardly constrains their probabilities, and guidance multiplies the resulting differences between the
-    conditional and the unconditional distribution: at scale 4 and without top-k, a deviation of 1.5 nats gives the
-    unlikely ids a tenth of the probability.
+    `tail_weight` adds a tail term to the cross-entropy. It pulls the log-probabilities of unlikely ids to
+    log(TAIL_MASS / V), by their mean squared distance. Cross-entropy hardly constrains these probabilities. The
+    conditional and the unconditional distribution therefore differ in them, and guidance multiplies the difference.
+    At guidance scale 4 and without top-k, a deviation of 1.5 nats gives the unlikely ids a tenth of the probability.
 
     Args:
-        targets: labels; positions with a label below 0 are not counted.
+        targets: label of each position; positions with a label below 0 are not counted.
         tail_weight: weight of the tail term, at least 0.
 
-    Shapes: logits (L, V), targets (L,); returns two scalars.
+    Shapes: logits (L, V), targets (L,) for L positions and V ids; returns two scalars.
     Source: z-loss of PaLM (arXiv 2204.02311), section 5. The tail term is not from a paper.
     """
     logits = logits.float()
@@ -44,14 +44,20 @@ def token_losses(logits: Tensor, targets: Tensor, tail_weight: float = 0.0) -> t
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """Head and loss in one function that holds the logits of one chunk of rows at a time.
+    """Computes head and loss together, and holds the logits of only one chunk of rows at a time.
 
-    Forward computes the gradients of each chunk as well, and backward only scales them; no product with the head is
-    computed twice. Beyond the gradient of the head, memory is one float per logit of a chunk (three with the tail
-    term).
+    The forward pass also computes the gradients of each chunk, and the backward pass only scales them. No product with
+    the head is therefore computed twice. Besides the gradient of the head, the function needs memory for one float per
+    logit of a chunk. With the tail term, it needs three.
 
-    Shapes: rows (L, D), weight (V, D), targets (L,); returns three scalars: cross + z_weight * z, and cross and z
-    without gradients.
+    Args:
+        rows: hidden states of the labelled positions.
+        weight: weight of the head.
+        targets: label of each row.
+        z_weight, tail_weight: weights of the z-loss and of the tail term, see `token_losses`.
+
+    Shapes: rows (L, D), weight (V, D), targets (L,). Returns three scalars: the sum cross + z_weight * z, and its parts
+    cross and z without gradients.
     Source: fused linear cross-entropy of Liger Kernel (arXiv 2410.10989).
     """
 
@@ -117,7 +123,7 @@ def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight
 
 
 class LossModel(nn.Module):
-    """The transformer and its loss as one module, so that sharding and compilation include the head.
+    """Joins the transformer and its loss in one module, so that sharding and compilation include the head.
 
     Args:
         z_weight: weight of the z-loss.
@@ -136,7 +142,8 @@ class LossModel(nn.Module):
     def compile_parts(self) -> None:
         """Compiles each layer for each batch shape, and the whole loss for all shapes.
 
-        Sets torch's process-wide recompile limit to 64: batch widths times two kinds of layers exceed the default of 8.
+        Sets torch's recompile limit to 64, for the whole process. The default of 8 is less than the number of batch
+        widths times two kinds of layers.
         """
         torch._dynamo.config.recompile_limit = 64
         for layer in self.model.layers:
@@ -146,16 +153,17 @@ class LossModel(nn.Module):
     def forward(
         self, ids: Tensor, index: Tensor, targets: Tensor, documents: tuple[int, ...] = ()
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the sum to minimize, and its parts without gradients: cross-entropy and z-loss.
+        """Returns the loss to minimize, and its parts without gradients: cross-entropy and z-loss.
 
-        Only the positions in `index` are projected by the head, in chunks above WHOLE_LOGITS logits.
+        All three are sums over positions. The head projects only the positions in `index`. If these have more than
+        WHOLE_LOGITS logits, it projects them in chunks.
 
         Args:
             index: labelled positions, as indices into the flattened ids.
-            targets: their labels, -100 for padding.
+            targets: label of each position in `index`, -100 for padding.
             documents: lengths of packed sequences, see `Transformer.forward`.
 
-        Shapes: ids (B, T), index (L,), targets (L,); returns three scalars.
+        Shapes: ids (B, T) for B sequences of T ids, index (L,), targets (L,); returns three scalars.
         """
         hidden = self.model(ids, documents=documents)  # (B, T, D)
         rows = hidden.flatten(0, 1)[index]

@@ -1,7 +1,7 @@
-"""Estimates the memory of a training on each device from the sizes of the model.
+"""Estimates the memory that a training needs on each device, from the sizes of the model.
 
-Compared with measurements on a CPU only (tests/training/test_memory.py): the tensors that a layer saves for its
-backward pass, and the peak of whole steps.
+tests/training/test_memory.py compares two estimates with measurements, on a CPU only: the tensors that a layer saves
+for its backward pass, and the peak of whole steps.
 """
 
 from dataclasses import dataclass
@@ -24,16 +24,19 @@ def layer_weights(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training, as far as its memory depends on it. All results are in bytes on each device.
+    """Holds the properties of a training on which its memory depends, and estimates the memory of one device.
+
+    `matrix`, `layer`, `weights` and `adapters` are numbers of weights before sharding. The methods return bytes on each
+    device.
 
     Args:
-        ids: ids of one micro-batch on one device.
+        ids: number of ids in one micro-batch on one device.
         devices: number of devices that share weights and optimizer state (FSDP).
-        wide: everything is float32. Otherwise products are bfloat16, and weights and optimizer state float32.
-        checkpointing: activations are recomputed in the backward pass.
-        lora_rank: rank of the adapters, 0 to train all weights; frozen weights are bfloat16 unless `wide`.
-        offload: weights and optimizer state are in the CPU's memory.
-        gpu: the devices are GPUs.
+        wide: whether everything is float32. Otherwise products are bfloat16, and weights and optimizer state float32.
+        checkpointing: whether the backward pass recomputes activations.
+        lora_rank: rank of the adapters, 0 to train all weights. Frozen weights are bfloat16 unless `wide` is set.
+        offload: whether weights and optimizer state are in the CPU's memory.
+        gpu: whether the devices are GPUs.
     """
 
     config: ModelConfig
@@ -57,24 +60,24 @@ class Plan:
 
     @property
     def layer(self) -> int:
-        """Number of weights of one layer's matrices."""
+        """Number of weights in the matrices of one layer."""
         return layer_weights(self.config) // self.config.num_hidden_layers
 
     @property
     def weights(self) -> int:
-        """Number of weights in all matrices."""
+        """Number of weights in all matrices of the model, with embedding and head."""
         return self.config.weight_count
 
     @property
     def adapters(self) -> int:
-        """Number of weights of the adapters: a rank times the input and output widths of each matrix."""
+        """Number of weights of all adapters: the sum of rank * (input width + output width) over all matrices."""
         c, inner = self.config, self.config.intermediate_size
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         widths = 2 * (c.hidden_size + q) + 2 * (c.hidden_size + k) + 3 * (c.hidden_size + inner)
         return c.num_hidden_layers * self.lora_rank * widths
 
     def state(self, gradients: bool) -> float:
-        """Weights and optimizer state on one device, with or without gradients."""
+        """Returns the bytes of weights and optimizer state, and of the weights' gradients if `gradients` is set."""
         trained = 16 if gradients else 12  # float32: weight, two moments of AdamW, gradient
         if self.offload:
             return 0
@@ -83,7 +86,11 @@ class Plan:
         return trained * self.weights / self.devices
 
     def saved(self) -> tuple[float, float]:
-        """Tensors saved for the backward pass: those of all layers, and the current layer's recomputed ones."""
+        """Returns the bytes of the tensors that are saved for the backward pass, as two numbers.
+
+        The first is for the tensors that all layers save. The second is for those that the current layer recomputes; it
+        is 0 without checkpointing.
+        """
         c = self.config
         width, inner = SAVED_WIDE if self.wide else SAVED_NARROW
         one = self.ids * (width * c.hidden_size + inner * c.intermediate_size)
@@ -93,7 +100,10 @@ class Plan:
         return c.num_hidden_layers * self.ids * c.hidden_size * stream, one
 
     def moments(self) -> dict[str, float]:
-        """Bytes in use when the loss is computed, in the first layer of the backward pass, and at its end."""
+        """Returns the bytes in use at three moments of a step: "loss", "backward" and "end".
+
+        They are the computation of the loss, the first layer of the backward pass, and the end of the backward pass.
+        """
         rows = max(MIN_ROWS_ON_GPU if self.gpu else MIN_ROWS, CHUNK_LOGITS // self.config.vocab_size)
         logits = min(rows, self.ids) * self.config.vocab_size * (_LOGIT_WIDE if self.wide else _LOGIT_NARROW)
         return self._sharded_moments(logits) if self.sharded else self._whole_moments(logits)
@@ -126,5 +136,5 @@ class Plan:
         }
 
     def peak(self) -> float:
-        """Peak over a step, in bytes on each device."""
+        """Returns the largest number of bytes in use during a step, on each device."""
         return max(self.moments().values()) + (_RUNTIME if self.gpu else 0)

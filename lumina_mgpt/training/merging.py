@@ -1,4 +1,4 @@
-"""Merges an adapter into the weights that it was trained on, by peft."""
+"""Merges an adapter into the weights that it was trained on, with peft."""
 
 import logging
 import warnings
@@ -37,11 +37,11 @@ _HARMLESS = ("peft_version",)  # fields of newer versions of peft that change no
 def merge_adapter(model: Transformer, folder: Path, base: str | Path = "") -> None:
     """Adds an adapter to the weights of a model, in place.
 
-    The sum is computed in float32 and rounded to the dtype of the weights.
+    It computes the sum in float32 and rounds it to the dtype of the weights.
 
     Args:
-        folder: the adapter, in peft's format.
-        base: source of the model; a hint is logged if the adapter names another one.
+        folder: folder of the adapter, in peft's format.
+        base: folder or hub id of the model. A hint is logged if the adapter names another base model.
 
     Raises:
         InputError: peft is missing, or the adapter is missing, damaged, of another model, or of a kind that cannot be

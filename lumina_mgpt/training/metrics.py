@@ -1,4 +1,4 @@
-"""Metrics of a run: a progress bar, one JSON line a step, TensorBoard, and the share of peak FLOP/s."""
+"""Records the metrics of a run: a progress bar, one JSON line per step, and TensorBoard files; counts FLOPs."""
 
 import math
 import time
@@ -32,22 +32,22 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, tflops: float = 0.0) -> float:
-    """Returns the peak FLOP/s of a device, 0 if unknown.
+    """Returns the peak FLOP/s of a device; 0 if the device is not known.
 
     Args:
-        tflops: the peak in TFLOP/s, if the caller knows it.
+        tflops: the peak in TFLOP/s if the caller knows it; 0 to look it up by the device's name.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return 1e12 * (tflops or next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), 0.0))
 
 
 def batch_flops(config: ModelConfig, batch: MicroBatch) -> float:
-    """Returns the FLOPs of forward and backward of a micro-batch, without padding and recomputation.
+    """Returns the FLOPs of the forward and backward pass of a micro-batch, without padding and recomputation.
 
-    6 for each weight and id (of the head: weight and label), and 12 for each channel and pair of ids that attend to
-    each other.
+    Each weight of a layer takes 6 FLOPs per id, and each weight of the head takes 6 per labelled position. Attention
+    takes 12 FLOPs in each layer, per channel and pair of ids of which one attends to the other.
 
-    Source: PaLM (arXiv 2204.02311), appendix B; halved for attention, which is causal.
+    Source: PaLM (arXiv 2204.02311), appendix B, with half its attention term, since attention is causal.
     """
     pairs = sum(n * n for n in batch.documents) / 2 if batch.documents else batch.tokens * batch.ids.shape[1] / 2
     products = layer_weights(config) * batch.tokens + config.vocab_size * config.hidden_size * batch.labelled
@@ -55,11 +55,14 @@ def batch_flops(config: ModelConfig, batch: MicroBatch) -> float:
 
 
 class Metrics:
-    """Progress bar, `metrics.jsonl` and TensorBoard files of the first process; does nothing on the others.
+    """Shows a progress bar, and writes `metrics.jsonl` and TensorBoard files.
+
+    Only the first process does this. On the other processes, the methods do nothing.
 
     Args:
-        folder: output folder.
-        step, progress: position that the run starts from; progress in [0, 1].
+        folder: output folder of the run.
+        step: number of the step that the run starts from: 0, or that of the checkpoint it resumes from.
+        progress: fraction of the run that has passed at that step, in [0, 1].
         active: whether this is the first process.
         tensorboard: whether TensorBoard files are written.
 
@@ -86,13 +89,19 @@ class Metrics:
         self.bar = tqdm(total=1.0, initial=min(1.0, progress), bar_format=form, dynamic_ncols=True, smoothing=0.05)
 
     def begin(self, step: int) -> None:
-        """Removes lines after `step` from the file of an earlier run, and opens TensorBoard's files."""
+        """Removes the lines of steps after `step` from `metrics.jsonl`, and opens the TensorBoard files."""
         if self.active:
             keep_until(self.path, step)
             self.writer = self.make_writer() if self.make_writer else None
 
     def step(self, row: dict) -> None:
-        """Records the metrics of one step; values that are not finite become null, which is valid JSON."""
+        """Records the metrics of one step.
+
+        Numbers that are not finite become null, since JSON has no such numbers.
+
+        Args:
+            row: metrics by name, with at least step, progress, loss, lr and tokens_per_second.
+        """
         if not self.active:
             return
         row = {key: value if _finite(value) else None for key, value in row.items()}
@@ -111,7 +120,7 @@ class Metrics:
             self.flush()
 
     def pictures(self, step: int, pictures: list[Image.Image]) -> None:
-        """Adds sample pictures to TensorBoard."""
+        """Adds the sample pictures of a step to TensorBoard, if TensorBoard files are written."""
         if self.writer:
             for n, picture in enumerate(pictures):
                 self.writer.add_image(f"samples/{n}", np.asarray(picture), step, dataformats="HWC")
@@ -129,7 +138,7 @@ class Metrics:
             self.writer.flush()
 
     def close(self) -> None:
-        """Flushes, and closes bar and files."""
+        """Writes the recorded rows, and closes the progress bar and the files."""
         if self.active:
             self.flush()
             self.bar.close()

@@ -1,4 +1,4 @@
-"""Optimizers, learning rate schedule, and moving average of the weights."""
+"""Builds optimizers, schedules the learning rate, and averages the weights."""
 
 import math
 from collections.abc import Iterable
@@ -15,9 +15,10 @@ BETAS = (0.9, 0.95)  # of the released training code
 
 
 def build_optimizers(model: Transformer, options: OptimizerOptions) -> list[Optimizer]:
-    """Returns AdamW for all trained weights, or Muon for the matrices of the layers and AdamW for the rest.
+    """Returns the optimizers of all trained weights.
 
-    Norms and biases have no weight decay.
+    With `options.optimizer` "adamw", AdamW trains all of them. With "muon", Muon trains the matrices of the layers, and
+    AdamW trains the other weights. Norms and biases have no weight decay.
 
     Source: Muon for hidden matrices only, https://kellerjordan.github.io/posts/muon/.
     """
@@ -43,12 +44,12 @@ def build_optimizers(model: Transformer, options: OptimizerOptions) -> list[Opti
 
 
 def schedule(progress: float, warmup: float, floor: float) -> float:
-    """Returns the factor of the learning rate: linear warm-up, then half a cosine down to `floor`.
+    """Returns the learning rate as a fraction of its peak: it rises linearly, then falls by half a cosine.
 
     Args:
         progress: fraction of the run that has passed, in [0, 1].
-        warmup: fraction of the run with rising rate, in [0, 1).
-        floor: factor at the end, in [0, 1].
+        warmup: fraction of the run in which the learning rate rises, in [0, 1).
+        floor: value at the end of the run, in [0, 1].
     """
     if progress < warmup:
         return progress / warmup
@@ -57,17 +58,17 @@ def schedule(progress: float, warmup: float, floor: float) -> float:
 
 
 def set_lr(optimizers: Iterable[Optimizer], factor: float) -> None:
-    """Sets each learning rate to its peak times `factor`."""
+    """Sets each learning rate of the optimizers to its peak times `factor`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
 
 class Ema:
-    """Exponential moving average of the trained weights.
+    """Keeps an exponential moving average of the trained weights.
 
-    Update n uses the decay min(decay, (1 + n) / (10 + n)): early averages follow faster, and short runs are not
-    dominated by the initial weights.
+    Update n, counted from 1, uses the decay min(decay, (1 + n) / (10 + n)). The average thus follows the weights faster
+    at first, and the initial weights do not dominate it after a short run.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -86,5 +87,5 @@ class Ema:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Returns this process's shard of a sharded tensor, any other tensor unmodified."""
+    """Returns this process's shard of a sharded tensor; returns any other tensor unmodified."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

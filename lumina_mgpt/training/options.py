@@ -1,8 +1,8 @@
-"""Training configuration: nested dataclasses whose fields are the options of the command `finetune`.
+"""Defines the training configuration: groups of options, as dataclasses, for the command `finetune`.
 
-Each field carries its help text, choices and rule in its metadata. The command line is generated from them, so that
-names, defaults and limits are written once. `TrainingConfig.of` and `TrainingConfig.flat` convert from and to one flat
-mapping, the form of command lines and of `trainer.json`.
+The metadata of each field hold the help text, choices and rule of one option. The command line is generated from the
+fields, so that names, defaults and limits are written once. Command lines and `trainer.json` hold the options as one
+flat mapping. `TrainingConfig.of` reads such a mapping, and `TrainingConfig.flat` returns one.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _TYPES: dict[type, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on a number, and its text in error messages."""
+    """Holds a condition on a number, and the text of the condition in error messages."""
 
     text: str
     holds: Callable[[float], bool]
@@ -43,12 +43,22 @@ FACTOR = Rule("must be above 1, or 0 for none", lambda value: value == 0 or valu
 
 
 def option(default: Any, help: str, rule: Rule | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the metadata of one option; `default` is MISSING for one that must be given."""
+    """Returns a dataclass field with the metadata of one option.
+
+    Args:
+        default: default of the option; MISSING if the option must be given.
+        help: help text.
+        rule: condition on a number.
+        choices: allowed texts; empty if all are allowed.
+    """
     return field(default=default, metadata={"help": help, "rule": rule, "choices": choices})
 
 
 def value_type(item: Field) -> type:
-    """The type of an option's value: bool, int, float or str, also where None is allowed."""
+    """Returns the type of an option's value: bool, int, float or str.
+
+    If the option also allows None, this is the type of its other values.
+    """
     return next(kind for kind in _kinds(item) if kind is not type(None))
 
 
@@ -57,7 +67,7 @@ def _kinds(item: Field) -> tuple[type, ...]:
 
 
 class Options:
-    """Base of the groups: checks the type and the rule of each field when an instance is made."""
+    """Base class of all groups of options. A new instance checks the type and the rule of each field."""
 
     def __post_init__(self) -> None:
         for item in option_fields(type(self)):
@@ -69,7 +79,7 @@ class Options:
 
 
 def option_fields(group: Any) -> list[Field]:
-    """The fields of a group that are options."""
+    """Returns those fields of a group, a subclass of Options, that are options."""
     return [item for item in fields(group) if "help" in item.metadata]
 
 
@@ -104,7 +114,7 @@ def _require(name: str, value: object, holds: bool, text: str) -> None:
 
 @dataclass(frozen=True)
 class DataOptions(Options):
-    """Which sequences are read, and how they form batches."""
+    """Chooses the sequences that are read, and how they form batches."""
 
     data_config: str = option(MISSING, "YAML with META: [{path, type, ratio}]")
     batch_size: int = option(0, "sequences of a micro-batch on one process")
@@ -122,7 +132,7 @@ class DataOptions(Options):
 
 @dataclass(frozen=True)
 class ModelOptions(Options):
-    """Which model is trained, and which of its weights."""
+    """Chooses the model to train, and its trained weights."""
 
     init_from: str | None = option(None, "checkpoint folder or hub id to start from")
     model_config: str | None = option(None, "YAML or config.json of a model to train from scratch")
@@ -137,12 +147,12 @@ class ModelOptions(Options):
 
     @property
     def freezes(self) -> bool:
-        """Whether some weights are not trained; checkpoints leave these out."""
+        """Whether some weights are not trained. Checkpoints do not hold these weights."""
         return bool(self.lora_rank or self.freeze_embeddings)
 
     @property
     def alpha(self) -> float:
-        """The scale of the adapters, times their rank."""
+        """LoRA's alpha: the adapters are scaled by `alpha / lora_rank`."""
         return self.lora_alpha or 2.0 * self.lora_rank
 
     def _check_together(self) -> None:
@@ -164,7 +174,7 @@ class ModelOptions(Options):
 
 @dataclass(frozen=True)
 class OptimizerOptions(Options):
-    """Optimizer, learning rates, and how steps with a bad loss or gradient are treated."""
+    """Chooses the optimizer, its learning rates, and the treatment of steps with a bad loss or gradient."""
 
     optimizer: str = option(
         "adamw", "muon: for the matrices of the layers, adamw for the rest", choices=("adamw", "muon")
@@ -189,7 +199,10 @@ class OptimizerOptions(Options):
 
 @dataclass(frozen=True)
 class ScheduleOptions(Options):
-    """Length of the run, and its warm-up. The learning rate follows the fraction of the run that has passed."""
+    """Chooses the length of the run and of its warm-up.
+
+    The learning rate depends on the fraction of the run that has passed.
+    """
 
     epochs: float = option(0.0, "length of the run in epochs", NOT_NEGATIVE)
     max_steps: int = option(0, "or in steps")
@@ -205,7 +218,7 @@ class ScheduleOptions(Options):
 
 @dataclass(frozen=True)
 class RegularizationOptions(Options):
-    """Dropout, additional terms of the loss, noise, and the moving average of the weights."""
+    """Chooses dropout, additional loss terms, noise in the inputs, and the moving average of the weights."""
 
     dropout: float = option(0.05, "dropout rate on the output of attention and feed-forward", FRACTION)
     z_loss_weight: float = option(1e-5, "weight of the z-loss, logsumexp squared", NOT_NEGATIVE)
@@ -227,7 +240,7 @@ class RegularizationOptions(Options):
 
 @dataclass(frozen=True)
 class CheckpointOptions(Options):
-    """When checkpoints are written, how many stay, and where the run resumes."""
+    """Chooses when checkpoints are written, how many are kept, and the checkpoint that the run resumes from."""
 
     save_iteration_interval: int = option(1000, "steps between checkpoints, 0 for none")
     save_minutes: float = option(0.0, "minutes between checkpoints, 0 for none", NOT_NEGATIVE)
@@ -242,7 +255,7 @@ class CheckpointOptions(Options):
 
 @dataclass(frozen=True)
 class LoggingOptions(Options):
-    """What a run records beside `metrics.jsonl`."""
+    """Chooses what a run records besides `metrics.jsonl`."""
 
     tensorboard: bool = option(False, "also write the metrics for TensorBoard (pip install tensorboard)")
     peak_tflops: float = option(
@@ -259,7 +272,7 @@ class LoggingOptions(Options):
 
 @dataclass(frozen=True)
 class RuntimeOptions(Options):
-    """Device, precision, memory and random numbers."""
+    """Chooses device, precision, use of memory, and seed."""
 
     precision: str = option("bf16", "of the matrix products; weights stay float32", choices=("bf16", "fp32"))
     compile: bool = option(False, "torch.compile layers and loss")
@@ -272,13 +285,13 @@ class RuntimeOptions(Options):
 
 @dataclass(frozen=True)
 class TrainingConfig(Options):
-    """Training configuration.
+    """Holds all options of a training.
 
-    `batch_size` and `max_tokens` are those of one micro-batch on one process. Exactly one of `epochs`, `max_steps` and
-    `max_minutes` gives the length of the run.
+    `batch_size` and `max_tokens` are the sizes of one micro-batch on one process. Exactly one of `epochs`, `max_steps`
+    and `max_minutes` gives the length of the run.
 
     Raises:
-        InputError: a value is out of range, or two do not go together; names the parameter.
+        InputError: a value is out of range, or two values do not go together. The error names the option.
     """
 
     data: DataOptions
@@ -293,16 +306,19 @@ class TrainingConfig(Options):
 
     @classmethod
     def options(cls) -> dict[str, Field]:
-        """Name -> field of every option, of all groups."""
+        """Returns the fields of the options of all groups, by name."""
         return {item.name: item for group in (cls, *groups().values()) for item in option_fields(group)}
 
     @classmethod
     def of(cls, **values: Any) -> "TrainingConfig":
-        """The configuration with these options; the others have their defaults.
+        """Returns the configuration with the given options; all other options have their defaults.
+
+        Args:
+            values: options of any group, by name.
 
         Raises:
             TypeError: an option is unknown, or one without a default is missing.
-            InputError: as for the class.
+            InputError: for the same reasons as the constructor.
         """
         if unknown := values.keys() - cls.options().keys():
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
@@ -310,7 +326,7 @@ class TrainingConfig(Options):
         return cls(**_part(cls, values), **parts)
 
     def flat(self) -> dict[str, Any]:
-        """The options of all groups as one mapping, from which `of` makes an equal configuration."""
+        """Returns the options of all groups as one mapping; `of` makes an equal configuration from it."""
         owners = (self, *(getattr(self, name) for name in groups()))
         return {item.name: getattr(owner, item.name) for owner in owners for item in option_fields(type(owner))}
 
@@ -326,7 +342,7 @@ class TrainingConfig(Options):
 
 
 def groups() -> dict[str, type[Options]]:
-    """Attribute of TrainingConfig -> group of options."""
+    """Returns the class of each group, by its attribute in TrainingConfig."""
     hints = {item.name: item.type for item in dataclasses.fields(TrainingConfig)}
     return {name: kind for name, kind in hints.items() if isinstance(kind, type) and issubclass(kind, Options)}
 

@@ -1,7 +1,7 @@
 """Reads torch.distributed.checkpoint folders without running code from them.
 
-torch unpickles the metadata of a checkpoint without restriction, and a pickle can run any code. The classes here accept
-only the types that these files consist of.
+torch unpickles the metadata of a checkpoint without restriction, and a pickle can run any code. The classes here refuse
+all types except those that a checkpoint needs.
 """
 
 import io
@@ -43,7 +43,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(FileSystemReader):
-    """Reads the metadata with the allowed types only."""
+    """Reads the metadata of a checkpoint, and refuses types that no checkpoint needs."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
@@ -57,7 +57,7 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Reads values other than tensors, such as those of an optimizer's groups, with `weights_only=True`."""
+    """Reads with `weights_only=True` the values that are not tensors, such as options of an optimizer's groups."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
@@ -67,5 +67,5 @@ class Planner(DefaultLoadPlanner):
 
 
 def reader_and_planner(checkpoint: Path) -> tuple[Reader, LoadPlanner]:
-    """Returns the arguments `storage_reader` and `planner` of torch.distributed.checkpoint.load."""
+    """Returns safe arguments `storage_reader` and `planner` for torch.distributed.checkpoint.load."""
     return Reader(checkpoint), Planner()

@@ -1,4 +1,4 @@
-"""The checkpoints of an output folder: their names and order, and how a run goes back to an earlier one."""
+"""Names, finds and removes the checkpoints of an output folder, and lets a run go back to an earlier checkpoint."""
 
 import logging
 import os
@@ -18,23 +18,25 @@ _ASIDE = "set_aside-"
 
 
 def name_of(step: int) -> str:
-    """Returns the name of the checkpoint of a step."""
+    """Returns the folder name of the checkpoint of a step, such as `step-00000100`."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """Returns the step in a checkpoint's name; None for every other name."""
+    """Returns the step in the name of a checkpoint; None if the path does not have such a name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def checkpoints_of(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first."""
+    """Returns the checkpoints in an output folder, in ascending order of their steps."""
     return [path for _, path in _numbered(output_dir / "checkpoints")]
 
 
 def newest(output_dir: Path) -> Path | None:
-    """Returns the checkpoint that a run resumes from, None if there is none.
+    """Returns the checkpoint that a run resumes from; None if there is none.
+
+    It is the one with the highest step, or the `start` of a call of `go_back` that was interrupted.
 
     Raises:
         InputError: `going_back.json` in the folder is damaged.
@@ -47,7 +49,7 @@ def newest(output_dir: Path) -> Path | None:
 
 
 def find(output_dir: Path, step: int | None = None) -> Path:
-    """Returns the checkpoint of a step, the newest if `step` is None.
+    """Returns the checkpoint of a step; the newest one if `step` is None.
 
     Raises:
         InputError: the folder holds no such checkpoint.
@@ -64,7 +66,7 @@ def find(output_dir: Path, step: int | None = None) -> Path:
 
 
 def belongs(checkpoint: Path, output_dir: Path) -> bool:
-    """Returns whether a folder is one of the checkpoints of this output folder."""
+    """Returns whether a folder is one of the checkpoints of an output folder."""
     inside = checkpoint.resolve().parent == (output_dir / "checkpoints").resolve()
     return inside and step_of(checkpoint.resolve()) is not None
 
@@ -72,12 +74,12 @@ def belongs(checkpoint: Path, output_dir: Path) -> bool:
 def go_back(output_dir: Path, start: Path) -> None:
     """Sets aside what the run did after the checkpoint `start`.
 
-    Later checkpoints and samples move to `checkpoints/set_aside-N`, with a copy of `metrics.jsonl`. The file
-    `going_back.json` exists while they move: after an interruption, `newest` returns `start`, and the next call moves
-    the rest.
+    Later checkpoints and samples move to the folder `checkpoints/set_aside-N`, which also gets a copy of
+    `metrics.jsonl`. While they move, the file `checkpoints/going_back.json` exists. After an interruption, `newest`
+    therefore returns `start`, and the next call moves the rest.
 
     Raises:
-        InputError: the disk or the access rights of the folder do not allow it.
+        InputError: the disk or the access rights of the folder do not allow the move.
     """
     folder, step = output_dir / "checkpoints", step_of(start)
     assert step is not None, start
@@ -105,7 +107,7 @@ def go_back(output_dir: Path, start: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; it is renamed first, so that a partly removed one is never loaded."""
+    """Removes a checkpoint. It first renames the folder, so that no run loads a partly removed checkpoint."""
     hidden = checkpoint.with_name(f".removed-{checkpoint.name}")
     os.rename(checkpoint, hidden)
     shutil.rmtree(hidden)

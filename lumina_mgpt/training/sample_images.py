@@ -1,4 +1,4 @@
-"""Pictures of fixed prompts, generated during training."""
+"""Generates pictures of fixed prompts during training."""
 
 import logging
 from pathlib import Path
@@ -22,14 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class SampleImages:
-    """Generates the same prompts from the same seed each time. All processes call it together; the first generates.
+    """Generates pictures of the same prompts with the same seed at each call of `draw`.
 
-    It uses a copy of the weights, in bfloat16 on a GPU, and therefore changes neither sharding nor compilation nor the
-    random numbers of the training. It needs the memory of that copy.
+    All processes call the methods together, and the first process generates. It uses a copy of the weights, which is
+    bfloat16 on a GPU. It therefore needs memory for the copy, but does not change the sharding, the compilation or the
+    random numbers of the training.
 
     Args:
-        settings: training configuration, with `sample_prompts` and `movqgan_path`.
-        folder: folder of the tokenizer, of the built-in prompts, and of the image tokenizer if none is named.
+        settings: training configuration; `sample_prompts` and `movqgan_path` name the files to use.
+        folder: folder of the tokenizer, and of the prompts and the image tokenizer if `settings` does not name them.
+        model: the model in training.
 
     Raises:
         InputError: there is no image tokenizer, it does not fit the model, or a prompt cannot be used.
@@ -53,9 +55,13 @@ class SampleImages:
 
     @torch.no_grad()
     def draw(self, step: int) -> list[Image.Image]:
-        """Writes `samples/step-N/0.png` and so on; returns the pictures, an empty list on other processes.
+        """Writes one picture per prompt to `samples/step-N`, as `0.png` and so on, and returns the pictures.
 
-        A picture that cannot be written is logged; the training continues.
+        Only the first process returns them; the others return an empty list. If a picture cannot be written, a warning
+        is logged and the training continues.
+
+        Args:
+            step: number N of the current step.
         """
         device = self.processes.device
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -1,7 +1,7 @@
 """Writes the checkpoints of a run.
 
-A checkpoint is a folder `checkpoints/step-N` that gets its name when it is complete. It loads on any number of
-processes.
+A checkpoint is a folder `checkpoints/step-N`. It gets this name when it is complete. Any number of processes can load
+it.
 """
 
 import json
@@ -27,17 +27,23 @@ from lumina_mgpt.training.tensors import quietly, reason
 
 
 class Saver:
-    """Writes checkpoints and keeps the `keep` newest. All processes call the same methods together.
+    """Writes checkpoints, and removes all but the newest. All processes call the same methods together.
 
-    With `beside`, `save` copies the tensors to the CPU's memory (12 bytes a trained weight, spread over the processes)
-    and a thread writes them while the training continues.
+    With `beside`, `save` copies the tensors to the CPU's memory, and a thread writes them while the training continues.
+    The copy takes 12 bytes per trained weight, spread over the processes.
 
-    Not the default. Measured for 1.05 GB on two cores that also train (bench_checkpoint.py): the loop waits 0.22 s
-    instead of 1.09 s, but the steps during the writing take longer, and 1.46 s are lost in total instead of 1.17 s.
-    Intended for GPUs, where the CPU is idle; not measured there.
+    `beside` is not the default. bench_checkpoint.py measured it for 1.05 GB on two cores that also train. The training
+    loop waits 0.22 s with `beside` and 1.09 s without. The steps during the writing take longer, however: a checkpoint
+    costs 1.46 s in total with `beside` and 1.17 s without. The option is intended for GPUs, where the CPU is idle; no
+    measurement on a GPU exists.
+
+    Args:
+        output_dir: output folder of the run.
+        keep: number of newest checkpoints to keep.
+        beside: whether the training continues while a checkpoint is written.
 
     Attributes:
-        last: the checkpoint with the current state of the run: the last written, or the one resumed from.
+        last: the last written checkpoint; before the first one, the checkpoint that the run resumed from, or None.
     """
 
     def __init__(self, output_dir: Path, processes: Processes, keep: int, beside: bool = False) -> None:
@@ -52,13 +58,14 @@ class Saver:
         self.writing: tuple[Future, dict] | None = None
 
     def begin(self, start: Path | None, newest: Path | None) -> None:
-        """Prepares the folder for a run that resumes from `start`.
+        """Prepares the output folder for a run: sets aside the checkpoints after `start`.
 
         Args:
-            newest: newest checkpoint of the folder at the time when `start` was loaded.
+            start: checkpoint that the run resumes from; None for a new run.
+            newest: checkpoint that was the newest in the folder when `start` was chosen; None if there was none.
 
         Raises:
-            InputError: another run has written a checkpoint since, or later checkpoints cannot be set aside.
+            InputError: another run has changed the checkpoints since then, or later ones cannot be set aside.
         """
         self.last = start
         if not self.processes.first:
@@ -74,8 +81,12 @@ class Saver:
     def save(self, tensors: dict, state: dict) -> None:
         """Writes a checkpoint; with `beside`, returns as soon as the tensors are copied.
 
+        Args:
+            tensors: what `tensors_of` returns.
+            state: contents of the state file, with the key "step".
+
         Raises:
-            InputError: this or the previous checkpoint cannot be written; earlier checkpoints are complete.
+            InputError: this or the previous checkpoint cannot be written. Earlier checkpoints are complete.
         """
         self.finish()
         partial = self._partial(state)
@@ -96,7 +107,10 @@ class Saver:
         self.processes.barrier()
 
     def poll(self) -> bool:
-        """Publishes the checkpoint that is being written if it is complete; returns whether writing it failed."""
+        """Renames the checkpoint of the thread to `step-N`, if the thread has finished it.
+
+        Returns whether the writing has failed; `finish` then raises the error.
+        """
         if self.writing is None or not self.writing[0].done():
             return False
         if self.writing[0].exception():
@@ -105,10 +119,10 @@ class Saver:
         return False
 
     def finish(self) -> None:
-        """Waits for a checkpoint that is being written, and publishes it.
+        """Waits until the thread has finished its checkpoint, if there is one, and renames the checkpoint to `step-N`.
 
         Raises:
-            InputError: as `save`.
+            InputError: the checkpoint cannot be written. Earlier checkpoints are complete.
         """
         if self.writing is None:
             return

@@ -1,4 +1,4 @@
-"""The state file of a training checkpoint: position in the data, identity of the run, and its configurations."""
+"""Reads the state file of a training checkpoint: position in the data, identity of the run, and configurations."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ _RULES = {int: "whole number of at least 0", float: "number of at least 0", dict
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Returns the state that a checkpoint was written with.
+    """Returns the contents of the state file of a checkpoint, `trainer.json`.
 
     Raises:
         InputError: the file is missing or damaged, lacks a key, or holds a value of another type.
@@ -58,10 +58,14 @@ def _check_guard(path: Path, guard: dict) -> None:
 
 
 def configs_of(checkpoint: Path, state: dict) -> tuple[TrainingConfig, ModelConfig]:
-    """Returns the training and the model configuration of a state.
+    """Returns the training configuration and the model configuration that a state holds.
+
+    Args:
+        checkpoint: folder of the checkpoint; error messages name it.
+        state: what `read_state` returned for it.
 
     Raises:
-        InputError: a value is unknown, missing or out of range; names the file and the key.
+        InputError: an option is unknown or missing, or its value is out of range. The error names file and key.
     """
     path = checkpoint / STATE
     _check_known(path, "settings", state["settings"], set(TrainingConfig.options()))

@@ -1,4 +1,4 @@
-"""The training loop, the same for one process and for many."""
+"""Runs the training loop, in the same way on one process and on many."""
 
 import contextlib
 import logging
@@ -50,10 +50,10 @@ _IDENTITY = (
 
 
 def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
-    """Returns the model to train, the folder of its tokenizer, and what checkpoints store about the base checkpoint.
+    """Returns the model to train, the folder of its tokenizer, and what `base.describe` returns for its base.
 
-    The model is on the CPU in float32. With adapters and precision bf16, it is bfloat16: frozen weights are never
-    multiplied in a wider format.
+    The model is on the CPU in float32. With adapters and precision bf16, it is in bfloat16, since no product uses its
+    frozen weights in a wider format.
 
     Raises:
         InputError: the model cannot be loaded or has int4 weights.
@@ -80,10 +80,10 @@ def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
 
 
 class Trainer:
-    """One training run: construct it on every process, then call `run`.
+    """Trains a model in one run. Construct it on every process, then call `run`.
 
     Raises:
-        InputError: settings, data or a checkpoint do not fit; nothing has been trained then.
+        InputError: settings, data or checkpoint cannot be used. Nothing has been trained then.
     """
 
     def __init__(self, settings: TrainingConfig, processes: Processes) -> None:
@@ -238,18 +238,18 @@ class Trainer:
         """Writes a checkpoint of the current step.
 
         Raises:
-            InputError: the checkpoint cannot be written; earlier checkpoints are complete.
+            InputError: this or the previous checkpoint cannot be written. Earlier checkpoints are complete.
         """
         self.saver.save(tensors_of(self.model, self.optimizers, self.ema), self._state())
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Trains to the end, or until a signal, and writes a checkpoint. Returns the signal, or 0.
+        """Trains to the end or until a signal arrives, then writes a checkpoint. Returns the signal's number, or 0.
 
         Raises:
-            InputError: a step is bad (see Guard), data or disk fail, or another run works in the folder. The last
-                checkpoint is complete.
+            InputError: Guard refuses a step, data cannot be read, the disk fails, or another run uses the folder. The
+                checkpoints that are already written are complete.
         """
         alone = alone_in(self.output_dir, "output_dir") if self.processes.first else contextlib.nullcontext()
         with alone, self._signals():
