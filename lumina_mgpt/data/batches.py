@@ -77,7 +77,7 @@ class Planned:
     """One micro-batch of a plan, not read yet.
 
     Attributes:
-        samples: numbers of its samples in the TokenDataset. There may be fewer than `rows`.
+        samples: indices of its samples in the TokenDataset. There may be fewer than `rows`.
         rows, width: number of rows, and number of ids in each row with padding.
         packed: all samples share one row.
     """
@@ -119,7 +119,7 @@ def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Plann
 
     Args:
         dataset: all samples; its seed determines the order.
-        epoch: number of the epoch, from 0.
+        epoch: index of the epoch, from 0.
         size: size of each micro-batch.
     """
     samples = dataset.epoch(epoch)
@@ -190,7 +190,7 @@ def collate(dataset: TokenDataset, planned: Planned, epoch: int, multiple: int, 
     Args:
         dataset: the dataset of the plan.
         planned: the micro-batch to read.
-        epoch: number of the epoch; it selects the samples without context.
+        epoch: index of the epoch; it selects the samples without context.
         multiple: `BatchSize.multiple`.
         pad_id: id that pads the rows.
     """
@@ -223,7 +223,7 @@ class Feed:
     """Gives one process its micro-batches, step by step.
 
     A step covers the next `accum` * `world` micro-batches of the plan. Process `rank` takes every `world`-th of them,
-    starting at number `rank`. The last step of an epoch may be smaller. Epochs without samples are skipped but counted.
+    starting at index `rank`. The last step of an epoch may be smaller. Epochs without samples are skipped but counted.
 
     Args:
         dataset: the samples.
@@ -232,10 +232,10 @@ class Feed:
         rank, world: index of this process, and number of processes.
 
     Attributes:
-        epoch: number of the current epoch, from 0.
+        epoch: index of the current epoch, from 0.
         done: number of micro-batches of this epoch that are done, on all processes together. To resume a run, set
             `epoch` and `done`.
-        samples: numbers of the samples of the last step, on all processes together.
+        samples: indices of the samples of the last step, on all processes together.
     """
 
     def __init__(self, dataset: TokenDataset, size: BatchSize, accum: int, rank: int = 0, world: int = 1) -> None:

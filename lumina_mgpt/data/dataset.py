@@ -28,10 +28,10 @@ _MIN_RECORDS = 0.001  # per epoch: Feed skips empty epochs one by one, so there 
 
 
 class TokenDataset:
-    """All records of several sources, numbered from 0 to N - 1.
+    """All N records of several sources, with indices from 0 to N - 1.
 
-    An epoch consists of samples. A record that is seen several times in an epoch gives several samples. The number of a
-    sample is its record's number + N * repeat, where `repeat` counts from 0. The length of a sample is known without
+    An epoch consists of samples. A record that is seen several times in an epoch gives several samples. The index of a
+    sample is its record's index + N * repeat, where `repeat` counts from 0. The length of a sample is known without
     reading the sample.
 
     Args:
@@ -43,8 +43,8 @@ class TokenDataset:
 
     Attributes:
         lengths: number of ids of each record.
-        kinds: number of each record's type. All records of a batch have the same type.
-        spans: (start, stop) of each source: its records have the numbers start to stop - 1.
+        kinds: index of each record's type in the sorted list of types. All records of a batch have the same type.
+        spans: (start, stop) of each source: its records have the indices start to stop - 1.
 
     Shapes: lengths, kinds (N,).
 
@@ -150,14 +150,14 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """The numbers of the samples of an epoch. The ratio of each source determines how many of them are its own.
+        """The indices of the samples of an epoch. The ratio of each source determines how many samples it contributes.
 
         The integer part of a ratio takes all records of the source that many times. The fractional part cycles through
         a fixed permutation of these records. Each epoch continues where the previous epoch stopped, so that all records
         are seen equally often.
 
         Args:
-            epoch: number of the epoch, from 0.
+            epoch: index of the epoch, from 0.
 
         Shapes: result (M,). M may be 0, except in epoch 0.
         """
@@ -182,11 +182,11 @@ class TokenDataset:
     def read(self, sample: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a sample for training.
 
-        One sample in ten loses its context. The seed, the epoch and the sample's number select these samples.
+        One sample in ten loses its context. The seed, the epoch and the sample's index select these samples.
 
         Args:
-            sample: number of the sample.
-            epoch: number of the epoch.
+            sample: index of the sample.
+            epoch: index of the epoch.
 
         Shapes: ids and labels (T,), with T ids in the sample.
 
@@ -215,7 +215,7 @@ class TokenDataset:
         """The complete sequence of a sample, context included.
 
         Args:
-            sample: number of the sample.
+            sample: index of the sample.
 
         Raises:
             InputError: the shard is missing or damaged, or does not match the record file or the vocabulary.

@@ -163,7 +163,7 @@ def test_a_folder_may_end_in_tar(tmp_path, tiny_checkpoint):
     "options, parts",
     [
         (["--rank", "-1"], "--rank"),
-        (["--splits", "0"], "--rank"),
+        (["--splits", "0"], "--splits must be at least 1, got 0"),
         (["--splits", str(10**30)], "none for this rank"),
         (["--target_size", str(32 * 10**9)], "--target_size"),
         (["--out_dir", "a.png/out"], "--out_dir"),
