@@ -104,12 +104,12 @@ class ModelConfig:
         return embeddings + self.num_hidden_layers * self.layer_weight_count
 
     def parts(self, panels: int) -> int:
-        """Returns how many parts, one above the other, the image tokenizer codes separately: `panels` or 1.
+        """Returns into how many stacked parts an image is cut, each encoded alone: `panels` if `panels_apart`, else 1.
 
-        Norms and attention of a MoVQGAN span its whole input, so a panel's codes depend on the other panel. For the
-        demo, half of the codes do. The released models were trained on codes of whole images, but in inference a
-        given panel is encoded alone. With `panels_apart`, each panel is always encoded alone, so its codes are the
-        same in training and in inference.
+        Norms and attention of a MoVQGAN span its whole input, so a panel's codes depend on the other panel. With the
+        demo checkpoint, half of a panel's codes depend on it. The released models were trained on codes of whole
+        images, but in inference a given panel is encoded alone. With `panels_apart`, each panel is always encoded
+        alone, so its codes are the same in training and in inference.
 
         Args:
             panels: number of panels of the image.

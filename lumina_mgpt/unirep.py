@@ -120,9 +120,9 @@ class ImageLayout:
         return HEADER + position + position // self.cols
 
     def fill(self, codes: Tensor) -> Tensor:
-        """Ids of an image from image start up to its first code that is not in `codes`, which is not included.
+        """Ids of an image, from image start to just before the first code that is still missing.
 
-        With all codes, these are the ids of the whole image.
+        If `codes` holds all codes, these are the ids of the whole image.
 
         Args:
             codes: the first n codes in reading order, n in 0 ... rows · cols.

@@ -57,7 +57,10 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Reads with `weights_only=True` the values that are not tensors, such as options of an optimizer's groups."""
+    """A load planner that reads values other than tensors with `weights_only=True`.
+
+    Such values are, for example, the options of an optimizer's parameter groups.
+    """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
