@@ -119,3 +119,21 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stops_delayed() -> Iterator[None]:
+    """Delays Ctrl-C, SIGTERM and SIGHUP until the block ends, so that a file and the count of files stay in step."""
+    handlers: dict[int, Any] = {}
+    waiting: list[int] = []
+    for number in (getattr(signal, name) for name in ("SIGINT", *_SIGNALS) if hasattr(signal, name)):
+        with suppress(ValueError):  # not in the main thread: the caller owns the signals
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])

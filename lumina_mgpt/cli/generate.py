@@ -24,6 +24,7 @@ from tqdm import tqdm
 from lumina_mgpt import __version__, cli, prompt_files
 from lumina_mgpt.cli import tasks
 from lumina_mgpt.cli.tasks import OutputPlan, preview_file, result_file
+from lumina_mgpt.console import stops_delayed
 from lumina_mgpt.outputs import OutputFolder
 
 if TYPE_CHECKING:
@@ -167,8 +168,9 @@ def make(
         for result in pipeline.stream(prepared, on_row):
             if prepared.picture and not saved and rank == 0:
                 output.save(plan.panel_file, prepared.picture)
-            path = save_result(result, plan, output, described)
-            saved += 1
+            with stops_delayed():  # else a picture could be saved and not counted
+                path = save_result(result, plan, output, described)
+                saved += 1
             bar.write(f"{path}: {result.job.prompt}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{saved} of {total} images are in {output.folder}") from None

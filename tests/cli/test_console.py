@@ -10,7 +10,7 @@ import pytest
 from commands import environment
 
 from lumina_mgpt import cli
-from lumina_mgpt.console import SafeStream, safe_output
+from lumina_mgpt.console import SafeStream, safe_output, stops_delayed
 from lumina_mgpt.errors import InputError
 
 
@@ -163,3 +163,19 @@ def test_errors_name_options_on_the_command_line(capsys, error, line):
 
     assert cli.run(work, parser, []) == 2 and capsys.readouterr().err == f"error: {line}\n"
     assert "--" not in str(error)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_the_end_of_a_block(number):
+    """Ctrl-C between saving a picture and counting it made the last message wrong by one."""
+    done, before = [], signal.getsignal(number)
+
+    def work(_) -> None:
+        with stops_delayed():
+            signal.raise_signal(number)
+            done.append("saved")
+            done.append("counted")
+        done.append("went on")
+
+    assert run(work) == 128 + number
+    assert done == ["saved", "counted"] and signal.getsignal(number) == before
