@@ -12,6 +12,7 @@ from pathlib import Path
 from lumina_mgpt import cli
 from lumina_mgpt.config import DEFAULT_INT4_GROUP, INT4_GROUPS
 from lumina_mgpt.errors import caused_by
+from lumina_mgpt.io import require_new
 
 
 def build_parser() -> cli.Parser:
@@ -28,10 +29,10 @@ def build_parser() -> cli.Parser:
 
 def quantize(args: argparse.Namespace) -> None:
     """Quantizes the checkpoint and prints its size before and after."""
-    from lumina_mgpt.model.convert import check_target, quantize_checkpoint  # torch takes seconds to import
+    from lumina_mgpt.model.convert import quantize_checkpoint  # torch takes seconds to import
     from lumina_mgpt.model.hub import resolve
 
-    check_target(args.save_path)
+    require_new(args.save_path, "save_path")
     with caused_by("model_path"):
         source = resolve(cli.checkpoint_path(args.model_path))
     with cli.ReadingBar(f"int4, groups of {args.group}") as bar:

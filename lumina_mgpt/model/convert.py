@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lumina_mgpt.io import new_folder, require_new
-from lumina_mgpt.model.names import COMPANIONS
+from lumina_mgpt.io import new_folder
+from lumina_mgpt.model.names import companions_of
 from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.writing import save_model
 
@@ -41,14 +41,5 @@ def copy_companions(source: Path, target: Path) -> None:
     Raises:
         OSError: a file cannot be read or written.
     """
-    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern)}):
+    for file in companions_of(source):
         shutil.copyfile(file, target / file.name)
-
-
-def check_target(target: Path) -> None:
-    """Raises an error if `target`, the folder for a new checkpoint, exists and is not empty.
-
-    Raises:
-        InputError: the folder is not empty, or cannot be examined.
-    """
-    require_new(target, "save_path")

@@ -1,5 +1,7 @@
 """Names of the files and tensors of a checkpoint folder in the released layout."""
 
+from pathlib import Path
+
 UNUSED_PREFIX = "model.vqmodel."  # Chameleon's image tokenizer: in released files, read by no program
 HEAD = "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -25,6 +27,11 @@ _SHOWN = 5
 def disk_name(name: str) -> str:
     """Returns the name on disk of a model parameter: `model.` and `name`, or `name` alone for the head."""
     return name if name == HEAD else f"model.{name}"
+
+
+def companions_of(folder: Path) -> list[Path]:
+    """Returns the files of a checkpoint folder that accompany config and weights: COMPANIONS, sorted by path."""
+    return sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
 
 
 def listed(names: list[str]) -> str:

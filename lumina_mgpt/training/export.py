@@ -10,7 +10,7 @@ from pathlib import Path
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, new_folder, remedy, require_new, write_atomic
-from lumina_mgpt.model.names import COMPANIONS
+from lumina_mgpt.model.names import companions_of
 from lumina_mgpt.model.writing import save_model
 from lumina_mgpt.training import base
 from lumina_mgpt.training.adapters import plain_copy
@@ -94,14 +94,10 @@ def keep_companions(source: str | Path, output_dir: Path) -> None:
     Args:
         source: folder of the tokenizer that the run uses.
     """
-    for file in _companions(Path(source)):
+    for file in companions_of(Path(source)):
         if "movqgan" not in file.name:
             (output_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
             write_atomic(output_dir / "tokenizer" / file.name, file.read_bytes())
-
-
-def _companions(folder: Path) -> list[Path]:
-    return sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
 
 
 @contextmanager
@@ -123,7 +119,7 @@ def _new_or_renewed(folder: Path, parameter: str) -> Iterator[Path]:
 
 def _all_companions(output_dir: Path, settings: TrainingConfig, described: dict | None) -> list[Path]:
     """Returns the tokenizer's files and the image tokenizer; logs what is missing."""
-    found = _companions(output_dir / "tokenizer")
+    found = companions_of(output_dir / "tokenizer")
     if not any(file.name == "tokenizer.json" for file in found):
         logger.warning("%s holds no tokenizer: add one to the export before it is used", output_dir / "tokenizer")
     named, sources = settings.logging.movqgan_path, []
@@ -137,7 +133,7 @@ def _all_companions(output_dir: Path, settings: TrainingConfig, described: dict 
     image_tokenizer = [Path(named)] if named else []
     for source in sources:
         if not any(file.is_file() for file in image_tokenizer):
-            image_tokenizer = [file for file in _companions(source) if "movqgan" in file.name]
+            image_tokenizer = [file for file in companions_of(source) if "movqgan" in file.name]
     image_tokenizer = [file for file in image_tokenizer if file.is_file()]
     if not image_tokenizer:
         logger.warning(

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from lumina_mgpt import cli
+from lumina_mgpt.io import new_folder, require_new
 
 _SEQUENCES = 60  # training sequences, for hidden states and losses
 
@@ -33,21 +34,22 @@ def run(args: argparse.Namespace) -> None:
     """Writes the checkpoint with initialized heads."""
     import pointed
 
-    from lumina_mgpt.model.convert import check_target, copy_companions
+    from lumina_mgpt.model.convert import copy_companions
     from lumina_mgpt.model.hub import resolve
     from lumina_mgpt.model.reading import load_model, require_plain_weights
     from lumina_mgpt.model.writing import save_model
 
     pointers = [pointed.Pointer.parse(text) for text in args.heads]
-    check_target(args.save_path)
+    require_new(args.save_path, "save_path")
     source = resolve(cli.checkpoint_path(args.model_path))
     require_plain_weights(source, "model_path", "edited")
     ids = _sequences(source, args.data_config)
     model = load_model(source, None, "cpu")
     dtype = model.embed_tokens.weight.dtype
     made = pointed.point(model.float(), pointers, ids)
-    save_model(model, args.save_path, dtype)
-    copy_companions(source, args.save_path)
+    with new_folder(args.save_path, "save_path") as folder:
+        save_model(model, folder, dtype)
+        copy_companions(source, folder)
     print(f"pointed {', '.join(map(str, made))} in {args.save_path}; finetune it with --init_from")
 
 
