@@ -17,7 +17,7 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 from lumina_mgpt.panels import encode_panels, pixel_size
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
@@ -103,7 +103,7 @@ class Pipeline:
         if not isinstance(model_path, Checkpoint):
             checkpoint = Checkpoint.open(model_path, movqgan_path)
         else:
-            movqgan = find_movqgan(model_path.folder, movqgan_path or model_path.movqgan_path)
+            movqgan = find_image_tokenizer(model_path.folder, movqgan_path or model_path.movqgan_path)
             checkpoint = replace(model_path, movqgan_path=movqgan)
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)

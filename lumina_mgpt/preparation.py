@@ -12,7 +12,7 @@ from torch import Tensor
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.hub import resolve
-from lumina_mgpt.movqgan.tokenizer import find_movqgan
+from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer
 from lumina_mgpt.panels import fit_panels, pixel_size
 from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.request import GenerationRequest
@@ -83,7 +83,7 @@ class Checkpoint:
             folder = resolve(model_path)
             config = ModelConfig.from_json(folder / "config.json")
             vocabulary = Vocabulary.from_folder(folder, config)
-        movqgan = find_movqgan(folder, movqgan_path)
+        movqgan = find_image_tokenizer(folder, movqgan_path)
         if movqgan.suffix == ".safetensors":
             _require_utf8("movqgan_path", movqgan)
         return cls(folder, config, vocabulary, movqgan)

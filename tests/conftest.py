@@ -73,7 +73,7 @@ TINY_NAMES = ("hedgehog", "slice of pizza", "snowman", "red apple", "cat")
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
-    """A complete demo-like checkpoint: random weights of two layers, 64 image codes, a byte-level BPE, a MoVQGAN.
+    """A complete demo-like checkpoint: random weights of two layers, 64 image codes, a byte-level BPE, a VQGAN.
 
     Made without this project's code, in the released layout, from fixed weights; base size 64, at most 2,048 ids.
     """
@@ -164,7 +164,7 @@ def vocabulary(tiny_checkpoint):
 @pytest.fixture(scope="session")
 def tools(tiny_checkpoint, vocabulary):
     """Vocabulary and image tokenizer of the tiny checkpoint, for PreTokenizer."""
-    from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
     return vocabulary, ImageTokenizer.from_checkpoint(tiny_checkpoint / "movqgan_270M.ckpt")
 

@@ -43,7 +43,7 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     from lumina_mgpt.data.job import PreTokenizeConfig
     from lumina_mgpt.data.pre_tokenize import PreTokenizer
     from lumina_mgpt.devices import resolve_device
-    from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
     from lumina_mgpt.vocabulary import Vocabulary
 
     config = PreTokenizeConfig(**{name: getattr(args, name) for name in OPTIONS})
@@ -54,7 +54,7 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     with caused_by("model_path"):
         model = ModelConfig.from_json(folder / "config.json")
         vocabulary = Vocabulary.from_folder(folder, model)
-    movqgan = find_movqgan(folder, args.movqgan_path)
+    movqgan = find_image_tokenizer(folder, args.movqgan_path)
     models = f"{fingerprint(folder / 'tokenizer.json', movqgan)}-{model.image_code_offset}"
     images = ImageTokenizer.from_checkpoint(movqgan, device)
     images.require_codes(model, movqgan)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
     from lumina_mgpt.pipeline import Pipeline
     from lumina_mgpt.preparation import Checkpoint, PreparedRequest
     from lumina_mgpt.results import Result
@@ -84,7 +84,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     output = OutputFolder(args.save_path, args.overwrite)
 
     from lumina_mgpt.devices import DTYPES, resolve_device  # imports torch, which takes seconds
-    from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
     from lumina_mgpt.preparation import Checkpoint
 
     device = resolve_device(args.device)

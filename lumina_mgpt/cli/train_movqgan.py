@@ -77,11 +77,11 @@ def train(args: argparse.Namespace) -> None:
 
     import torch  # takes seconds: after the checks
 
-    from lumina_mgpt.movqgan.model import MoVQGANConfig
+    from lumina_mgpt.vqgan.model import VQGANConfig
     from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 
     torch.set_num_threads(args.threads)
-    config = MoVQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)
+    config = VQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)
     settings = MoVQGANTrainingConfig(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
     ImageTokenizerTrainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
 

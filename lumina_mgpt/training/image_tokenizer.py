@@ -25,8 +25,8 @@ from tqdm import tqdm
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import open_image, picture_suffixes
 from lumina_mgpt.io import append_lines, cause, keep_until, remedy, write_tensors
-from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
-from lumina_mgpt.movqgan.tokenizer import load_state_dict
+from lumina_mgpt.vqgan.model import VQGAN, VQGANConfig
+from lumina_mgpt.vqgan.tokenizer import load_state_dict
 from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
 
 logger = logging.getLogger(__name__)
@@ -205,14 +205,12 @@ class ImageTokenizerTrainer:
         InputError: pictures, weights or saved state cannot be used.
     """
 
-    def __init__(
-        self, config: MoVQGANConfig, settings: MoVQGANTrainingConfig, pictures: Pictures, out_dir: Path
-    ) -> None:
+    def __init__(self, config: VQGANConfig, settings: MoVQGANTrainingConfig, pictures: Pictures, out_dir: Path) -> None:
         torch.manual_seed(settings.seed)
-        self.model, self.settings, self.pictures, self.out_dir = MoVQGAN(config), settings, pictures, out_dir
+        self.model, self.settings, self.pictures, self.out_dir = VQGAN(config), settings, pictures, out_dir
         if settings.decoder_of:
             try:
-                self.model = MoVQGAN.from_state_dict(load_state_dict(settings.decoder_of))
+                self.model = VQGAN.from_state_dict(load_state_dict(settings.decoder_of))
             except InputError as error:
                 raise InputError(str(error), "decoder_of") from None
             self.model.float().train().requires_grad_(True)
@@ -318,7 +316,7 @@ class ImageTokenizerTrainer:
         self.optimizers.step(rate)
         return loss.item(), -10 * math.log10(F.mse_loss(out.detach().float().clamp(-1, 1), pixels).item() / 4 + 1e-12)
 
-    def run(self) -> MoVQGAN:
+    def run(self) -> VQGAN:
         """Trains until `settings.minutes` have passed, and returns the model. The time before a resume counts.
 
         Raises:
@@ -372,7 +370,7 @@ class ImageTokenizerTrainer:
             self.quantizing, self.latents = True, []
 
 
-def export(model: MoVQGAN, path: Path) -> None:
+def export(model: VQGAN, path: Path) -> None:
     """Writes the weights of an image tokenizer as safetensors in float16, under the released tensor names.
 
     Raises:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.prompt_files import PROMPTS_FILE, example_prompts, read_prompts
@@ -46,7 +46,9 @@ class SampleImages:
         self.prompts, named = read_prompts(None, options.sample_prompts, "sample_prompts"), "sample_prompts"
         if not self.prompts:
             self.prompts, named = example_prompts(folder), str(folder / PROMPTS_FILE)
-        self.checkpoint = Checkpoint(folder, model.config, vocabulary, find_movqgan(folder, options.movqgan_path))
+        self.checkpoint = Checkpoint(
+            folder, model.config, vocabulary, find_image_tokenizer(folder, options.movqgan_path)
+        )
         self.images = None
         if processes.first:
             self.images = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, processes.device)

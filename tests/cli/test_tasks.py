@@ -15,7 +15,7 @@ from PIL import Image
 from lumina_mgpt import Checkpoint, GenerationRequest, Pipeline, maps
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import crop_panel, psnr
-from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.panels import given_size
 from lumina_mgpt.prompts import I2I_TASKS, MAPS, TASKS
 
@@ -65,7 +65,7 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    for loader in ("lumina_mgpt.pipeline.load_model", "lumina_mgpt.movqgan.tokenizer.load_state_dict"):
+    for loader in ("lumina_mgpt.pipeline.load_model", "lumina_mgpt.vqgan.tokenizer.load_state_dict"):
         monkeypatch.setattr(loader, lambda *_, **__: pytest.fail("weights were loaded"))
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.vocabulary import Vocabulary
 
 

@@ -23,7 +23,7 @@ from lumina_mgpt.data.inputs import read_input
 from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.pre_tokenize import PreTokenizer
 from lumina_mgpt.data.shards import read_sequence
-from lumina_mgpt.movqgan.tokenizer import ImageTokenizer
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.prompts import I2I_TASKS
 from lumina_mgpt.unirep import IGNORED, encode_image
 from lumina_mgpt.vocabulary import Vocabulary

@@ -16,7 +16,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.movqgan.tokenizer import load_state_dict
+from lumina_mgpt.vqgan.tokenizer import load_state_dict
 from lumina_mgpt.vocabulary import Vocabulary
 
 NOBODY = 65534

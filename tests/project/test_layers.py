@@ -30,18 +30,18 @@ LAYERS: dict[str, set[str]] = {
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config"},
     "unirep": {"errors", "checks", "vocabulary"},
-    "movqgan": FOUNDATIONS | {"checks", "config", "images"},
-    "panels": {"errors", "checks", "images", "movqgan", "unirep"},
+    "vqgan": FOUNDATIONS | {"checks", "config", "images"},
+    "panels": {"errors", "checks", "images", "vqgan", "unirep"},
     "kernels": {"config"},
     "model": FOUNDATIONS | {"checks", "config", "kernels"},
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"request", "unirep"},
-    "preparation": FOUNDATIONS | {"config", "model", "movqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
+    "preparation": FOUNDATIONS | {"config", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
 }
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
-LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "movqgan", "prompts", "unirep", "vocabulary"}
+LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
 LAYERS["cli"] = set(LAYERS)

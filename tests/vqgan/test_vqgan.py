@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_pixels
-from lumina_mgpt.movqgan.model import AttentionBlock, MoVQGAN, MoVQGANConfig, _conv
-from lumina_mgpt.movqgan.tokenizer import ImageTokenizer, find_movqgan, load_state_dict
+from lumina_mgpt.vqgan.model import AttentionBlock, MoVQGAN, VQGANConfig, _conv
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer, load_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def test_decoder_and_encoder_equal_diffusers_movq(blocks, mult):
     """The same weights under diffusers' names. Its blocks have attention in the last level, as the released ones."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    config = MoVQGANConfig(ch=32, blocks=blocks, mult=mult, num_codes=64, attention_levels=(len(mult) - 1,))
-    ours = MoVQGAN(config).eval()
+    config = VQGANConfig(ch=32, blocks=blocks, mult=mult, num_codes=64, attention_levels=(len(mult) - 1,))
+    ours = VQGAN(config).eval()
     last = len(mult) - 1
     theirs = diffusers.VQModel(
         block_out_channels=[32 * m for m in mult],
@@ -134,15 +134,15 @@ def test_inference_equals_the_training_path(tokenizer):
 
 @pytest.mark.parametrize("ch, blocks", [(32, 1), (32, 4), (64, 2)])
 def test_sizes_are_read_from_the_state_dict(tmp_path, ch, blocks):
-    config = MoVQGANConfig(ch=ch, blocks=blocks, num_codes=128)
-    save_file(MoVQGAN(config).state_dict(), tmp_path / "movqgan.safetensors")
+    config = VQGANConfig(ch=ch, blocks=blocks, num_codes=128)
+    save_file(VQGAN(config).state_dict(), tmp_path / "movqgan.safetensors")
     assert ImageTokenizer.from_checkpoint(tmp_path / "movqgan.safetensors").model.config == config
 
 
 @pytest.mark.parametrize("ch, blocks, millions", [(128, 2, 67), (128, 4, 102), (256, 2, 270)])
 def test_released_sizes_have_the_number_of_weights_in_their_names(ch, blocks, millions):
     with torch.device("meta"):
-        count = sum(p.numel() for p in MoVQGAN(MoVQGANConfig(ch=ch, blocks=blocks)).parameters())
+        count = sum(p.numel() for p in VQGAN(VQGANConfig(ch=ch, blocks=blocks)).parameters())
     assert round(count / 1e6) == pytest.approx(millions, abs=1)
 
 
@@ -178,7 +178,7 @@ class _LiveBytes(TorchDispatchMode):
 def tensor_gib(ch: int, rows: int, cols: int) -> float:
     """Peak of all tensors, weights included, while a MoVQGAN of two blocks decodes a grid of codes."""
     with torch.device("meta"):
-        model, latent = MoVQGAN(MoVQGANConfig(ch=ch, blocks=2)).eval(), torch.empty(1, 4, rows, cols)
+        model, latent = VQGAN(VQGANConfig(ch=ch, blocks=2)).eval(), torch.empty(1, 4, rows, cols)
     with torch.no_grad(), _LiveBytes() as count:
         for parameter in model.parameters():
             count.add(parameter)
@@ -189,11 +189,11 @@ def tensor_gib(ch: int, rows: int, cols: int) -> float:
 _DECODE = """
 import re, torch
 from pathlib import Path
-from lumina_mgpt.movqgan.model import MoVQGAN, MoVQGANConfig
+from lumina_mgpt.vqgan.model import VQGAN, VQGANConfig
 # Not getrusage: its peak includes that of the process that started this one.
 gib = lambda: print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20)
 gib()
-model = MoVQGAN(MoVQGANConfig(ch=32, blocks=2)).eval()
+model = VQGAN(VQGANConfig(ch=32, blocks=2)).eval()
 for rows in (32, 64):
     model.decode(torch.randint(0, 16384, (1, rows, 64)))
     gib()
@@ -222,13 +222,13 @@ def test_a_1024_image_of_the_largest_size_decodes_within_8_gib():
 def test_training_state_is_dropped_and_other_keys_must_match(oracle_movqgan, tmp_path):
     state = load_state_dict(oracle_movqgan)
     extra = {"loss.logvar": torch.zeros(1), "ema_decoder.x": torch.zeros(1), "quantize.ema_w": torch.zeros(1)}
-    MoVQGAN.from_state_dict({**state, **extra})
+    VQGAN.from_state_dict({**state, **extra})
     with pytest.raises(InputError, match="decoder.surplus"):
-        MoVQGAN.from_state_dict({**state, "decoder.surplus": torch.zeros(1)})
+        VQGAN.from_state_dict({**state, "decoder.surplus": torch.zeros(1)})
     with pytest.raises(InputError, match="decoder.conv_out.bias"):
-        MoVQGAN.from_state_dict({key: value for key, value in state.items() if key != "decoder.conv_out.bias"})
+        VQGAN.from_state_dict({key: value for key, value in state.items() if key != "decoder.conv_out.bias"})
     with pytest.raises(InputError, match="encoder.conv_in.weight"):
-        MoVQGAN.from_state_dict({"model.embed_tokens.weight": torch.zeros(1)})
+        VQGAN.from_state_dict({"model.embed_tokens.weight": torch.zeros(1)})
 
 
 def test_damaged_files_are_refused_by_name(oracle_movqgan, tmp_path):
@@ -253,21 +253,21 @@ def test_a_pickle_runs_no_code(tmp_path):
 
 def test_a_file_in_the_model_folder_is_preferred(tmp_path, monkeypatch):
     released = tmp_path / "270M" / "movqgan_270M.ckpt"
-    monkeypatch.setattr("lumina_mgpt.movqgan.tokenizer._RELEASED_PATH", released)
+    monkeypatch.setattr("lumina_mgpt.vqgan.tokenizer._RELEASED_PATH", released)
     with pytest.raises(InputError, match="download movqgan_270M.ckpt"):
-        find_movqgan(tmp_path)
+        find_image_tokenizer(tmp_path)
     with pytest.raises(InputError, match="movqgan_path"):
-        find_movqgan(tmp_path, tmp_path / "nothing.ckpt")
+        find_image_tokenizer(tmp_path, tmp_path / "nothing.ckpt")
     released.parent.mkdir()
     released.touch()
-    assert find_movqgan(tmp_path) == released
+    assert find_image_tokenizer(tmp_path) == released
     (tmp_path / "movqgan_67M.ckpt").touch()
-    assert find_movqgan(tmp_path) == tmp_path / "movqgan_67M.ckpt"
+    assert find_image_tokenizer(tmp_path) == tmp_path / "movqgan_67M.ckpt"
     (tmp_path / "other.ckpt").touch()
-    assert find_movqgan(tmp_path, tmp_path / "other.ckpt") == tmp_path / "other.ckpt"
+    assert find_image_tokenizer(tmp_path, tmp_path / "other.ckpt") == tmp_path / "other.ckpt"
     (tmp_path / "movqgan_102M.ckpt").touch()
     with pytest.raises(InputError, match="movqgan_102M.ckpt, movqgan_67M.ckpt"):
-        find_movqgan(tmp_path)
+        find_image_tokenizer(tmp_path)
 
 
 def test_images_of_any_mode_and_rotation_are_encoded(tokenizer):
@@ -286,7 +286,7 @@ def test_weights_under_other_names_are_refused(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.VQModel(norm_type="spatial", latent_channels=4, num_vq_embeddings=8, vq_embed_dim=4)
     with pytest.raises(InputError, match="released names"):
-        MoVQGAN.from_state_dict(theirs.state_dict())
+        VQGAN.from_state_dict(theirs.state_dict())
 
 
 def test_sides_must_be_multiples_of_the_cell_and_codes_in_range(tokenizer):

@@ -24,8 +24,8 @@ _CHUNK_CELLS = 4096  # cells whose distances to all codes are computed at once: 
 
 
 @dataclass(frozen=True)
-class MoVQGANConfig:
-    """Sizes of a MoVQGAN. Of the released files, 67M has (ch, blocks) = (128, 2), 102M (128, 4) and 270M (256, 2).
+class VQGANConfig:
+    """Sizes of a VQGAN. Of the released files, 67M has (ch, blocks) = (128, 2), 102M (128, 4) and 270M (256, 2).
 
     Attributes:
         ch: channels of the first feature map.
@@ -46,7 +46,7 @@ class MoVQGANConfig:
     attention_levels: tuple[int, ...] = (3,)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "MoVQGANConfig":
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "VQGANConfig":
         """Returns the sizes that follow from the names and shapes of a state dict.
 
         Raises:
@@ -237,7 +237,7 @@ class _Level(nn.Module):
 class Encoder(nn.Module):
     """Encoder network, which converts pixels to latents."""
 
-    def __init__(self, config: MoVQGANConfig) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.mult]
         self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
@@ -263,7 +263,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Decoder network, which converts latents to pixels. The quantized latent modulates every norm."""
 
-    def __init__(self, config: MoVQGANConfig) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths, z = [config.ch * m for m in config.mult], config.embed_dim
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
@@ -306,10 +306,10 @@ class Quantizer(nn.Module):
         return torch.cat(chunks).reshape(latent.shape[:-1])
 
 
-class MoVQGAN(nn.Module):
+class VQGAN(nn.Module):
     """Encoder, quantizer and decoder."""
 
-    def __init__(self, config: MoVQGANConfig) -> None:
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -319,14 +319,14 @@ class MoVQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "MoVQGAN":
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "VQGAN":
         """Returns a model with the tensors of a state dict. Ignores training state (`loss.*`, `ema_*`).
 
         Raises:
             InputError: keys are missing or unknown, or a tensor has the wrong shape.
         """
         state = {key: value for key, value in state.items() if not key.startswith(_IGNORED) and "ema_" not in key}
-        config = MoVQGANConfig.from_state_dict(state)
+        config = VQGANConfig.from_state_dict(state)
         try:
             with torch.device("meta"):
                 model = cls(config)

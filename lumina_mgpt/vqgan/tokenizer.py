@@ -13,14 +13,14 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_images, to_pixels, upright
 from lumina_mgpt.io import cause, remedy, require_readable
-from lumina_mgpt.movqgan.model import MoVQGAN
+from lumina_mgpt.vqgan.model import VQGAN
 
 RELEASED_NAME = "movqgan_270M.ckpt"
-_RELEASED_PATH = Path(__file__).parent / "270M" / RELEASED_NAME
+_RELEASED_PATH = Path(__file__).parent.parent / "movqgan" / "270M" / RELEASED_NAME  # as in the released repository
 _PATTERNS = ("movqgan*.safetensors", "movqgan*.ckpt")
 
 
-def find_movqgan(model_folder: str | Path, explicit: str | Path | None = None) -> Path:
+def find_image_tokenizer(model_folder: str | Path, explicit: str | Path | None = None) -> Path:
     """Returns the path of the MoVQGAN file to load.
 
     It is `explicit` if given. Otherwise it is the MoVQGAN file in the model folder. If there is none, it is the
@@ -76,7 +76,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 class ImageTokenizer:
     """A MoVQGAN on a device, which encodes PIL images to codes and decodes codes to PIL images."""
 
-    def __init__(self, model: MoVQGAN) -> None:
+    def __init__(self, model: VQGAN) -> None:
         self.model = model
 
     @classmethod
@@ -86,10 +86,10 @@ class ImageTokenizer:
         """Loads the MoVQGAN file at `path`. Infers the sizes of the model from its tensors.
 
         Raises:
-            InputError: the file cannot be read, or is not a MoVQGAN.
+            InputError: the file cannot be read, or is not a VQGAN.
         """
         try:
-            model = MoVQGAN.from_state_dict(load_state_dict(path))
+            model = VQGAN.from_state_dict(load_state_dict(path))
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         return cls(model.to(device=device, dtype=dtype))

@@ -1,1 +1,0 @@
-"""The image tokenizer MoVQGAN: converts images to grids of codes and back."""
