@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import crop_panel, open_panel
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import CODE_CELL, ImageLayout
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 Panel = Image.Image | Tensor | str | os.PathLike  # a picture of any size and mode, its codes (rows, cols), or its path
 

@@ -17,7 +17,6 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 from lumina_mgpt.panels import encode_panels, pixel_size
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
@@ -25,6 +24,7 @@ from lumina_mgpt.results import Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
 _CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
 _LARGEST_AUTO_BATCH = 8

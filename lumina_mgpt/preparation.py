@@ -12,12 +12,12 @@ from torch import Tensor
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.hub import resolve
-from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer
 from lumina_mgpt.panels import fit_panels, pixel_size
 from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.unirep import CODE_CELL, GRID_UNIT, ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from lumina_mgpt.data.sources import read_sources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import read_rows
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.training import run_folder
 from lumina_mgpt.training.export import export_checkpoint
 from lumina_mgpt.training.trainer import Trainer
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 ROWS = [
     {"image_path": "a/猫.png", "prompt": "a cat \u2028 on a sofa"},

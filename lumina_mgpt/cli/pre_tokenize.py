@@ -43,8 +43,8 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     from lumina_mgpt.data.job import PreTokenizeConfig
     from lumina_mgpt.data.pre_tokenize import PreTokenizer
     from lumina_mgpt.devices import resolve_device
-    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
     from lumina_mgpt.vocabulary import Vocabulary
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
     config = PreTokenizeConfig(**{name: getattr(args, name) for name in OPTIONS})
     source = read_input(args.in_filename)

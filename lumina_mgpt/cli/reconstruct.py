@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
     from lumina_mgpt.pipeline import Pipeline
     from lumina_mgpt.preparation import Checkpoint, PreparedRequest
     from lumina_mgpt.results import Result
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
     Copy = Callable[[str, Tensor], tuple[Result, dict[str, object]]]
 
@@ -84,8 +84,8 @@ def reconstruct(args: argparse.Namespace) -> None:
     output = OutputFolder(args.save_path, args.overwrite)
 
     from lumina_mgpt.devices import DTYPES, resolve_device  # imports torch, which takes seconds
-    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
     from lumina_mgpt.preparation import Checkpoint
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
     device = resolve_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)

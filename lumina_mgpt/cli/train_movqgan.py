@@ -77,8 +77,8 @@ def train(args: argparse.Namespace) -> None:
 
     import torch  # takes seconds: after the checks
 
-    from lumina_mgpt.vqgan.model import VQGANConfig
     from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
+    from lumina_mgpt.vqgan.model import VQGANConfig
 
     torch.set_num_threads(args.threads)
     config = VQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)

@@ -15,8 +15,8 @@ from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.records import Panels, Record
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import GRID_UNIT
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 Size = tuple[int, int]  # width, height in pixels
 

@@ -20,9 +20,9 @@ from lumina_mgpt.data.records import Record, conversation, is_plain, parse_recor
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import alone_in, append_lines, cause, read_json, remedy, write_atomic
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import UniRepError, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 log = logging.getLogger(__name__)
 

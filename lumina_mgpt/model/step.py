@@ -32,13 +32,15 @@ class CachedStep:
     Position p of a row is in slot p of the cache. A call that feeds a position again overwrites its slot.
 
     Args:
-        columns: the vocabulary ids whose logits a call returns.
-        compiled: result of `compile_forward`; None to run the model uncompiled. The first step reads the prompts and
-            is never compiled. Each later step is padded to one of few shapes. Pads write to the slots after the end of
+        columns: the vocabulary ids whose logits a call returns; None for the whole vocabulary.
+        compiled: result of `compile_forward`; None to run the model uncompiled. The first step reads the prompts, or
+            what a cache with earlier turns lacks, and is never compiled. Each later step is padded to one of few shapes. Pads write to the slots after the end of
             a row. Later ids of the row overwrite these slots before any query attends to them.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, columns: slice, compiled: Forward | None = None) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, columns: slice | None, compiled: Forward | None = None
+    ) -> None:
         self.model, self.cache, self.columns, self.compiled = model, cache, columns, compiled
         self.device = next(model.parameters()).device
         self.calls = 0
@@ -49,11 +51,13 @@ class CachedStep:
         Shapes: ids, positions (R, T) int64; read (R, Q) int64 -> (R, Q, C).
         """
         self.calls += 1
-        if self.calls > 1:
-            return self._later(ids, positions, read)
         T = ids.shape[1]
-        assert torch.equal(positions, torch.arange(T).expand_as(positions))  # so no mask is needed
-        # Equal rows are computed once: the images of one prompt, and the unconditional rows.
+        fresh = self.calls == 1 and torch.equal(positions, torch.arange(T).expand_as(positions))
+        return self._fresh(ids, read) if fresh else self._later(ids, positions, read)
+
+    def _fresh(self, ids: Tensor, read: Tensor) -> Tensor:
+        """Reads prompts into empty rows. No mask is needed, and equal rows are computed once."""
+        T = ids.shape[1]  # equal rows: the images of one prompt, and the unconditional rows
         rows, source = torch.cat([ids, read], 1).unique(dim=0, return_inverse=True)
         source = source.to(self.device, non_blocking=True)
         hidden = self.model(rows[:, :T].to(self.device, non_blocking=True), positions=0, cache=self.cache, filled=T)
@@ -63,7 +67,7 @@ class CachedStep:
     def _later(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         forward: Forward = self.model
         filled = int(positions.max()) + 1  # on the CPU, so no synchronization with a GPU
-        if self.compiled:
+        if self.compiled and self.calls > 1:
             forward = self.compiled
             ids, positions, filled = _padded(ids, positions, filled, self.cache.slots)
             torch.compiler.cudagraph_mark_step_begin()  # the hidden states of the previous step may be overwritten

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import open_image, picture_suffixes
 from lumina_mgpt.io import append_lines, cause, keep_until, remedy, write_tensors
+from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
 from lumina_mgpt.vqgan.model import VQGAN, VQGANConfig
 from lumina_mgpt.vqgan.tokenizer import load_state_dict
-from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ from PIL import Image
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.prompt_files import PROMPTS_FILE, example_prompts, read_prompts
@@ -17,6 +16,7 @@ from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.run_folder import name_of
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from PIL import Image
 from lumina_mgpt import Checkpoint, GenerationRequest, Pipeline, maps
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import crop_panel, psnr
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.panels import given_size
 from lumina_mgpt.prompts import I2I_TASKS, MAPS, TASKS
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--device", "cpu", "--width", "32", "--height", "64")

@@ -3,8 +3,8 @@
 import pytest
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from lumina_mgpt.data.records import conversation, is_plain, parse_record
 from lumina_mgpt.data.shards import read_sequence
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.unirep import decode_image, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}

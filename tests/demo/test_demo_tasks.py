@@ -23,10 +23,10 @@ from lumina_mgpt.data.inputs import read_input
 from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.pre_tokenize import PreTokenizer
 from lumina_mgpt.data.shards import read_sequence
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 from lumina_mgpt.prompts import I2I_TASKS
 from lumina_mgpt.unirep import IGNORED, encode_image
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["hedgehog", "owl", "grapes"]

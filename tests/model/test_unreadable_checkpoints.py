@@ -16,8 +16,8 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.vqgan.tokenizer import load_state_dict
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.tokenizer import load_state_dict
 
 NOBODY = 65534
 

@@ -17,12 +17,12 @@ from text_tokenizer import VOCABULARY, write_tokenizer
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.vqgan.model import VQGANConfig
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, load_state_dict
 from lumina_mgpt.prompts import text_to_image
 from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
 from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vqgan.model import VQGANConfig
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, load_state_dict
 
 ROOT = Path(__file__).parents[2]
 CONFIG = VQGANConfig(ch=32, blocks=1, mult=(1, 1), num_codes=16, attention_levels=(1,))

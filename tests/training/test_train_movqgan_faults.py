@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.vqgan.model import VQGANConfig
 from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
+from lumina_mgpt.vqgan.model import VQGANConfig
 
 CONFIG = VQGANConfig(ch=32, blocks=1, num_codes=16)  # of the command's --num_codes 16
 SETTINGS = MoVQGANTrainingConfig(minutes=1.0)

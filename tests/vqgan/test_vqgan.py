@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_pixels
-from lumina_mgpt.vqgan.model import AttentionBlock, MoVQGAN, VQGANConfig, _conv
+from lumina_mgpt.vqgan.model import VQGAN, AttentionBlock, VQGANConfig, _conv
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer, load_state_dict
 
 
