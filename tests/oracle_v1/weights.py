@@ -176,7 +176,7 @@ def _write(folder: Path, state: dict, variant: str) -> Path:
 
 
 def write_tiny(folder: str | Path, script: str = "image") -> Path:
-    """Writes the tiny checkpoint with a script: a folder of weights, configuration and tokenizer. Returns the folder."""
+    """Writes the tiny checkpoint with a script: a folder of weights, configuration and tokenizer. Returns it."""
     return _write(Path(folder), apply_script(load_file(HERE / "tiny.safetensors"), script), "tiny")
 
 
