@@ -15,8 +15,8 @@ from pathlib import Path
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
 
-# By norms: multiples of `ch` by level, as in the released files, and channels of a code. MoVQGAN's codes have 4 as well.
-# Chameleon's have 256; fewer suit small models.
+# By norms: multiples of `ch` by level as in the released files, and channels of a code. MoVQGAN's codes have 4 as well,
+# Chameleon's 256; fewer suit small models.
 LEVELS = {"spatial": (1, 2, 2, 4), "plain": (1, 1, 2, 2, 4)}
 CODE_CHANNELS = {"spatial": 4, "plain": 8}
 SIZES = {"ch": 32, "blocks": 1, "num_codes": 2048}
