@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.conversation import AnswerStream, Conversation
+from lumina_mgpt.describing import describe
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
@@ -17,10 +19,10 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import encode_panels, encode_pictures
+from lumina_mgpt.panels import Panel, encode_panels, encode_pictures
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
-from lumina_mgpt.results import Result, RowsDone
+from lumina_mgpt.results import Answer, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import ImageLayout, encode_image
@@ -75,6 +77,7 @@ class Pipeline:
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
         on_read: Callable[[int, int], None] | None = None,
+        text: bool | None = None,
     ) -> "Pipeline":
         """Loads a checkpoint.
 
@@ -89,6 +92,9 @@ class Pipeline:
             compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
                 CUDA, the forwards are also captured as graphs.
             on_read: called with the number of weights read so far and their total.
+            text: whether the model can write text, which needs the output projection of the whole vocabulary
+                (default: whether models of the checkpoint's family are trained to). Without, memory holds that of the
+                image codes alone.
 
         Raises:
             InputError: the device or the checkpoint is missing, a file is damaged or does not fit the others, or the
@@ -113,7 +119,9 @@ class Pipeline:
         image_tokenizer.require_codes(config, checkpoint.movqgan_path)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
         if not config.tie_word_embeddings:
-            model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
+            whole = config.family.answers_in_text if text is None else text
+            columns = None if whole else checkpoint.vocabulary.code_slice
+            model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
 
     def generate(
@@ -153,6 +161,46 @@ class Pipeline:
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model can write text: whether it holds the output projection of the whole vocabulary."""
+        return self.model.lm_head.columns is None
+
+    def conversation(
+        self, turns: Sequence[tuple[str, Sequence[str | Panel]]] = (), ids: Sequence[int] = ()
+    ) -> Conversation:
+        """Returns a conversation, whose cache goes on from turn to turn. Arguments and errors: see `Conversation`."""
+        return Conversation(self, turns, ids)
+
+    def chat(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> AnswerStream:
+        """Returns an iterator over the events of the model's answer to a conversation.
+
+        Args:
+            turns: (role, parts) of each turn, "human" and "assistant" in turn; the last one is the human's. Parts are
+                texts (`str`), pictures (PIL), paths (`Path`) and codes (rows, cols).
+            settings: other arguments of `Conversation.say`, such as `want`, `size` and the fields of `SamplingConfig`.
+
+        Raises:
+            InputError: the turns or a setting do not fit the checkpoint. The call itself raises it.
+        """
+        if len(turns) % 2 == 0 or turns[-1][0] != "human":
+            raise InputError(f"must end with a turn of the human, got {len(turns)} turns; remove the answer", "turns")
+        return self.conversation(turns[:-1]).say(list(turns[-1][1]), **settings)
+
+    def answer(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> Answer:
+        """Returns the model's whole answer to a conversation. Arguments and errors: as `chat`."""
+        stream = self.chat(turns, **settings)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def describe(self, pictures: Sequence[Panel], question: str, **settings: Any) -> Iterator[Answer]:
+        """Returns an iterator over the answers in text to one question about each picture.
+
+        Arguments and errors: see `describing.describe`.
+        """
+        return describe(self, pictures, question, **settings)
 
     def _with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
         """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
@@ -267,7 +315,7 @@ class Pipeline:
         pictures, panel_rows = [], layout.rows // self.checkpoint.config.parts(layout.panels)
         for grid in codes:
             picture = Image.new("RGB", layout.size, _UNKNOWN)
-            for part, rows in enumerate(grid.split(panel_rows)):
+            for part, rows in enumerate(grid.split(panel_rows) if len(grid) else ()):
                 top = part * panel_rows * layout.vocabulary.cell
                 picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
             pictures.append(picture)

@@ -38,9 +38,12 @@ LAYERS: dict[str, set[str]] = {
     "image_tokenizer": {"errors", "model", "vqgan"},
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
-    "results": {"request", "unirep"},
+    "results": {"prompts", "request", "unirep"},
     "preparation": FOUNDATIONS | {"config", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
 }
+LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
+LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
+LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
