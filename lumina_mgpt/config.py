@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from lumina_mgpt.checks import excerpt, real_number, require, whole_number
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import FAMILIES, SECOND, Family, family_of
 from lumina_mgpt.io import cause, read_json, read_text
 from lumina_mgpt.model_config_checks import (
     check_foreign_keys,
@@ -39,6 +40,7 @@ class ModelConfig:
 
     Args:
         image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
+        generation: 1 for Lumina-mGPT, 2 for Lumina-mGPT 2.0. `family` has the values that follow from it.
         base_size: side in pixels of the images that the weights were trained on.
         panels_apart: whether the image tokenizer encodes and decodes each panel of an image separately; see `parts`.
         quantization_config: what `int4_recipe` returns if the weights are int4, else None. Other programs read this
@@ -66,8 +68,9 @@ class ModelConfig:
     z_loss_weight: float = 0.0
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
-    image_code_offset: int = 155000
-    num_image_codes: int = 16384
+    generation: int = 2
+    image_code_offset: int = SECOND.image_code_offset
+    num_image_codes: int = SECOND.num_image_codes
     base_size: int = 768
     panels_apart: bool = False
     quantization_config: dict | None = None
@@ -80,6 +83,16 @@ class ModelConfig:
         if self.quantization_config is not None:
             groups = (DEFAULT_INT4_GROUP, *INT4_GROUPS)
             check_recipe(self.quantization_config, [int4_recipe(group) for group in groups])
+
+    @property
+    def family(self) -> Family:
+        """The family of the checkpoint."""
+        return FAMILIES[self.generation]
+
+    @property
+    def context(self) -> int:
+        """Largest number of ids of a sequence."""
+        return max(self.max_position_embeddings, self.family.context)
 
     @property
     def int4_group(self) -> int | None:
@@ -120,6 +133,8 @@ class ModelConfig:
     def from_json(cls, path: str | Path) -> "ModelConfig":
         """Reads a `config.json`; a key whose value is null gets its default.
 
+        Where the file does not name the generation, it is that of the tokenizer in the same folder.
+
         Keys that do not affect this model are ignored. Released files have `vq_config`, `vocabulary_map`,
         `mask_image_logits`, `attention_dropout` and the ids of bos and eos, for example.
 
@@ -137,6 +152,12 @@ class ModelConfig:
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in raw.items() if key in known and value is not None}
         values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+        if "generation" not in values:
+            own = "image_code_offset" in values  # a file of an earlier version of this project
+            family = SECOND if own else family_of(path.parent)
+            values["generation"] = family.generation
+            values.setdefault("image_code_offset", family.image_code_offset)
+            values.setdefault("num_image_codes", family.num_image_codes)
         try:
             check_foreign_keys(raw, values)
             values = with_rope_parameters(values, raw.get("rope_parameters"))
@@ -187,12 +208,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How image codes are sampled. NumPy and torch scalars become plain Python numbers.
+    """How image codes and text are sampled. NumPy and torch scalars become plain Python numbers.
 
     Args:
         cfg: scale of classifier-free guidance, 0 to 1000; 1.0 means no guidance and no unconditional row.
         top_k: sample from this number of most probable codes, at least 1. More than there are means all codes.
         temperature: divisor of the logits, above 0.
+        text_top_k, text_temperature: the same for text. Text is sampled without guidance.
         seed: seed of the noise, 0 to 2**63 - 1.
 
     Raises:
@@ -203,15 +225,21 @@ class SamplingConfig:
     top_k: int = 4096
     temperature: float = 1.0
     seed: int = 0
+    text_top_k: int = 10
+    text_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        cfg, temperature = real_number(self.cfg), real_number(self.temperature)
-        require(0 <= cfg <= 1000, "cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
-        rule = "must be a finite number > 0; try 1.0, or top_k=1 for the most probable codes"
-        require(math.isfinite(temperature) and temperature > 0, "temperature", self.temperature, rule)
-        top_k = whole_number("top_k", self.top_k, 1, None, "must be a whole number of at least 1; try 4096")
-        seed = whole_number("seed", self.seed, 0, 2**63 - 1, "must be a whole number in 0 ... 2**63 - 1")
-        for name, value in (("cfg", cfg), ("top_k", top_k), ("temperature", temperature), ("seed", seed)):
+        values: dict[str, float] = {"cfg": real_number(self.cfg)}
+        require(0 <= values["cfg"] <= 1000, "cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
+        for name, other in (("temperature", "top_k"), ("text_temperature", "text_top_k")):
+            values[name] = temperature = real_number(getattr(self, name))
+            rule = f"must be a finite number > 0; try 1.0, or {other}=1 for the most probable codes"
+            require(math.isfinite(temperature) and temperature > 0, name, getattr(self, name), rule)
+        for name, usual in (("top_k", 4096), ("text_top_k", 10)):
+            rule = f"must be a whole number of at least 1; try {usual}"
+            values[name] = whole_number(name, getattr(self, name), 1, None, rule)
+        values["seed"] = whole_number("seed", self.seed, 0, 2**63 - 1, "must be a whole number in 0 ... 2**63 - 1")
+        for name, value in values.items():
             object.__setattr__(self, name, value)  # the class is frozen
 
     def with_seeds(self, count: int) -> list["SamplingConfig"]:

@@ -84,6 +84,7 @@ def check_sizes(config: Any) -> None:
             f"must divide num_attention_heads = {heads}",
         ),
         "hidden_act": (config.hidden_act == "silu", "must be silu"),
+        "generation": (config.generation in (1, 2), "must be 1 (Lumina-mGPT) or 2 (Lumina-mGPT 2.0)"),
         "dropout": (0 <= config.dropout < 1, "must be in [0, 1)"),
         "rope_theta": (config.rope_theta > 0, "must be > 0"),
         "z_loss_weight": (config.z_loss_weight >= 0, "must be at least 0"),

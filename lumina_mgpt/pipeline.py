@@ -17,13 +17,13 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import encode_panels, pixel_size
+from lumina_mgpt.panels import encode_panels, encode_pictures
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
 from lumina_mgpt.results import Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
-from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image
+from lumina_mgpt.unirep import ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
 _CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
@@ -147,10 +147,24 @@ class Pipeline:
         size = request.batch_size or self.batch_size(
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
+        if prepared.pictures:
+            prepared = self._with_pictures(prepared)
         given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+
+    def _with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
+        """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
+        codes = encode_pictures(prepared.pictures, self.image_tokenizer)
+        request = prepared.request
+        return replace(
+            prepared,
+            starts=self.checkpoint.prompt_ids(
+                request.prompts, prepared.layout, request.task, request.shown, pictures=codes
+            ),
+            pictures=codes,
+        )
 
     def _batch(
         self, jobs: Sequence[ImageJob], prepared: PreparedRequest, given: Tensor, on_row: OnRow | None
@@ -252,9 +266,10 @@ class Pipeline:
         """
         pictures, panel_rows = [], layout.rows // self.checkpoint.config.parts(layout.panels)
         for grid in codes:
-            picture = Image.new("RGB", pixel_size(layout), _UNKNOWN)
+            picture = Image.new("RGB", layout.size, _UNKNOWN)
             for part, rows in enumerate(grid.split(panel_rows)):
-                picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, part * panel_rows * CODE_CELL))
+                top = part * panel_rows * layout.vocabulary.cell
+                picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
             pictures.append(picture)
         return pictures
 

@@ -6,17 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.hub import resolve
-from lumina_mgpt.panels import fit_panels, pixel_size
+from lumina_mgpt.panels import fit_panels, fit_pictures
 from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.request import GenerationRequest
-from lumina_mgpt.unirep import CODE_CELL, GRID_UNIT, ImageLayout, generation_prompt
-from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.unirep import ImageLayout, generation_prompt
+from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
 from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer
 
 
@@ -26,21 +27,24 @@ class PreparedRequest:
 
     Attributes:
         layout: layout of every image.
-        starts: ids of each prompt, up to image start.
+        starts: ids of each prompt, up to image start. Before `Pipeline.stream` encodes them, pictures in the
+            instructions count as code 0.
         panels: the given panels, fitted to the layout, one for all prompts or one per prompt. Each is a picture, or
             codes (rows, cols).
+        pictures: the same for the pictures in the instructions. A request has panels or pictures, or neither.
     """
 
     request: GenerationRequest
     layout: ImageLayout
     starts: Sequence[Sequence[int]]
     panels: Sequence[Image.Image | Tensor]
+    pictures: Sequence[Image.Image | Tensor] = ()
 
     @property
     def picture(self) -> Image.Image | None:
-        """The first given panel, if it is a picture."""
-        panel = self.panels[0] if self.panels else None
-        return panel if isinstance(panel, Image.Image) else None
+        """The first given panel, or picture of an instruction, if it is a picture."""
+        given = next(iter((*self.panels, *self.pictures)), None)
+        return given if isinstance(given, Image.Image) else None
 
     def changed(self, **settings: Any) -> "PreparedRequest":
         """Returns a copy whose request has other settings.
@@ -96,7 +100,7 @@ class Checkpoint:
         panels is 512 × 1024, as in their examples.
         """
         side = self.config.base_size
-        if panels > 1 and panels * (side // CODE_CELL) ** 2 > self.config.max_position_embeddings:
+        if panels > 1 and panels * (side // self.vocabulary.cell) ** 2 > self.config.context:
             side = max(GRID_UNIT, math.isqrt(side**2 // panels) // GRID_UNIT * GRID_UNIT)
         return side, panels * side
 
@@ -123,12 +127,14 @@ class Checkpoint:
         task: Task = TASKS["t2i"],
         shown: str | None = None,
         parameter: str = "prompts",
+        pictures: Sequence[Tensor] = (),
     ) -> list[list[int]]:
         """Returns the ids of each prompt's instruction, up to image start.
 
         Args:
             layout: layout of the images.
             shown: what the panel that the instruction describes displays (default: the task's `shown`).
+            pictures: codes (rows, cols) of the pictures in the instructions, one for all texts or one per text.
             parameter: name of the texts' parameter, for errors.
 
         Raises:
@@ -138,15 +144,18 @@ class Checkpoint:
             self.vocabulary.encode_text(shown or "")
         except InputError as error:
             raise InputError(f"cannot be encoded: {error}", "shown") from None
-        width, height = pixel_size(layout)
-        limit = self.config.max_position_embeddings
+        width, height = layout.size
         source = "" if parameter == "prompts" else f" of {parameter}"
         encoded = []
         for index, text in enumerate([texts] if isinstance(texts, str) else texts):
             try:
-                ids = generation_prompt(task.instruction(text, width, height, shown), self.vocabulary)
+                parts = task.parts(text, width, height, shown)
+                grid = pictures[index % len(pictures)] if pictures else None
+                turn = [part if part is not None else grid for part in parts]
+                ids = generation_prompt([("human", [part for part in turn if part is not None])], self.vocabulary)
             except InputError as error:
                 raise InputError(f"(number {index}): {error}", parameter) from None
+            limit = self.config.context
             if len(ids) + layout.length > limit:
                 raise InputError(
                     f"width={width} height={height} take {layout.length} ids and the prompt (number {index}{source}) "
@@ -164,10 +173,30 @@ class Checkpoint:
         Raises:
             InputError: the size does not fit the model, a prompt cannot be encoded, or a panel cannot be used.
         """
-        layout = self.layout(request.width, request.height, request.task)
-        starts = self.prompt_ids(request.prompts, layout, request.task, request.shown, parameter)
-        panels = fit_panels(request.panels, layout, len(request.prompts), self.config.num_image_codes)
-        return PreparedRequest(request, layout, starts, panels)
+        family, task, count = self.config.family, request.task, len(request.prompts)
+        if task not in (*family.tasks.values(), *family.i2i_tasks.values()):
+            names = ", ".join(dict.fromkeys((*family.tasks, *family.i2i_tasks)))
+            raise InputError(f"must be a task of {family.name} ({names}), got {task.template!r}", "task")
+        defaults: Any = {name: value for name, value in family.sampling_of(task).items() if name in request.unset}
+        if defaults:
+            request = replace(request, sampling=replace(request.sampling, **defaults))
+        if not task.takes_picture:
+            layout = self.layout(request.width, request.height, task)
+            panels = fit_panels(request.panels, layout, count, self.config.num_image_codes)
+            starts = self.prompt_ids(request.prompts, layout, task, request.shown, parameter)
+            return PreparedRequest(request, layout, starts, panels)
+        pictures = fit_pictures(request.panels, self.vocabulary, count, self.config.base_size)
+        grids = [_blank_grid(picture, self.vocabulary.cell) for picture in pictures]
+        width, height = (cells * self.vocabulary.cell for cells in reversed(grids[0].shape))
+        layout = self.layout(request.width or width, request.height or height, task)
+        starts = self.prompt_ids(request.prompts, layout, task, request.shown, parameter, grids)
+        return PreparedRequest(request, layout, starts, (), pictures)
+
+
+def _blank_grid(picture: Image.Image | Tensor, cell: int) -> Tensor:
+    """Returns codes 0 in the shape (rows, cols) of a picture's codes."""
+    shape = picture.shape if isinstance(picture, Tensor) else (picture.height // cell, picture.width // cell)
+    return torch.zeros(shape, dtype=torch.long)
 
 
 def _require_utf8(parameter: str, path: str | Path) -> None:

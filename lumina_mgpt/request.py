@@ -1,6 +1,6 @@
 """One request for images, validated when it is made. Importing this module does not import torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Union
 
@@ -45,9 +45,11 @@ class GenerationRequest:
         sampling: guidance, temperature, top-k and seed.
         speculation: settings of speculative sampling, None for one code per forward. The coupling `noise` gives the
             same image as None. Other couplings give an image from the same distribution.
-        task: an entry of prompts.TASKS, or of prompts.I2I_TASKS for tasks with given panels.
-        panels: given upper panels, one for all prompts or one per prompt. Pictures, also those read from paths, are
-            cropped to the panel's size. Codes are used unmodified.
+        unset: names of fields of `sampling` that get the default values of the task and the checkpoint's family.
+        task: a task of the checkpoint's family, an entry of `families.Family.tasks` or `i2i_tasks`.
+        panels: given pictures, one for all prompts or one per prompt: the upper panels, or the pictures in the
+            instructions. Pictures, also those read from paths, are cropped to the panel's size, or to the fitting one
+            of the checkpoint's sizes. Codes are used unmodified.
         shown: what the panel that the instruction describes displays (default: `task.shown`).
         batch_size: images sampled together; None: as many as fit the cache limit, at most 8.
         share: (rank, count): this process is number `rank` (from 0) of `count` processes. It makes every count-th
@@ -63,6 +65,7 @@ class GenerationRequest:
     height: int | None = None
     n: int = 1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    unset: Collection[str] = ()
     speculation: Speculation | None = None
     task: Task = TASKS["t2i"]
     panels: Sequence["Panel"] = ()
@@ -82,7 +85,8 @@ class GenerationRequest:
         known = self.speculation is None or isinstance(self.speculation, Speculation)
         require(known, "speculation", self.speculation, "must be a config.Speculation or None")
         if not isinstance(self.task, Task):
-            raise InputError(f"must be one of prompts.TASKS or prompts.I2I_TASKS, got {excerpt(self.task)}", "task")
+            rule = "must be a prompts.Task, such as families.SECOND.tasks['t2i']"
+            raise InputError(f"{rule}, got {excerpt(self.task)}", "task")
         plain = {
             "prompts": prompts,
             "panels": (self.panels,) if isinstance(self.panels, str | bytes) else tuple(self.panels),
@@ -108,12 +112,15 @@ class GenerationRequest:
         """Returns a request from flat keyword arguments.
 
         Args:
-            panel: one given panel, or one per prompt.
-            settings: fields of SamplingConfig (`cfg`, `top_k`, `temperature`, `seed`) and of GenerationRequest.
+            panel: one given picture, or one per prompt.
+            settings: fields of SamplingConfig (`cfg`, `top_k`, `temperature`, `seed`) and of GenerationRequest. Fields
+                of SamplingConfig that are not given are `unset`.
         """
-        names = {item.name for item in fields(SamplingConfig)} & settings.keys()
-        if names:
+        if "sampling" not in settings:
+            every = {item.name for item in fields(SamplingConfig)}
+            names = every & settings.keys()
             settings["sampling"] = SamplingConfig(**{name: settings.pop(name) for name in names})
+            settings.setdefault("unset", tuple(sorted(every - names)))
         panels = () if panel is None else panel if isinstance(panel, list | tuple) else (panel,)
         return cls(prompts, width, height, panels=panels, **settings)
 

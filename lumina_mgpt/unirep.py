@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.vocabulary import Vocabulary
+from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
 
-GRID_UNIT = 32  # side of a grid unit, pixels
-CODE_CELL = 8  # side of the square that one code stands for, pixels
-CELLS = GRID_UNIT // CODE_CELL  # codes along the side of a grid unit
 HEADER = 3  # start, grid_rows, grid_cols
 IGNORED = -100  # label of an id without a loss; the default of torch's cross entropy
 
@@ -76,16 +73,21 @@ class ImageLayout:
         largest = vocabulary.max_grid * GRID_UNIT
         _check_side("width", width, GRID_UNIT, largest)
         _check_side("height", height, GRID_UNIT * panels, largest)
-        given = (height // CODE_CELL) * (width // CODE_CELL) * given_panels // panels
+        given = (height // vocabulary.cell) * (width // vocabulary.cell) * given_panels // panels
         return cls(vocabulary, height // GRID_UNIT, width // GRID_UNIT, given, panels)
 
     @property
     def rows(self) -> int:
-        return CELLS * self.grid_rows
+        return self.vocabulary.cells * self.grid_rows
 
     @property
     def cols(self) -> int:
-        return CELLS * self.grid_cols
+        return self.vocabulary.cells * self.grid_cols
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image in pixels."""
+        return GRID_UNIT * self.grid_cols, GRID_UNIT * self.grid_rows
 
     @property
     def num_codes(self) -> int:
@@ -140,7 +142,7 @@ class ImageLayout:
 def encode_image(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
     """Ids of the image with these codes.
 
-    Shapes: codes (rows, cols), both multiples of 4. Ranges: codes in [0, num_image_codes).
+    Shapes: codes (rows, cols), both multiples of `vocabulary.cells`. Ranges: codes in [0, num_image_codes).
 
     Raises:
         UniRepError: the shape is not that of a grid, or a code is out of range.
@@ -244,11 +246,12 @@ def _layout_of(codes: Tensor, vocabulary: Vocabulary) -> ImageLayout:
     if codes.dim() != 2:
         raise UniRepError(0, f"a code grid must have the shape (rows, cols), got {tuple(codes.shape)}")
     rows, cols = codes.shape
-    limit = vocabulary.max_grid * CELLS
-    for position, what, cells in ((1, "rows", rows), (2, "columns", cols)):
-        if cells % CELLS or not 0 < cells <= limit:
-            raise UniRepError(position, f"{what} must be a multiple of {CELLS} in {CELLS} ... {limit}, got {cells}")
-    return ImageLayout(vocabulary, rows // CELLS, cols // CELLS)
+    unit = vocabulary.cells
+    limit = vocabulary.max_grid * unit
+    for position, what, count in ((1, "rows", rows), (2, "columns", cols)):
+        if count % unit or not 0 < count <= limit:
+            raise UniRepError(position, f"{what} must be a multiple of {unit} in {unit} ... {limit}, got {count}")
+    return ImageLayout(vocabulary, rows // unit, cols // unit)
 
 
 def _flat(codes: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, read_json, read_text
+from lumina_mgpt.prompts import PICTURE
 
 # Names in the released tokenizer. It uses reserved names of Chameleon's vocabulary for grid sizes and separators.
 END_OF_TEXT = "<|endoftext|>"
@@ -19,8 +20,9 @@ ROW_END = "<reserved08799>"
 TURN_END = "<reserved08706>"
 # In the released tokenizer, never generated. Tokenizers trained here contain them to have the same names.
 UNUSED_SEPARATORS = ("<reserved08796>", "<reserved08797>", "<reserved08798>")
-# Stands for an image in a record's text. The released code adds it to the tokenizer at run time; it has no id here.
-IMAGE_PLACEHOLDER = "<|image|>"
+# The released code adds the mark of a picture to the tokenizer at run time; it has no id here.
+IMAGE_PLACEHOLDER = PICTURE
+GRID_UNIT = 32  # side of a grid unit, pixels
 REQUIRED_GRID = 64  # every tokenizer has names for the sizes 1 ... 64, the released one for more
 
 
@@ -43,12 +45,16 @@ class Vocabulary:
         max_grid: the largest grid size such that the tokenizer has names for all sizes 1 ... max_grid.
         code_slice: slice of the image codes' ids. Samplers read only these logits.
         num_image_codes, vocab_size: as in the model's configuration.
+        cell: side in pixels of the square that one image code stands for.
+        cells: number of image codes along the side of a grid unit.
 
     Args:
         tokenizer: the text tokenizer, with the special names.
         bos: name of the id that begins a sequence.
         image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`.
         vocab_size: number of rows of the embedding.
+        cell: as the attribute.
+        codes_are_named: whether the tokenizer has a name for each image code.
         source: name of the tokenizer in messages.
 
     Raises:
@@ -63,12 +69,15 @@ class Vocabulary:
         num_image_codes: int,
         *,
         vocab_size: int,
+        cell: int = 8,
+        codes_are_named: bool = False,
         bos: str = END_OF_TEXT,
         source: str | Path = "the tokenizer",
     ) -> None:
         self._tokenizer = tokenizer
         self._source = source
         self.vocab_size = vocab_size
+        self.cell, self.cells = cell, GRID_UNIT // cell
         self.num_image_codes = num_image_codes
         self.code_slice = slice(image_code_offset, image_code_offset + num_image_codes)
         self.bos_id = self._id_of(bos)
@@ -81,6 +90,9 @@ class Vocabulary:
         self.max_grid = len(self._grid_ids)
         added = tokenizer.get_added_tokens_decoder()
         self._control_ids = {id_ for id_, token in added.items() if token.special} | self._used_special_ids()
+        self._code_names = {_code_name(code): image_code_offset + code for code in range(num_image_codes)}
+        if not codes_are_named:
+            self._code_names = {}
         self._check_text_ids()
 
     @classmethod
@@ -109,6 +121,8 @@ class Vocabulary:
             config.image_code_offset,
             config.num_image_codes,
             vocab_size=config.vocab_size,
+            cell=config.family.cell,
+            codes_are_named=config.family.codes_are_named,
             bos=_bos_name(folder),
             source=path,
         )
@@ -238,12 +252,17 @@ class Vocabulary:
     def _check_text_ids(self) -> None:
         """Raises InputError for a text or control id that is an image code or not a row of the embedding.
 
-        Other added names may have any id; `encode_text` refuses them.
+        Names of image codes must have the ids of their codes. Other added names may have any id; `encode_text` refuses
+        them.
         """
+        for code_name, code_id in self._code_names.items():
+            if (found := self._id_of(code_name)) != code_id:
+                rule = f"{code_name!r} must have id {code_id}, got {found}"
+                raise InputError(f"{self._source}: {rule}; use tokenizer and config.json of one checkpoint")
         text = self._tokenizer.get_vocab(with_added_tokens=False)
         used = list(text.items()) + [(self._tokenizer.id_to_token(id_), id_) for id_ in self._used_special_ids()]
         for name, id_ in used:
-            if not self._usable(id_):
+            if not self._usable(id_) and name not in self._code_names:
                 codes = f"{self.code_slice.start} ... {self.code_slice.stop - 1}"
                 raise InputError(
                     f"{self._source}: {name!r} has id {id_}, which must be below vocab_size = {self.vocab_size} and "
@@ -267,6 +286,14 @@ def _bos_name(folder: Path) -> str:
         if isinstance(token, str) and token:
             return token
     raise InputError(f"{folder / 'tokenizer_config.json'} has neither bos_token nor eos_token; add one of them")
+
+
+def _code_name(code: int) -> str:
+    """Name of an image code in tokenizers of the first generation: its digits as the letters A ... J.
+
+    Source: `vocab.py` of Chameleon's released code.
+    """
+    return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
 
 
 def _check_range(values: Tensor, allowed: slice, what: str) -> None:

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-ORACLE = Path(__file__).parent / "oracle"
+ORACLE, ORACLE_V1 = (Path(__file__).parent / name for name in ("oracle", "oracle_v1"))
 # One thread here and in every process that a test starts: the order of float32 sums is the same everywhere, and more
 # threads than cores make small products 20 times slower.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def _oracle_weights():
-    spec = importlib.util.spec_from_file_location("oracle_weights", ORACLE / "weights.py")
+def _oracle_weights(folder: Path = ORACLE):
+    spec = importlib.util.spec_from_file_location("oracle_weights", folder / "weights.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -47,6 +47,36 @@ def oracle_checkpoint(tmp_path_factory):
         if variant not in folders:
             folders[variant] = _oracle_weights().write_checkpoint(tmp_path_factory.mktemp(variant), variant)
         return folders[variant]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def oracle_v1_dir() -> Path:
+    """Files that the released code of the first generation gives on small weights."""
+    return ORACLE_V1
+
+
+@pytest.fixture(scope="session")
+def oracle_v1_checkpoint(tmp_path_factory):
+    """Name -> checkpoint folder of the first generation, written once a session.
+
+    A name is a variant ("mha128", "swin128") or the script of the tiny model ("image", "text", "mixed", "images"). The
+    folders of the tiny model hold its image tokenizer.
+    """
+    folders: dict[str, Path] = {}
+    weights = _oracle_weights(ORACLE_V1)
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name) / "checkpoint"
+            if name in weights.SCRIPTS:
+                weights.write_tiny(folder, name)
+                weights.write_vqgan(folder / "vqgan.safetensors", "vqgan_tiny")
+            else:
+                weights.write_checkpoint(folder, name)
+            folders[name] = folder
+        return folders[name]
 
     return get
 

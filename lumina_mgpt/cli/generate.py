@@ -216,12 +216,11 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     Args:
         loading: the result of `loading_text`.
     """
-    from lumina_mgpt.panels import pixel_size
-
     request = prepared.request
-    width, height = pixel_size(prepared.layout)
+    width, height = prepared.layout.size
     num_codes = pipeline.checkpoint.config.num_image_codes
     sampling = asdict(request.sampling) | {"top_k": min(request.sampling.top_k, num_codes)}
+    sampling = {name: value for name, value in sampling.items() if not name.startswith("text_")}  # images have no text
     speculation = pipeline.with_window(request.speculation)
     if speculation is not None:
         sampling |= {"coupling": speculation.coupling, "window": speculation.window}

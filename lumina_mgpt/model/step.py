@@ -34,8 +34,9 @@ class CachedStep:
     Args:
         columns: the vocabulary ids whose logits a call returns; None for the whole vocabulary.
         compiled: result of `compile_forward`; None to run the model uncompiled. The first step reads the prompts, or
-            what a cache with earlier turns lacks, and is never compiled. Each later step is padded to one of few shapes. Pads write to the slots after the end of
-            a row. Later ids of the row overwrite these slots before any query attends to them.
+            what a cache with earlier turns lacks, and is never compiled. Each later step is padded to one of few
+            shapes. Pads write to the slots after the end of a row. Later ids of the row overwrite these slots before
+            any query attends to them.
     """
 
     def __init__(

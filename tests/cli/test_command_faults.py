@@ -29,7 +29,7 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test if weights are read."""
-    for name in ("pipeline.load_model", "movqgan.tokenizer.ImageTokenizer.from_checkpoint"):
+    for name in ("pipeline.load_model", "vqgan.tokenizer.ImageTokenizer.from_checkpoint"):
         monkeypatch.setattr(f"lumina_mgpt.{name}", lambda *_, **__: pytest.fail("the work began"))
 
 

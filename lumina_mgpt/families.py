@@ -1,0 +1,113 @@
+"""The two families of checkpoints, as data: Lumina-mGPT (first generation) and Lumina-mGPT 2.0 (second generation).
+
+A checkpoint's family is found once, by `ModelConfig.from_json`. Other modules read the values below from
+`config.family`; none of them asks which family it is.
+
+Sources: arXiv 2408.02657 and its released code; arXiv 2507.17801 and its released code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
+
+FIRST_CODE_NAME = "IMGIMGAZ"  # name of image code 0 in the tokenizers of the first generation
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the checkpoints of one generation have in common.
+
+    Attributes:
+        generation: 1 or 2.
+        name: name in messages.
+        cell: side in pixels of the square that one image code stands for.
+        image_code_offset, num_image_codes: image code c has the id `image_code_offset + c`. Released configs lack
+            these two values.
+        codes_are_named: whether the text tokenizer has a name for each image code.
+        image_tokenizer: kind of the image tokenizer, `vqgan` or `movqgan`.
+        context: length of the longest training sequences. It replaces a smaller `max_position_embeddings`, which the
+            released code of the first generation does not enforce.
+        answers_in_text: whether the model is trained to write text.
+        tasks: name -> task whose images are all generated.
+        i2i_tasks: name -> task with a given picture.
+        sampling: default values of `SamplingConfig`, where they differ from those of the class.
+    """
+
+    generation: int
+    name: str
+    cell: int
+    image_code_offset: int
+    num_image_codes: int
+    codes_are_named: bool
+    image_tokenizer: str
+    context: int
+    answers_in_text: bool
+    tasks: Mapping[str, Task]
+    i2i_tasks: Mapping[str, Task]
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    def task(self, name: str, i2i: bool = False) -> Task:
+        """Returns the task of this name.
+
+        Args:
+            i2i: whether a picture is given.
+
+        Raises:
+            InputError: this family has no such task. The message lists those that it has.
+        """
+        known = self.i2i_tasks if i2i else self.tasks
+        if name not in known:
+            listed = ", ".join(known)
+            raise InputError(f"must be a task of {self.name}: {listed}; got {name}", "i2i_task" if i2i else "task")
+        return known[name]
+
+    def sampling_of(self, task: Task) -> dict[str, float]:
+        """Returns the default values of `SamplingConfig` for a task, where they differ from those of the class."""
+        return {**self.sampling, **task.sampling}
+
+
+FIRST = Family(
+    generation=1,
+    name="Lumina-mGPT",
+    cell=16,
+    image_code_offset=4,
+    num_image_codes=8192,
+    codes_are_named=True,
+    image_tokenizer="vqgan",
+    context=10240,
+    answers_in_text=True,
+    tasks=FIRST_TASKS,
+    i2i_tasks=FIRST_I2I_TASKS,
+    sampling=MappingProxyType({"top_k": 2000}),
+)
+SECOND = Family(
+    generation=2,
+    name="Lumina-mGPT 2.0",
+    cell=8,
+    image_code_offset=155000,
+    num_image_codes=16384,
+    codes_are_named=False,
+    image_tokenizer="movqgan",
+    context=0,
+    answers_in_text=False,
+    tasks=TASKS,
+    i2i_tasks=I2I_TASKS,
+)
+FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
+
+
+def family_of(folder: Path) -> Family:
+    """Returns the family of a checkpoint folder whose `config.json` does not name it.
+
+    The tokenizers of the first generation have a name for each image code. A folder without a tokenizer counts as the
+    second generation.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        return FIRST if f'"{FIRST_CODE_NAME}"' in path.read_text(encoding="utf-8") else SECOND
+    except (OSError, UnicodeDecodeError):  # `Vocabulary.from_folder` reports what is wrong with the file
+        return SECOND
