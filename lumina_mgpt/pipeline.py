@@ -118,7 +118,7 @@ class Pipeline:
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
         if parallel:
-            parallel.require_fit(config, quant)
+            parallel.require_fit(config, quant, compile)
         if attn == "flash":
             _check_flash(device, dtype, cache_dtype)
         image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)

@@ -2,10 +2,12 @@
 
     python tests/parallel_runs.py    # reads jobs as lines of JSON, prints one line of JSON for each
 
-A job is {"world": 2, "size": 2, "folder": "...", "dtype": "float64", "requests": [{...}, ...]}: each request holds
-arguments of `Pipeline.generate`, and `speculation` is that of a `Speculation`. A request may have "logits" instead: ids
-whose logits are wanted. The line has the exit status and the results of each process: codes, or logits, for each
-request; the bytes of its weights, and of the cache of the last request.
+A job is {"world": 2, "size": 2, "folder": "...", "requests": [{...}, ...], "cache": "int8", "dtype": "float64"}. Each
+request holds arguments of `Pipeline.generate`; `speculation` are those of a `Speculation`, `panel` is a file and `task`
+a key of I2I_TASKS. The request {"logits": ids} asks for the logits after these ids. The job {"command": [...]} runs a
+command of `lumina-mgpt` instead. With "dies": 1, process 1 ends when it has joined the others.
+
+The line that is printed has "statuses", the exit status of each process, and "processes", its results.
 """
 
 import json
@@ -13,64 +15,70 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed.tensor.parallel  # seconds, once instead of in each process
+import torch.distributed.tensor.parallel  # takes seconds, here once for all processes
 from PIL import Image
 
+from lumina_mgpt import cli
+from lumina_mgpt.cli.main import main as run_command
 from lumina_mgpt.config import Speculation
-from lumina_mgpt.devices import own_device
-from lumina_mgpt.errors import InputError
 from lumina_mgpt.measure import peak_anonymous
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.parallel import Parallel
 from lumina_mgpt.pipeline import Pipeline
+from lumina_mgpt.prompts import I2I_TASKS
+
+CPU = torch.device("cpu")
+
+
+def load(job: dict, parallel: Parallel | None = None) -> Pipeline:
+    dtype, cache = (getattr(torch, name) for name in (job.get("dtype", "float64"), job.get("cache", "float64")))
+    return Pipeline.from_pretrained(job["folder"], CPU, dtype, cache_dtype=cache, parallel=parallel)
 
 
 @torch.no_grad()
 def results_of(pipeline: Pipeline, request: dict) -> list:
     """The codes of all images of a request, or the logits after its ids."""
-    if "logits" in request:
-        ids = torch.tensor(request["logits"])
-        hidden = pipeline.model(ids, cache=new_cache(pipeline, *ids.shape))
-        return pipeline.model.project(hidden, pipeline.checkpoint.vocabulary.code_slice).tolist()
     settings = dict(request)
+    if "logits" in settings:
+        ids = torch.tensor(settings["logits"])
+        cache = KVCache(pipeline.model.config, *ids.shape, pipeline.cache_dtype, CPU)
+        return pipeline.model.project(pipeline.model(ids, cache=cache), pipeline.checkpoint.vocabulary.code_slice).tolist()
     if "speculation" in settings:
         settings["speculation"] = Speculation(**settings["speculation"])
     if "panel" in settings:
-        settings["panel"] = Image.open(settings["panel"])
-    if "task" in settings:
-        from lumina_mgpt.prompts import I2I_TASKS
-
-        settings["task"] = I2I_TASKS[settings["task"]]
+        settings |= {"panel": Image.open(settings["panel"]), "task": I2I_TASKS[settings["task"]]}
     return [result.codes.tolist() for result in pipeline.generate(**settings)]
 
 
-def new_cache(pipeline: Pipeline, rows: int, length: int) -> KVCache:
-    return KVCache(pipeline.model.config, rows, length, pipeline.cache_dtype, pipeline.device)
-
-
-def bytes_of(tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def work(job: dict) -> dict:
-    size = job["size"]
-    dtype = getattr(torch, job.get("dtype", "float64"))
-    with Parallel.start(own_device("cpu"), size) as parallel, peak_anonymous(0.005) as peak:
+def measured(job: dict, parallel: Parallel | None = None) -> tuple[Pipeline, dict]:
+    """Loads a pipeline and makes a cache of `length` ids; returns the bytes of both, and the rise of the peak."""
+    with peak_anonymous(0.002) as peak:
+        while not peak[0]:
+            time.sleep(0.001)
         before = peak[0]
-        pipeline = Pipeline.from_pretrained(job["folder"], "cpu", dtype, parallel=parallel)
-        cache = new_cache(pipeline, 2, job.get("length", 1))
-        loaded = peak[0] - before
-        return {
-            "results": [results_of(pipeline, request) for request in job.get("requests", ())],
-            "weights": bytes_of(pipeline.model.parameters()),
-            "cache": bytes_of(cache.tensors()),
-            "loaded": loaded,
-            "rank": parallel.rank,
+        pipeline = load(job, parallel)
+        cache = KVCache(pipeline.model.config, 2, job.get("length", 1), pipeline.cache_dtype, CPU)
+        time.sleep(0.01)
+        figures = {
+            "weights": sum(parameter.nbytes for parameter in pipeline.model.parameters()),
+            "cache": sum(tensor.nbytes for tensor in cache.tensors()),
+            "peak": peak[0] - before,
         }
+    return pipeline, figures
+
+
+def work(job: dict, results: Path) -> None:
+    with Parallel.start(CPU, job["size"]) as parallel:
+        if job.get("dies") == parallel.rank:
+            os._exit(9)
+        pipeline, figures = measured(job, parallel)
+        figures["results"] = [results_of(pipeline, request) for request in job.get("requests", ())]
+        results.write_text(json.dumps(figures))
 
 
 def start(job: dict, folder: str) -> list[int]:
@@ -86,11 +94,11 @@ def start(job: dict, folder: str) -> list[int]:
             os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
             status = 1
             try:
-                Path(folder, f"{rank}.json").write_text(json.dumps(work(job)))
-                status = 0
-            except InputError as error:
-                print(error, file=sys.stderr)
-                status = 2
+                os.dup2(2, 1)  # the results alone go to stdout
+                if "command" in job:
+                    status = run_command(job["command"])
+                else:
+                    status = cli.run(lambda _: work(job, Path(folder, f"{rank}.json")), cli.Parser(), [])  # noqa: B023
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -104,8 +112,8 @@ def main() -> None:
         job = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
             statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in start(job, folder)]
-            files = sorted(Path(folder).glob("*.json"))
-            print(json.dumps({"statuses": statuses, "processes": [json.loads(f.read_text()) for f in files]}), flush=True)
+            processes = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+            print(json.dumps({"statuses": statuses, "processes": processes}), flush=True)
 
 
 if __name__ == "__main__":

@@ -35,24 +35,32 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.launcher import connect, image_share
 from lumina_mgpt.model.transformer import Head, HeadNorm, Transformer
 
+_OPTION = "tensor_parallel"  # parameter of errors
+_SUMMED = "summed_over_processes"  # attribute of a layer whose results are summed
 # A process waits this long for another one. It must exceed the time by which processes finish loading, or the decoding
 # of previews, apart from each other. torchrun stops the other processes at once when one fails.
 PATIENCE = timedelta(minutes=10)
 
 
-def require_fit(config: ModelConfig, size: int, quant: int | None = None) -> None:
+def require_fit(config: ModelConfig, size: int, quant: int | None = None, compile: bool = False) -> None:
     """Checks that `size` processes can hold the model.
 
     Args:
         quant: group size if the weights are quantized to int4 while loading, else None.
+        compile: whether the steps are to be compiled.
 
     Raises:
-        InputError: `size` does not divide the heads, the units of the MLP or the image codes; or weights are int4.
+        InputError: `size` does not divide the heads, the units of the MLP or the image codes; weights are int4; or
+            steps are to be compiled.
     """
     if size == 1:
         return
     if quant or config.int4_group:
-        raise InputError("does not split int4 weights; give a checkpoint without them, and no quant", "tensor_parallel")
+        rule = f"{size} cannot split int4 weights yet"
+        raise InputError(f"{rule}; leave it out, or use weights that are not quantized", _OPTION)
+    if compile:
+        # On CUDA the steps become graphs; sums over processes in graphs were never run.
+        raise InputError(f"{size} cannot be used with compile=True yet; leave one of them out", _OPTION)
     counts = {
         "heads": config.num_attention_heads,
         "key and value heads": config.num_key_value_heads,
@@ -64,7 +72,7 @@ def require_fit(config: ModelConfig, size: int, quant: int | None = None) -> Non
         fitting = [str(number) for number in range(2, largest + 1) if largest % number == 0]
         remedy = f"this model fits {', '.join(fitting)}" if fitting else "this model cannot be split, leave it out"
         sizes = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise InputError(f"must divide {sizes}, got {size}; {remedy}", "tensor_parallel")
+        raise InputError(f"must divide {sizes}, got {size}; {remedy}", _OPTION)
 
 
 @dataclass(frozen=True)
@@ -119,9 +127,9 @@ class Parallel:
         """Whether this is the process of its model that writes files and reports."""
         return self.rank == 0
 
-    def require_fit(self, config: ModelConfig, quant: int | None = None) -> None:
+    def require_fit(self, config: ModelConfig, quant: int | None = None, compile: bool = False) -> None:
         """Checks that these processes can hold the model, as the function `require_fit` does."""
-        require_fit(config, self.size, quant)
+        require_fit(config, self.size, quant, compile)
 
     def split(self, model: Transformer) -> None:
         """Splits a model without weights, on the meta device. Its split parameters become DTensors.
@@ -197,10 +205,6 @@ class Parallel:
         parts = [torch.empty_like(logits) for _ in range(self.size)]
         dist.all_gather(parts, logits.contiguous(), group=self.mesh.get_group())
         return torch.cat(parts, -1)
-
-
-_OPTION = "tensor_parallel"
-_SUMMED = "summed_over_processes"
 
 
 class _Split(ParallelStyle):
