@@ -7,7 +7,7 @@ request holds arguments of `Pipeline.generate`; `speculation` are those of a `Sp
 a key of I2I_TASKS. The request {"logits": ids} asks for the logits after these ids. The job {"command": [...]} runs a
 command of `lumina-mgpt` instead. With "dies": 1, process 1 ends when it has joined the others.
 
-The line that is printed has "statuses", the exit status of each process, and "processes", its results.
+The line has "statuses", the exit status of each process, "processes", its results, and "printed", what all printed.
 """
 
 import json
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def results_of(pipeline: Pipeline, request: dict) -> list:
     if "logits" in settings:
         ids = torch.tensor(settings["logits"])
         cache = KVCache(pipeline.model.config, *ids.shape, pipeline.cache_dtype, CPU)
-        return pipeline.model.project(pipeline.model(ids, cache=cache), pipeline.checkpoint.vocabulary.code_slice).tolist()
+        hidden = pipeline.model(ids, cache=cache)
+        return pipeline.model.project(hidden, pipeline.checkpoint.vocabulary.code_slice).tolist()
     if "speculation" in settings:
         settings["speculation"] = Speculation(**settings["speculation"])
     if "panel" in settings:
@@ -55,14 +57,19 @@ def results_of(pipeline: Pipeline, request: dict) -> list:
     return [result.codes.tolist() for result in pipeline.generate(**settings)]
 
 
-def measured(job: dict, parallel: Parallel | None = None) -> tuple[Pipeline, dict]:
-    """Loads a pipeline and makes a cache of `length` ids; returns the bytes of both, and the rise of the peak."""
+def measured(job: dict, parallel: Parallel | None) -> tuple[Pipeline, dict]:
+    """Loads a pipeline and fills a cache of two rows and `length` ids.
+
+    Returns the pipeline, and the bytes of weights and cache and the rise of the peak of memory.
+    """
     with peak_anonymous(0.002) as peak:
         while not peak[0]:
             time.sleep(0.001)
         before = peak[0]
         pipeline = load(job, parallel)
         cache = KVCache(pipeline.model.config, 2, job.get("length", 1), pipeline.cache_dtype, CPU)
+        for tensor in cache.tensors():
+            tensor.fill_(1)  # the system gives memory when it is written
         time.sleep(0.01)
         figures = {
             "weights": sum(parameter.nbytes for parameter in pipeline.model.parameters()),
@@ -73,8 +80,8 @@ def measured(job: dict, parallel: Parallel | None = None) -> tuple[Pipeline, dic
 
 
 def work(job: dict, results: Path) -> None:
-    with Parallel.start(CPU, job["size"]) as parallel:
-        if job.get("dies") == parallel.rank:
+    with Parallel.start(CPU, job["size"]) if job["size"] > 1 else nullcontext() as parallel:
+        if parallel and job.get("dies") == parallel.rank:
             os._exit(9)
         pipeline, figures = measured(job, parallel)
         figures["results"] = [results_of(pipeline, request) for request in job.get("requests", ())]
@@ -94,7 +101,9 @@ def start(job: dict, folder: str) -> list[int]:
             os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
             status = 1
             try:
-                os.dup2(2, 1)  # the results alone go to stdout
+                output = os.open(Path(folder, "printed"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(output, 1)
+                os.dup2(output, 2)
                 if "command" in job:
                     status = run_command(job["command"])
                 else:
@@ -113,7 +122,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in start(job, folder)]
             processes = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
-            print(json.dumps({"statuses": statuses, "processes": processes}), flush=True)
+            printed = Path(folder, "printed").read_text()
+            print(json.dumps({"statuses": statuses, "processes": processes, "printed": printed}), flush=True)
 
 
 if __name__ == "__main__":
