@@ -164,9 +164,8 @@ def make(
         if processes > 1:
             numbers = f"0, {processes}, {2 * processes} and so on"
             everything = len(request.prompts) * request.n
-            print(
-                f"{'model' if pipeline.parallel else 'process'} 0 of {processes} makes {total} of {everything} images: numbers {numbers}"
-            )
+            maker = "model" if pipeline.parallel else "process"
+            print(f"{maker} 0 of {processes} makes {total} of {everything} images: numbers {numbers}")
     bar = _progress_bar(total, total * (layout.num_codes - layout.given), shown=rank == 0)
 
     def on_row(done: "RowsDone") -> None:

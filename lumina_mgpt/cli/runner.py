@@ -75,7 +75,7 @@ def _signal_of(stop: BaseException | None) -> int:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[None]:
-    """Prints the log records of the package on stderr; of several processes, only the first prints more than warnings."""
+    """Prints the package's log on stderr. Of several processes, only the first prints more than warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("lumina_mgpt")
