@@ -203,8 +203,9 @@ class Pipeline:
         Args:
             start: number of ids of the longest prompt, up to image start.
         """
-        config, slots = self.model.config, start + layout.length
+        config, slots = self.checkpoint.config, start + layout.length
         image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        image //= self.parallel.size if self.parallel else 1
         speculation = self.with_window(speculation)
         if speculation:
             image += ring_bytes(layout, speculation)
