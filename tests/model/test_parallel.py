@@ -23,11 +23,12 @@ from lumina_mgpt.model.writing import save_model
 
 PICTURE = str(ROOT / "assets" / "subject.png")
 TWO = {"world": 2, "size": 2}
+SMALL = {"width": 32, "height": 32}
 REQUESTS = {
-    "plain": {"prompts": ["a cat", "a snowman on the snow"], "n": 2, "batch_size": 3, "seed": 3, "height": 32},
-    "no guidance": {"prompts": "a cat", "cfg": 1.0, "top_k": 20, "temperature": 0.7},
+    "plain": {"prompts": ["a cat", "a snowman on the snow"], "n": 2, "batch_size": 3, "seed": 3} | SMALL,
+    "no guidance": {"prompts": "a cat", "cfg": 1.0, "top_k": 20, "temperature": 0.7} | SMALL,
     "noise": {"prompts": ["a cat", ""], "speculation": {"coupling": "noise", "window": 16}},
-    "maximal": {"prompts": ["a cat", "a red apple"], "speculation": {"coupling": "maximal", "window": 8}},
+    "maximal": {"prompts": ["a cat", "a red apple"], "speculation": {"coupling": "maximal", "window": 8}} | SMALL,
     "panel": {"prompts": ["a cat", "a hedgehog"], "panel": PICTURE, "task": "depth", "width": 32, "height": 64},
     "panel, noise": {
         "prompts": "a cat",
@@ -88,7 +89,12 @@ def jobs(tiny_checkpoint, variant) -> dict[str, dict]:
     }
 
 
-@pytest.mark.parametrize("name", ["tiny", "int8 cache", "demo", "two models"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny", "int8 cache", pytest.param("demo", marks=SLOW), pytest.param("two models", marks=SLOW)]
+)
 def test_codes_are_those_of_one_process(jobs, run_job, name):
     """Equal in float64, in all processes."""
     job, done = jobs[name], run_job(jobs[name])
@@ -133,7 +139,7 @@ def pixels(file: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("name", ["generate", "edit"])
+@pytest.mark.parametrize("name", [pytest.param("generate", marks=SLOW), "edit"])
 def test_commands_write_and_report_once(name, tiny_checkpoint, tmp_path, run_job):
     words = {
         "generate": ["--prompt", "a cat", "--prompt", "an owl", "--preview", "--width", "32", "--fast"],
