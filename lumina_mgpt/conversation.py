@@ -315,9 +315,8 @@ class _Cache:
 
 def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
     """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is."""
-    config = host.checkpoint.config
-    cache = KVCache(config, rows, slots, host.cache_dtype, host.device)
-    cache.length = config.context
+    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.device)
+    cache.length = host.checkpoint.config.context
     return cache
 
 

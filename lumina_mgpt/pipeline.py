@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -28,6 +28,9 @@ from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
+if TYPE_CHECKING:
+    from lumina_mgpt.model.parallel import Parallel
+
 _CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
 _LARGEST_AUTO_BATCH = 8
 _UNKNOWN = (128, 128, 128)  # color of a preview where no codes are sampled yet
@@ -44,6 +47,7 @@ class Pipeline:
 
     Attributes:
         compiled: the compiled forward of the model, None if the model runs eagerly.
+        parallel: this process among those that hold the model together, None if the process holds all of it.
         forwards: number of forwards in the last call of `sample`.
     """
 
@@ -54,10 +58,12 @@ class Pipeline:
         image_tokenizer: ImageTokenizer,
         cache_dtype: torch.dtype | None = None,
         compile: bool = False,
+        parallel: "Parallel | None" = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.image_tokenizer = image_tokenizer
+        self.parallel = parallel
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = cache_dtype or self.dtype
@@ -77,6 +83,7 @@ class Pipeline:
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
         on_read: Callable[[int, int], None] | None = None,
+        parallel: "Parallel | None" = None,
         text: bool | None = None,
     ) -> "Pipeline":
         """Loads a checkpoint.
@@ -92,13 +99,16 @@ class Pipeline:
             compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
                 CUDA, the forwards are also captured as graphs.
             on_read: called with the number of weights read so far and their total.
+            parallel: this process among those that hold the model together, as `model.parallel.Parallel.start` gives
+                it. `device` is then `parallel.device`. All these processes make the same calls with the same arguments
+                and get the same results.
             text: whether the model can write text, which needs the output projection of the whole vocabulary
                 (default: whether models of the checkpoint's family are trained to). Without, memory holds that of the
-                image codes alone.
+                image codes alone, as it does if several processes hold the model together.
 
         Raises:
             InputError: the device or the checkpoint is missing, a file is damaged or does not fit the others, or the
-                weights cannot be quantized with these settings.
+                weights cannot be quantized or split with these settings.
         """
         device = resolve_device(device)
         attention.backend(attn)  # raises before any weights are read
@@ -113,16 +123,21 @@ class Pipeline:
             checkpoint = replace(model_path, movqgan_path=movqgan)
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
+        if parallel:
+            parallel.require_fit(config, quant, compile)
         if attn == "flash":
             _check_flash(device, dtype, cache_dtype)
         image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)
         image_tokenizer.require_codes(config, checkpoint.movqgan_path)
-        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
+        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
-            whole = config.family.answers_in_text if text is None else text
-            columns = None if whole else checkpoint.vocabulary.code_slice
+            if text and parallel:
+                raise InputError("cannot be True for a model that several processes hold; leave it out", "text")
+            codes = checkpoint.vocabulary.code_slice
+            whole = text or (text is None and parallel is None and config.family.answers_in_text)
+            columns = None if whole else parallel.code_part(codes) if parallel else codes
             model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
-        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, parallel)
 
     def generate(
         self,
@@ -158,6 +173,8 @@ class Pipeline:
         if prepared.pictures:
             prepared = self._with_pictures(prepared)
         given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
+        if self.parallel:
+            given = self.parallel.of_first(given)
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
@@ -165,7 +182,7 @@ class Pipeline:
     @property
     def writes_text(self) -> bool:
         """Whether the model can write text: whether it holds the output projection of the whole vocabulary."""
-        return self.model.lm_head.columns is None
+        return self.parallel is None and self.model.lm_head.columns is None
 
     def conversation(
         self, turns: Sequence[tuple[str, Sequence[str | Panel]]] = (), ids: Sequence[int] = ()
@@ -251,6 +268,7 @@ class Pipeline:
         """
         config, slots = self.checkpoint.config, start + layout.length
         image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        image //= self.parallel.size if self.parallel else 1
         speculation = self.with_window(speculation)
         if speculation:
             image += ring_bytes(layout, speculation)
@@ -284,8 +302,10 @@ class Pipeline:
             codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given)
         else:
             codes = sample(step, starts, layout, settings, keys, on_row, given=given)
-        self.forwards = step.calls
-        return codes.cpu()
+        self.forwards, codes = step.calls, codes.cpu()
+        if self.parallel:
+            self.parallel.require_same(codes)
+        return codes
 
     def make_step(
         self,
@@ -304,7 +324,7 @@ class Pipeline:
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.checkpoint.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
