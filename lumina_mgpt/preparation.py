@@ -18,7 +18,7 @@ from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
-from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer
+from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer, look_for_image_tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,17 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose small files were read and checked; no weights are loaded yet."""
+    """A checkpoint folder whose small files were read and checked; no weights are loaded yet.
+
+    Attributes:
+        movqgan_path: file of the image tokenizer, also if it is a VQGAN. It is None for a checkpoint of the first
+            generation without such a file, whose language model may hold the encoder.
+    """
 
     folder: Path
     config: ModelConfig
     vocabulary: Vocabulary
-    movqgan_path: Path
+    movqgan_path: Path | None
 
     @classmethod
     def open(cls, model_path: str | Path, movqgan_path: str | Path | None = None) -> "Checkpoint":
@@ -87,8 +92,10 @@ class Checkpoint:
             folder = resolve(model_path)
             config = ModelConfig.from_json(folder / "config.json")
             vocabulary = Vocabulary.from_folder(folder, config)
-        movqgan = find_image_tokenizer(folder, movqgan_path)
-        if movqgan.suffix == ".safetensors":
+        kind = config.family.image_tokenizer
+        find = find_image_tokenizer if kind == "movqgan" else look_for_image_tokenizer
+        movqgan = find(folder, movqgan_path, kind)
+        if movqgan is not None and movqgan.suffix == ".safetensors":
             _require_utf8("movqgan_path", movqgan)
         return cls(folder, config, vocabulary, movqgan)
 
