@@ -10,7 +10,7 @@
 The ids hold the codes of all images, so no image is encoded twice. A turn costs the prefill of the new turn alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +93,7 @@ class AnswerStream(Iterator[Event]):
         reason = self._sampler.reason or "stopped"
         return read_answer(self._sampler.answer, reason, self._conversation.host, self._reader.images)
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event, None, None]:
         kept = False
         try:
             for ids in self._sampler.run():
@@ -332,7 +332,9 @@ def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
         InputError: there are marks, but not one for each picture.
     """
     if isinstance(pictures, str):
-        raise InputError(f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures")
+        raise InputError(
+            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
+        )
     marks = text.count(PICTURE)
     if not marks:
         text = f"{PICTURE} " * len(pictures) + text
