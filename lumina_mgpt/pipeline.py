@@ -24,8 +24,9 @@ from lumina_mgpt.panels import Panel, encode_panels, encode_pictures
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
 from lumina_mgpt.results import Answer, Result, RowsDone
-from lumina_mgpt.sampling.autoregressive import sample
+from lumina_mgpt.sampling.autoregressive import Kept, sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
+from lumina_mgpt.sampling.noise import Key
 from lumina_mgpt.unirep import ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
@@ -176,14 +177,22 @@ class Pipeline:
         size = request.batch_size or self.batch_size(
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
-        if prepared.pictures:
-            prepared = self._with_pictures(prepared)
-        given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
-        if self.parallel:
-            given = self.parallel.of_first(given)
+        prepared, given = self.encode(prepared)
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+
+    def encode(self, prepared: PreparedRequest) -> tuple[PreparedRequest, Tensor]:
+        """Encodes the given pictures of a request.
+
+        Returns the request, whose prompts hold the codes of the pictures in the instructions, and the codes of each
+        prompt's given panel. Shapes: -> (prompts, layout.given).
+        """
+        if prepared.pictures:
+            prepared = self._with_pictures(prepared)
+        count = len(prepared.request.prompts)
+        given = encode_panels(prepared.panels, prepared.layout, count, self.image_tokenizer)
+        return prepared, self.parallel.of_first(given) if self.parallel else given
 
     @property
     def writes_text(self) -> bool:
@@ -252,11 +261,14 @@ class Pipeline:
             on_row=None if on_row is None else lambda row, rows: on_row(RowsDone(tuple(jobs), rows, layout)),
             speculation=prepared.request.speculation,
         )
-        parts = self.checkpoint.config.parts(layout.panels)
         for job, grid in zip(jobs, codes, strict=True):
             # One image at a time: decoding has the highest peak of memory, and results stay independent of the batch.
-            image = self.image_tokenizer.decode(grid[None], parts)[0]
-            yield Result(job, sampling.seed, image, grid, encode_image(grid, self.checkpoint.vocabulary), layout.panels)
+            yield self.result(job, sampling.seed, grid, layout)
+
+    def result(self, job: ImageJob, seed: int, codes: Tensor, layout: ImageLayout) -> Result:
+        """Decodes one image and returns its result. Shapes: codes (rows, cols)."""
+        image = self.image_tokenizer.decode(codes[None], self.checkpoint.config.parts(layout.panels))[0]
+        return Result(job, seed, image, codes, encode_image(codes, self.checkpoint.vocabulary), layout.panels)
 
     def with_window(self, speculation: Speculation | None) -> Speculation | None:
         """Returns `speculation`; where its `window` is None, with the default window of this device and precision."""
@@ -290,6 +302,8 @@ class Pipeline:
         given: Tensor | None = None,
         on_row: Callable[[int, Tensor], None] | None = None,
         speculation: Speculation | None = None,
+        keys: Sequence[Key] | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Returns the codes of B images, one for each of `starts`, sampled in one batch.
 
@@ -298,16 +312,19 @@ class Pipeline:
             repeats: `ImageJob.repeat` of each image; it and the seed determine the noise of the image.
             given: codes of the given panels (B, layout.given).
             on_row: called when a row is final, with its index and the codes so far, (B, index + 1, cols).
+            keys: (seed, repeat) of each image (default: the seed of `settings` and `repeats`).
+            kept: drops images from the running batch; see `autoregressive.sample`. The result lacks the dropped images.
 
         Shapes: -> (B, rows, cols) int64 on the CPU.
         """
         speculation = self.with_window(speculation)
         step = self.make_step(starts, layout, settings, speculation)
-        keys = [(settings.seed, repeat) for repeat in repeats]
+        keys = [(settings.seed, repeat) for repeat in repeats] if keys is None else keys
+        kept = None if kept is None else step.dropping(len(starts), kept)
         if speculation:
-            codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given)
+            codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given, kept=kept)
         else:
-            codes = sample(step, starts, layout, settings, keys, on_row, given=given)
+            codes = sample(step, starts, layout, settings, keys, on_row, given=given, kept=kept)
         self.forwards, codes = step.calls, codes.cpu()
         if self.parallel:
             self.parallel.require_same(codes)

@@ -80,6 +80,16 @@ class KVCache:
         for tensor in self.tensors():
             tensor[:, :, :filled] = tensor[source, :, :filled]
 
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops all rows but `rows`, and frees their memory. Row `rows[r]` becomes row r.
+
+        Shapes: rows (number of rows that stay,).
+        """
+        for layer in self.layers:
+            for tensors in (layer.stores, layer.scales or []):
+                for index, tensor in enumerate(tensors):
+                    tensors[index] = tensor[rows]
+
 
 class LayerCache(NamedTuple):
     """Keys and values of one layer.

@@ -44,6 +44,7 @@ class Call(NamedTuple):
 
 
 OnRow = Callable[[int, Tensor], None]
+Kept = Callable[[], Sequence[int] | None]
 
 
 def sample(
@@ -55,6 +56,7 @@ def sample(
     on_row: OnRow | None = None,
     *,
     given: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Samples the codes of one image per prompt. All images have the same layout.
 
@@ -70,6 +72,9 @@ def sample(
         on_row: called after each complete row with its index `row` and a copy of all codes so far,
             (B, row + 1, cols).
         given: the first `layout.given` codes of each image in reading order, (B, layout.given).
+        kept: called before each step but the first. It returns None, or which images of the batch go on: indices of its
+            current images, at least one, in ascending order. Then `step` has dropped the rows of the others already.
+            Later codes have only the images that go on. An exception that it raises ends the sampling.
 
     Shapes: -> codes (B, rows, cols), on the device of the logits.
 
@@ -79,7 +84,7 @@ def sample(
     given = check_given(given, keys, layout, len(prompts))
     if layout.given == layout.num_codes:
         return given.view(len(prompts), layout.rows, layout.cols).clone()
-    return collect(sample_codes(step, prompts, layout, settings, keys, given=given), layout, on_row)
+    return collect(sample_codes(step, prompts, layout, settings, keys, given=given, kept=kept), layout, on_row)
 
 
 @torch.no_grad()
@@ -93,6 +98,7 @@ def sample_codes(
     given: Tensor | None = None,
     held: Sequence[int] | None = None,
     stop: int | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Tensor]:
     """Yields all codes so far after each complete row, and at the end: `sample` as a generator.
 
@@ -115,11 +121,14 @@ def sample_codes(
             codes = torch.empty((B, layout.num_codes), dtype=torch.long, device=logits.device)
             codes[:, : layout.given] = given
         log_probs = code_log_probs(logits, settings)[:, 0]  # (B, C)
-        codes[:, position] = code = draw(log_probs, settings, keys, [position] * B)
+        codes[:, position] = code = draw(log_probs, settings, keys, [position] * len(keys))
         if (position + 1) % layout.cols == 0 or position + 1 == stop:
             check_not_nan(log_probs)
             yield codes[:, : position + 1].clone()
         if position + 1 < stop:
+            if kept is not None and (rows := kept()) is not None:
+                codes, code, origin = codes[rows], code[rows], origin.view(-1, len(keys))[:, rows].flatten()
+                keys = [keys[row] for row in rows]
             call = next_call(code, position, layout, origin)
 
 
