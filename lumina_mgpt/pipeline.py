@@ -277,9 +277,14 @@ class Pipeline:
         return replace(speculation, window=default_window(self.device, bool(self.model.config.int4_group)))
 
     def batch_size(
-        self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
+        self,
+        start: int,
+        layout: ImageLayout,
+        settings: SamplingConfig,
+        speculation: Speculation | None = None,
+        largest: int = _LARGEST_AUTO_BATCH,
     ) -> int:
-        """Returns the automatic batch size: as many images as fit the cache limit, at most 8.
+        """Returns the automatic batch size: as many images as fit the cache limit, at most `largest`.
 
         Args:
             start: number of ids of the longest prompt, up to image start.
@@ -290,7 +295,7 @@ class Pipeline:
         speculation = self.with_window(speculation)
         if speculation:
             image += ring_bytes(layout, speculation)
-        return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_LIMIT // image))
+        return max(1, min(largest, _CACHE_LIMIT // image))
 
     def sample(
         self,
