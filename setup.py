@@ -16,6 +16,7 @@ TORCH = "torch>=2.10,<2.14"
 SCENES = ["opencv-python-headless>=4.10"]  # edge and distance maps of the demo checkpoint's training scenes
 LORA = ["peft>=0.17"]
 PLOT = ["matplotlib>=3.8"]
+SERVER = ["fastapi>=0.115", "prometheus_client>=0.21", "python-multipart>=0.0.18", "uvicorn>=0.32"]
 CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
 
@@ -65,6 +66,8 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "lora": LORA,
         "plot": PLOT,
+        "ray": [*SERVER, "ray[serve]>=2.40"],
+        "server": SERVER,
         "tensorboard": ["tensorboard>=2.18"],
         "test": [
             *SCENES,

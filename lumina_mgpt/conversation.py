@@ -88,6 +88,11 @@ class AnswerStream(Iterator[Event]):
         self._events.close()
 
     @property
+    def prompt_length(self) -> int:
+        """Number of ids before the answer."""
+        return len(self._sampler.prompt)
+
+    @property
     def answer(self) -> Answer:
         """The answer so far. Its reason is "stopped" unless the answer is complete."""
         reason = self._sampler.reason or "stopped"

@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": ("generate", "generate images from prompts, and from prompts and pictures"),
     "generate-with-image": ("generate_with_image", "generate an image from one prompt and a control picture"),
     "edit": ("edit", "edit a picture in several turns"),
+    "serve": ("serve", "serve a checkpoint over HTTP, with OpenAI's API"),
     "reconstruct": ("reconstruct", "show what the image tokenizer preserves of pictures"),
     "pre-tokenize": ("pre_tokenize", "encode records as token shards"),
     "concat-records": ("concat_records", "check token shards and list them in one record file"),

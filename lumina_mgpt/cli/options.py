@@ -118,6 +118,7 @@ def load_pipeline(
     checkpoint: "Checkpoint",
     device: "torch.device",
     parallel: "Parallel | None" = None,
+    text: bool | None = None,
 ) -> "Pipeline":
     """Loads the weights of an opened checkpoint and returns the pipeline.
 
@@ -126,6 +127,7 @@ def load_pipeline(
         checkpoint: the opened checkpoint.
         device: device to load the weights to.
         parallel: this process among those that hold the model together, None if it is alone.
+        text: as for `Pipeline.from_pretrained`.
     """
     import torch
 
@@ -145,6 +147,7 @@ def load_pipeline(
             movqgan_dtype=DTYPES[args.movqgan_dtype],
             compile=args.compile,
             parallel=parallel,
+            text=text,
         )
 
 

@@ -46,9 +46,7 @@ class CachedStep:
         self.device = next(model.parameters()).device
         self.calls = 0
 
-    def dropping(
-        self, images: int, kept: Callable[[], Sequence[int] | None]
-    ) -> Callable[[], Sequence[int] | None]:
+    def dropping(self, images: int, kept: Callable[[], Sequence[int] | None]) -> Callable[[], Sequence[int] | None]:
         """Returns `kept` with a side effect: the cache drops the rows of the images that do not go on.
 
         Args:

@@ -118,8 +118,8 @@ def jacobi_codes(
                 check_not_nan(log_probs)
                 yield state.codes[:, :stop].clone()
             return
-        if kept is not None and (rows := kept()) is not None:
-            state.keep(rows)
+        if kept is not None and (going_on := kept()) is not None:
+            state.keep(going_on)
             continue  # the images that go on may have more final rows, or be complete
         log_probs = code_log_probs(step(*state.window_call()), settings)  # (B, W, C)
         state.verify(log_probs)

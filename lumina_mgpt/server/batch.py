@@ -12,7 +12,7 @@ from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.request import ImageJob
 from lumina_mgpt.results import Result
-from lumina_mgpt.server.tickets import Finished, Progress, Ticket
+from lumina_mgpt.server.tickets import Progress, Ticket
 from lumina_mgpt.unirep import ImageLayout
 
 

@@ -266,6 +266,7 @@ class Engine:
         if chat.ticket.ended:
             return
         stream = chat.start()
+        chat.ticket.prompt_length = stream.prompt_length
         for event in stream:
             chat.ticket.post(event)
             if isinstance(event, End):

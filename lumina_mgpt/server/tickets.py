@@ -63,9 +63,12 @@ Event = Progress | Finished | AnswerEvent
 class Ticket:
     """A request that the engine has accepted.
 
-    Iterate over it, with `for` in a thread or with `async for` in an event loop, once, to get its events: `Progress` and
-    `Finished` of images, or the events of an answer. The iteration ends when the request is done or cancelled. It
+    Iterate over it once, with `for` in a thread or with `async for` in an event loop, to get its events: `Progress`
+    and `Finished` of images, or the events of an answer. The iteration ends when the request is done or cancelled. It
     raises the error of a request that fails.
+
+    Attributes:
+        prompt_length: number of ids of a conversation before its answer; 0 until the answer begins.
 
     Args:
         on_cancel: called once, when the ticket is cancelled before its end.
@@ -77,6 +80,7 @@ class Ticket:
         self._early: list[Event | _Last] = []
         self._listener: Callable[[Event | _Last], None] | None = None
         self._ended = False
+        self.prompt_length = 0
 
     @property
     def ended(self) -> bool:

@@ -46,6 +46,7 @@ LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
+LAYERS["server"] = set(LAYERS) - {"console", "launcher", "autotune"}
 LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
