@@ -24,9 +24,9 @@ from lumina_mgpt.panels import Panel
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.request import GenerationRequest
-from lumina_mgpt.results import End, Result
-from lumina_mgpt.server.batch import Batch, Order, Work
-from lumina_mgpt.server.tickets import Busy, Closing, Finished, Ticket
+from lumina_mgpt.results import End, ImageBegun, Result, RowDone
+from lumina_mgpt.server.batch import Batch, Order, Work, preview_rows
+from lumina_mgpt.server.tickets import Busy, Closing, Finished, Progress, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class _Chat:
 
     ticket: Ticket
     start: Callable[[], AnswerStream]
+    previews: int = 0
     arrived: float = field(default_factory=time.monotonic)
 
 
@@ -137,18 +138,21 @@ class Engine:
         self._enqueue([Work(order, job, image) for image, job in enumerate(prepared.request.jobs)])
         return ticket
 
-    def chat(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> Ticket:
+    def chat(
+        self, turns: Sequence[tuple[str, Sequence[str | Panel]]], *, previews: int = 0, **settings: Any
+    ) -> Ticket:
         """Accepts a conversation that the model answers. The events of the ticket are those of `Pipeline.chat`.
 
         Args:
             turns, settings: arguments of `Pipeline.chat`. An error in them is raised by the ticket's iterator.
+            previews: number of previews of each image, as for `submit`; each is a `Progress` among the events.
 
         Raises:
             Busy: the queue is full.
             Closing: the engine shuts down.
         """
         ticket = Ticket(self._remove)
-        self._enqueue([_Chat(ticket, lambda: self.pipeline.chat(turns, **settings))])
+        self._enqueue([_Chat(ticket, lambda: self.pipeline.chat(turns, **settings), previews)])
         return ticket
 
     def drain(self) -> None:
@@ -267,8 +271,14 @@ class Engine:
             return
         stream = chat.start()
         chat.ticket.prompt_length = stream.prompt_length
+        image = 0
         for event in stream:
             chat.ticket.post(event)
+            if isinstance(event, ImageBegun):
+                image = event.index
+            elif isinstance(event, RowDone) and len(event.codes) in preview_rows(event.layout, chat.previews):
+                picture = self.pipeline.preview(event.codes[None], event.layout)[0]
+                chat.ticket.post(Progress(image, len(event.codes), event.layout.rows, picture))
             if isinstance(event, End):
                 self.observer.answer(time.monotonic() - chat.arrived, len(event.answer.ids))
             elif chat.ticket.ended:
