@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -44,9 +44,10 @@ class ChatPart:
     def __init__(self, frame: Frame, name: str = "chat") -> None:
         self.frame, self.name = frame, name
         self.turns = gr.State(())
-        default = SamplingConfig(**dict(frame.family.sampling))
-        with gr.Row():
-            with gr.Column(min_width=320):
+        values: dict[str, Any] = dict(frame.family.sampling)
+        default = SamplingConfig(**values)
+        with gr.Row(elem_classes="work"):
+            with gr.Column(elem_classes="ask"):
                 self.picture = picture_field("Picture (optional)", name)
                 self.text = gr.Textbox(
                     label="Message",
@@ -58,23 +59,24 @@ class ChatPart:
                 self.run, self.stop = buttons("Send", name)
                 with gr.Row():
                     self.describe = gr.Button("Describe the picture", elem_id=f"{name}-describe", min_width=100)
-                    self.undo = gr.Button("Undo the last turn", elem_id=f"{name}-undo", min_width=100)
+                    self.undo = gr.Button("Undo", elem_id=f"{name}-undo", min_width=100)
                     self.new = gr.Button("Start again", elem_id=f"{name}-new", min_width=100)
-                self.want = gr.Radio(_WANTS, value="any", label="Answer with")
-                with gr.Row(equal_height=True):
-                    self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
-                    self.random_seed = gr.Checkbox(True, label="New seed each time", min_width=120, container=False)
-                with gr.Accordion("More settings", open=False):
-                    self.text_top_k = gr.Number(default.text_top_k, label="Top-k of text", precision=0, minimum=1)
-                    self.text_temperature = gr.Slider(
-                        0.05, 2, default.text_temperature, step=0.05, label="Temperature of text"
-                    )
-                    self.cfg = gr.Slider(0, 20, default.cfg, step=0.1, label="Guidance of pictures")
-                    self.top_k = gr.Number(default.top_k, label="Top-k of pictures", precision=0, minimum=1)
-            with gr.Column(min_width=320):
+            with gr.Column(elem_classes="made"):
                 self.chat = conversation_field(name, "Conversation")
-                self.status, self.command = status_field(name), command_field(name)
+                self.status, self.command = status_field(name), command_field(name, "The settings on the command line")
+            with gr.Column(elem_classes="set"):
+                self._settings(default)
         self._connect()
+
+    def _settings(self, default: SamplingConfig) -> None:
+        self.want = gr.Radio(_WANTS, value="any", label="Answer with")
+        self.seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+        self.random_seed = gr.Checkbox(True, label="New seed each time", container=False)
+        with gr.Accordion("More settings", open=False):
+            self.text_top_k = gr.Number(default.text_top_k, label="Top-k of text", precision=0, minimum=1)
+            self.text_temperature = gr.Slider(0.05, 2, default.text_temperature, step=0.05, label="Temperature of text")
+            self.cfg = gr.Slider(0, 20, default.cfg, step=0.1, label="Guidance of pictures")
+            self.top_k = gr.Number(default.top_k, label="Top-k of pictures", precision=0, minimum=1)
 
     def _connect(self) -> None:
         quiet: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
@@ -95,7 +97,7 @@ class ChatPart:
         self.stop.click(self._stop, queue=False, **quiet)
         shown = [self.turns, self.chat, self.status]
         self.undo.click(self._undo, self.turns, shown, queue=False, **quiet)
-        self.new.click(self._new, None, shown, queue=False, **quiet)
+        gr.on([self.new.click, self.chat.clear], self._new, None, shown, queue=False, **quiet)
 
     def _stop(self, request: gr.Request) -> None:
         self.frame.desk.stop(str(request.session_hash), self.name)
@@ -141,7 +143,7 @@ class ChatPart:
             reply, answered = Reply(), list[dict[str, Any]]()
             async for reply in stream_reply(self.frame.desk, (str(request.session_hash), self.name), ticket):
                 answered = self._answered(reply)
-                state = status("answering")
+                state = status(reply.words)
                 chat = [*_messages(turns), *shown, *answered]
                 yield chat, state, keep, sampling.seed, *busy, keep, keep, keep
             parts = tuple(part for part in map(_for_model, reply.parts) if part is not None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 from torch import Tensor
 
@@ -65,8 +66,8 @@ class EditPart:
     def __init__(self, frame: Frame, task: Task, name: str = "edit") -> None:
         self.frame, self.task, self.name = frame, task, name
         self.edits = gr.State(None)
-        with gr.Row():
-            with gr.Column(min_width=320):
+        with gr.Row(elem_classes="work"):
+            with gr.Column(elem_classes="ask"):
                 self.picture = picture_field("Picture to edit", name)
                 self.instruction = gr.Textbox(
                     label="Instruction",
@@ -76,13 +77,14 @@ class EditPart:
                 )
                 self.run, self.stop = buttons("Edit", name)
                 with gr.Row():
-                    self.undo = gr.Button("Undo the last turn", elem_id=f"{name}-undo", min_width=100)
+                    self.undo = gr.Button("Undo", elem_id=f"{name}-undo", min_width=100)
                     self.new = gr.Button("Start again", elem_id=f"{name}-new", min_width=100)
-                self.settings = SettingsFields(frame, task, sizes_of(frame.offer, task), many=False)
-                gr.Markdown("The settings of the first turn apply to all turns. Each turn adds 1 to the seed.")
-            with gr.Column(min_width=320):
+            with gr.Column(elem_classes="made"):
                 self.chat = conversation_field(name, "Turns")
                 self.status, self.command = status_field(name), command_field(name)
+            with gr.Column(elem_classes="set"):
+                self.settings = SettingsFields(frame, task, sizes_of(frame.offer, task), many=False)
+                gr.Markdown("The settings of the first turn apply to all turns. Each turn adds 1 to the seed.")
         self._connect()
 
     def _connect(self) -> None:
@@ -100,7 +102,7 @@ class EditPart:
         self.stop.click(self._stop, queue=False, **quiet)
         shown = [self.edits, self.chat, self.status, self.command]
         self.undo.click(self._undo, self.edits, [*shown, self.instruction], queue=False, **quiet)
-        gr.on([self.new.click, self.picture.input], self._new, None, shown, queue=False, **quiet)
+        gr.on([self.new.click, self.chat.clear, self.picture.input], self._new, None, shown, queue=False, **quiet)
 
     def _stop(self, request: gr.Request) -> None:
         self.frame.desk.stop(str(request.session_hash), self.name)
@@ -140,7 +142,8 @@ class EditPart:
                 return
             turn = Turn(instruction, done[0], self._saved(done[1]))
             edits = replace(edits, turns=(*edits.turns, turn))
-            words = f"turn {len(edits.turns)} · {self._settings(edits, len(edits.turns) - 1).words(done[1].size)}"
+            used = self._settings(edits, len(edits.turns) - 1)
+            words = f"turn {len(edits.turns)} · {used.words(edits.prepared.layout.size)}"
             command = gr.update(value=self._command(edits), visible=True)
             yield _messages(edits), status("done", words), command, seed, *idle, edits, ""
         except Exception as error:
@@ -179,9 +182,11 @@ class EditPart:
         first = edits.prepared
         if first.panels:  # the picture is the upper panel of the image
             panel = edits.turns[-1].codes if edits.turns else first.panels[0]
-            asked = replace(first.request, prompts=(instruction,), panels=(panel,), sampling=sampling)
-            size = dict(zip(("width", "height"), first.layout.size, strict=True))
-            prepared = await asyncio.to_thread(self.frame.engine.checkpoint.prepare, replace(asked, **size))
+            width, height = first.layout.size
+            asked = replace(
+                first.request, prompts=(instruction,), panels=(panel,), sampling=sampling, width=width, height=height
+            )
+            prepared = await asyncio.to_thread(self.frame.engine.checkpoint.prepare, asked)
             async for view in stream_images(self.frame.engine, self.frame.desk, place, prepared):
                 result = view.results[0]
                 yield view.pictures[0], None if result is None else result.panel_codes, view.words
@@ -203,7 +208,7 @@ class EditPart:
             (last,) = reply.parts[-1:] or (None,)
             whole = isinstance(last, AnswerImage) and last.whole
             picture = last.image if isinstance(last, AnswerImage) else last if isinstance(last, Image.Image) else None
-            yield picture, last.codes if isinstance(last, AnswerImage) and whole else None, "drawing"
+            yield picture, last.codes if isinstance(last, AnswerImage) and whole else None, reply.words
 
     def _command(self, edits: Edits) -> str:
         size = edits.prepared.layout.size
@@ -219,12 +224,13 @@ def conversation_field(name: str, label: str) -> gr.Chatbot:
     """Returns the field that shows a conversation."""
     return gr.Chatbot(
         label=label,
-        height=520,
+        height=480,
         layout="bubble",
         render_markdown=False,
         buttons=["copy"],
         feedback_options=None,
         elem_id=f"{name}-turns",
+        elem_classes="turns",
         allow_tags=False,
         group_consecutive_messages=False,
     )
@@ -232,7 +238,9 @@ def conversation_field(name: str, label: str) -> gr.Chatbot:
 
 def saved_picture(field: gr.Chatbot, picture: Image.Image) -> str:
     """Saves a picture among the page's temporary files, and returns its path."""
-    return field.pil_to_temp_file(picture, dir=field.GRADIO_CACHE, format="png")
+    path = save_pil_to_cache(picture, cache_dir=field.GRADIO_CACHE, format="png")
+    field.temp_files.add(path)  # removed with the other temporary files
+    return path
 
 
 def message(role: str, content: Any) -> dict[str, Any]:

@@ -52,21 +52,16 @@ class SettingsFields:
     def __init__(self, frame: Frame, task: Task, sizes: Sequence[str], many: bool) -> None:
         default = default_sampling(frame, task)
         with gr.Row():
-            self.size = gr.Dropdown(
-                list(sizes), value=sizes[0], label="Size", allow_custom_value=True, min_width=120, info="width x height"
-            )
-            self.n = gr.Slider(
-                1, frame.limits.images, 1, step=1, label="Images", visible=many, min_width=120, buttons=[]
-            )
-        with gr.Row(equal_height=True):
+            self.size = gr.Dropdown(list(sizes), value=sizes[0], label="Size", allow_custom_value=True, min_width=120)
             self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
-            self.random_seed = gr.Checkbox(True, label="New seed each time", min_width=120, container=False)
+        self.random_seed = gr.Checkbox(True, label="New seed each time", container=False)
+        self.n = gr.Slider(1, frame.limits.images, 1, step=1, label="Images", visible=many, buttons=[])
         with gr.Accordion("More settings", open=False):
-            self.cfg = gr.Slider(0, 20, default.cfg, step=0.1, label="Guidance", info="1 disables it")
+            self.cfg = gr.Slider(0, 20, default.cfg, step=0.1, label="Guidance", info="1 disables it", buttons=[])
             self.top_k = gr.Number(
                 default.top_k, label="Top-k", precision=0, minimum=1, info="most probable codes to choose from"
             )
-            self.temperature = gr.Slider(0.05, 2, default.temperature, step=0.05, label="Temperature")
+            self.temperature = gr.Slider(0.05, 2, default.temperature, step=0.05, label="Temperature", buttons=[])
             self.faster = gr.Checkbox(
                 False, label="Speculative sampling", info="several codes a forward; the picture is the same"
             )
@@ -139,10 +134,10 @@ def status_field(name: str) -> gr.HTML:
     return gr.HTML(elem_id=f"{name}-status", elem_classes="status", padding=False)
 
 
-def command_field(name: str) -> gr.Code:
+def command_field(name: str, label: str = "The same on the command line") -> gr.Code:
     """Returns the field for the command line of a run, with a button that copies it."""
     return gr.Code(
-        label="The same on the command line",
+        label=label,
         language="shell",
         interactive=False,
         lines=1,

@@ -44,10 +44,10 @@ class ImagesPart:
         self.frame, self.name = frame, name
         self.tasks = frame.offer.picture_tasks if given else frame.offer.tasks
         first = next(iter(self.tasks))
-        with gr.Row():
-            with gr.Column(min_width=320):
+        with gr.Row(elem_classes="work"):
+            with gr.Column(elem_classes="ask"):
                 self._form(first, given)
-            with gr.Column(min_width=320):
+            with gr.Column(elem_classes="made"):
                 self.gallery = gr.Gallery(
                     label="Images",
                     format="png",
@@ -56,13 +56,19 @@ class ImagesPart:
                     height="auto",
                     interactive=False,
                     elem_id=f"{name}-images",
+                    elem_classes="images",
                     buttons=["download", "fullscreen"],
                 )
                 self.status, self.command = status_field(name), command_field(name)
+            with gr.Column(elem_classes="set"):
+                offer, task = frame.offer, self.tasks[first]
+                self.settings = SettingsFields(frame, task, sizes_of(offer, task), many=not given)
+                if not given:
+                    gr.Examples([[text] for text in offer.examples], [self.prompt], label="Examples")
         self._connect()
 
     def _form(self, first: str, given: bool) -> None:
-        frame, task = self.frame, self.tasks[first]
+        frame = self.frame
         labels = [(task_label(name, task), name) for name, task in self.tasks.items()]
         self.task = gr.Dropdown(labels, value=first, label="Task", visible=len(labels) > 1, elem_id=f"{self.name}-task")
         self.picture = picture_field("Picture", self.name) if given else gr.State(None)
@@ -79,12 +85,13 @@ class ImagesPart:
         )
         names = frame.offer.names
         self.thing = gr.Dropdown(
-            list(names), value=None, label="What this checkpoint can draw", visible=bool(names), info="goes into the prompt"
+            list(names),
+            value=None,
+            label="What this checkpoint can draw",
+            visible=bool(names),
+            info="goes into the prompt",
         )
         self.run, self.stop = buttons("Generate", self.name)
-        self.settings = SettingsFields(frame, task, sizes_of(frame.offer, task), many=not given)
-        if not given:
-            gr.Examples([[text] for text in frame.offer.examples], [self.prompt], label="Examples")
 
     def _connect(self) -> None:
         """Connects the fields with what they do."""
@@ -131,7 +138,8 @@ class ImagesPart:
             size = prepared.layout.size
             words = request_command(name, prepared.request, path and Path(path).name, extract)
             command = command_line(*words, *settings.options(size), options=self.frame.options)
-            lines = [settings.words(size), unknown_hint(prompt or "", self.frame.offer.names) or ""]
+            names = () if prepared.picture else self.frame.offer.names
+            lines = [settings.words(size), unknown_hint(prompt or "", names) or ""]
             place = str(request.session_hash), self.name
             begun = gr.update(value=command, visible=True), settings.sampling.seed
             async for view in stream_images(self.frame.engine, self.frame.desk, place, prepared):
@@ -141,9 +149,7 @@ class ImagesPart:
         except Exception as error:
             yield keep, status(*lines, error=message_of(error)), keep, keep, *idle
 
-    def _prepare(
-        self, name: str, path: str | None, extract: bool, prompt: str, settings: Settings
-    ) -> PreparedRequest:
+    def _prepare(self, name: str, path: str | None, extract: bool, prompt: str, settings: Settings) -> PreparedRequest:
         """Returns the request of the form, checked against the checkpoint."""
         task = self._task(name)
         check_length(prompt, self.frame.limits, "prompt")

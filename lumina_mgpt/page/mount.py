@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
@@ -22,11 +23,26 @@ _KEPT = 600, 24 * 3600  # seconds between two removals of temporary files, and t
 _FONT = ["system-ui", "sans-serif"]  # fonts of the system: none comes from the network
 _MONO = ["ui-monospace", "monospace"]
 _CSS = """
-.gradio-container { max-width: 1200px !important; }
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.work { display: grid !important; grid-template: "ask made" auto "set made" 1fr / 1fr 1fr; }
+.work > * { min-width: 0 !important; }
+.ask { grid-area: ask; }
+.made { grid-area: made; }
+.set { grid-area: set; }
+@media (max-width: 760px) { .work { grid-template: "ask" auto "made" auto "set" auto / 100%; } }
+.images .grid-wrap { max-height: none !important; height: auto !important; overflow: visible !important; }
+.turns .message img { min-width: min(100%, 256px); }
+button[title="Share"] { display: none !important; }
 .status p { margin: 0 0 4px; overflow-wrap: anywhere; }
-.status .error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
-#heading p { color: var(--body-text-color-subdued); }
+.status .error { color: #b91c1c; font-weight: 600; }
+.dark .status .error { color: #fca5a5; }
 """
+
+
+def _theme() -> gr.Theme:
+    """Returns a theme with fonts of the system and dark enough hints."""
+    theme = gr.themes.Default(font=_FONT, font_mono=_MONO)
+    return theme.set(body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600")
 
 
 def build(frame: Frame) -> gr.Blocks:
@@ -34,15 +50,15 @@ def build(frame: Frame) -> gr.Blocks:
     offer, config = frame.offer, frame.engine.checkpoint.config
     with gr.Blocks(title=f"Lumina-mGPT · {frame.engine.name}", analytics_enabled=False, delete_cache=_KEPT) as blocks:
         gr.Markdown(f"## Lumina-mGPT\nCheckpoint {frame.engine.name}, {config.family.name}", elem_id="heading")
-        with gr.Tab("Text to image", id="text"):
+        with gr.Tab("Image", id="text"):
             ImagesPart(frame, "text", given=False)
-        with gr.Tab("Image tasks", id="task"):
+        with gr.Tab("Tasks", id="task"):
             ImagesPart(frame, "task", given=True)
         if offer.edit is not None:
             with gr.Tab("Edit", id="edit"):
                 EditPart(frame, offer.edit)
         if frame.engine.pipeline.writes_text:
-            with gr.Tab("Describe and chat", id="chat"):
+            with gr.Tab("Chat", id="chat"):
                 ChatPart(frame)
 
         def leave(request: gr.Request) -> None:
@@ -75,7 +91,7 @@ def mount(app: FastAPI, engine: Engine, options: Sequence[str] = (), limits: Lim
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(font=_FONT, font_mono=_MONO),
+        theme=_theme(),
         css=_CSS,
     )
     app.add_middleware(UploadsOnly)
@@ -92,7 +108,7 @@ def _end_with(app: FastAPI, blocks: gr.Blocks, engine: Engine) -> None:
         page.stop_event.set()
 
     @asynccontextmanager
-    async def lifespan(of: FastAPI) -> AsyncIterator[object]:
+    async def lifespan(of: FastAPI) -> AsyncIterator[Any]:
         async with old(of) as state:
             task = asyncio.create_task(watch())
             yield state

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.preparation import PreparedRequest
-from lumina_mgpt.results import Answer, AnswerImage, End, ImageBegun, ImageDone, Result, Text
+from lumina_mgpt.results import Answer, AnswerImage, End, ImageBegun, ImageDone, Result, RowDone, Text
 from lumina_mgpt.server.engine import Engine
 from lumina_mgpt.server.faults import ApiError
 from lumina_mgpt.server.pictures import returned, settings_text
@@ -131,13 +131,22 @@ class Reply:
 
     Attributes:
         parts: texts and pictures in their order; the last picture may be unfinished.
+        rows: number of final rows of the picture that grows, and of all its rows; None without one.
         answer: the answer, once it is complete.
         over: whether nothing more comes.
     """
 
     parts: tuple[str | Image.Image | AnswerImage, ...] = ()
+    rows: tuple[int, int] | None = None
     answer: Answer | None = None
     over: bool = False
+
+    @property
+    def words(self) -> str:
+        """How far the answer is."""
+        if self.rows is not None:
+            return f"row {self.rows[0]} of {self.rows[1]}"
+        return "answering" if self.parts else "waiting"
 
 
 async def stream_reply(desk: Desk, place: tuple[str, str], ticket: Ticket) -> AsyncIterator[Reply]:
@@ -151,16 +160,20 @@ async def stream_reply(desk: Desk, place: tuple[str, str], ticket: Ticket) -> As
         InputError, Busy, Closing: as the ticket.
     """
     parts: list[str | Image.Image | AnswerImage] = []
-    answer, shown = None, 0.0
+    answer, rows, shown = None, None, 0.0
     async with desk.running(*place, ticket):
         yield Reply()
         async for event in ticket:
             _take(parts, event)
             answer = event.answer if isinstance(event, End) else answer
+            if isinstance(event, Progress):
+                rows = event.rows, event.of
+            elif not isinstance(event, RowDone):
+                rows = None
             if time.monotonic() - shown > _INTERVAL:
-                yield Reply(tuple(parts))
+                yield Reply(tuple(parts), rows)
                 shown = time.monotonic()
-    yield Reply(tuple(parts), answer, over=True)
+    yield Reply(tuple(parts), rows, answer, over=True)
 
 
 def _take(parts: list[str | Image.Image | AnswerImage], event: Event) -> None:
@@ -193,5 +206,3 @@ def message_of(error: Exception) -> str:
         return str(error)
     logger.error("a request of the page failed", exc_info=error)
     return "the server failed; its log says why"
-
-

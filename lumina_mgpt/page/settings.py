@@ -71,7 +71,13 @@ class Settings:
             many: whether the command has the option -n.
         """
         sampling = self.sampling
-        text = ["--width", f"{size[0]}", "--height", f"{size[1]}", *(["-n", f"{self.n}"] if many and self.n > 1 else [])]
+        text = [
+            "--width",
+            f"{size[0]}",
+            "--height",
+            f"{size[1]}",
+            *(["-n", f"{self.n}"] if many and self.n > 1 else []),
+        ]
         text += ["--seed", f"{sampling.seed}", "--cfg", number(sampling.cfg), "--top_k", f"{sampling.top_k}"]
         text += ["--temperature", number(sampling.temperature)]
         return text + (["--speculative_jacobi"] if self.speculation else [])
