@@ -24,6 +24,7 @@ SERVER = [
     "starlette>=0.40",
     "uvicorn>=0.32",
 ]
+RAY = [*SERVER, "ray[serve]>=2.60"]
 CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
 
@@ -73,7 +74,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "lora": LORA,
         "plot": PLOT,
-        "ray": [*SERVER, "ray[serve]>=2.40"],
+        "ray": RAY,
         "server": SERVER,
         "tensorboard": ["tensorboard>=2.18"],
         "test": [
@@ -81,7 +82,7 @@ setup(
             *LORA,
             *PLOT,
             *CHAMELEON,
-            *SERVER,
+            *RAY,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
             "hypothesis>=6.100",  # property tests of the image sequences
             "mypy>=2.4,<3",

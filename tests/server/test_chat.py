@@ -135,9 +135,19 @@ def test_an_image_of_a_given_size(chats):
     assert not hasattr(text.choices[0].message, "images")
 
 
-def test_a_client_that_leaves_ends_its_answer(chats, picture):
+def test_a_client_that_leaves_ends_its_answer(chats, picture, monkeypatch):
     served = chats("mixed")
+
+    def count(name: str) -> float:
+        text = served.client.get("/../metrics", cast_to=str)
+        return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[1])
+
     fields = dict(model="mixed", messages=[turn("Add a cat.", picture)], temperature=100.0, **settings(text_top_k=5000))
+    forward = served.engine.pipeline.model.forward
+    monkeypatch.setattr(
+        served.engine.pipeline.model, "forward", lambda *a, **k: (time.sleep(0.02), forward(*a, **k))[1]
+    )
+    before = count("lumina_answer_seconds_count"), count("lumina_cancelled_total")
     stream = served.client.chat.completions.create(**fields, stream=True)
     next(iter(stream))
     stream.close()
@@ -145,6 +155,7 @@ def test_a_client_that_leaves_ends_its_answer(chats, picture):
     while served.engine.running and time.monotonic() < end:
         time.sleep(0.02)
     assert not served.engine.running
+    assert (count("lumina_answer_seconds_count"), count("lumina_cancelled_total")) == (before[0], before[1] + 1)
 
 
 USER = {"role": "user", "content": "Hello"}
