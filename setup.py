@@ -16,7 +16,15 @@ TORCH = "torch>=2.10,<2.14"
 SCENES = ["opencv-python-headless>=4.10"]  # edge and distance maps of the demo checkpoint's training scenes
 LORA = ["peft>=0.17"]
 PLOT = ["matplotlib>=3.8"]
-SERVER = ["fastapi>=0.115", "prometheus_client>=0.21", "python-multipart>=0.0.18", "uvicorn>=0.32"]
+SERVER = [
+    "fastapi>=0.115",
+    "prometheus_client>=0.21",
+    "pydantic>=2.7",
+    "python-multipart>=0.0.18",  # fastapi reads uploads with it
+    "starlette>=0.40",
+    "uvicorn>=0.32",
+]
+RAY = [*SERVER, "ray[serve]>=2.60"]
 CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
 
@@ -66,7 +74,7 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "lora": LORA,
         "plot": PLOT,
-        "ray": [*SERVER, "ray[serve]>=2.40"],
+        "ray": RAY,
         "server": SERVER,
         "tensorboard": ["tensorboard>=2.18"],
         "test": [
@@ -74,9 +82,11 @@ setup(
             *LORA,
             *PLOT,
             *CHAMELEON,
+            *RAY,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
             "hypothesis>=6.100",  # property tests of the image sequences
             "mypy>=2.4,<3",
+            "openai>=1.100",  # the client of the server's tests
             "packaging>=24",  # reads version ranges
             "pytest>=8",
             "pytest-xdist>=3.6",  # runs the tests in two processes

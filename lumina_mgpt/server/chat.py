@@ -65,13 +65,11 @@ def _arguments(
         raise ApiError(f"{rule}; serve a checkpoint that does, or start the server with --text", "model")
     texts = [text for message in fields.messages for text in _texts(message)]
     values.check_length("".join(texts), limits, "messages")
+    values.check_count(sum(map(_pictures, fields.messages)), limits, engine, "messages")  # before any is opened
     turns = [
         (_ROLES[message.role], _parts(message, f"messages.{number}", limits))
         for number, message in enumerate(fields.messages)
     ]
-    values.check_count(
-        sum(not isinstance(part, str) for _, parts in turns for part in parts), limits, engine, "messages"
-    )
     for number, (role, _) in enumerate(turns):
         if role != ("human", "assistant")[number % 2]:
             rule = "must be turns of user and assistant in alternation, the first of them the user's"
@@ -109,6 +107,12 @@ def _settings(fields: ChatFields, limits: Limits) -> dict[str, Any]:
 def _texts(message: Message) -> list[str]:
     content = message.content or ""
     return [content] if isinstance(content, str) else [part.text for part in content if isinstance(part, TextPart)]
+
+
+def _pictures(message: Message) -> int:
+    """Returns the number of pictures of a message."""
+    content = message.content if isinstance(message.content, list) else []
+    return len(message.images) + sum(not isinstance(part, TextPart) for part in content)
 
 
 def _parts(message: Message, param: str, limits: Limits) -> list[Part]:

@@ -25,6 +25,7 @@ FIELDS = {
     "want": "modalities",
     "max_new_tokens": "max_completion_tokens",
 }
+_FIRST = "(number 0)"  # which of several prompts or pictures; the API has one
 _RETRY_AFTER = 5  # seconds after which another process may have taken over
 
 
@@ -69,7 +70,9 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, InputError):
         param = FIELDS.get(error.parameter or "", error.parameter)
-        return ApiError(f"{param} {error.message}" if param else error.message, param, code="invalid_value")
+        message = error.message.removeprefix(_FIRST)
+        between = " " if message == error.message else ""  # of "prompt: the text must ..."
+        return ApiError(f"{param}{between}{message}" if param else message, param, code="invalid_value")
     if isinstance(error, RequestValidationError):
         return invalid(error.errors()[0])
     if isinstance(error, Busy):

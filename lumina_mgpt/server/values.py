@@ -19,6 +19,7 @@ from lumina_mgpt.server.schemas import ChatFields, ImageFields
 
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,")
+_LEAST_SIDE = 32  # pixels of an uploaded picture, as for --image_path
 _SEEDS = 2**32  # a random seed is short enough to be typed
 
 
@@ -113,13 +114,13 @@ def picture_of(content: bytes, limits: Limits, param: str) -> Image.Image:
         ApiError: it cannot be read as a picture, or has more pixels than the limit.
     """
     try:
-        _check_pixels(content, limits, param)
+        _check_sides(content, limits, param)
         return open_image("the upload", BytesIO(content))
     except InputError as error:
         raise ApiError(f"{param}: {error}", param, code="invalid_image") from None
 
 
-def _check_pixels(content: bytes, limits: Limits, param: str) -> None:
+def _check_sides(content: bytes, limits: Limits, param: str) -> None:
     """Reads the header alone. What cannot be read is left to `open_image`, which says why."""
     try:
         with Image.open(BytesIO(content), formats=picture_formats()) as picture:
@@ -129,3 +130,6 @@ def _check_pixels(content: bytes, limits: Limits, param: str) -> None:
     if width * height > limits.pixels:
         rule = f"must have at most {limits.pixels} pixels, got {width}x{height}; shrink it"
         raise ApiError(f"{param} {rule}", param, code="image_too_large")
+    if min(width, height) < _LEAST_SIDE:
+        rule = f"must be at least {_LEAST_SIDE} pixels on each side, got {width}x{height}; give a larger one"
+        raise ApiError(f"{param} {rule}", param, code="image_too_small")

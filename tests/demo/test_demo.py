@@ -161,9 +161,14 @@ def _documented_commands() -> list[list[str]]:
     ]
 
 
+def _documented_python() -> list[str]:
+    """The Python of README.md and docs/, without the clients of a server, which `tests/server/test_command.py` runs."""
+    return [block for block in documents.blocks(documents.guide_text(), "python") if "openai" not in block]
+
+
 def test_the_documents_have_commands_and_python():
     assert len(_documented_commands()) >= 12
-    assert len(documents.blocks(documents.guide_text(), "python")) >= 3
+    assert len(_documented_python()) >= 3
 
 
 @pytest.mark.slow
@@ -184,7 +189,7 @@ def test_documented_commands_run(words, tmp_path):
         Image.open(path).verify()
 
 
-@pytest.mark.parametrize("block", documents.blocks(documents.guide_text(), "python"))
+@pytest.mark.parametrize("block", _documented_python())
 def test_documented_python_runs(block, tmp_path):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     done = subprocess.run(
