@@ -24,6 +24,7 @@ SERVER = [
     "starlette>=0.40",
     "uvicorn>=0.32",
 ]
+PAGE = [*SERVER, "gradio>=6"]  # takes Pillow 12
 RAY = [*SERVER, "ray[serve]>=2.60"]
 CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
@@ -73,6 +74,7 @@ setup(
         "dev": ["pre-commit>=4"],
         "flash": ["flash-attn>=2.6"],
         "lora": LORA,
+        "page": PAGE,
         "plot": PLOT,
         "ray": RAY,
         "server": SERVER,
@@ -82,12 +84,14 @@ setup(
             *LORA,
             *PLOT,
             *CHAMELEON,
+            *PAGE,
             *RAY,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
             "hypothesis>=6.100",  # property tests of the image sequences
             "mypy>=2.4,<3",
             "openai>=1.100",  # the client of the server's tests
             "packaging>=24",  # reads version ranges
+            "playwright>=1.50",  # drives the browser of the page's tests
             "pytest>=8",
             "pytest-xdist>=3.6",  # runs the tests in two processes
             "ruff>=0.17,<0.18",  # a minor version may format differently

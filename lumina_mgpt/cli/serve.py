@@ -1,4 +1,4 @@
-"""Serves a checkpoint over HTTP, with OpenAI's API for images and chat.
+"""Serves a checkpoint over HTTP, with a page at `/` and OpenAI's API for images and chat.
 
     lumina-mgpt serve --open
     lumina-mgpt serve --model_path Alpha-VLLM/Lumina-mGPT-2.0 --host 0.0.0.0 --api_key KEY
@@ -7,16 +7,22 @@ The first signal (Ctrl-C) refuses the requests that wait and finishes those that
 """
 
 import argparse
+import functools
 import ipaddress
 import os
 import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumina_mgpt import cli
 from lumina_mgpt.checks import whole_number
 from lumina_mgpt.errors import InputError, package_error
+
+if TYPE_CHECKING:
+    from lumina_mgpt.server.app import Page
+    from lumina_mgpt.server.limits import Limits
 
 KEY_VARIABLE = "LUMINA_MGPT_API_KEY"
 _MODULES = ("fastapi", "uvicorn", "multipart", "python_multipart", "prometheus_client", "starlette", "pydantic")
@@ -36,6 +42,7 @@ def build_parser() -> cli.Parser:
         "--api_key", help=f"key that clients must send (default: the variable {KEY_VARIABLE}; without it, no key)"
     )
     group.add_argument("--model_name", help="name of the model in the API (default: last part of --model_path)")
+    group.add_argument("--no_page", action="store_true", help="serve the API alone, without the page at /")
     group.add_argument("--text", action="store_true", help="load what the model needs to write text, for chat")
     group = parser.add_argument_group("batches and limits")
     group.add_argument(
@@ -75,7 +82,7 @@ def serve(args: argparse.Namespace) -> None:
         name = args.model_name or Path(args.model_path).name or "lumina-mgpt"
         engine = Engine(pipeline, name, args.batch_size, args.max_queue)
         limits = Limits(args.max_body * _MIB, args.max_pixels, args.max_n, args.max_prompt)
-        url = address(listener)
+        url, page = address(listener), None if args.no_page else _page(args, limits)
 
         def ready() -> None:
             print(f"{name} at {url}; {url}/docs describes the API; Ctrl-C stops", flush=True)
@@ -85,9 +92,33 @@ def serve(args: argparse.Namespace) -> None:
         if key is None and not _is_local(listener.getsockname()[0]):
             print("hint: everyone in the network can use this server; --api_key asks for a key", file=sys.stderr)
         try:
-            Server(create_app(engine, limits=limits, api_key=key), engine, ready).run([listener])
+            Server(create_app(engine, page, limits=limits, api_key=key), engine, ready).run([listener])
         finally:
             engine.close()
+
+
+def _page(args: argparse.Namespace, limits: "Limits") -> "Page | None":
+    """Returns what mounts the page; None, with a hint, if Gradio is not installed."""
+    try:
+        from lumina_mgpt.page.mount import mount
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        print("hint: pip install 'lumina-mgpt[page]' adds a page for browsers", file=sys.stderr)
+        return None
+    return functools.partial(mount, options=_checkpoint_options(args), limits=limits)
+
+
+def _checkpoint_options(args: argparse.Namespace) -> list[str]:
+    """Returns the options about checkpoint and device that differ from their defaults."""
+    parser = cli.Parser()
+    cli.add_checkpoint_options(parser)
+    words = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value != action.default:
+            words += [action.option_strings[0]] + ([] if value is True else [str(value)])
+    return words
 
 
 def _is_local(host: str) -> bool:

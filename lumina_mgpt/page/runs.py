@@ -1,8 +1,8 @@
 """Requests of the page to the engine, as streams of what the page shows. Every stream can be stopped."""
 
+import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -56,6 +56,32 @@ class Desk:
             self.stop(*key)
 
 
+async def _paced(ticket: Ticket, take: Callable[[Event], None]) -> AsyncIterator[None]:
+    """Calls `take` with each event, and yields after events, at most once in _INTERVAL seconds.
+
+    Raises:
+        Exception: the error of the request.
+    """
+    changed = asyncio.Event()
+
+    async def read() -> None:
+        async for event in ticket:
+            take(event)
+            changed.set()
+
+    reader = asyncio.create_task(read())
+    reader.add_done_callback(lambda _: changed.set())
+    try:
+        while not reader.done():
+            await changed.wait()
+            changed.clear()
+            yield
+            await asyncio.wait((reader,), timeout=_INTERVAL)
+        await reader
+    finally:
+        reader.cancel()
+
+
 @dataclass(frozen=True)
 class Images:
     """The images of a request as far as they are sampled.
@@ -101,27 +127,27 @@ async def stream_images(
     count, given = len(request.jobs), layout.given // layout.cols
     pictures: list[Image.Image | None] = [None] * count
     results: list[Result | None] = [None] * count
-    rows, shown = [given] * count, 0.0
+    rows = [given] * count
 
     def view(over: bool = False) -> Images:
         numbers = sum(rows) - given * count, (layout.rows - given) * count
         return Images(tuple(pictures), tuple(results), numbers, over)
 
+    def take(event: Event) -> None:
+        if isinstance(event, Progress):
+            rows[event.image] = event.rows
+            if event.picture is not None:
+                pictures[event.image] = returned(event.picture, request)
+        elif isinstance(event, Finished):
+            result, rows[event.image] = event.result, layout.rows
+            results[event.image] = result
+            pictures[event.image] = _described(returned(result.image, request), prepared, result)
+
     ticket = engine.submit(prepared, previews=min(layout.rows, PREVIEWS))
     async with desk.running(*place, ticket):
         yield view()
-        async for event in ticket:
-            if isinstance(event, Progress):
-                rows[event.image] = event.rows
-                if event.picture is not None:
-                    pictures[event.image] = returned(event.picture, request)
-            elif isinstance(event, Finished):
-                result, rows[event.image] = event.result, layout.rows
-                results[event.image] = result
-                pictures[event.image] = _described(returned(result.image, request), prepared, result)
-            if time.monotonic() - shown > _INTERVAL:
-                yield view()
-                shown = time.monotonic()
+        async for _ in _paced(ticket, take):
+            yield view()
     yield view(over=True)
 
 
@@ -160,19 +186,23 @@ async def stream_reply(desk: Desk, place: tuple[str, str], ticket: Ticket) -> As
         InputError, Busy, Closing: as the ticket.
     """
     parts: list[str | Image.Image | AnswerImage] = []
-    answer, rows, shown = None, None, 0.0
+    answer: Answer | None = None
+    rows: tuple[int, int] | None = None
+
+    def take(event: Event) -> None:
+        nonlocal answer, rows
+        _take(parts, event)
+        if isinstance(event, End):
+            answer = event.answer
+        if isinstance(event, Progress):
+            rows = event.rows, event.of
+        elif not isinstance(event, RowDone):
+            rows = None
+
     async with desk.running(*place, ticket):
         yield Reply()
-        async for event in ticket:
-            _take(parts, event)
-            answer = event.answer if isinstance(event, End) else answer
-            if isinstance(event, Progress):
-                rows = event.rows, event.of
-            elif not isinstance(event, RowDone):
-                rows = None
-            if time.monotonic() - shown > _INTERVAL:
-                yield Reply(tuple(parts), rows)
-                shown = time.monotonic()
+        async for _ in _paced(ticket, take):
+            yield Reply(tuple(parts), rows)
     yield Reply(tuple(parts), rows, answer, over=True)
 
 

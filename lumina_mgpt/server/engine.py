@@ -138,9 +138,7 @@ class Engine:
         self._enqueue([Work(order, job, image) for image, job in enumerate(prepared.request.jobs)])
         return ticket
 
-    def chat(
-        self, turns: Sequence[tuple[str, Sequence[str | Panel]]], *, previews: int = 0, **settings: Any
-    ) -> Ticket:
+    def chat(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], *, previews: int = 0, **settings: Any) -> Ticket:
         """Accepts a conversation that the model answers. The events of the ticket are those of `Pipeline.chat`.
 
         Args:

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
 SCRIPTS = ("generate_examples", "scripts")
 # Part of the package that only works with an extra -> the extra.
-PARTS = {"server": "ray"}
+PARTS = {"page": "page", "server": "ray"}
 LOCAL = {"lumina_mgpt"} | {path.stem for folder in (*SCRIPTS, "tests") for path in (ROOT / folder).rglob("*.py")}
 
 

@@ -50,6 +50,7 @@ LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts"
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
 LAYERS["server"] = set(LAYERS) - {"console", "launcher", "autotune", "data", "training"}
+LAYERS["page"] = set(LAYERS) - {"autotune", "console", "data", "launcher", "model", "sampling", "training", "vqgan"}
 LAYERS["cli"] = set(LAYERS)
 LAYERS["__main__"] = {"cli"}
 PRINTERS = {"cli", "__main__"}
