@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 from server_runs import PATIENCE
 
 from lumina_mgpt.server.engine import Engine
@@ -91,9 +91,8 @@ class Shown:
 
 
 @contextlib.contextmanager
-def shown(browser: Browser, engine: Engine, url: str, size: dict[str, int] = DESKTOP) -> Iterator[Shown]:
-    """Opens a page in a new context of the browser."""
-    context = browser.new_context(viewport=size)
+def shown(context: BrowserContext, engine: Engine, url: str) -> Iterator[Shown]:
+    """Opens a page in the browser."""
     page, requests = context.new_page(), list[str]()
     page.on("request", lambda request: requests.append(request.url))
     page.goto(url)
@@ -101,7 +100,7 @@ def shown(browser: Browser, engine: Engine, url: str, size: dict[str, int] = DES
     try:
         yield Shown(page, engine, url, requests)
     finally:
-        context.close()
+        page.close()
 
 
 @dataclass

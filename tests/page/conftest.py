@@ -1,13 +1,14 @@
 """A headless browser, and running pages of small checkpoints."""
 
+import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from page_runs import FLAGS, Pause, Shown, shown
-from playwright.sync_api import Browser, sync_playwright
+from page_runs import DESKTOP, FLAGS, Pause, Shown, shown
+from playwright.sync_api import Browser, BrowserContext, sync_playwright
 from server_runs import PATIENCE, serving
 
 from lumina_mgpt import Checkpoint, Pipeline
@@ -27,6 +28,12 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
+def desktop(browser) -> Iterator[BrowserContext]:
+    with contextlib.closing(browser.new_context(viewport=DESKTOP)) as context:
+        yield context
+
+
+@pytest.fixture(scope="session")
 def served_tiny(tiny_checkpoint) -> Iterator[tuple[str, Engine]]:
     engine = Engine(Pipeline.from_pretrained(tiny_checkpoint, "cpu"), "tiny")
     options = ("--model_path", str(tiny_checkpoint))
@@ -36,8 +43,8 @@ def served_tiny(tiny_checkpoint) -> Iterator[tuple[str, Engine]]:
 
 
 @pytest.fixture
-def tiny(browser, served_tiny) -> Iterator[Shown]:
-    with shown(browser, served_tiny[1], served_tiny[0]) as page:
+def tiny(desktop, served_tiny) -> Iterator[Shown]:
+    with shown(desktop, served_tiny[1], served_tiny[0]) as page:
         yield page
 
 
@@ -52,8 +59,8 @@ def served_chat(oracle_v1_checkpoint) -> Iterator[tuple[str, Engine]]:
 
 
 @pytest.fixture
-def chat(browser, served_chat) -> Iterator[Shown]:
-    with shown(browser, served_chat[1], served_chat[0]) as page:
+def chat(desktop, served_chat) -> Iterator[Shown]:
+    with shown(desktop, served_chat[1], served_chat[0]) as page:
         yield page
 
 
