@@ -11,7 +11,7 @@ from lumina_mgpt.server.app import create_app
 from lumina_mgpt.server.engine import Engine
 from lumina_mgpt.server.running import Server, address, open_socket
 
-PATIENCE = 25  # seconds for what takes one on an idle machine
+PATIENCE = 60  # seconds for what takes one on an idle machine
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from lumina_mgpt.page.chat_part import ChatPart
 from lumina_mgpt.page.edit_part import EditPart
@@ -95,17 +96,18 @@ def mount(app: FastAPI, engine: Engine, options: Sequence[str] = (), limits: Lim
         css=_CSS,
     )
     app.add_middleware(UploadsOnly)
-    _end_with(app, blocks, engine)
+    _end_with(app, engine)
 
 
-def _end_with(app: FastAPI, blocks: gr.Blocks, engine: Engine) -> None:
+def _end_with(app: FastAPI, engine: Engine) -> None:
     """Ends the connections of open pages when the engine shuts down: the server waits for them."""
-    old, page = app.router.lifespan_context, blocks.app
+    old = app.router.lifespan_context
+    page = next(route.app for route in reversed(app.routes) if isinstance(route, Mount))
 
     async def watch() -> None:
         while engine.alive:
             await asyncio.sleep(_POLL)
-        page.stop_event.set()
+        page.stop_event.set()  # type: ignore[attr-defined]
 
     @asynccontextmanager
     async def lifespan(of: FastAPI) -> AsyncIterator[Any]:
