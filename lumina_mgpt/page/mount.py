@@ -32,7 +32,8 @@ _CSS = """
 .set { grid-area: set; }
 @media (max-width: 760px) { .work { grid-template: "ask" auto "made" auto "set" auto / 100%; } }
 .images .grid-wrap { max-height: none !important; height: auto !important; overflow: visible !important; }
-.turns img { width: 256px !important; max-width: 100% !important; height: auto !important; object-fit: contain !important; }
+.turns img { width: 256px !important; max-width: 100% !important; height: auto !important; }
+.turns img { object-fit: contain !important; }
 button[title="Share"] { display: none !important; }
 .status p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .status .error { color: #b91c1c; font-weight: 600; }
