@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from lumina_mgpt.conversation import AnswerStream
 from lumina_mgpt.errors import InputError
@@ -35,37 +35,23 @@ QUEUE_LIMIT = 256  # images and answers that wait
 GATHER_SECONDS = 0.02  # an idle engine waits this long for requests that arrive together
 
 
-class Observer(Protocol):
-    """What wants to know about the engine's work, such as metrics. Its methods must be fast and must not raise."""
-
-    def batch(self, images: int) -> None: ...
-
-    def image(self, seconds: float, codes: int) -> None: ...
-
-    def answer(self, seconds: float, ids: int) -> None: ...
-
-    def cancelled(self) -> None: ...
-
-    def refused(self) -> None: ...
-
-
-class Silent:
-    """An observer that ignores everything."""
+class Observer:
+    """Is told about the engine's work, and ignores it. A subclass counts; its methods must be fast and must not raise."""
 
     def batch(self, images: int) -> None:
-        pass
+        """A batch of images begins."""
 
     def image(self, seconds: float, codes: int) -> None:
-        pass
+        """An image is finished, so many seconds after its request."""
 
     def answer(self, seconds: float, ids: int) -> None:
-        pass
+        """An answer is finished."""
 
     def cancelled(self) -> None:
-        pass
+        """A request is cancelled before its end."""
 
     def refused(self) -> None:
-        pass
+        """A request is refused because the queue is full."""
 
 
 @dataclass
@@ -99,7 +85,7 @@ class Engine:
     ) -> None:
         self.pipeline, self.checkpoint, self.name = pipeline, pipeline.checkpoint, name
         self.queue_limit = queue_limit
-        self.observer: Observer = Silent()
+        self.observer = Observer()
         self._batch_size, self._gather = batch_size, gather
         self._changed = threading.Condition()
         self._queue: deque[Work | _Chat] = deque()
