@@ -36,7 +36,7 @@ GATHER_SECONDS = 0.02  # an idle engine waits this long for requests that arrive
 
 
 class Observer:
-    """Is told about the engine's work, and ignores it. A subclass counts; its methods must be fast and must not raise."""
+    """Is told about the engine's work, and ignores it. Methods of a subclass must be fast and must not raise."""
 
     def batch(self, images: int) -> None:
         """A batch of images begins."""
