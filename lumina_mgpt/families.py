@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
@@ -35,6 +36,9 @@ class Family:
         tasks: name -> task whose images are all generated.
         i2i_tasks: name -> task with a given picture.
         sampling: default values of `SamplingConfig`, where they differ from those of the class.
+        plain_share: share of text-to-image training records whose instruction does not name the size of the image.
+        drops_earlier_images: whether training also drops the context of sequences with several images; see
+            `unirep.drop_context`.
     """
 
     generation: int
@@ -43,12 +47,19 @@ class Family:
     image_code_offset: int
     num_image_codes: int
     codes_are_named: bool
-    image_tokenizer: str
+    image_tokenizer: Literal["vqgan", "movqgan"]
     context: int
     answers_in_text: bool
     tasks: Mapping[str, Task]
     i2i_tasks: Mapping[str, Task]
     sampling: Mapping[str, float] = field(default_factory=dict)
+    plain_share: float = 0.0
+    drops_earlier_images: bool = False
+
+    @property
+    def has_panels(self) -> bool:
+        """Whether an image of some task consists of several panels, one above the other."""
+        return any(task.panels > 1 for task in (*self.tasks.values(), *self.i2i_tasks.values()))
 
     def task(self, name: str, i2i: bool = False) -> Task:
         """Returns the task of this name.
@@ -83,6 +94,7 @@ FIRST = Family(
     tasks=FIRST_TASKS,
     i2i_tasks=FIRST_I2I_TASKS,
     sampling=MappingProxyType({"top_k": 2000}),
+    drops_earlier_images=True,  # as the paper says; the released code drops no context
 )
 SECOND = Family(
     generation=2,
@@ -96,6 +108,7 @@ SECOND = Family(
     answers_in_text=False,
     tasks=TASKS,
     i2i_tasks=I2I_TASKS,
+    plain_share=0.1,
 )
 FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
 

@@ -46,13 +46,15 @@ class SampleImages:
         self.prompts, named = read_prompts(None, options.sample_prompts, "sample_prompts"), "sample_prompts"
         if not self.prompts:
             self.prompts, named = example_prompts(folder), str(folder / PROMPTS_FILE)
-        self.checkpoint = Checkpoint(
-            folder, model.config, vocabulary, find_image_tokenizer(folder, options.movqgan_path)
-        )
+        kind = model.config.family.image_tokenizer
+        path = find_image_tokenizer(folder, options.movqgan_path, kind)
+        self.checkpoint = Checkpoint(folder, model.config, vocabulary, path)
         self.images = None
         if processes.first:
-            self.images = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, processes.device)
-            self.images.require_codes(model.config, self.checkpoint.movqgan_path)
+            self.images = ImageTokenizer.from_checkpoint(path, processes.device)
+            self.images.require_codes(model.config, path, kind)
+            self.images.require_cell(model.config.family.cell, folder, kind)
+            self.images.require_decoder()
         self.checkpoint.prompt_ids(self.prompts, self.checkpoint.layout(), parameter=named)
 
     @torch.no_grad()

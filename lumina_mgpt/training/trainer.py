@@ -14,12 +14,13 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.seeding import seed_of
-from lumina_mgpt.data.sources import read_sources
+from lumina_mgpt.data.sources import read_sources, require_known_panels
 from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.families import Family
 from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training import base, loading, run_folder
+from lumina_mgpt.training import base, identity, loading, run_folder
 from lumina_mgpt.training.adapters import choose_trained
 from lumina_mgpt.training.distributed import Processes, clip_gradients, place
 from lumina_mgpt.training.export import keep_companions
@@ -35,19 +36,6 @@ from lumina_mgpt.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Options that must not change when a run resumes: with them, a position means the same data and weights.
-_IDENTITY = (
-    "seed",
-    "batch_size",
-    "max_tokens",
-    "pad_multiple",
-    "pack",
-    "optimizer",
-    "lora_rank",
-    "lora_alpha",
-    "freeze_embeddings",
-)
-
 
 def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
     """Returns the model to train, the folder of its tokenizer, and what `base.describe` returns for its base.
@@ -56,7 +44,7 @@ def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
     frozen weights in a wider format.
 
     Raises:
-        InputError: the model cannot be loaded or has int4 weights.
+        InputError: the model cannot be loaded or has int4 weights, or an option does not apply to it.
     """
     options = settings.model
     if options.init_from:
@@ -71,6 +59,10 @@ def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
         folder = Path(str(options.tokenizer_path))
         model = Transformer(config)
         model.init_weights(torch.Generator().manual_seed(settings.runtime.seed))
+    if options.zero_image_head:
+        base.zero_image_head(model)
+    if settings.regularization.spare_panel and not model.config.family.has_panels:
+        raise InputError(f"must be 0 for {model.config.family.name}, whose images have no panels", "spare_panel")
     described = base.describe(settings, folder)
     folder = Path(options.tokenizer_path) if options.tokenizer_path else folder
     dropout, z_loss_weight = settings.regularization.dropout, settings.regularization.z_loss_weight
@@ -94,8 +86,8 @@ class Trainer:
         self.start, sources = self._checkpoint_to_resume(), read_sources(settings.data.data_config)
         model, self.tokenizer_folder, self.base = build_model(settings)
         vocabulary = Vocabulary.from_folder(self.tokenizer_folder, model.config)
-        self.dataset, self.feed = self._read_data(sources, vocabulary)
-        longer = self.dataset.lengths.max() > model.config.max_position_embeddings
+        self.dataset, self.feed = self._read_data(sources, vocabulary, model.config.family)
+        longer = self.dataset.lengths.max() > model.config.context
         if longer and not model.config.rope_scaling:  # the exported model must accept the lengths it was trained on
             model.config = replace(model.config, max_position_embeddings=settings.data.max_seq_len)
         self._prepare_model(model)
@@ -113,10 +105,12 @@ class Trainer:
             self._resume(self.start)
         self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, logs.tensorboard)
 
-    def _read_data(self, sources: list, vocabulary: Vocabulary) -> tuple[TokenDataset, Feed]:
+    def _read_data(self, sources: list, vocabulary: Vocabulary, family: Family) -> tuple[TokenDataset, Feed]:
         data, processes = self.settings.data, self.processes
+        require_known_panels(sources, family)
         longest = data.max_seq_len if data.overlong == "drop" else 0
-        dataset = TokenDataset(sources, vocabulary, self.settings.runtime.seed, longest)
+        seed, several = self.settings.runtime.seed, family.drops_earlier_images
+        dataset = TokenDataset(sources, vocabulary, seed, longest, several)
         dataset.check(data.max_seq_len)
         size = BatchSize(data.batch_size, data.max_tokens, data.pad_multiple, data.pack)
         size.check(int(dataset.lengths.max()))
@@ -176,13 +170,7 @@ class Trainer:
         return found
 
     def _identity(self) -> dict:
-        options, model = self.settings.flat(), asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
-        return {name: options[name] for name in _IDENTITY} | {
-            "data_config": self.dataset.fingerprint(),
-            "ema": self.ema is not None,
-            "model_config": model,
-            "frozen": self.frozen,
-        }
+        return identity.of(self.settings, self.model.config, self.dataset.fingerprint(), self.frozen)
 
     def _state(self) -> dict:
         return {
@@ -222,16 +210,7 @@ class Trainer:
         wanted = stored.get("frozen")
         if self.frozen and not wanted and self.processes.first:
             logger.warning("%s does not say what its frozen weights were: they cannot be compared", path)
-        defaults = {name: item.default for name, item in TrainingConfig.options().items()}
-        stored = defaults | stored  # earlier versions lack some options
-        own = self._identity()
-        differs = [name for name in own if name != "frozen" and stored.get(name) != own[name]]
-        if differs:
-            named = [f"{name}={stored[name]}" if name in _IDENTITY else name for name in differs]
-            raise InputError(
-                f"{path} is of a run with another value: {', '.join(named)}; use the same, or a new output folder",
-                "resume",
-            )
+        identity.require_same(path, stored, self._identity())
         base.check(self.frozen, wanted, self.settings.model.init_from)
 
     def save(self) -> None:
