@@ -257,7 +257,17 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     return (stacked.permute(0, 3, 1, 2).float() / 255 * 2 - 1).contiguous()
 
 
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """RGB images of pixels, clamped to [-1, 1]. Shapes: pixels (B, 3, H, W)."""
-    values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def to_images(pixels: Tensor, truncate: bool = False) -> list[Image.Image]:
+    """RGB images of pixels, clamped to [-1, 1]. Shapes: pixels (B, 3, H, W).
+
+    Differs from the reference: the released code of the first generation cuts fractions off, which makes half of all
+    values one lower. This rounds them.
+
+    Args:
+        truncate: cut fractions off, in the operations of the released code, to compare with its images.
+    """
+    if truncate:
+        values = ((pixels.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
+    else:
+        values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]

@@ -1,9 +1,10 @@
-"""Trains a small MoVQGAN on folders of pictures, on a CPU, in a given number of minutes.
+"""Trains a small image tokenizer on folders of pictures, on a CPU, in a given number of minutes.
 
 lumina-mgpt train-movqgan --images work/demo/pictures/single=3 work/demo/pictures/maps=1 --out_dir work/movqgan
 
-The command writes `movqgan.safetensors` to --out_dir. Its tensors have the same names as in the released MoVQGAN files.
-To resume after a stop, run the same command again.
+By default it is a MoVQGAN, as in the second generation, with 8 x 8 pixels a code: `movqgan.safetensors` in --out_dir.
+With --norms plain it is a VQGAN, as in the first generation, with 16 x 16 pixels a code: `vqgan.safetensors`. The
+tensors have the same names as in the released files. To resume after a stop, run the same command again.
 """
 
 import argparse
@@ -14,8 +15,13 @@ from pathlib import Path
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
 
+# By norms: multiples of `ch` by level as in the released files, and channels of a code. MoVQGAN's codes have 4 as well,
+# Chameleon's 256; fewer suit small models.
+LEVELS = {"spatial": (1, 2, 2, 4), "plain": (1, 1, 2, 2, 4)}
+CODE_CHANNELS = {"spatial": 4, "plain": 8}
 SIZES = {"ch": 32, "blocks": 1, "num_codes": 2048}
-LARGEST = {"ch": 512, "blocks": 16, "num_codes": 65536, "threads": 1024, "minutes": 1e6, "lr": 10.0}
+OF_THE_FILE = ("norms", "mult", "z_channels", *SIZES)  # what the file of --decoder_of determines
+LARGEST = {"ch": 512, "blocks": 16, "num_codes": 65536, "z_channels": 1024, "threads": 1024, "minutes": 1e6, "lr": 10.0}
 MEANING = {
     "ch": "width of the finest level, a multiple of 32",
     "blocks": "residual blocks a level",
@@ -49,6 +55,20 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--minutes", type=cli.number, default=45.0, help="length of the training")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=cli.whole, help=f"{MEANING[name]} (default: {value})")
+    parser.add_argument(
+        "--norms",
+        choices=tuple(LEVELS),
+        help="norms of the decoder: spatial, a MoVQGAN with 8 x 8 pixels a code; plain, a VQGAN with 16 x 16 (default: "
+        "spatial)",
+    )
+    parser.add_argument(
+        "--mult",
+        type=cli.whole,
+        nargs="+",
+        metavar="N",
+        help="width of each level from fine to coarse, as a multiple of --ch (default: 1 2 2 4; plain: 1 1 2 2 4)",
+    )
+    parser.add_argument("--z_channels", type=cli.whole, help="channels of a code (default: 4; plain: 8)")
     parser.add_argument("--decoder_of", help="trained weights: train only their decoder; codes keep their meaning")
     parser.add_argument("--lr", type=cli.number, default=3e-3, help="peak learning rate")
     parser.add_argument("--threads", type=cli.whole, default=2, help="CPU threads")
@@ -56,15 +76,28 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def train(args: argparse.Namespace) -> None:
-    for name, value in SIZES.items():
-        if args.decoder_of and getattr(args, name) is not None:
-            raise InputError(
-                f"{getattr(args, name)} means nothing with --decoder_of, whose file has its sizes; leave it out", name
-            )
+def check_sizes(args: argparse.Namespace) -> None:
+    """Replaces the sizes that were not given by their defaults, and checks all of them."""
+    for name in OF_THE_FILE:
+        value = getattr(args, name)
+        if args.decoder_of and value is not None:
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(f"{shown} means nothing with --decoder_of, whose file determines it; leave it out", name)
+    args.norms = args.norms or "spatial"
+    defaults = {**SIZES, "mult": LEVELS[args.norms], "z_channels": CODE_CHANNELS[args.norms]}
+    for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.ch < 32 or args.ch % 32:
         raise InputError(f"must be a multiple of 32 (group norm has 32 groups), got {args.ch}; try 32", "ch")
+    levels, got = LEVELS[args.norms], " ".join(map(str, args.mult))
+    if len(args.mult) != len(levels) or not all(1 <= multiple <= 16 for multiple in args.mult):
+        cell, example = 2 ** (len(levels) - 1), " ".join(map(str, levels))
+        rule = f"must be {len(levels)} numbers in 1 ... 16 for {args.norms} norms ({cell} x {cell} pixels a code)"
+        raise InputError(f"{rule}, got {got}; try {example}", "mult")
+
+
+def train(args: argparse.Namespace) -> None:
+    check_sizes(args)
     for name, largest in LARGEST.items():
         if not 0 < getattr(args, name) <= largest:
             raise InputError(f"must be above 0 and at most {largest:g}, got {getattr(args, name)}", name)
@@ -81,7 +114,17 @@ def train(args: argparse.Namespace) -> None:
     from lumina_mgpt.vqgan.model import VQGANConfig
 
     torch.set_num_threads(args.threads)
-    config = VQGANConfig(ch=args.ch, blocks=args.blocks, num_codes=args.num_codes)
+    spatial, last = args.norms == "spatial", len(args.mult) - 1
+    config = VQGANConfig(
+        ch=args.ch,
+        blocks=args.blocks,
+        mult=tuple(args.mult),
+        z_channels=args.z_channels,
+        embed_dim=args.z_channels,
+        num_codes=args.num_codes,
+        attention_levels=(last,) if spatial else (),  # as in the released files
+        spatial=spatial,
+    )
     settings = MoVQGANTrainingConfig(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
     ImageTokenizerTrainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
 

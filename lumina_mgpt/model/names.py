@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-UNUSED_PREFIX = "model.vqmodel."  # Chameleon's image tokenizer: in released files, read by no program
+# Chameleon's image tokenizer without its decoder, in files of the language model. The transformer does not use it.
+UNUSED_PREFIX = "model.vqmodel."
 HEAD = "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, SINGLE_PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
@@ -19,6 +20,9 @@ COMPANIONS = (
     "prompts.txt",
     "movqgan*.safetensors",
     "*movqgan*.ckpt",
+    "vqgan*.safetensors",
+    "vqgan*.ckpt",
+    "original_tokenizers/vqgan.ckpt",  # as in the hub's Alpha-VLLM/Chameleon_7B_mGPT
 )
 
 _SHOWN = 5

@@ -89,6 +89,23 @@ def load_model(
     return model.eval()
 
 
+def read_prefixed(folder: str | Path, prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint's weight files whose names begin with `prefix`, which the result leaves out.
+
+    The result is empty if there are none. Other tensors are not read.
+
+    Raises:
+        InputError: the folder holds no weights, a file is damaged, or two files hold one name.
+    """
+    shards = find_weights(Path(folder))
+    _shapes(shards)  # checks that no name is there twice
+    found = {}
+    for shard in shards:
+        with open_weights(shard) as (names, read):
+            found.update({name.removeprefix(prefix): read(name) for name in names if name.startswith(prefix)})
+    return found
+
+
 def _int4_group(folder: Path, config: ModelConfig, quant: int | None) -> int | None:
     """Returns the number of weights that share a scale, as requested or as in the file; None for plain weights."""
     stored = config.int4_group

@@ -95,7 +95,7 @@ def keep_companions(source: str | Path, output_dir: Path) -> None:
         source: folder of the tokenizer that the run uses.
     """
     for file in companions_of(Path(source)):
-        if "movqgan" not in file.name:
+        if "vqgan" not in file.name:
             (output_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
             write_atomic(output_dir / "tokenizer" / file.name, file.read_bytes())
 
@@ -133,7 +133,7 @@ def _all_companions(output_dir: Path, settings: TrainingConfig, described: dict 
     image_tokenizer = [Path(named)] if named else []
     for source in sources:
         if not any(file.is_file() for file in image_tokenizer):
-            image_tokenizer = [file for file in companions_of(source) if "movqgan" in file.name]
+            image_tokenizer = [file for file in companions_of(source) if "vqgan" in file.name]
     image_tokenizer = [file for file in image_tokenizer if file.is_file()]
     if not image_tokenizer:
         logger.warning(

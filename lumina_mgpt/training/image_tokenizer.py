@@ -1,4 +1,4 @@
-"""Trains a MoVQGAN on a CPU.
+"""Trains an image tokenizer of either kind, a MoVQGAN or a VQGAN with plain norms, on a CPU.
 
 The first steps train an autoencoder without codes. K-means then initializes the codes, and moving averages update them.
 The loss has no perceptual or adversarial term, since these need other trained networks. L1 and L2 errors and a term on
@@ -194,6 +194,16 @@ class ConvMuon:
         self.muon.load_state_dict(state["muon"])
 
 
+def _load_trained(path: str) -> VQGAN:
+    try:
+        model = VQGAN.from_state_dict(load_state_dict(path))
+    except InputError as error:
+        raise InputError(str(error), "decoder_of") from None
+    if not model.config.decoder:
+        raise InputError(f"must name weights with a decoder, but {path} has the encoder only", "decoder_of")
+    return model
+
+
 class ImageTokenizerTrainer:
     """Trains an image tokenizer in one process for a given time; resumes from the state in `out_dir` if there is one.
 
@@ -209,10 +219,7 @@ class ImageTokenizerTrainer:
         torch.manual_seed(settings.seed)
         self.model, self.settings, self.pictures, self.out_dir = VQGAN(config), settings, pictures, out_dir
         if settings.decoder_of:
-            try:
-                self.model = VQGAN.from_state_dict(load_state_dict(settings.decoder_of))
-            except InputError as error:
-                raise InputError(str(error), "decoder_of") from None
+            self.model = _load_trained(settings.decoder_of)
             self.model.float().train().requires_grad_(True)
             for part in (self.model.encoder, self.model.quant_conv):
                 part.requires_grad_(False)
@@ -252,7 +259,7 @@ class ImageTokenizerTrainer:
         logger.info("resumed at step %d, %.1f minutes", self.step, self.elapsed / 60)
 
     def save(self) -> None:
-        """Writes the state as `training.pt`, and the weights as `movqgan.safetensors`.
+        """Writes the state as `training.pt`, and the weights as `movqgan.safetensors` or `vqgan.safetensors`.
 
         Raises:
             InputError: the folder cannot be written.
@@ -270,7 +277,7 @@ class ImageTokenizerTrainer:
         try:
             torch.save(state, temporary)
             temporary.replace(self.state_path)
-            export(self.model, self.out_dir / "movqgan.safetensors")
+            export(self.model, self.out_dir / f"{self.model.config.kind}.safetensors")
         except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -323,7 +330,7 @@ class ImageTokenizerTrainer:
             InputError: the disk is full, the loss is not finite, or the time ends before the codes are initialized.
         """
         budget = self.settings.minutes * 60
-        bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc="movqgan")
+        bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc=self.model.config.kind)
         last_save, psnr = self.elapsed, None
         log = self.out_dir / "log.jsonl"
         keep_until(log, self.step)

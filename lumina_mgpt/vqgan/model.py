@@ -1,15 +1,19 @@
-"""MoVQGAN (Zheng et al. 2022, "MoVQ: Modulating Quantized Vectors for High-Fidelity Image Generation").
+"""VQGAN, the image tokenizer of both generations: encoder, codebook and decoder.
 
-The encoder is that of VQGAN. It halves the resolution between levels, so with four levels a latent cell covers 8 x 8
-pixels. Every norm of the decoder is a group norm. Its scale and shift are 1x1 convolutions of the quantized latent.
+The first generation has Chameleon's VQGAN (Esser et al. 2021, "Taming Transformers for High-Resolution Image
+Synthesis", arXiv 2012.09841): five levels, 16 x 16 pixels a latent cell, attention in the middle block only, plain
+group norms. The second has MoVQGAN (Zheng et al. 2022, "MoVQ: Modulating Quantized Vectors for High-Fidelity Image
+Generation", arXiv 2209.09002): four levels, 8 x 8 pixels a cell, attention also in the coarsest level. Scale and shift
+of the norms in its decoder are 1x1 convolutions of the quantized latent. Both have the same kinds of layers otherwise.
 
-Module names are the keys of the released state dict: `encoder.*`, `decoder.*`, `quantize.embedding.weight`,
+Module names are the keys of the released state dicts: `encoder.*`, `decoder.*`, `quantize.embedding.weight`,
 `quant_conv.*`, `post_quant_conv.*`.
 
 Shape letters: B batch, C channels, Z latent channels; h, w latent cells; H, W pixels or positions of a feature map.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +21,20 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.vqgan.layers import AttentionBlock, Norm, ResnetBlock, convolve, make_norm
 
+Kind = Literal["movqgan", "vqgan"]  # the image tokenizer of the second generation, and of the first
 _IGNORED = ("loss.", "ema_", "model_ema.", "quantize.embedding.cluster", "quantize.embedding.embed_avg")
-_GROUPS = 32  # of all group norms
 _CHUNK_CELLS = 4096  # cells whose distances to all codes are computed at once: 256 MiB for 16,384 codes
 
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Sizes of a VQGAN. Of the released files, 67M has (ch, blocks) = (128, 2), 102M (128, 4) and 270M (256, 2).
+    """Sizes of a VQGAN.
+
+    Of the released MoVQGAN files, 67M has (ch, blocks) = (128, 2), 102M (128, 4) and 270M (256, 2). The other defaults
+    are theirs too. Chameleon's file has (128, 2), mult (1, 1, 2, 2, 4), 256 channels of latent and codes, 8192 codes,
+    no attention levels, plain norms.
 
     Attributes:
         ch: channels of the first feature map.
@@ -35,6 +44,8 @@ class VQGANConfig:
         embed_dim: width of a codebook entry.
         num_codes: number of codebook entries.
         attention_levels: indices of the levels with attention.
+        spatial: whether the quantized latent modulates the norms of the decoder, as in MoVQGAN. If not, they are plain.
+        decoder: whether there is a decoder. Language model files of the first generation hold a VQGAN without one.
     """
 
     ch: int
@@ -44,6 +55,8 @@ class VQGANConfig:
     embed_dim: int = 4
     num_codes: int = 16384
     attention_levels: tuple[int, ...] = (3,)
+    spatial: bool = True
+    decoder: bool = True
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "VQGANConfig":
@@ -74,124 +87,22 @@ class VQGANConfig:
                 embed_dim=embed_dim,
                 num_codes=state["quantize.embedding.weight"].shape[0],
                 attention_levels=tuple(attention),
+                spatial=any(".norm_layer." in key for key in state),
+                decoder=any(key.startswith("decoder.") for key in state),
             )
         except (KeyError, ValueError) as error:
             fault = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"not a MoVQGAN state dict in the released names: {fault}; see the README") from None
+            raise InputError(f"not a VQGAN state dict in the released names: {fault}; see the README") from None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of image tokenizer; names of its files begin with it."""
+        return "movqgan" if self.spatial else "vqgan"
 
     @property
     def cell(self) -> int:
         """Side of the square that one code stands for, in pixels."""
         return 2 ** (len(self.mult) - 1)
-
-
-def _conv(conv: nn.Conv2d, x: Tensor, scale: int = 1, band_pixels: int = 1 << 17) -> Tensor:
-    """Enlarges `x` by nearest neighbour and convolves it with a 3x3 kernel, without large temporaries.
-
-    In inference, feature maps above `band_pixels` pixels are processed in bands of rows with one row of halo, which
-    gives the same result. This avoids the enlarged copy, and the copies with which the backend reorders its operands:
-    gigabytes at 1024 x 1024 with 256 channels.
-    """
-    B, _, H, W = x.shape
-    if torch.is_grad_enabled() or H * W * scale * scale <= band_pixels:
-        return conv(F.interpolate(x, scale_factor=scale, mode="nearest") if scale > 1 else x)
-    out = x.new_empty(B, conv.out_channels, H * scale, W * scale)
-    rows = max(1, band_pixels // (W * scale * scale))
-    for top in range(0, H, rows):
-        bottom = min(H, top + rows)
-        halo_top, halo_bottom = max(0, top - 1), min(H, bottom + 1)
-        band = x[:, :, halo_top:halo_bottom]
-        if scale > 1:
-            band = F.interpolate(band, scale_factor=scale, mode="nearest")
-        start = (top - halo_top) * scale
-        out[:, :, top * scale : bottom * scale] = conv(band)[:, :, start : start + (bottom - top) * scale]
-    return out
-
-
-class SpatialNorm(nn.Module):
-    """Group norm whose scale and shift at each cell come from the quantized latent (MoVQ, equations 3 and 4)."""
-
-    def __init__(self, width: int, z_channels: int) -> None:
-        super().__init__()
-        self.norm_layer = nn.GroupNorm(_GROUPS, width, eps=1e-6)
-        self.conv_y = nn.Conv2d(z_channels, width, 1)
-        self.conv_b = nn.Conv2d(z_channels, width, 1)
-
-    def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        # A 1x1 convolution commutes with nearest-neighbour enlargement, so it runs on the small latent.
-        x = self.norm_layer(x)
-        scale, shift = self.conv_y(latent), self.conv_b(latent)
-        if torch.is_grad_enabled():
-            size = x.shape[-2:]
-            return torch.addcmul(F.interpolate(shift, size), x, F.interpolate(scale, size))
-        # Inference broadcasts over the pixels of a cell instead of enlarging scale and shift.
-        h, w = latent.shape[-2:]
-        cells = rearrange(x, "B C (h i) (w j) -> B C h i w j", h=h, w=w)
-        cells.mul_(scale[:, :, :, None, :, None]).add_(shift[:, :, :, None, :, None])
-        return x
-
-
-class Norm(nn.GroupNorm):
-    """Group norm with the signature of `SpatialNorm`. It ignores the latent."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(_GROUPS, width, eps=1e-6)
-
-    def forward(self, input: Tensor, latent: Tensor | None = None) -> Tensor:
-        return super().forward(input)
-
-
-def _norm(width: int, z_channels: int | None) -> nn.Module:
-    return Norm(width) if z_channels is None else SpatialNorm(width, z_channels)
-
-
-class ResnetBlock(nn.Module):
-    """Two convolutions with norms on a residual branch."""
-
-    def __init__(self, inp: int, out: int, z_channels: int | None) -> None:
-        super().__init__()
-        self.norm1 = _norm(inp, z_channels)
-        self.conv1 = nn.Conv2d(inp, out, 3, padding=1)
-        self.norm2 = _norm(out, z_channels)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        if inp != out:
-            self.nin_shortcut = nn.Conv2d(inp, out, 1)
-
-    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
-        inplace = not torch.is_grad_enabled()
-        h = F.silu(self.norm1(x, latent), inplace=inplace)
-        h = _conv(self.conv1, h)
-        h = F.silu(self.norm2(h, latent), inplace=inplace)
-        h = _conv(self.conv2, h)
-        if hasattr(self, "nin_shortcut"):  # last, when the fewest other tensors are in memory
-            x = self.nin_shortcut(x)
-        return h.add_(x) if inplace else x + h
-
-
-class AttentionBlock(nn.Module):
-    """Single-head attention over all cells of a feature map, in chunks that avoid a large matrix of cells x cells."""
-
-    def __init__(self, width: int, z_channels: int | None) -> None:
-        super().__init__()
-        self.norm = _norm(width, z_channels)
-        self.q = nn.Conv2d(width, width, 1)
-        self.k = nn.Conv2d(width, width, 1)
-        self.v = nn.Conv2d(width, width, 1)
-        self.proj_out = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor, latent: Tensor | None) -> Tensor:
-        h = self.norm(x, latent)
-        q, k, v = (rearrange(conv(h), "B C h w -> B 1 (h w) C") for conv in (self.q, self.k, self.v))
-        h = rearrange(self._attend(q, k, v), "B 1 (h w) C -> B C h w", w=x.shape[-1])
-        return x + self.proj_out(h)
-
-    @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, queries: int = 2048) -> Tensor:
-        # For head widths without a fused kernel (512 and 1024 here) SDPA computes the full matrix, so queries are
-        # split into chunks, and the matrix has at most chunk x cells entries.
-        if q.shape[-2] <= queries:
-            return F.scaled_dot_product_attention(q, k, v)
-        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, -2)], -2)
 
 
 class _Middle(nn.Module):
@@ -230,7 +141,7 @@ class _Level(nn.Module):
         if hasattr(self, "downsample"):  # as VQGAN: pads on the right and at the bottom only
             x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))
         if hasattr(self, "upsample"):
-            x = _conv(self.upsample.conv, x, scale=2)
+            x = convolve(self.upsample.conv, x, scale=2)
         return x
 
 
@@ -253,7 +164,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns the latents of images. Shapes: pixels (B, 3, H, W) -> (B, Z, h, w)."""
-        x = _conv(self.conv_in, pixels)
+        x = convolve(self.conv_in, pixels)
         for level in self.down:
             x = level(x, None)
         x = self.mid(x, None)
@@ -261,11 +172,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder network, which converts latents to pixels. The quantized latent modulates every norm."""
+    """Decoder network, which converts latents to pixels. If norms are spatial, the quantized latent modulates them."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
-        widths, z = [config.ch * m for m in config.mult], config.embed_dim
+        widths, z = [config.ch * m for m in config.mult], config.embed_dim if config.spatial else None
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = _Middle(widths[-1], z)
         levels: list[_Level] = []
@@ -276,18 +187,18 @@ class Decoder(nn.Module):
                 level.upsample = _Resample(widths[n], stride=1)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)  # index 0 is the finest level, as in the released names
-        self.norm_out = SpatialNorm(widths[0], z)
+        self.norm_out = make_norm(widths[0], z)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor, latent: Tensor) -> Tensor:
-        """Returns the pixels of `x`, the quantized latent after a 1x1 convolution. `latent` modulates the norms.
+        """Returns the pixels of `x`, the quantized latent after a 1x1 convolution. `latent` modulates spatial norms.
 
         Shapes: x, latent (B, Z, h, w) -> (B, 3, H, W).
         """
         x = self.mid(self.conv_in(x), latent)
         for level in reversed(self.up):
             x = level(x, latent)
-        return _conv(self.conv_out, F.silu(self.norm_out(x, latent), inplace=not torch.is_grad_enabled()))
+        return convolve(self.conv_out, F.silu(self.norm_out(x, latent), inplace=not torch.is_grad_enabled()))
 
 
 class Quantizer(nn.Module):
@@ -307,20 +218,26 @@ class Quantizer(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, quantizer and decoder."""
+    """Encoder, quantizer and, unless `config.decoder` is false, decoder."""
+
+    decoder: Decoder
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if config.decoder:
+            self.decoder = Decoder(config)
         self.quantize = Quantizer(config.num_codes, config.embed_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "VQGAN":
-        """Returns a model with the tensors of a state dict. Ignores training state (`loss.*`, `ema_*`).
+        """Returns a model with the tensors of a state dict, without gradients.
+
+        Sizes, the kind of norms and whether there is a decoder follow from the tensors. Training state (`loss.*`,
+        `ema_*`) is ignored.
 
         Raises:
             InputError: keys are missing or unknown, or a tensor has the wrong shape.
@@ -332,28 +249,45 @@ class VQGAN(nn.Module):
                 model = cls(config)
             model.load_state_dict(state, assign=True)
         except (RuntimeError, ValueError) as error:  # ValueError: a width that 32 does not divide
-            raise InputError("MoVQGAN state dict does not fit: " + " ".join(str(error).split())[:500]) from None
+            raise InputError("VQGAN state dict does not fit: " + " ".join(str(error).split())[:500]) from None
         return model.requires_grad_(False).eval()
+
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> "VQGAN":
+        """Moves the model to a device, converts its weights, and returns it.
+
+        Args:
+            dtype: type of the decoder. Encoder and codebook are at least float32, since half types change codes.
+        """
+        self.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
+        self.post_quant_conv.to(dtype)
+        if self.config.decoder:
+            self.decoder.to(dtype)
+        return self
 
     def latent(self, pixels: Tensor) -> Tensor:
         """Returns the latents of images before quantization.
 
-        Shapes: pixels (B, 3, H, W) in [-1, 1] -> (B, Z, H/8, W/8).
+        Shapes: pixels (B, 3, H, W) in [-1, 1] -> (B, Z, h, w), where h = H / cell and w = W / cell.
         """
         return self.quant_conv(self.encoder(pixels))
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Returns the pixels of quantized latents. Values lie roughly in [-1, 1] and are not clamped.
 
-        Shapes: latent (B, Z, h, w) -> (B, 3, 8h, 8w).
+        Shapes: latent (B, Z, h, w) -> (B, 3, h * cell, w * cell).
+
+        Raises:
+            InputError: the model has no decoder.
         """
+        if not self.config.decoder:
+            raise InputError("this VQGAN has no decoder, so it turns no codes into images; give a whole VQGAN file")
         return self.decoder(self.post_quant_conv(latent), latent)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Returns the codes of images.
 
-        Shapes: pixels (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> (B, H/8, W/8) int64.
+        Shapes: pixels (B, 3, H, W) in [-1, 1], H and W multiples of the cell -> (B, H / cell, W / cell) int64.
         """
         return self.quantize.nearest(rearrange(self.latent(pixels), "B Z h w -> B h w Z"))
 
@@ -361,12 +295,13 @@ class VQGAN(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Returns the pixels of the images that the codes stand for.
 
-        Shapes: codes (B, h, w) in [0, num_codes) -> (B, 3, 8h, 8w) float32 in [-1, 1].
+        Shapes: codes (B, h, w) in [0, num_codes) -> (B, 3, h * cell, w * cell) float32 in [-1, 1].
 
         Raises:
-            InputError: a code is outside the codebook.
+            InputError: a code is outside the codebook, or the model has no decoder.
         """
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.num_codes:
             raise InputError(f"codes must be in 0 ... {self.config.num_codes - 1}, got {codes.min()} ... {codes.max()}")
         latent = rearrange(self.quantize.embedding(codes), "B h w Z -> B Z h w")
+        latent = latent.to(self.post_quant_conv.weight.dtype)
         return self.decode_latent(latent.contiguous()).float().clamp_(-1, 1)

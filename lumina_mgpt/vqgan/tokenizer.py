@@ -1,6 +1,7 @@
-"""The image tokenizer: finds and loads a MoVQGAN file, encodes images to codes and decodes codes to images."""
+"""The image tokenizer: finds and loads a VQGAN or MoVQGAN file, converts images to codes and codes to images."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,37 +14,97 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_images, to_pixels, upright
 from lumina_mgpt.io import cause, remedy, require_readable
-from lumina_mgpt.vqgan.model import VQGAN
-
-RELEASED_NAME = "movqgan_270M.ckpt"
-_RELEASED_PATH = Path(__file__).parent.parent / "movqgan" / "270M" / RELEASED_NAME  # as in the released repository
-_PATTERNS = ("movqgan*.safetensors", "movqgan*.ckpt")
+from lumina_mgpt.vqgan.model import VQGAN, Kind
 
 
-def find_image_tokenizer(model_folder: str | Path, explicit: str | Path | None = None) -> Path:
-    """Returns the path of the MoVQGAN file to load.
+@dataclass(frozen=True)
+class Names:
+    """Names of one kind of image tokenizer: in messages, of its files, and of the released places.
 
-    It is `explicit` if given. Otherwise it is the MoVQGAN file in the model folder. If there is none, it is the
-    released file at `movqgan/270M` in this package.
+    Attributes:
+        title: name of the kind.
+        option: parameter that names a file.
+        patterns: names of its files in a checkpoint's folder.
+        inner: path below a checkpoint's folder, looked at after the folder itself.
+        elsewhere: paths looked at last. A relative one is below the working folder.
+        download: what a user does who has no file. `{folder}` stands for the checkpoint's folder.
+    """
+
+    title: str
+    option: str
+    patterns: tuple[str, str]
+    inner: str | None
+    elsewhere: tuple[Path, ...]
+    download: str
+
+
+_PACKAGE = Path(__file__).parent.parent
+_CHAMELEON = Path("ckpts", "chameleon", "tokenizer", "vqgan.ckpt")
+# Places as in the released repositories; `original_tokenizers` as in the hub's Alpha-VLLM/Chameleon_7B_mGPT.
+KINDS: dict[Kind, Names] = {
+    "movqgan": Names(
+        "MoVQGAN",
+        "movqgan_path",
+        ("movqgan*.safetensors", "movqgan*.ckpt"),
+        None,
+        (_PACKAGE / "movqgan" / "270M" / "movqgan_270M.ckpt",),
+        "download movqgan_270M.ckpt (linked from the Alpha-VLLM/Lumina-mGPT-2.0 page) to that path",
+    ),
+    "vqgan": Names(
+        "VQGAN",
+        "vqgan_path",
+        ("vqgan*.safetensors", "vqgan*.ckpt"),
+        "original_tokenizers/vqgan.ckpt",
+        (_CHAMELEON, _PACKAGE / _CHAMELEON),
+        "download original_tokenizers/vqgan.ckpt of Alpha-VLLM/Chameleon_7B_mGPT into {folder}",
+    ),
+}
+
+
+def look_for_image_tokenizer(
+    model_folder: str | Path, explicit: str | Path | None = None, kind: Kind = "movqgan"
+) -> Path | None:
+    """Returns the path of the image tokenizer's file, None if there is none.
+
+    It is `explicit` if given. Otherwise it is the file in the model folder. If there is none, it is the first that
+    exists of the places in which the released code of that kind has it.
 
     Raises:
-        InputError: no file is found, the model folder holds several, or `explicit` cannot be read.
+        InputError: the model folder holds several such files, or `explicit` cannot be read.
     """
+    names = KINDS[kind]
     if explicit is not None:
-        require_readable(explicit, "movqgan_path")
+        require_readable(explicit, names.option)
         return Path(explicit)
-    found = sorted(path for pattern in _PATTERNS for path in Path(model_folder).glob(pattern))
+    folder = Path(model_folder)
+    found = sorted(path for pattern in names.patterns for path in folder.glob(pattern))
     if len(found) > 1:  # sizes with equal numbers of codes cannot be told apart, and the wrong one decodes to noise
-        names = ", ".join(path.name for path in found)
-        raise InputError(f"must name one file, because {model_folder} holds {names}", "movqgan_path")
+        listed = ", ".join(path.name for path in found)
+        raise InputError(f"must name one file, because {model_folder} holds {listed}", names.option)
     if found:
         return found[0]
-    if _RELEASED_PATH.is_file():
-        return _RELEASED_PATH
-    raise InputError(
-        f"no MoVQGAN weights in {model_folder} and no {_RELEASED_PATH}: download {RELEASED_NAME} "
-        f"(linked from the Alpha-VLLM/Lumina-mGPT-2.0 page) to that path, or set movqgan_path"
-    )
+    inner = [folder / names.inner] if names.inner else []
+    return next((path for path in (*inner, *names.elsewhere) if path.is_file()), None)
+
+
+def find_image_tokenizer(model_folder: str | Path, explicit: str | Path | None = None, kind: Kind = "movqgan") -> Path:
+    """Returns the path that `look_for_image_tokenizer` returns, and requires that there is one.
+
+    Raises:
+        InputError: as there, or no file is found.
+    """
+    path = look_for_image_tokenizer(model_folder, explicit, kind)
+    if path is None:
+        raise InputError(missing_file(model_folder, kind))
+    return path
+
+
+def missing_file(model_folder: str | Path, kind: Kind) -> str:
+    """Returns the message that no image tokenizer's file was found, with the places looked at and a remedy."""
+    names = KINDS[kind]
+    places = " and no ".join(dict.fromkeys(str(path) for path in names.elsewhere))
+    download = names.download.format(folder=model_folder)
+    return f"no {names.title} weights in {model_folder} and no {places}: {download}, or set {names.option}"
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -66,33 +127,68 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # arbitrary bytes make the unpickler raise any type
         if remedy(error, ""):
             raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}") from None
-        raise InputError(f"{path} is damaged, or not a MoVQGAN file ({cause(error)}); download it again") from None
+        raise InputError(
+            f"{path} is damaged, or not an image tokenizer's file ({cause(error)}); download it again"
+        ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} must hold a state dict of tensors; give a MoVQGAN file")
+        raise InputError(f"{path} must hold a state dict of tensors; give a VQGAN or MoVQGAN file")
     return state
 
 
 class ImageTokenizer:
-    """A MoVQGAN on a device, which encodes PIL images to codes and decodes codes to PIL images."""
+    """A VQGAN on a device, which encodes PIL images to codes and decodes codes to PIL images.
 
-    def __init__(self, model: VQGAN) -> None:
+    Args:
+        source: file or folder of the weights, for messages.
+    """
+
+    def __init__(self, model: VQGAN, source: str | Path = "") -> None:
         self.model = model
+        self.source = str(source)
 
     @classmethod
     def from_checkpoint(
         cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "ImageTokenizer":
-        """Loads the MoVQGAN file at `path`. Infers the sizes of the model from its tensors.
+        """Loads the VQGAN or MoVQGAN file at `path`. Infers sizes and kind of the model from its tensors.
+
+        Args:
+            dtype: type of the decoder. Encoder and codebook are at least float32, since half types change codes.
 
         Raises:
             InputError: the file cannot be read, or is not a VQGAN.
         """
+        return cls.from_state(load_state_dict(path), device, dtype, path)
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype, source: str | Path
+    ) -> "ImageTokenizer":
+        """Returns the image tokenizer with the tensors of a state dict, which may lack a decoder.
+
+        Args:
+            dtype: as in `from_checkpoint`.
+            source: where the tensors are from, for messages.
+
+        Raises:
+            InputError: the tensors are not those of a VQGAN.
+        """
         try:
-            model = VQGAN.from_state_dict(load_state_dict(path))
+            model = VQGAN.from_state_dict(state)
         except InputError as error:
-            raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-        return cls(model.to(device=device, dtype=dtype))
+            raise InputError(f"{source}: {error}") from None
+        return cls(model.place(device, dtype), source)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of image tokenizer. One without a decoder counts as VQGAN."""
+        return self.model.config.kind
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether the weights have a decoder. Those inside a language model's files have none."""
+        return self.model.config.decoder
 
     @property
     def num_codes(self) -> int:
@@ -101,22 +197,54 @@ class ImageTokenizer:
 
     @property
     def cell(self) -> int:
-        """Side of the square that one code stands for, in pixels. It is 8 in all released files."""
+        """Side of the square that one code stands for, in pixels. It is 8 in MoVQGAN and 16 in Chameleon's VQGAN."""
         return self.model.config.cell
 
-    def require_codes(self, config: ModelConfig, path: str | Path) -> None:
+    def require_codes(self, config: ModelConfig, path: str | Path, kind: Kind = "movqgan") -> None:
         """Raises an error if the number of codes differs between this image tokenizer and the transformer.
 
         Args:
             config: configuration of the transformer.
             path: file of this image tokenizer, for the message.
+            kind: the kind that the transformer needs, whose option the message names.
 
         Raises:
             InputError: the numbers of codes differ.
         """
         if self.num_codes != config.num_image_codes:
             rule = f"must have the model's {config.num_image_codes} codes, but {path} has {self.num_codes}"
-            raise InputError(f"{rule}; give the MoVQGAN that the model was trained with", "movqgan_path")
+            names = KINDS[kind]
+            raise InputError(f"{rule}; give the {names.title} that the model was trained with", names.option)
+
+    def require_cell(self, cell: int, model_folder: str | Path, kind: Kind = "movqgan") -> None:
+        """Raises an error if a code does not stand for `cell` x `cell` pixels, as the transformer needs it.
+
+        Args:
+            model_folder: folder of the transformer, for the message.
+            kind: the kind that the transformer needs, whose option the message names.
+
+        Raises:
+            InputError: the sides differ.
+        """
+        if self.cell != cell:
+            rule = f"must have codes of {cell} x {cell} pixels, as the model in {model_folder} has"
+            names = KINDS[kind]
+            remedy = f"give the {names.title} that the model was trained with"
+            raise InputError(
+                f"{rule}, but those of {self.source} have {self.cell} x {self.cell}; {remedy}", names.option
+            )
+
+    def require_decoder(self) -> None:
+        """Raises an error if this image tokenizer cannot turn codes into images.
+
+        Raises:
+            InputError: the weights have no decoder.
+        """
+        if not self.can_decode:
+            names = KINDS[self.kind]
+            rule = f"must name a {names.title} file to make images, because {self.source} has the encoder only"
+            remedy = names.download.format(folder="the checkpoint's folder")
+            raise InputError(f"{rule}; {remedy}, or give its path", names.option)
 
     def encode(self, images: Sequence[Image.Image], parts: int = 1) -> Tensor:
         """Returns the codes of images on the CPU. The images may have any PIL mode.
@@ -144,17 +272,20 @@ class ImageTokenizer:
         codes = self.model.encode(pixels.to(self.model.encoder.conv_in.weight)).cpu()
         return rearrange(codes, "(B P) rows cols -> B (P rows) cols", P=parts)
 
-    def decode(self, codes: Tensor, parts: int = 1) -> list[Image.Image]:
+    def decode(self, codes: Tensor, parts: int = 1, truncate: bool = False) -> list[Image.Image]:
         """Returns the RGB images that the codes stand for. Each code covers a square of side `cell`.
 
         Args:
             parts: number of equal parts, stacked from top to bottom, that are decoded on their own, as in `encode`.
+            truncate: cut off the fractions of colors, as the released code of the first generation does, instead of
+                rounding them.
 
         Shapes: codes (B, rows, cols).
 
         Raises:
-            InputError: a code is outside the codebook.
+            InputError: a code is outside the codebook, or there is no decoder.
         """
+        self.require_decoder()
         codes = rearrange(codes, "B (P rows) cols -> (B P) rows cols", P=parts)
         pixels = self.model.decode(codes.to(self.model.quantize.embedding.weight.device))
-        return to_images(rearrange(pixels, "(B P) C H W -> B C (P H) W", P=parts))
+        return to_images(rearrange(pixels, "(B P) C H W -> B C (P H) W", P=parts), truncate)

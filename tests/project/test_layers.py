@@ -35,6 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "panels": {"errors", "checks", "images", "vqgan", "unirep", "vocabulary"},
     "kernels": {"config"},
     "model": FOUNDATIONS | {"checks", "config", "kernels"},
+    "image_tokenizer": {"errors", "model", "vqgan"},
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"request", "unirep"},

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_pixels
-from lumina_mgpt.vqgan.model import VQGAN, AttentionBlock, VQGANConfig, _conv
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer, load_state_dict
+from lumina_mgpt.vqgan.layers import AttentionBlock, convolve
+from lumina_mgpt.vqgan.model import VQGAN, VQGANConfig
+from lumina_mgpt.vqgan.tokenizer import KINDS, ImageTokenizer, find_image_tokenizer, load_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +118,8 @@ def test_bands_of_rows_and_chunks_of_queries_are_exact():
     conv, x = torch.nn.Conv2d(8, 6, 3, padding=1).double(), torch.randn(2, 8, 21, 10, dtype=torch.float64)
     with torch.no_grad():
         for scale in (1, 2):
-            whole = _conv(conv, x, scale=scale)
-            banded = _conv(conv, x, scale=scale, band_pixels=40 * scale * scale)
+            whole = convolve(conv, x, scale=scale)
+            banded = convolve(conv, x, scale=scale, band_pixels=40 * scale * scale)
             torch.testing.assert_close(banded, whole, rtol=0, atol=1e-12)
     q, k, v = torch.randn(3, 1, 1, 50, 16, dtype=torch.float64)
     torch.testing.assert_close(AttentionBlock._attend(q, k, v, queries=7), AttentionBlock._attend(q, k, v))
@@ -253,7 +255,8 @@ def test_a_pickle_runs_no_code(tmp_path):
 
 def test_a_file_in_the_model_folder_is_preferred(tmp_path, monkeypatch):
     released = tmp_path / "270M" / "movqgan_270M.ckpt"
-    monkeypatch.setattr("lumina_mgpt.vqgan.tokenizer._RELEASED_PATH", released)
+    names = replace(KINDS["movqgan"], elsewhere=(released,))
+    monkeypatch.setitem(KINDS, "movqgan", names)
     with pytest.raises(InputError, match="download movqgan_270M.ckpt"):
         find_image_tokenizer(tmp_path)
     with pytest.raises(InputError, match="movqgan_path"):
