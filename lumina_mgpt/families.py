@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
@@ -43,7 +44,7 @@ class Family:
     image_code_offset: int
     num_image_codes: int
     codes_are_named: bool
-    image_tokenizer: str
+    image_tokenizer: Literal["vqgan", "movqgan"]
     context: int
     answers_in_text: bool
     tasks: Mapping[str, Task]
