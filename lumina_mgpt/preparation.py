@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.images import candidate_sizes
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.panels import fit_panels, fit_pictures
 from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
-from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer
+from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer, look_for_image_tokenizer, missing_file
 
 
 @dataclass(frozen=True)
@@ -68,29 +69,51 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose small files were read and checked; no weights are loaded yet."""
+    """A checkpoint folder whose small files were read and checked; no weights are loaded yet.
+
+    Attributes:
+        movqgan_path: file of the image tokenizer, also if it is a VQGAN. It is None for a checkpoint of the first
+            generation without such a file, whose language model may hold the encoder.
+    """
 
     folder: Path
     config: ModelConfig
     vocabulary: Vocabulary
-    movqgan_path: Path
+    movqgan_path: Path | None
 
     @classmethod
-    def open(cls, model_path: str | Path, movqgan_path: str | Path | None = None) -> "Checkpoint":
+    def open(
+        cls, model_path: str | Path, movqgan_path: str | Path | None = None, target_size: int | None = None
+    ) -> "Checkpoint":
         """Opens a local folder, or downloads a hub id.
 
+        Args:
+            target_size: side in pixels of the square images that the weights were trained on (default: `base_size` of
+                `config.json`). The released files do not hold it.
+
         Raises:
-            InputError: there is no checkpoint of that name, it is incomplete, or MoVQGAN weights are missing.
+            InputError: there is no checkpoint of that name, it is incomplete, weights of a MoVQGAN are missing, or
+                `target_size` is not a multiple of 32.
         """
         _require_utf8("model_path", model_path)
         with caused_by("model_path"):
             folder = resolve(model_path)
             config = ModelConfig.from_json(folder / "config.json")
             vocabulary = Vocabulary.from_folder(folder, config)
-        movqgan = find_image_tokenizer(folder, movqgan_path)
-        if movqgan.suffix == ".safetensors":
+        kind = config.family.image_tokenizer
+        find = find_image_tokenizer if kind == "movqgan" else look_for_image_tokenizer
+        movqgan = find(folder, movqgan_path, kind)
+        if movqgan is not None and movqgan.suffix == ".safetensors":
             _require_utf8("movqgan_path", movqgan)
+        if target_size is not None:
+            candidate_sizes(target_size)  # raises for a wrong size
+            config = replace(config, base_size=target_size)
         return cls(folder, config, vocabulary, movqgan)
+
+    def require_decoder(self) -> None:
+        """Raises InputError if there is no file of the image tokenizer, without which no image can be made."""
+        if self.movqgan_path is None:
+            raise InputError(missing_file(self.folder, self.config.family.image_tokenizer))
 
     def base_size(self, panels: int = 1) -> tuple[int, int]:
         """Returns the default width and height in pixels of an image: square panels, one above the other.
