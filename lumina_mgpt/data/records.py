@@ -59,7 +59,8 @@ def parse_record(raw: object) -> Record:
     """Parses a row of an input into a Record.
 
     A row has the keys `image_path` and `prompt` (text to image), or `conversations` and `image`. A conversation in
-    words alone needs no `image`. Relative paths start at the working directory. The image mark is `<|image|>`; in conversations, LLaVA's mark `<image>` means the same.
+    words alone needs no `image`. Relative paths start at the working directory. The image mark is `<|image|>`; in
+    conversations, LLaVA's mark `<image>` means the same.
 
     Args:
         raw: the row, or an InputError that says why there is no row.
