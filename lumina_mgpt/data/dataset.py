@@ -130,6 +130,8 @@ class TokenDataset:
             ends = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_end_id]
             begins = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_start_id]
             try:
+                if (ids[0], ids[-1]) != (self.vocabulary.bos_id, self.vocabulary.turn_end_id):
+                    raise ValueError(f"a sequence begins with id {ids[0]} and ends with {ids[-1]}")
                 for begin, end in zip(begins, ends, strict=True):
                     decode_image(torch.tensor(ids[begin : end + 1]), self.vocabulary)
             except ValueError as error:
