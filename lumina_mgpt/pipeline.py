@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -27,6 +27,9 @@ from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
+if TYPE_CHECKING:
+    from lumina_mgpt.model.parallel import Parallel
+
 _CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
 _LARGEST_AUTO_BATCH = 8
 _UNKNOWN = (128, 128, 128)  # color of a preview where no codes are sampled yet
@@ -43,6 +46,7 @@ class Pipeline:
 
     Attributes:
         compiled: the compiled forward of the model, None if the model runs eagerly.
+        parallel: this process among those that hold the model together, None if the process holds all of it.
         forwards: number of forwards in the last call of `sample`.
     """
 
@@ -53,10 +57,12 @@ class Pipeline:
         image_tokenizer: ImageTokenizer,
         cache_dtype: torch.dtype | None = None,
         compile: bool = False,
+        parallel: "Parallel | None" = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.image_tokenizer = image_tokenizer
+        self.parallel = parallel
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = cache_dtype or self.dtype
@@ -76,6 +82,7 @@ class Pipeline:
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
         on_read: Callable[[int, int], None] | None = None,
+        parallel: "Parallel | None" = None,
     ) -> "Pipeline":
         """Loads a checkpoint.
 
@@ -85,15 +92,18 @@ class Pipeline:
             quant: quantize the layers' matrices to int4 while loading, in groups of this size: 32, 64 or 128. A
                 checkpoint with int4 weights needs no value. `pipeline.model.config.int4_group` is the size in use.
             cache_dtype: type of cached keys and values (default: the model's). torch.int8 takes half of bf16's memory.
-            movqgan_dtype: type of the image tokenizer. With float32 the image is a function of its codes alone; bf16
-                and fp16 take half the memory.
+            movqgan_dtype: type of the image tokenizer's decoder. With float32 the image is a function of its codes
+                alone; bf16 and fp16 take half the memory. Encoder and codebook are at least float32.
             compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
                 CUDA, the forwards are also captured as graphs.
             on_read: called with the number of weights read so far and their total.
+            parallel: this process among those that hold the model together, as `model.parallel.Parallel.start` gives
+                it. `device` is then `parallel.device`. All these processes make the same calls with the same arguments
+                and get the same results.
 
         Raises:
             InputError: the device or the checkpoint is missing, a file is damaged or does not fit the others, or the
-                weights cannot be quantized with these settings.
+                weights cannot be quantized or split with these settings.
         """
         device = resolve_device(device)
         attention.backend(attn)  # raises before any weights are read
@@ -101,27 +111,23 @@ class Pipeline:
         _check_format("movqgan_dtype", movqgan_dtype)
         if compile:
             require_compiler(device)
-        if not isinstance(model_path, Checkpoint):
-            checkpoint = Checkpoint.open(model_path, movqgan_path)
-        else:
-            checkpoint = model_path
-            if movqgan_path is not None:
-                kind = checkpoint.config.family.image_tokenizer
-                checkpoint = replace(
-                    checkpoint, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind)
-                )
+        checkpoint = _opened(model_path, movqgan_path)
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
+        if parallel:
+            parallel.require_fit(config, quant, compile)
         if attn == "flash":
             _check_flash(device, dtype, cache_dtype)
         kind = config.family.image_tokenizer
         image_tokenizer = load_image_tokenizer(checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind)
         image_tokenizer.require_codes(config, image_tokenizer.source, kind)
         image_tokenizer.require_cell(config.family.cell, checkpoint.folder, kind)
-        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
+        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
-            model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
-        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
+            codes = checkpoint.vocabulary.code_slice
+            columns = parallel.code_part(codes) if parallel else codes
+            model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, parallel)
 
     def generate(
         self,
@@ -157,6 +163,8 @@ class Pipeline:
         if prepared.pictures:
             prepared = self._with_pictures(prepared)
         given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
+        if self.parallel:
+            given = self.parallel.of_first(given)
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
@@ -210,6 +218,7 @@ class Pipeline:
         """
         config, slots = self.checkpoint.config, start + layout.length
         image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        image //= self.parallel.size if self.parallel else 1
         speculation = self.with_window(speculation)
         if speculation:
             image += ring_bytes(layout, speculation)
@@ -243,8 +252,10 @@ class Pipeline:
             codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given)
         else:
             codes = sample(step, starts, layout, settings, keys, on_row, given=given)
-        self.forwards = step.calls
-        return codes.cpu()
+        self.forwards, codes = step.calls, codes.cpu()
+        if self.parallel:
+            self.parallel.require_same(codes)
+        return codes
 
     def make_step(
         self,
@@ -263,7 +274,7 @@ class Pipeline:
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.checkpoint.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
@@ -279,6 +290,15 @@ class Pipeline:
                 picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
             pictures.append(picture)
         return pictures
+
+
+def _opened(model_path: str | Path | Checkpoint, movqgan_path: str | Path | None) -> Checkpoint:
+    if not isinstance(model_path, Checkpoint):
+        return Checkpoint.open(model_path, movqgan_path)
+    if movqgan_path is None:
+        return model_path
+    kind = model_path.config.family.image_tokenizer
+    return replace(model_path, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind))
 
 
 def _check_format(name: str, dtype: object, *others: torch.dtype) -> None:

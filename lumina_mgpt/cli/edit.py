@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lumina_mgpt import cli
+from lumina_mgpt import cli, launcher
 from lumina_mgpt.cli import generate, tasks
 from lumina_mgpt.cli.tasks import OutputPlan, result_file
 from lumina_mgpt.errors import InputError
@@ -41,6 +41,7 @@ def build_parser() -> cli.Parser:
     cli.add_speculation_options(parser)
     cli.add_output_options(parser)
     cli.add_checkpoint_options(parser)
+    cli.add_tensor_parallel(parser)
     return parser
 
 
@@ -48,26 +49,32 @@ def edit(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights, then loads the weights and edits the picture."""
     plan = read_plan(args)
     cli.quant_group(args)
-    output = OutputFolder(args.save_path, args.overwrite)
+    follows = launcher.follows(args.tensor_parallel)
+    output = OutputFolder(args.save_path, args.overwrite, shared=args.tensor_parallel > 1)
     output.claim(file_names(plan), plan.keep)
 
     from lumina_mgpt import autotune  # imports torch, which takes seconds
-    from lumina_mgpt.devices import resolve_device
+    from lumina_mgpt.devices import own_device
     from lumina_mgpt.preparation import Checkpoint
 
-    device = resolve_device(args.device)
+    device = own_device(args.device)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     prepared = checkpoint.prepare(plan.request, plan.prompts_from)
-    pipeline = cli.load_pipeline(args, checkpoint, device)
-    if args.fast:
-        prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
-    described = plan.described() | generate.describe(pipeline, prepared, generate.loading_text(args))
-    make(pipeline, prepared, plan, output, described)
+    with cli.model_processes(args, checkpoint, device) as parallel:
+        pipeline = cli.load_pipeline(args, checkpoint, device, parallel)
+        if args.fast:
+            prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
+        described = plan.described() | generate.describe(pipeline, prepared, generate.loading_text(args))
+        make(pipeline, prepared, plan, None if follows else output, described)
 
 
 def read_plan(args: argparse.Namespace) -> OutputPlan:
     """Opens the picture and returns the plan of this command. The plan has one prompt per turn."""
     sampling = cli.sampling_settings(args)
+    processes = launcher.image_share(args.tensor_parallel)[1] * args.tensor_parallel
+    if args.tensor_parallel > 1 and processes > args.tensor_parallel:
+        rule = f"must be {processes}, the number of processes, since one model edits the picture"
+        raise InputError(f"{rule}, got {args.tensor_parallel}; start fewer processes", "tensor_parallel")
     if not all(text.strip() for text in args.instruction):
         raise InputError("must not be empty, got ''; say what to change", "instruction")
     sampling.with_seeds(len(args.instruction))  # raises for the last one
@@ -86,7 +93,7 @@ def make(
     pipeline: "Pipeline",
     prepared: "PreparedRequest",
     plan: OutputPlan,
-    output: OutputFolder,
+    output: OutputFolder | None,
     described: Mapping[str, object],
 ) -> None:
     """Edits turn by turn, and saves each result when its turn is done.
@@ -96,7 +103,7 @@ def make(
     Args:
         prepared: the request, with one prompt per turn and the given panel.
         plan: names of the files.
-        output: folder to save to.
+        output: folder to save to; None to neither save nor report, as another process of the model does.
         described: settings for the text of the saved pictures.
     """
     from lumina_mgpt.images import side_by_side
@@ -107,7 +114,8 @@ def make(
     strip = [picture]
     total = turns * (layout.num_codes - layout.given)
     try:
-        with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=cli.bar_interval()) as bar:
+        interval, silent = cli.bar_interval(), output is None
+        with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=interval, disable=silent) as bar:
 
             def on_row(_: object) -> None:
                 bar.update(layout.cols)
@@ -115,9 +123,11 @@ def make(
             for turn, sampling in enumerate(prepared.request.sampling.with_seeds(turns), start=1):
                 request = prepared.single(turn - 1, panel, sampling=sampling)
                 (result,) = pipeline.stream(request, on_row)
+                panel = result.panel_codes
+                if output is None:
+                    continue
                 if turn == 1:
                     output.save(plan.panel_file, picture)
-                panel = result.panel_codes
                 strip.append(result.panel)
                 instruction = result.job.prompt
                 text = dict(described) | {"instruction": instruction, "turn": turn, "seed": sampling.seed}
@@ -126,7 +136,8 @@ def make(
                 output.save(_STRIP, side_by_side(strip), again=turn > 1)
                 bar.write(f"{path}: {instruction}")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(strip) - 1} of {turns} turns are in {output.folder}") from None
+        saved = f"{len(strip) - 1} of {turns} turns are in {output.folder}" if output else ""
+        raise KeyboardInterrupt(saved) from None
 
 
 def file_names(plan: OutputPlan) -> list[str]:

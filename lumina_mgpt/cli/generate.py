@@ -10,7 +10,8 @@ With a given panel, a single image is named {i2i_task}.png. Several images are n
 {i2i_task}_{prompt index}_{repeat}.png. The given panel is saved as {i2i_task}_ref_center_crop.png.
 
 If an image NAME.png has two panels, its lower panel is also saved alone, as NAME_result.png. Under `accelerate launch`
-or torchrun, each process generates its share of the images.
+or torchrun, each process generates its share of the images. With --tensor_parallel N, N processes have the same share,
+and the first of them writes the files and reports.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lumina_mgpt import __version__, cli, prompt_files
+from lumina_mgpt import __version__, cli, launcher, prompt_files
 from lumina_mgpt.cli import tasks
 from lumina_mgpt.cli.tasks import OutputPlan, preview_file, result_file
 from lumina_mgpt.console import stops_delayed
@@ -64,6 +65,7 @@ def add_options(parser: cli.Parser) -> None:
         "--preview", action="store_true", help="write each image as {name}.preview.png while its rows are sampled"
     )
     cli.add_checkpoint_options(parser)
+    cli.add_tensor_parallel(parser)
 
 
 def add_size_options(group: argparse._ActionsContainer) -> None:
@@ -92,7 +94,9 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
     """
     cli.quant_group(args)
     plan = read_plan(args)
-    output = OutputFolder(args.save_path, args.overwrite, shared=plan.request.share[1] > 1)
+    follows = launcher.follows(args.tensor_parallel)
+    shared = plan.request.share[1] > 1 or args.tensor_parallel > 1
+    output = OutputFolder(args.save_path, args.overwrite, shared)
     if not plan.examples:
         output.claim(plan.file_names(), plan.keep, plan.preview_names())
 
@@ -109,12 +113,18 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
     prepared = checkpoint.prepare(plan.request, plan.prompts_from)
     if plan.extract and prepared.picture:
         prepared = replace(prepared, panels=(plan.extract(prepared.picture),))
-    print_hints(prepared, checkpoint)
-    pipeline = cli.load_pipeline(args, checkpoint, device)
-    if args.fast:
-        prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
-    described = plan.described() | describe(pipeline, prepared, loading_text(args))
-    make(pipeline, prepared, plan, output, described)
+    if not follows:
+        print_hints(prepared, checkpoint)
+    with cli.model_processes(args, checkpoint, device) as parallel:
+        pipeline = cli.load_pipeline(args, checkpoint, device, parallel)
+        if args.fast:
+            prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
+        if follows:
+            for _ in pipeline.stream(prepared):  # only the first process of a model writes and reports
+                pass
+            return
+        described = plan.described() | describe(pipeline, prepared, loading_text(args))
+        make(pipeline, prepared, plan, output, described)
 
 
 def print_hints(prepared: "PreparedRequest", checkpoint: "Checkpoint") -> None:
@@ -154,7 +164,8 @@ def make(
         if processes > 1:
             numbers = f"0, {processes}, {2 * processes} and so on"
             everything = len(request.prompts) * request.n
-            print(f"process 0 of {processes} makes {total} of {everything} images: numbers {numbers}")
+            maker = "model" if pipeline.parallel else "process"
+            print(f"{maker} 0 of {processes} makes {total} of {everything} images: numbers {numbers}")
     bar = _progress_bar(total, total * (layout.num_codes - layout.given), shown=rank == 0)
 
     def on_row(done: "RowsDone") -> None:
@@ -228,6 +239,8 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     weights = {"model_path": loading["model_path"], "movqgan_path": movqgan}
     running: dict[str, object] = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     running["attn"] = loading["attn"]
+    if pipeline.parallel:
+        running["tensor_parallel"] = pipeline.parallel.size
     if pipeline.compiled:
         running["compile"] = True
     if loading["movqgan_dtype"] != "fp32":

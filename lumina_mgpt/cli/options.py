@@ -1,6 +1,8 @@
 """Options that several commands share, and the conversion of their values to settings."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,7 @@ from lumina_mgpt.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from lumina_mgpt.model.parallel import Parallel
     from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 DEMO = "assets/demo"
@@ -70,17 +73,59 @@ def add_checkpoint_options(parser: Parser) -> None:
         "--movqgan_dtype",
         default="fp32",
         choices=("fp32", "bf16", "fp16"),
-        help="number format of the image tokenizer",
+        help="number format of the image tokenizer's decoder; images are encoded in fp32",
     )
 
 
-def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "Pipeline":
+def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
+    """Adds --tensor_parallel."""
+    parser.add_argument(
+        "--tensor_parallel",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="N processes, started by torchrun, hold the model together, each a part of it on its own GPU",
+    )
+
+
+@contextlib.contextmanager
+def model_processes(
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device"
+) -> "Iterator[Parallel | None]":
+    """Connects this process, during the block, with the others that hold the same model; gives None if it is alone.
+
+    Args:
+        args: parsed command line, with the options of `add_checkpoint_options` and `add_tensor_parallel`.
+        checkpoint: the opened checkpoint.
+        device: device of this process.
+
+    Raises:
+        InputError: the model cannot be split in this way, or the processes cannot connect.
+    """
+    if args.tensor_parallel == 1:
+        yield None
+        return
+    from lumina_mgpt.model.parallel import Parallel, require_fit
+
+    quant = quant_group(args, checkpoint.config.int4_group)
+    require_fit(checkpoint.config, args.tensor_parallel, quant, args.compile)
+    with Parallel.start(device, args.tensor_parallel) as parallel:
+        yield parallel
+
+
+def load_pipeline(
+    args: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    device: "torch.device",
+    parallel: "Parallel | None" = None,
+) -> "Pipeline":
     """Loads the weights of an opened checkpoint and returns the pipeline.
 
     Args:
         args: parsed command line, with the options of `add_checkpoint_options`.
         checkpoint: the opened checkpoint.
         device: device to load the weights to.
+        parallel: this process among those that hold the model together, None if it is alone.
     """
     import torch
 
@@ -99,6 +144,7 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
             cache_dtype=torch.int8 if args.cache_dtype == "int8" else None,
             movqgan_dtype=DTYPES[args.movqgan_dtype],
             compile=args.compile,
+            parallel=parallel,
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lumina_mgpt import prompt_files
 from lumina_mgpt.cli.options import sampling_settings, speculation_settings
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.launcher import process_share
+from lumina_mgpt.launcher import image_share
 from lumina_mgpt.prompts import I2I_TASKS, TASKS
 from lumina_mgpt.request import GenerationRequest, ImageJob
 
@@ -137,7 +137,7 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "sampling": sampling_settings(args),
         "speculation": speculation_settings(args),
-        "share": process_share(),
+        "share": image_share(args.tensor_parallel),
         **{name: getattr(args, name) for name in ("width", "height", "n", "batch_size")},
     }
 
