@@ -120,8 +120,7 @@ class Pipeline:
             _check_flash(device, dtype, cache_dtype)
         kind = config.family.image_tokenizer
         image_tokenizer = load_image_tokenizer(checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind)
-        image_tokenizer.require_codes(config, image_tokenizer.source, kind)
-        image_tokenizer.require_cell(config.family.cell, checkpoint.folder, kind)
+        image_tokenizer.require_codes(config, image_tokenizer.source)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
             codes = checkpoint.vocabulary.code_slice

@@ -68,8 +68,7 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     family = model.family
     path = look_for_image_tokenizer(folder, args.movqgan_path, family.image_tokenizer)
     images = load_image_tokenizer(folder, path, device, kind=family.image_tokenizer)
-    images.require_codes(model, images.source, family.image_tokenizer)
-    images.require_cell(family.cell, folder, family.image_tokenizer)
+    images.require_codes(model, images.source)
     models = f"{_fingerprint(folder / 'tokenizer.json', path, images)}-{model.image_code_offset}"
     config = replace(config, panels_apart=model.panels_apart, models=models)
     job = PreTokenizer(config, source, vocabulary, images, family)

@@ -52,8 +52,7 @@ class SampleImages:
         self.images = None
         if processes.first:
             self.images = ImageTokenizer.from_checkpoint(path, processes.device)
-            self.images.require_codes(model.config, path, kind)
-            self.images.require_cell(model.config.family.cell, folder, kind)
+            self.images.require_codes(model.config, path)
             self.images.require_decoder()
         self.checkpoint.prompt_ids(self.prompts, self.checkpoint.layout(), parameter=named)
 
