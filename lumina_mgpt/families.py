@@ -15,6 +15,8 @@ from typing import Literal
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
 
+# File with the encoder of a VQGAN alone, in copies of checkpoints that have no other file of it.
+VQGAN_ENCODER = "vqgan_encoder.safetensors"
 FIRST_CODE_NAME = "IMGIMGAZ"  # name of image code 0 in the tokenizers of the first generation
 
 

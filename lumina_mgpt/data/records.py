@@ -127,7 +127,7 @@ def _unicode(text: str, where: str) -> str:
 
 
 def _parse_conversation(raw: dict) -> Record:
-    images = _image_paths([] if raw.get("image") is None else raw["image"])
+    images = _image_paths(raw.get("image", []))
     texts = _turn_texts(raw["conversations"])
     marks = sum(text.count(IMAGE_MARK) for text in texts)
     if marks == 0 and images:  # as in the released code, images without marks precede the first human text
@@ -142,8 +142,8 @@ def _parse_conversation(raw: dict) -> Record:
 
 
 def _image_paths(image: object) -> tuple[Panels, ...]:
-    """Files of the images in `image` of a row: a path, or a list of paths and of lists of panels."""
-    images = [image] if isinstance(image, str) else image
+    """Files of the images in `image` of a row: a path, a list of paths and of lists of panels, or null for none."""
+    images = [image] if isinstance(image, str) else [] if image is None else image
     if not isinstance(images, list):
         raise InputError("image must be a path or a list, in which a list of paths is one picture's panels from above")
     stacks = [[entry] if isinstance(entry, str) else entry for entry in images]

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.families import VQGAN_ENCODER
 from lumina_mgpt.io import new_folder, write_tensors
-from lumina_mgpt.model.names import UNUSED_PREFIX, VQGAN_ENCODER, companions_of, is_vqgan
+from lumina_mgpt.model.names import UNUSED_PREFIX, companions_of, is_vqgan
 from lumina_mgpt.model.reading import load_model, read_prefixed, require_plain_weights
 from lumina_mgpt.model.writing import save_model
 

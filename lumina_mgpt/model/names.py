@@ -25,8 +25,6 @@ COMPANIONS = (
     "vqgan*.ckpt",
     _INNER_VQGAN,
 )
-# Written in place of a VQGAN file by commands that copy a checkpoint, if only the language model's files have one.
-VQGAN_ENCODER = "vqgan_encoder.safetensors"
 
 _SHOWN = 5
 

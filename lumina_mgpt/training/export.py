@@ -20,7 +20,7 @@ from lumina_mgpt.training.loading import trained_model
 from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.run_folder import find
 from lumina_mgpt.training.state import read_state
-from lumina_mgpt.vqgan.tokenizer import KINDS
+from lumina_mgpt.vqgan.tokenizer import KINDS, Names
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ def export_checkpoint(
     model, settings = trained_model(checkpoint)
     require_export_folder(folder, settings, parameter)
     sources = _sources(settings, read_state(checkpoint).get("base"))
-    companions = _all_companions(output_dir, settings, sources)
+    companions = _all_companions(output_dir, settings, sources, KINDS[model.config.family.image_tokenizer])
     model = plain_copy(model, DTYPES[dtype], "cpu") if settings.model.lora_rank else model
     with _new_or_renewed(folder, parameter) as part:
         save_model(model, part, DTYPES[dtype])
-        for file in companions:
-            shutil.copyfile(file, part / file.name)
-        if not any(map(is_vqgan, companions)):
+        for file, name in companions.items():
+            shutil.copyfile(file, part / name)
+        if not any(is_vqgan(part / name) for name in companions.values()):
             _without_image_tokenizer(model.config.family, sources, part)
     return folder
 
@@ -115,12 +115,15 @@ def _new_or_renewed(folder: Path, parameter: str) -> Iterator[Path]:
         yield part
     if former:
         names = {file.name for file in target.iterdir()}
+        stale = set(folder.glob("model*.safetensors*"))  # a loader would read old shards or an old index
+        if any(is_vqgan(file) for file in target.iterdir()):  # a loader would refuse two image tokenizers
+            stale |= set(filter(is_vqgan, companions_of(folder)))
         for name in names:
             os.replace(target / name, folder / name)
         target.rmdir()
-        for stale in folder.glob("model*.safetensors*"):  # a loader would read old shards or an old index
-            if stale.name not in names:
-                stale.unlink()
+        for file in stale:
+            if file.name not in names:
+                file.unlink()
 
 
 def _sources(settings: TrainingConfig, described: dict | None) -> list[Path]:
@@ -140,8 +143,12 @@ def _sources(settings: TrainingConfig, described: dict | None) -> list[Path]:
     return sources
 
 
-def _all_companions(output_dir: Path, settings: TrainingConfig, sources: list[Path]) -> list[Path]:
-    """Returns the tokenizer's files and the image tokenizer; logs if there is no tokenizer."""
+def _all_companions(output_dir: Path, settings: TrainingConfig, sources: list[Path], names: Names) -> dict[Path, str]:
+    """Returns the tokenizer's files and the image tokenizer, with their names in the export.
+
+    An image tokenizer that `movqgan_path` names gets a name by which it is found. The function logs if there is no
+    tokenizer.
+    """
     found = companions_of(output_dir / "tokenizer")
     if not any(file.name == "tokenizer.json" for file in found):
         logger.warning("%s holds no tokenizer: add one to the export before it is used", output_dir / "tokenizer")
@@ -150,7 +157,11 @@ def _all_companions(output_dir: Path, settings: TrainingConfig, sources: list[Pa
     for source in sources:
         if not any(file.is_file() for file in image_tokenizer):
             image_tokenizer = [file for file in companions_of(source) if is_vqgan(file)]
-    return found + [file for file in image_tokenizer if file.is_file()]
+    copies = {file: file.name for file in (*found, *image_tokenizer) if file.is_file()}
+    for file in image_tokenizer:
+        if file in copies and not any(file.match(pattern) for pattern in names.patterns):
+            copies[file] = f"{names.title.lower()}{file.suffix}"
+    return copies
 
 
 def _without_image_tokenizer(family: Family, sources: list[Path], part: Path) -> None:

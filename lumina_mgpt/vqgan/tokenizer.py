@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import VQGAN_ENCODER
 from lumina_mgpt.images import to_images, to_pixels, upright
 from lumina_mgpt.io import cause, remedy, require_readable
 from lumina_mgpt.vqgan.model import VQGAN
@@ -83,6 +84,8 @@ def look_for_image_tokenizer(
         return Path(explicit)
     folder = Path(model_folder)
     found = sorted(path for pattern in names.patterns for path in folder.glob(pattern))
+    if len(found) > 1:  # an encoder alone serves only if there is nothing else
+        found = [path for path in found if path.name != VQGAN_ENCODER]
     if len(found) > 1:  # sizes with equal numbers of codes cannot be told apart, and the wrong one decodes to noise
         listed = ", ".join(path.name for path in found)
         raise InputError(f"must name one file, because {model_folder} holds {listed}", names.option)

@@ -202,7 +202,8 @@ def test_from_records_to_images_by_the_commands(run, checkpoint, data, tmp_path)
     config = tmp_path / "small" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_size": 64}))  # of the sampled images
     settings = changed(run, init_from=str(config.parent), ema=0.5, sample_every=2, overlong="drop", device="cpu")
-    assert main_of("finetune")([*line_of(settings), "--vqgan_path", str(checkpoint / "vqgan.safetensors")]) == 0
+    (tmp_path / "small" / "vqgan.safetensors").rename(tmp_path / "named.safetensors")
+    assert main_of("finetune")([*line_of(settings), "--vqgan_path", str(tmp_path / "named.safetensors")]) == 0
     output = Path(run.output_dir)
     assert len(metrics_of(output)) == 4 and len(list((output / "samples").iterdir())) == 3
     export = output / "export"
@@ -329,6 +330,11 @@ def test_an_encoder_inside_is_ignored_in_training_and_kept_in_an_export(run, che
     assert [sequence.ids.tolist() for sequence in sequences_in(tmp_path / "out")] == [item["ids"] for item in items]
     with pytest.raises(InputError, match="vqgan_path must name a VQGAN file to make images"):
         load_image_tokenizer(export, export / "vqgan_encoder.safetensors").require_decoder()
+    shutil.copyfile(checkpoint / "vqgan.safetensors", export / "vqgan.safetensors")
+    assert look_for_image_tokenizer(export, None, "vqgan") == export / "vqgan.safetensors"
+    (export / "vqgan.safetensors").rename(export / "vqgan_other.safetensors")
+    weights_of(run.output_dir)
+    require_complete(export, "vqgan_encoder.safetensors")  # a new export replaces the image tokenizer of a former one
     assert run_folder.newest(Path(run.output_dir)).name == "step-00000004"
 
 
