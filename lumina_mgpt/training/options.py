@@ -145,7 +145,7 @@ class ModelOptions(Options):
     )
     freeze_embeddings: bool = option(False, "do not train embedding and head")
     zero_image_head: bool = option(
-        False, "start with zeros in the head's rows of image codes; for a model that was trained on text only"
+        False, "start with zeros in the head's rows of image codes; for a model that has not learned to draw yet"
     )
 
     @property
