@@ -62,7 +62,7 @@ def find(init_from: str) -> Path:
 def zero_image_head(model: Transformer) -> None:
     """Sets the rows of image codes in the head to zero, in place. All codes are then equally likely.
 
-    A model of text has no use for these rows, and their values would disturb the first steps.
+    A model that has not learned to draw has no use for these rows, and their values would disturb the first steps.
 
     Raises:
         InputError: the model has no head of its own.
