@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lumina_mgpt import cli
-from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
+from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, int4_recipe
 from lumina_mgpt.devices import DTYPES, cache_bytes
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_tensors
@@ -108,7 +108,7 @@ def random_model(
             for leaf, tensor in (("int4", bytes_), ("scale", scales), ("zero", scales / 2)):  # zero: a mean of 0
                 module.load(f"weight_{leaf}", tensor, device)
     if group:
-        model.config = replace(config, int4_group=group)
+        model.config = replace(config, quantization_config=int4_recipe(group))
         quantization.pack_weights(model, dtype)
     return model.eval()
 
@@ -311,7 +311,12 @@ def fill_cache(cache: KVCache) -> None:
 
 def run_codes(inner: CachedStep, layout: ImageLayout, prompts: list[list[int]], codes: int) -> float:
     """Mean seconds a step over `codes` steps of an image a prompt. Given codes are not fed: the cache is random."""
-    vocabulary, bar, began, done = layout.vocabulary, tqdm(total=codes, unit="code", leave=False), [0.0], [0]
+    vocabulary, bar, began, done = (
+        layout.vocabulary,
+        tqdm(total=codes, unit="code", leave=False, disable=None),
+        [0.0],
+        [0],
+    )
     if layout.given:
         fill_cache(inner.cache)
         inner.calls = 1

@@ -182,7 +182,7 @@ def run_stage(stage: Stage, check: Check) -> Outcome:
 
 @contextmanager
 def _stopped_after(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the block after this time, in the main thread of a POSIX system. A native call ends before it.
+    """Raises OutOfTime in the block after this time, in the main thread of a POSIX system. A native call ends first.
 
     The exception comes again every second, in case a destructor swallows it.
     """

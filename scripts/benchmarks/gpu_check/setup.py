@@ -75,10 +75,10 @@ class Sizes:
             config, widths = ModelConfig.from_yaml(SEVEN_B), ((4096, 4096), (11008, 4096), (4096, 11008))
             return cls("the 7B", config, TOKENIZER, 768, widths, 24, 8)
         demo = resources.demo_checkpoint()
-        sizes = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=3)
+        sizes = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=2)
         heads = dict(num_attention_heads=12, num_key_value_heads=12, model_parallel_size=1)
         config = replace(ModelConfig.from_json(demo / "config.json"), **sizes, **heads, dropout=0.0)
-        return cls("a small model", config, demo, 192, ((256, 384), (1024, 384), (384, 1024)), 3, 2)
+        return cls("a small model", config, demo, 256, ((256, 384), (1024, 384), (384, 1024)), 2, 1)
 
 
 @dataclass

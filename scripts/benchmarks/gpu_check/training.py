@@ -34,6 +34,8 @@ def training(check: Check) -> None:
         check.leave_out("adapters", "needs the peft package")
     elif check.has("adapters", 15):
         with check.part("adapters"):
+            import peft  # noqa: F401  # before the measurement, as the import takes memory too
+
             adapters(check)
     if check.has("all weights", 40):
         with check.part("all weights"):
