@@ -30,7 +30,7 @@ class Figure:
         key: its name in the JSON line.
         what: its name in the table.
         value: a number, a list of numbers, a text or None.
-        measured: the value with its unit, for the table.
+        measured: the value with its unit, for the table; empty for a value that is in the JSON line only.
         expected: what the value should be; empty where nothing is expected of it.
         good: whether the value is as expected.
     """
@@ -78,9 +78,13 @@ class Check:
     def device(self) -> torch.device:
         return self.setup.device
 
-    def record(self, key: str, what: str, value: Value, measured: str, expected: str = "", good: bool = True) -> None:
+    def record(
+        self, key: str, what: str, value: Value, measured: str = "", expected: str = "", good: bool = True
+    ) -> None:
         """Records and prints a figure. A figure that is not good fails the stage."""
         self.figures.append(Figure(key, what, value, measured, expected, good))
+        if not measured:
+            return
         note = f" (expected: {expected})" if expected else ""
         print(f"    {what}: {measured}{note}{'' if good else '  <- failed'}", flush=True)
         if not good:

@@ -11,6 +11,8 @@ import torch
 
 from lumina_mgpt.measure import anonymous_bytes, peak_anonymous
 
+CPU_SLACK = 40e6  # bytes on a CPU: scratch memory of its kernels, and small objects
+
 
 @dataclass
 class Use:

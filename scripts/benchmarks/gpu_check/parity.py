@@ -54,10 +54,11 @@ class Reference:
     bf16_share: float
 
     @classmethod
-    def of(cls, folder: Path) -> "Reference":
+    def of(cls, folder: Path, side: int = 96) -> "Reference":
+        """Computes the reference of images of at most `side` pixels: in float64, larger ones would take minutes."""
         checkpoint = Checkpoint.open(folder)
         prompt = prompt_files.example_prompts(folder)[0]
-        side = min(96, checkpoint.config.base_size)  # a reference in float64 must not take minutes
+        side = min(side, checkpoint.config.base_size)
         layout = checkpoint.layout(side, side)
         exact, plain, narrow = (
             Pipeline.from_pretrained(checkpoint, CPU, dtype) for dtype in (torch.float64, "fp32", "bf16")
@@ -130,7 +131,7 @@ def parity(check: Check) -> None:
 
 def compare(check: Check, name: str, folder: Path) -> None:
     """Records logits and images of one checkpoint on the device, against the CPU."""
-    reference, device = Reference.of(folder), check.device
+    reference, device = Reference.of(folder, 64 if check.setup.small else 96), check.device
     label = name.replace("_", " ")
     pipeline = Pipeline.from_pretrained(folder, device, "fp32")
     error = error_of(reference.logits_of(pipeline), reference.logits)
@@ -175,15 +176,15 @@ def compare_images(check: Check, what: str, reference: Reference, way: str, ours
 def flash(check: Check) -> None:
     """Compares flash attention with torch's attention, in bfloat16."""
     if check.device.type != "cuda":
-        check.leave_out("flash", "needs a CUDA GPU")
+        check.leave_out("flash-attn", "needs a CUDA GPU")
         return
     folder = resources.demo_checkpoint()
     try:
         pipeline = Pipeline.from_pretrained(folder, check.device, "bf16", attn="flash")
     except InputError as error:  # not installed, or built for another torch
-        check.leave_out("flash", str(error))
+        check.leave_out("flash-attn", str(error))
         return
-    reference = Reference.of(folder)
+    reference = Reference.of(folder, 64 if check.setup.small else 96)
     sdpa = error_of(reference.logits_of(Pipeline.from_pretrained(folder, check.device, "bf16")), reference.logits)
     check.record("sdpa_error", "error of logits, sdpa", sdpa, f"{sdpa:.4f}")
     error, limit = error_of(reference.logits_of(pipeline), reference.logits), bf16_limit(sdpa)

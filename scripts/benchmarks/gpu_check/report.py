@@ -13,7 +13,9 @@ def markdown(outcomes: Sequence[Outcome], title: str) -> str:
     for outcome in outcomes:
         verdict = f"**{outcome.verdict}**" + (f": {outcome.reason}" if outcome.reason else "")
         lines.append(_row(outcome.name, "verdict", f"{verdict} ({outcome.seconds:.0f} s)", ""))
-        lines += [_row("", figure.what, figure.measured, figure.expected) for figure in outcome.figures]
+        lines += [
+            _row("", figure.what, figure.measured, figure.expected) for figure in outcome.figures if figure.measured
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ import torch
 from bench_large import run_codes, stored_bytes
 
 from gpu_check.check import Check
-from gpu_check.memory import memory_of
+from gpu_check.memory import CPU_SLACK, memory_of
 from gpu_check.setup import BF16, FORMS, GUIDED, INT4, INT4_INT8, Form, Setup
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.devices import cache_bytes
@@ -20,7 +20,6 @@ WINDOWS = (8, 16, 32, 64)
 BATCHES = (1, 2, 4)
 SLOWEST = 10  # times the floor of the memory's bandwidth: slower is a fault
 _SLACK = 1e9  # bytes of activations and of the workspaces of CUDA's libraries
-_SMALL_SLACK = 40e6
 _FILLED = (0.02, 0.5, 0.98)  # parts of the image that are sampled before the measured steps
 
 
@@ -68,14 +67,14 @@ def _memory_of(check: Check, form: Form) -> None:
         step = setup.full_step(pipeline)
         finite = bool(setup.call(step, 1, total).isfinite().all())
     peak, estimate = loading.held + running.peak, room(setup, form)
-    key = form.name.replace(", ", "_").replace(" ", "_")
-    check.record(f"{key}_loaded_gb", f"{form.name}, weights", loading.held / 1e9, f"{loading.held / 1e9:.2f} GB")
-    slack, low, high = (_SMALL_SLACK, 0.8, 1.25) if setup.small else (_SLACK, 0.95, 1.05)
+    key = form.key
+    check.record(f"{key}_loaded_gb", f"{form.name}, weights", loading.held / 1e9, f"{loading.held / 1e9:.3f} GB")
+    slack, low, high = (CPU_SLACK, 0.8, 1.25) if setup.small else (_SLACK, 0.95, 1.05)
     least, most = low * estimate, high * estimate + slack
     what = f"{form.name}, weights and cache in a step with {total} ids"
-    wanted = f"{least / 1e9:.2f} to {most / 1e9:.2f} GB"
-    check.record(f"{key}_peak_gb", what, peak / 1e9, f"{peak / 1e9:.2f} GB", wanted, least <= peak <= most)
-    check.record(f"{key}_estimate_gb", f"{form.name}, estimate", estimate / 1e9, f"{estimate / 1e9:.2f} GB")
+    wanted = f"{least / 1e9:.3f} to {most / 1e9:.3f} GB, an estimate of {estimate / 1e9:.3f}"
+    check.record(f"{key}_peak_gb", what, peak / 1e9, f"{peak / 1e9:.3f} GB", wanted, least <= peak <= most)
+    check.record(f"{key}_estimate_gb", f"{form.name}, estimate", estimate / 1e9)
     require_finite(check, form.name, finite)
 
 
@@ -116,11 +115,12 @@ def time_steps(check: Check, pipeline: Pipeline, form: Form) -> None:
         require_finite(check, name, bool(setup.call(step, width, filled).isfinite().all()))
         taken = setup.seconds_a_call(step, width, filled)
         ratio = floor / taken
-        key = name.replace(", ", "_").replace(" ", "_")
-        check.record(f"{key}_ms", name, 1000 * taken, f"{1000 * taken:.2f} ms")
+        key = f"{form.key}_" + (f"window_{width}" if width > 1 else "plain")
+        check.record(f"{key}_ms", name, 1000 * taken)
         good = setup.small or 1 / SLOWEST <= ratio <= 1.1  # small models are in the caches, or bound by launches
         wanted = "" if setup.small else f"{100 / SLOWEST:.0f} to 110 %"
-        check.record(f"{key}_ratio", f"{name}, part of the bandwidth", ratio, f"{100 * ratio:.0f} %", wanted, good)
+        measured = f"{1000 * taken:.2f} ms, {100 * ratio:.0f} % of the bandwidth"
+        check.record(f"{key}_bandwidth", f"{name}, a step", ratio, measured, wanted, good)
 
 
 def batches(check: Check) -> None:
@@ -132,7 +132,7 @@ def batches(check: Check) -> None:
         with check.part(form.name):
             pipeline = setup.random_pipeline(form, **setup.capture_options())
             auto = pipeline.batch_size(len(setup.prompt()), setup.layout(), GUIDED)
-            check.record(f"{form.group or 0}_auto", f"{form.name}, automatic batch", auto, f"{auto} images")
+            check.record(f"{form.key}_auto", f"{form.name}, automatic batch", auto, f"{auto} images")
             for batch in sorted({*BATCHES, auto}):
                 name = f"{form.name}, batch {batch}"
                 cache = 2 * batch * cache_bytes(setup.sizes.config, sequence(setup), form.cache_dtype)
@@ -152,11 +152,9 @@ def _images_a_minute(check: Check, pipeline: Pipeline, form: Form, batch: int) -
         del step  # two caches may not fit
     mean = (found[0] + 2 * found[1] + found[2]) / 4  # trapezoidal rule
     images = 60 * batch / (mean * layout.num_codes)
-    key, name = f"{'int4_int8' if form.group else 'bf16'}_batch_{batch}", f"{form.name}, batch {batch}"
-    times = ", ".join(f"{1000 * taken:.1f}" for taken in found)
-    check.record(
-        f"{key}_ms", f"{name}, a step at {', '.join(f'{100 * p:.0f} %' for p in _FILLED)}", times, f"{times} ms"
-    )
-    side = setup.sizes.side
-    what = f"{name}, images of {side} × {side} a minute, extrapolated from these steps"
-    check.record(f"{key}_images_a_minute", what, images, f"{images:.2f}")
+    key, name = f"{form.key}_batch_{batch}", f"{form.name}, batch {batch}"
+    times, parts = ", ".join(f"{1000 * taken:.1f}" for taken in found), ", ".join(f"{100 * p:.0f}" for p in _FILLED)
+    check.record(f"{key}_ms", name, [1000 * taken for taken in found])
+    measured = f"{images:.2f} images a minute, from {times} ms a step at {parts} % of an image"
+    what = f"{name}, extrapolated to whole images of {setup.sizes.side} × {setup.sizes.side}"
+    check.record(f"{key}_images_a_minute", what, images, measured)

@@ -9,7 +9,7 @@ import torch
 from bench_large import random_model
 
 from gpu_check.check import Check
-from gpu_check.memory import memory_of
+from gpu_check.memory import CPU_SLACK, memory_of
 from gpu_check.setup import Setup, host_bytes
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.measure import synchronize
@@ -26,6 +26,7 @@ RANK = 16
 STEPS = 3  # the first one is not timed
 TOLERANCE = 0.25  # of the estimate
 _SHORTEST = 1024  # ids
+_SMALL_IDS = 1100  # of the self-test: with fewer, attention on a CPU keeps its probabilities, unlike on a GPU
 
 
 def training(check: Check) -> None:
@@ -94,7 +95,7 @@ def all_weights(check: Check) -> None:
 
 def image_ids(setup: Setup) -> int:
     """Returns the number of ids of a training sequence: text and one image."""
-    return setup.layout().length + TEXT
+    return _SMALL_IDS if setup.small else setup.layout().length + TEXT
 
 
 def fitting(check: Check, what: str, plan: Plan) -> Plan | None:
@@ -143,13 +144,13 @@ def sample_ids(config: ModelConfig, length: int) -> torch.Tensor:
 
 def record(check: Check, key: str, name: str, plan: Plan, peak: float, taken: float, losses: list[float]) -> None:
     """Records time, memory and losses of one way of training."""
-    check.record(f"{key}_ids", f"{name}, ids of a sequence", plan.ids, str(plan.ids))
-    check.record(f"{key}_s", f"{name}, a step", taken, f"{taken:.2f} s")
+    check.record(f"{key}_ids", f"{name}, ids", plan.ids)
+    check.record(f"{key}_s", f"{name}, a step with {plan.ids} ids", taken, f"{taken:.2f} s")
     estimate = max(plan.moments().values())  # without CUDA's context, which torch does not count
-    low, high = (1 - TOLERANCE) * estimate, (1 + TOLERANCE) * estimate
+    low, high = (1 - TOLERANCE) * estimate, (1 + TOLERANCE) * estimate + (0 if plan.gpu else CPU_SLACK)
     wanted = f"{low / 1e9:.2f} to {high / 1e9:.2f} GB, an estimate of {estimate / 1e9:.2f}"
     check.record(f"{key}_gb", f"{name}, memory", peak / 1e9, f"{peak / 1e9:.2f} GB", wanted, low <= peak <= high)
-    check.record(f"{key}_estimate_gb", f"{name}, estimate", estimate / 1e9, f"{estimate / 1e9:.2f} GB")
+    check.record(f"{key}_estimate_gb", f"{name}, estimate", estimate / 1e9)
     falls = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     change = losses[-1] - losses[0]
     check.record(f"{key}_loss", f"{name}, loss {losses[0]:.3f}, change", change, f"{change:.5f}", "negative", falls)
