@@ -5,20 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 
 _READS = 8  # reads of a GPU's memory between two waits: one read takes about as long as its launch and the wait
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all work that was given to it. A CPU has nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def seconds(work: Callable[[], object], repeats: int = 5, device: torch.device | None = None) -> float:
@@ -27,16 +18,24 @@ def seconds(work: Callable[[], object], repeats: int = 5, device: torch.device |
     Args:
         device: a device to wait for before and after each call; None where `work` itself waits.
     """
-    wait = partial(synchronize, device or torch.device("cpu"))
+    device = device or torch.device("cpu")
     work()
     taken = []
     for _ in range(repeats):
-        wait()
+        wait(device)
         began = time.perf_counter()
         work()
-        wait()
+        wait(device)
         taken.append(time.perf_counter() - began)
     return sorted(taken)[repeats // 2]
+
+
+def wait(device: torch.device) -> None:
+    """Waits until the device has done all work given to it. On a CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def read_bandwidth(device: torch.device, size: int | None = None, repeats: int = 5) -> float:
@@ -53,7 +52,7 @@ def read_bandwidth(device: torch.device, size: int | None = None, repeats: int =
     data = torch.ones(size // 4096, 4096, device=device)
     vector, best = torch.ones(4096, device=device), 0.0
     for work in (data.sum, lambda: (data @ vector)[0]) * repeats:
-        synchronize(device)
+        wait(device)
         began = time.perf_counter()
         for _ in range(reads - 1):
             work()

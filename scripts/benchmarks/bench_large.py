@@ -24,7 +24,7 @@ from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, int4_re
 from lumina_mgpt.devices import DTYPES, cache_bytes
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_tensors
-from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds, synchronize
+from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds, wait
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.names import disk_name
@@ -309,8 +309,12 @@ def fill_cache(cache: KVCache) -> None:
             tensor.normal_()
 
 
-def run_codes(inner: CachedStep, layout: ImageLayout, prompts: list[list[int]], codes: int) -> float:
-    """Mean seconds a step over `codes` steps of an image a prompt. Given codes are not fed: the cache is random."""
+def run_codes(inner: CachedStep, layout: ImageLayout, prompts: list[list[int]], codes: int, untimed: int = 1) -> float:
+    """Mean seconds a step over `codes` steps of an image a prompt. Given codes are not fed: the cache is random.
+
+    Args:
+        untimed: number of steps before these, at least 1: the first one has the prompts, others may capture a graph.
+    """
     vocabulary, bar, began, done = (
         layout.vocabulary,
         tqdm(total=codes, unit="code", leave=False, disable=None),
@@ -322,26 +326,26 @@ def run_codes(inner: CachedStep, layout: ImageLayout, prompts: list[list[int]], 
         inner.calls = 1
 
     def step(ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        if done[0] > codes:
+        if done[0] == untimed + codes:
             raise _Enough
-        if done[0]:
+        if done[0] >= untimed:
             bar.update()
         if layout.given and not done[0]:
             logits = torch.randn(len(ids), 1, vocabulary.num_image_codes, device=inner.device)
         else:
             logits = inner(ids, positions, read)
-        if not done[0]:  # the first call, with the prompt, is not counted
-            synchronize(inner.device)
-            began[0] = time.perf_counter()
         done[0] += 1
+        if done[0] == untimed:
+            wait(inner.device)
+            began[0] = time.perf_counter()
         return logits
 
     with suppress(_Enough):
         given = torch.zeros(len(prompts), layout.given, dtype=torch.long)
         sample(step, prompts, layout, SamplingConfig(), [(0, repeat) for repeat in range(len(prompts))], given=given)
-    synchronize(inner.device)
+    wait(inner.device)
     bar.close()
-    return (time.perf_counter() - began[0]) / (done[0] - 1)
+    return (time.perf_counter() - began[0]) / (done[0] - untimed)
 
 
 def write_random(config: ModelConfig, folder: Path) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from gpu_check.check import Check
 from gpu_check.parity import KEY, TIE
-from gpu_check.setup import PROMPT
+from gpu_check.setup import PROMPT, graph_options
 from lumina_mgpt import resources
 from lumina_mgpt.config import SamplingConfig, Speculation
-from lumina_mgpt.measure import seconds, synchronize
+from lumina_mgpt.measure import seconds, wait
 from lumina_mgpt.model.int4 import dequantize
 from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.step import has_compiler
@@ -58,9 +58,8 @@ def int4(check: Check) -> None:
 def steps(check: Check) -> None:
     """Compares compiled and captured steps with eager ones: the same image, and milliseconds a step."""
     ways: dict[str, dict[str, bool]] = {}
-    captured = check.setup.capture_options()
-    if captured:
-        ways["captured"] = captured
+    if check.setup.captures:
+        ways["captured"] = graph_options(True)
     elif check.device.type == "cuda":
         check.leave_out("captured", "this version has no option for it")
     if has_compiler(check.device):
@@ -77,7 +76,7 @@ def steps(check: Check) -> None:
 def _compare_steps(check: Check, way: str, options: dict[str, bool]) -> None:
     """Draws one image in both ways in fp32, then again for the time."""
     device = check.device
-    eager, other = (_demo(check, device, "fp32", **more) for more in ({}, options))
+    eager, other = (_demo(check, device, "fp32", **more) for more in (graph_options(False), options))
     side = _COMPILED_SIDE if way == "compiled" else 96
     samplers: dict[str, Speculation | None] = {"plain": None}
     if way != "compiled":
@@ -116,10 +115,10 @@ def _draw(pipeline: Pipeline, side: int, speculation: Speculation | None) -> tup
     """Returns the codes of one image, and the mean seconds of a forward."""
     layout = pipeline.checkpoint.layout(side, side)
     starts = pipeline.checkpoint.prompt_ids([PROMPT], layout)
-    synchronize(pipeline.device)
+    wait(pipeline.device)
     began = time.perf_counter()
     codes = pipeline.sample(
         starts, layout, SamplingConfig(seed=KEY[0], **_SETTINGS), [KEY[1]], speculation=speculation
     )[0]
-    synchronize(pipeline.device)
+    wait(pipeline.device)
     return codes, (time.perf_counter() - began) / pipeline.forwards

@@ -25,7 +25,8 @@ WAYS: dict[str, tuple[dict, Speculation | None]] = {
     "speculative image, window 8": ({"top_k": 100}, Speculation("noise", 8)),
     "speculative image, window 64": ({"top_k": 100}, Speculation("noise", 64)),
 }
-_CHUNKS = (1, 1, 2, 30)  # ids of the steps after the prompt; the last step has the rest
+_CHUNKS = (1, 1, 2, 30, 64)  # ids of the steps after the prompt; later steps have as many as the last
+_WIDEST = Speculation("noise", 64)
 FP32_ERROR = 1e-4  # of the logits' standard deviation; a CPU in float32 has 1e-6
 SHARE = 0.05  # the share of equal codes may be lower than a CPU's by this
 TIE = 1e-3  # difference of two log-probabilities, with noise, that float32 may reverse
@@ -91,17 +92,16 @@ def image_logits(pipeline: Pipeline, prompt: str, layout: ImageLayout, codes: Te
     Shapes: codes (rows, cols) -> (2, positions, C) float64 on the CPU.
     """
     starts = pipeline.checkpoint.prompt_ids([prompt], layout)
-    step = pipeline.make_step(starts, layout, SamplingConfig(), None)
+    step = pipeline.make_step(starts, layout, SamplingConfig(), _WIDEST)
     call, origin = first_call(starts, layout, torch.empty((1, 0), dtype=torch.long), guided=True)
     known = replace(layout, given=layout.num_codes - 1).fill(codes.flatten()[None, :-1])[0]
     at, found = layout.prefix_length, [step(*call)]
-    for width in (*_CHUNKS, len(known)):
-        ids = known[at : at + width]
-        if len(ids):
-            positions = origin[:, None] + torch.arange(at, at + len(ids))
-            read = torch.arange(len(ids)).expand(2, -1)
-            found.append(step(ids.expand(2, -1).to(pipeline.device), positions, read))
-            at += len(ids)
+    while at < len(known):
+        ids = known[at : at + _CHUNKS[min(len(found), len(_CHUNKS)) - 1]]
+        positions = origin[:, None] + torch.arange(at, at + len(ids))
+        read = torch.arange(len(ids)).expand(2, -1)
+        found.append(step(ids.expand(2, -1).to(pipeline.device), positions, read))
+        at += len(ids)
     return torch.cat([logits.cpu().double() for logits in found], 1)
 
 

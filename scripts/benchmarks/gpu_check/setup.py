@@ -11,7 +11,7 @@ from bench_large import SEVEN_B, TOKENIZER, fill_cache, random_model
 from torch import Tensor
 
 from lumina_mgpt import resources
-from lumina_mgpt.config import ModelConfig, SamplingConfig
+from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.measure import read_bandwidth, seconds
 from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.pipeline import Pipeline
@@ -129,25 +129,26 @@ class Setup:
         """Returns the ids of a prompt, up to image start."""
         return self.checkpoint.prompt_ids([PROMPT], self.layout())[0]
 
-    def capture_options(self) -> dict[str, bool]:
-        """Returns the option of a pipeline that captures its steps as CUDA graphs; empty where there is none."""
-        known = "cuda_graphs" in inspect.signature(Pipeline.__init__).parameters
-        return {"cuda_graphs": True} if known and self.device.type == "cuda" else {}
+    @property
+    def captures(self) -> bool:
+        """Whether pipelines capture their steps as CUDA graphs."""
+        return self.device.type == "cuda" and bool(graph_options(True))
 
-    def random_pipeline(self, form: Form, **options: bool) -> Pipeline:
-        """Returns a pipeline with random weights, made on the device.
-
-        Args:
-            options: further arguments of Pipeline.
-        """
+    def random_pipeline(self, form: Form) -> Pipeline:
+        """Returns a pipeline with random weights, made on the device."""
         model = random_model(self.sizes.config, form.dtype, form.group, self.device)
         model.lm_head.slice_columns(self.vocabulary.code_slice, int8=bool(form.group))
         image_tokenizer = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, self.device)
-        return Pipeline(self.checkpoint, model, image_tokenizer, form.cache_dtype, **options)
+        return Pipeline(self.checkpoint, model, image_tokenizer, form.cache_dtype)
 
-    def full_step(self, pipeline: Pipeline, batch: int = 1) -> CachedStep:
-        """Returns a step with guidance whose cache is full of random numbers."""
-        step = pipeline.make_step([self.prompt()] * batch, self.layout(), GUIDED, None)
+    def full_step(self, pipeline: Pipeline, window: int = 1) -> CachedStep:
+        """Returns a step with guidance whose cache is full of random numbers.
+
+        Args:
+            window: drafts of a forward; 1 for the step of plain sampling.
+        """
+        speculation = Speculation("noise", window) if window > 1 else None
+        step = pipeline.make_step([self.prompt()], self.layout(), GUIDED, speculation)
         fill_cache(step.cache)
         step.calls = 1  # the first call, which reads the prompt, is over
         return step
@@ -170,6 +171,12 @@ class Setup:
                 self.call(step, width, filled)
 
         return seconds(work, device=self.device) / count
+
+
+def graph_options(captured: bool) -> dict[str, bool]:
+    """Returns the option of a pipeline that captures its steps as CUDA graphs or not; empty where there is none."""
+    known = "cuda_graphs" in inspect.signature(Pipeline.__init__).parameters
+    return {"cuda_graphs": captured} if known else {}
 
 
 def host_bytes() -> int | None:

@@ -20,6 +20,7 @@ WINDOWS = (8, 16, 32, 64)
 BATCHES = (1, 2, 4)
 SLOWEST = 10  # times the floor of the memory's bandwidth: slower is a fault
 _SLACK = 1e9  # bytes of activations and of the workspaces of CUDA's libraries
+_UNTIMED = 4  # steps: a shape is captured as a graph at its second use
 _FILLED = (0.02, 0.5, 0.98)  # parts of the image that are sampled before the measured steps
 
 
@@ -89,12 +90,12 @@ def bandwidth(check: Check) -> None:
     """Compares the time of a step with the time to read weights and cache once, at half of an image."""
     gb = check.setup.bandwidth / 1e9
     check.record("bandwidth_gb_s", "memory bandwidth for reading", gb, f"{gb:.0f} GB/s")
+    check.record("captured", "steps", str(check.setup.captures), "CUDA graphs" if check.setup.captures else "eager")
     for form in (BF16, INT4):
         if not check.has(form.name, 8) or not check.fits(form.name, needed(check.setup, form)):
             continue
         with check.part(form.name):
-            options = check.setup.capture_options()
-            pipeline = check.setup.random_pipeline(form, **options)
+            pipeline = check.setup.random_pipeline(form)
             time_steps(check, pipeline, form)
             if form == INT4 and check.has(INT4_INT8.name, 4):
                 pipeline.cache_dtype = INT4_INT8.cache_dtype
@@ -102,27 +103,36 @@ def bandwidth(check: Check) -> None:
 
 
 def time_steps(check: Check, pipeline: Pipeline, form: Form) -> None:
-    """Records the plain step and windows of one form."""
-    setup, filled = check.setup, sequence(check.setup) // 2
-    step = setup.full_step(pipeline)
-    cache = 2 * cache_bytes(setup.sizes.config, filled, form.cache_dtype)
-    head = pipeline.model.lm_head.weight.nbytes
-    floor = (stored_bytes(pipeline.model.layers) + head + cache) / setup.bandwidth
+    """Records the plain step and windows of one form; where steps are captured, also the eager plain step."""
+    setup = check.setup
+    if setup.captures:
+        pipeline.cuda_graphs = False
+        time_step(check, pipeline, form, f"{form.name}, plain, eager", f"{form.key}_eager", 1)
+        pipeline.cuda_graphs = True
     for width in (1, *WINDOWS):
-        name = f"{form.name}, " + (f"window {width}" if width > 1 else "plain")
-        if not check.has(name, 1):
-            continue
-        require_finite(check, name, bool(setup.call(step, width, filled).isfinite().all()))
-        taken = setup.seconds_a_call(step, width, filled)
-        ratio = floor / taken
-        key = f"{form.key}_" + (f"window_{width}" if width > 1 else "plain")
-        check.record(f"{key}_ms", name, 1000 * taken)
-        good = setup.small or 1 / SLOWEST <= ratio <= 1.1  # small models are in the caches, or bound by launches
-        wanted = "" if setup.small else f"{100 / SLOWEST:.0f} to 110 %"
-        measured = f"{1000 * taken:.2f} ms, {100 * ratio:.0f} % of the bandwidth"
-        check.record(f"{key}_bandwidth", f"{name}, a step", ratio, measured, wanted, good)
+        name = f"window {width}" if width > 1 else "plain"
+        time_step(check, pipeline, form, f"{form.name}, {name}", f"{form.key}_{name.replace(' ', '_')}", width)
 
 
+def time_step(check: Check, pipeline: Pipeline, form: Form, name: str, key: str, width: int) -> None:
+    """Records milliseconds of a step with `width` ids a row, and their part of the memory's bandwidth."""
+    setup, filled = check.setup, sequence(check.setup) // 2
+    if not check.has(name, 1):
+        return
+    step = setup.full_step(pipeline, width)
+    cache = 2 * cache_bytes(setup.sizes.config, filled, form.cache_dtype)
+    floor = (stored_bytes(pipeline.model.layers) + pipeline.model.lm_head.weight.nbytes + cache) / setup.bandwidth
+    require_finite(check, name, bool(setup.call(step, width, filled).isfinite().all()))
+    taken = setup.seconds_a_call(step, width, filled)
+    ratio = floor / taken
+    check.record(f"{key}_ms", name, 1000 * taken)
+    good = setup.small or 1 / SLOWEST <= ratio <= 1.1  # small models are in the caches, or bound by launches
+    wanted = "" if setup.small else f"{100 / SLOWEST:.0f} to 110 %"
+    measured = f"{1000 * taken:.2f} ms, {100 * ratio:.0f} % of the bandwidth"
+    check.record(f"{key}_bandwidth", f"{name}, a step", ratio, measured, wanted, good)
+
+
+@torch.no_grad()
 def batches(check: Check) -> None:
     """Measures steps of several images at once, and extrapolates to whole images."""
     setup = check.setup
@@ -130,7 +140,7 @@ def batches(check: Check) -> None:
         if not check.has(form.name, 10) or not check.fits(form.name, needed(setup, form)):
             continue
         with check.part(form.name):
-            pipeline = setup.random_pipeline(form, **setup.capture_options())
+            pipeline = setup.random_pipeline(form)
             auto = pipeline.batch_size(len(setup.prompt()), setup.layout(), GUIDED)
             check.record(f"{form.key}_auto", f"{form.name}, automatic batch", auto, f"{auto} images")
             for batch in sorted({*BATCHES, auto}):
@@ -146,9 +156,9 @@ def _images_a_minute(check: Check, pipeline: Pipeline, form: Form, batch: int) -
     setup, layout, count = check.setup, check.setup.layout(), check.setup.sizes.steps
     prompts, found = [setup.prompt()] * batch, []
     for part in _FILLED:
-        given = max(1, min(math.ceil(part * layout.num_codes), layout.num_codes - count - 2))
+        given = max(1, min(math.ceil(part * layout.num_codes), layout.num_codes - count - _UNTIMED - 1))
         step: CachedStep = pipeline.make_step(prompts, layout, GUIDED, None)
-        found.append(run_codes(step, replace(layout, given=given), prompts, count))
+        found.append(run_codes(step, replace(layout, given=given), prompts, count, _UNTIMED))
         del step  # two caches may not fit
     mean = (found[0] + 2 * found[1] + found[2]) / 4  # trapezoidal rule
     images = 60 * batch / (mean * layout.num_codes)

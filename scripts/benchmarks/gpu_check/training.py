@@ -12,7 +12,7 @@ from gpu_check.check import Check
 from gpu_check.memory import CPU_SLACK, memory_of
 from gpu_check.setup import Setup, host_bytes
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.measure import synchronize
+from lumina_mgpt.measure import wait
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.adapters import choose_trained
 from lumina_mgpt.training.distributed import Processes, clip_gradients, place
@@ -120,7 +120,7 @@ def train(model: Transformer, processes: Processes, plan: Plan) -> tuple[float, 
     index, targets = torch.arange(TEXT - 1, plan.ids - 1, device=device), ids[0, TEXT:]
     losses, times = [], []
     for _ in range(STEPS):
-        synchronize(device)
+        wait(device)
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=not plan.wide):
             total, cross, _ = module(ids, index, targets)
@@ -130,7 +130,7 @@ def train(model: Transformer, processes: Processes, plan: Plan) -> tuple[float, 
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(cross.item() / len(targets))
-        synchronize(device)
+        wait(device)
         times.append(time.perf_counter() - began)
     return min(times[1:]), losses
 
