@@ -4,6 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
+import torch
 from gpu_check import basics, kernels, parity, report, speed, training
 from gpu_check.check import Clock, Stage, run_stages
 from gpu_check.setup import Setup
@@ -111,6 +112,8 @@ def setup_of(args: argparse.Namespace) -> Setup:
     device = resolve_device(args.device)
     if device.type == "mps" and args.device == "auto":
         device = resolve_device("cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # FSDP and graphs use the current device
     if device.type not in ("cuda", "cpu"):
         raise InputError(f"must be auto, cuda or cpu, got {args.device}; try auto", "device")
     folder = args.first_generation

@@ -70,7 +70,8 @@ def steps(check: Check) -> None:
         if check.has(way, 40 if way == "compiled" else 5):
             with check.part(way):
                 _compare_steps(check, way, options)
-            torch._dynamo.reset()  # frees compiled code and its graphs
+            if way == "compiled":
+                torch._dynamo.reset()  # frees compiled code and its graphs
 
 
 def _compare_steps(check: Check, way: str, options: dict[str, bool]) -> None:

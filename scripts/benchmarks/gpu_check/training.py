@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from bench_large import random_model
 
-from gpu_check.check import Check
+from gpu_check.check import Check, free_memory
 from gpu_check.memory import CPU_SLACK, memory_of
 from gpu_check.setup import Setup, host_bytes
 from lumina_mgpt.config import ModelConfig
@@ -75,7 +75,7 @@ def all_weights(check: Check) -> None:
     model = random_model(config, torch.float32, device=check.device)
     if offload:
         model.to("cpu")
-    torch.cuda.empty_cache()
+    free_memory(check.device)
     model.requires_grad_(True)
     processes = Processes.start(str(check.device), offload)
     try:
