@@ -5,7 +5,7 @@ import time
 
 BEGAN = time.monotonic()
 
-from gpu_check.command import main  # noqa: E402
+from gpu_check import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(began=BEGAN))

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from gpu_check import basics, kernels, parity, report, speed, training
 from gpu_check.check import Clock, Stage, run_stages
 from gpu_check.setup import Setup
