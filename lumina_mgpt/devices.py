@@ -10,6 +10,8 @@ from lumina_mgpt.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+FREE_SHARE = 0.9  # of a GPU's free memory that a batch may take; the rest is for fragments and kernels' workspaces
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,10 +42,22 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def own_device(name: str) -> torch.device:
-    """Returns the device of a name; for a CUDA GPU, the one that the launcher assigned to this process, if any."""
+def own_device(name: str, rank: int | None = None) -> torch.device:
+    """Returns the device of a name; for a CUDA GPU, the one that the launcher assigned to this process, if any.
+
+    Args:
+        rank: index of this process among several that were started without a launcher. They take the GPUs in turn,
+            unless `name` has the index of one.
+
+    Raises:
+        InputError: as `resolve_device`.
+    """
     device, local = resolve_device(name), os.environ.get("LOCAL_RANK", "")
-    return resolve_device(f"cuda:{local}") if device.type == "cuda" and local.isdecimal() else device
+    if device.type == "cuda" and local.isdecimal():
+        return resolve_device(f"cuda:{local}")
+    if device.type == "cuda" and device.index is None and rank is not None:
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return device
 
 
 def resolve_dtype(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.devices import (
+    FREE_SHARE,
     activation_bytes,
     cache_bytes,
     default_window,
@@ -34,7 +35,6 @@ from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
 _CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch on a CPU
-_GPU_SHARE = 0.9  # of a GPU's free memory for an automatic batch; the rest is for fragments and kernels' workspaces
 _LOGIT_COPIES = 8  # float32 numbers of the sampler for each logit of a forward
 _LARGEST_AUTO_BATCH = 8
 _UNKNOWN = (128, 128, 128)  # color of a preview where no codes are sampled yet
@@ -213,7 +213,7 @@ class Pipeline:
             image += rows * 4 * _LOGIT_COPIES * drafts * config.num_image_codes
             width, height = pixel_size(layout)
             decoding = self.image_tokenizer.working_bytes(width * height)
-            limit = int(_GPU_SHARE * (free_memory(self.device) - decoding))
+            limit = int(FREE_SHARE * (free_memory(self.device) - decoding))
         return max(1, min(_LARGEST_AUTO_BATCH, limit // image))
 
     def sample(

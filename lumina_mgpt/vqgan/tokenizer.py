@@ -102,6 +102,11 @@ class ImageTokenizer:
         """Size of the codebook."""
         return self.model.config.num_codes
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.model.quantize.embedding.weight.device
+
     def working_bytes(self, pixels: int) -> int:
         """Returns the bytes of temporaries that encoding or decoding one image takes.
 
