@@ -32,11 +32,15 @@ def build_parser() -> cli.Parser:
         "--target_size", type=cli.whole, default=768, help="crop to about target x target pixels, nearest aspect ratio"
     )
     parser.add_argument("--keep_size", action="store_true", help="do not crop pictures with sides in multiples of 32")
-    parser.add_argument("--batch_size", type=cli.whole, default=16, help="pictures encoded at once (on a GPU, fewer if memory is short)")
+    parser.add_argument(
+        "--batch_size", type=cli.whole, default=16, help="pictures encoded at once (on a GPU, fewer if memory is short)"
+    )
     parser.add_argument("--workers", type=cli.whole, default=2, help="threads that read and crop pictures")
     parser.add_argument("--block", type=cli.whole, default=512, help="records per shard")
     parser.add_argument("--seed", type=cli.whole, default=0, help="selects the instructions that do not name the size")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: a GPU if there is one; ranks take GPUs in turn)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: a GPU if there is one; ranks take GPUs in turn)"
+    )
     return parser
 
 

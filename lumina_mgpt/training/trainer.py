@@ -273,8 +273,8 @@ class Trainer:
         counts = [(batch.labelled, batch.tokens, batch_flops(self.model.config, batch)) for batch in batches]
         labelled, tokens, flops = processes.sum(*map(sum, zip(*counts, strict=True)))
         losses = [part for batch in batches for part in self._backward(batch, max(1.0, labelled))]
-        norm = clip_gradients(self.module, self.settings.optimizer.clip_grad)
-        *parts, norm = read(processes.device, *losses, norm)  # the only time that the host waits for a GPU
+        clipped = clip_gradients(self.module, self.settings.optimizer.clip_grad)
+        *parts, norm = read(processes.device, *losses, clipped)  # the only time that the host waits for a GPU
         elapsed = time.monotonic() - began if processes.first else 0.0
         sums = sum(parts[::2]), sum(parts[1::2]), self.stop, self.saver.poll(), elapsed
         cross, z, stop, failed, elapsed = processes.sum(*sums)

@@ -189,7 +189,7 @@ def full_precision(model: VQGAN) -> Iterator[None]:
     if model.encoder.conv_in.weight.device.type != "cuda":
         yield
         return
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:
