@@ -4,8 +4,8 @@
 
 A job is {"settings": {...}, "world": 1, "until": 0, "kills": 0, "chunks": false, "timeout": 0, "slow": 0}. `until`
 stops after that step, as SIGTERM does; `kills` is the number of times that the run is killed by SIGKILL first, half of
-them while it writes a checkpoint; `timeout` is that of collective operations, in seconds; `slow` is the number of seconds
-that the last process takes longer to generate samples.
+them while it writes a checkpoint; `timeout` is that of collective operations, in seconds; `slow` is the number of
+seconds that the last process takes longer to generate samples.
 """
 
 import importlib

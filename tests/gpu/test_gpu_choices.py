@@ -9,6 +9,7 @@ from PIL import Image
 from pretend_gpu import pretend
 from records import picture, write_records
 
+from lumina_mgpt import cli
 from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.data.image_codes import ImageCodes
 from lumina_mgpt.data.inputs import read_input
@@ -141,6 +142,23 @@ def test_a_process_of_a_launcher_takes_its_own_gpu(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", "2")
         with pytest.raises(InputError, match="cuda:2 needs a CUDA GPU, but .* finds 2"):
             own_device("auto")
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_generation_on_several_gpus_loads_the_model_on_each(tmp_path, monkeypatch, local):
+    loaded = []
+
+    def load(args, checkpoint, device):
+        loaded.append(device)
+        raise InputError("that is all")
+
+    monkeypatch.setattr(cli, "load_pipeline", load)
+    for variable, value in dict(RANK=local, LOCAL_RANK=local, WORLD_SIZE=2).items():
+        monkeypatch.setenv(variable, str(value))
+    with pretend(PACKAGE, "h100", count=2):
+        line = ["--model_path", str(DEMO), "--prompt", "an owl", "-n", "2", "--save_path", str(tmp_path / "out")]
+        assert main_of("generate")(line) == 2
+    assert loaded == [torch.device("cuda", local)]
 
 
 @pytest.mark.parametrize(("rank", "local", "name"), [(0, None, 0), (1, None, 1), (3, None, 1), (3, "0", 0)])
