@@ -3,7 +3,7 @@
 import pytest
 import torch
 from commands import ROOT
-from pretend_gpu import OnGpu, Seen, pretend
+from pretend_gpu import OnGpu, pretend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,11 +31,6 @@ def packed_linear(weight: torch.Tensor, group: int, bias: torch.Tensor | None = 
     return module
 
 
-def tiles(seen: Seen) -> int:
-    """Tiles of 16 rows that torch's kernel multiplied; it reads all weights for each."""
-    return sum(key[0] * n for key, n in seen.int4.items())
-
-
 class Reads(TorchDispatchMode):
     """Counts how often operators read a packed matrix; torch's kernel reads it once for every 16 rows."""
 
@@ -61,7 +56,7 @@ def test_a_product_reads_the_weights_once_or_twice(rows, reads):
         with Reads(module.packed) as counted:
             module(x)
         assert counted.count == reads
-        assert tiles(seen) == (reads if rows <= 32 else 0)
+        assert seen.int4.total() == (reads if rows <= 32 else 0)
         assert seen.launches.total() == (1 if rows <= 32 else 7) and not seen.syncs
 
 
@@ -102,7 +97,7 @@ def test_passes_of_a_window_with_guidance():
             seen.reset()
             positions = (3 + torch.arange(window)).expand(2, window)
             step(torch.full((2, window), 1030), positions, torch.arange(window).expand(2, window))
-            assert tiles(seen) == passes * matrices, window
+            assert seen.int4.total() == passes * matrices, window
             dequantized = sum(n for (name, line), n in seen.launches.items() if name == "__rshift__")
             assert dequantized == (0 if passes else matrices), window
     assert default_window(torch.device("cuda"), int4=True) == 8
