@@ -95,11 +95,11 @@ def dequantize_packed(packed: Tensor, pairs: Tensor, group: int) -> Tensor:
 
     The weights are those of `dequantize` in float32, rounded to bfloat16. Six kernels run, without a host
     synchronization. Two of them read the packed numbers: one takes the low four bits of each byte, one the high ones.
-    Besides the result, half of its bytes are in use.
+    Temporaries take at most half as many bytes as the result.
 
-    A byte with the index 2·odd + half in its 32-bit word holds two numbers of one row, which are 8 columns apart. With
-    c the lane in 0 ... 3 and low the bits that are taken (0: low, 1: high), the column of a number in its block of 32
-    is 16·half + 8·low + 2c + odd.
+    Each byte holds two numbers of one row. The axes of a packed matrix, seen as bytes, are: group of eight rows, outer
+    block of 32·P columns, row in the group, lane 0 ... 3, inner block of 32 columns, odd 0 ... 1, half 0 ... 1. In its
+    inner block, the number in the low bits has the column 16·half + 2·lane + odd, the one in the high bits 8 more.
 
     Args:
         packed: what `aten::_convert_weight_to_int4pack` returns on CUDA.
@@ -111,8 +111,8 @@ def dequantize_packed(packed: Tensor, pairs: Tensor, group: int) -> Tensor:
     """
     eighths, outer, _, P = packed.shape
     out = torch.empty(8 * eighths, 32 * outer * P, dtype=torch.bfloat16, device=packed.device)
-    numbers = packed.view(torch.uint8).view(eighths, outer, 8, 4, P, 2, 2)  # row of 8, lane, P, odd, half
-    places = out.view(eighths, 8, outer, P, 2, 2, 4, 2).permute(5, 0, 2, 1, 6, 3, 7, 4)  # low, then as `numbers`
+    numbers = packed.view(torch.uint8).view(eighths, outer, 8, 4, P, 2, 2)  # as above
+    places = out.view(eighths, 8, outer, P, 2, 2, 4, 2).permute(5, 0, 2, 1, 6, 3, 7, 4)  # bits, `numbers`
     spread = pairs.transpose(0, 1)[:, :, None].expand(-1, -1, group // 32, -1)  # (N, K/group, group/32, 2)
     spread = spread.to(torch.float32, memory_format=torch.contiguous_format)
     spread = spread.view(eighths, 8, outer, P, 2).transpose(1, 2)[:, :, :, None, :, None, None]

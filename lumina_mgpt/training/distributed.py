@@ -23,7 +23,7 @@ from lumina_mgpt.launcher import meeting_point, process_share
 from lumina_mgpt.training.loss import LossModel
 
 TIMEOUT = timedelta(minutes=30)  # of a collective operation: then a process is lost, and the run ends
-PATIENCE = timedelta(days=1)  # for work that one process may have more of, such as the generation of samples
+LONG_TIMEOUT = timedelta(days=1)  # for work that one process may have more of, such as the generation of samples
 _HASH = 64  # characters of a fingerprint
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _SEPARATE_BYTES = 1 << 20  # blocks of at least this size are mapped and unmapped individually
@@ -130,15 +130,15 @@ class Processes:
         if self.sum(fault is not None)[0]:
             raise fault or InputError(f"another process cannot {action}; it names the reason")
 
-    def patient_group(self) -> dist.ProcessGroup | None:
+    def long_timeout_group(self) -> dist.ProcessGroup | None:
         """Returns a group of all processes that wait for each other for a day; None for a single process.
 
         All processes call this method together. Its operations take tensors on the CPU.
         """
-        return dist.new_group(backend="gloo", timeout=PATIENCE) if self.world > 1 else None
+        return dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if self.world > 1 else None
 
     def upload(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Returns copies of CPU tensors on the device. For a GPU, they come from pinned memory, and no one waits."""
+        """Returns copies of CPU tensors on the device. For a GPU, the host does not wait: it pins them first."""
         if self.device.type != "cuda":
             return [tensor.to(self.device) for tensor in tensors]
         return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]

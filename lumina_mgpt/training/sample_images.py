@@ -52,7 +52,7 @@ class SampleImages:
         self.checkpoint = Checkpoint(
             folder, model.config, vocabulary, find_image_tokenizer(folder, options.movqgan_path)
         )
-        self.group, self.images = processes.patient_group(), None
+        self.group, self.images = processes.long_timeout_group(), None
         self.own_prompts = self.prompts[processes.rank :: processes.world]
         if self.own_prompts:
             self.images = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, processes.device)
