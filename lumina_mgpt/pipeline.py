@@ -10,7 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
-from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
+from lumina_mgpt.devices import (
+    FREE_SHARE,
+    activation_bytes,
+    cache_bytes,
+    default_window,
+    free_memory,
+    resolve_device,
+    resolve_dtype,
+)
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.image_tokenizer import load_image_tokenizer
 from lumina_mgpt.model import attention
@@ -30,7 +38,8 @@ from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 if TYPE_CHECKING:
     from lumina_mgpt.model.parallel import Parallel
 
-_CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
+_CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch on a CPU
+_LOGIT_COPIES = 8  # float32 numbers of the sampler for each logit of a forward
 _LARGEST_AUTO_BATCH = 8
 _UNKNOWN = (128, 128, 128)  # color of a preview where no codes are sampled yet
 
@@ -210,18 +219,33 @@ class Pipeline:
     def batch_size(
         self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
     ) -> int:
-        """Returns the automatic batch size: as many images as fit the cache limit, at most 8.
+        """Returns the automatic batch size: as many images as fit into memory, at most 8 and at least 1.
+
+        On a CUDA GPU, an image takes its part of the cache and of a forward's temporaries. The images may take 90 % of
+        the free memory, less what the image tokenizer needs to decode one image. Elsewhere, only the cache counts, and
+        its limit is 1 GiB.
 
         Args:
             start: number of ids of the longest prompt, up to image start.
         """
         config, slots = self.checkpoint.config, start + layout.length
-        image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        rows, limit = 1 if settings.cfg == 1.0 else 2, _CACHE_LIMIT
+        image = rows * cache_bytes(config, slots, self.cache_dtype)
         image //= self.parallel.size if self.parallel else 1
         speculation = self.with_window(speculation)
         if speculation:
             image += ring_bytes(layout, speculation)
-        return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_LIMIT // image))
+        if self.device.type == "cuda":
+            drafts = (speculation and speculation.window) or 1
+            ids = max(start + layout.given + layout.rows, drafts)  # of the first forward, or of a later one
+            image += rows * activation_bytes(config, ids, self.dtype)
+            image += rows * 4 * _LOGIT_COPIES * drafts * config.num_image_codes
+            width, height = layout.size
+            decoding = self.image_tokenizer.working_bytes(width * height)
+            limit = int(FREE_SHARE * (free_memory(self.device) - decoding))
+            if self.parallel:  # all processes need the same batches
+                limit = self.parallel.least(limit)
+        return max(1, min(_LARGEST_AUTO_BATCH, limit // image))
 
     def sample(
         self,

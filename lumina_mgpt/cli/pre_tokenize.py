@@ -1,6 +1,7 @@
 """`lumina-mgpt pre-tokenize`: converts images and texts to token shards for training. See TRAIN.md."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from lumina_mgpt.errors import caused_by
 
 if TYPE_CHECKING:
     from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
+
+logger = logging.getLogger(__name__)
 
 # Errors name the option of the checkpoint's kind of image tokenizer.
 ALIASES = {"vqgan_path": "--vqgan_path"}
@@ -39,11 +42,15 @@ def build_parser() -> cli.Parser:
         "--target_size", type=cli.whole, default=768, help="crop to about target x target pixels, nearest aspect ratio"
     )
     parser.add_argument("--keep_size", action="store_true", help="do not crop pictures with sides in multiples of 32")
-    parser.add_argument("--batch_size", type=cli.whole, default=16, help="pictures encoded at once")
+    parser.add_argument(
+        "--batch_size", type=cli.whole, default=16, help="pictures encoded at once (on a GPU, fewer if memory is short)"
+    )
     parser.add_argument("--workers", type=cli.whole, default=2, help="threads that read and crop pictures")
     parser.add_argument("--block", type=cli.whole, default=512, help="records per shard")
     parser.add_argument("--seed", type=cli.whole, default=0, help="selects the instructions that do not name the size")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: a GPU if there is one; ranks take GPUs in turn)"
+    )
     return parser
 
 
@@ -52,7 +59,7 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     from lumina_mgpt.data.inputs import read_input
     from lumina_mgpt.data.job import PreTokenizeConfig
     from lumina_mgpt.data.pre_tokenize import PreTokenizer
-    from lumina_mgpt.devices import resolve_device
+    from lumina_mgpt.devices import own_device
     from lumina_mgpt.image_tokenizer import load_image_tokenizer
     from lumina_mgpt.vocabulary import Vocabulary
     from lumina_mgpt.vqgan.tokenizer import look_for_image_tokenizer
@@ -60,7 +67,9 @@ def pre_tokenize(args: argparse.Namespace) -> None:
     config = PreTokenizeConfig(**{name: getattr(args, name) for name in OPTIONS})
     source = read_input(args.in_filename)
     files = config.files(source)
-    device = resolve_device(args.device)
+    device = own_device(args.device, args.rank)
+    if device.type == "cuda":
+        logger.info("rank %d of %d encodes on %s", args.rank, args.splits, device)
     folder = Path(args.model_path)
     with caused_by("model_path"):
         model = ModelConfig.from_json(folder / "config.json")

@@ -9,22 +9,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.data.sources import read_sources, require_known_panels
-from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import Family
 from lumina_mgpt.io import alone_in
-from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base, identity, loading, run_folder
 from lumina_mgpt.training.adapters import choose_trained
-from lumina_mgpt.training.distributed import Processes, clip_gradients, place
+from lumina_mgpt.training.distributed import Processes, clip_gradients, place, read
 from lumina_mgpt.training.export import keep_companions
 from lumina_mgpt.training.guard import Guard
+from lumina_mgpt.training.loading import build_model
 from lumina_mgpt.training.loss import LossModel
 from lumina_mgpt.training.metrics import Metrics, batch_flops, peak_flops
 from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
@@ -35,40 +35,6 @@ from lumina_mgpt.training.tensors import tensors_of
 from lumina_mgpt.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
-    """Returns the model to train, the folder of its tokenizer, and what `base.describe` returns for its base.
-
-    The model is on the CPU in float32. With adapters and precision bf16, it is in bfloat16, since no product uses its
-    frozen weights in a wider format.
-
-    Raises:
-        InputError: the model cannot be loaded or has int4 weights, or an option does not apply to it.
-    """
-    options = settings.model
-    if options.init_from:
-        folder = base.find(options.init_from)
-        require_plain_weights(folder, "init_from", "trained")
-        narrow = options.lora_rank and settings.runtime.precision == "bf16"
-        model = load_model(folder, torch.bfloat16 if narrow else torch.float32, torch.device("cpu"), "sdpa")
-    else:
-        path = str(options.model_config)
-        with caused_by("model_config"):
-            config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
-        folder = Path(str(options.tokenizer_path))
-        model = Transformer(config)
-        model.init_weights(torch.Generator().manual_seed(settings.runtime.seed))
-    if options.zero_image_head:
-        base.zero_image_head(model)
-    if settings.regularization.spare_panel and not model.config.family.has_panels:
-        raise InputError(f"must be 0 for {model.config.family.name}, whose images have no panels", "spare_panel")
-    described = base.describe(settings, folder)
-    folder = Path(options.tokenizer_path) if options.tokenizer_path else folder
-    dropout, z_loss_weight = settings.regularization.dropout, settings.regularization.z_loss_weight
-    model.config = replace(model.config, dropout=dropout, z_loss_weight=z_loss_weight)
-    model.dropout, model.gradient_checkpointing = dropout, settings.runtime.checkpointing
-    return model, folder, described
 
 
 class Trainer:
@@ -84,7 +50,9 @@ class Trainer:
         if settings.runtime.threads:
             torch.set_num_threads(settings.runtime.threads)
         self.start, sources = self._checkpoint_to_resume(), read_sources(settings.data.data_config)
-        model, self.tokenizer_folder, self.base = build_model(settings)
+        # The other processes get the weights in `place`: only the first holds a whole copy in the CPU's memory.
+        with processes.together("load the model"):
+            model, self.tokenizer_folder, self.base = build_model(settings, weights=processes.first)
         vocabulary = Vocabulary.from_folder(self.tokenizer_folder, model.config)
         self.dataset, self.feed = self._read_data(sources, vocabulary, model.config.family)
         longer = self.dataset.lengths.max() > model.config.context
@@ -120,7 +88,7 @@ class Trainer:
         """Freezes, compiles and places the model, and makes its optimizers."""
         settings, regularization, runtime = self.settings, self.settings.regularization, self.settings.runtime
         choose_trained(model, settings.model, settings.runtime.seed)
-        self.frozen = base.frozen(model)
+        self.frozen = self.processes.of_first(base.frozen(model) if self.processes.first else None)
         self.module = LossModel(model, regularization.z_loss_weight, regularization.tail_weight)
         self.model = model.train()
         if runtime.compile:
@@ -279,10 +247,11 @@ class Trainer:
         batches = self._next_batches()
         counts = [(batch.labelled, batch.tokens, batch_flops(self.model.config, batch)) for batch in batches]
         labelled, tokens, flops = processes.sum(*map(sum, zip(*counts, strict=True)))
-        losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
-        norm = clip_gradients(self.module, self.settings.optimizer.clip_grad)
+        losses = [part for batch in batches for part in self._backward(batch, max(1.0, labelled))]
+        clipped = clip_gradients(self.module, self.settings.optimizer.clip_grad)
+        *parts, norm = read(processes.device, *losses, clipped)  # the only time that the host waits for a GPU
         elapsed = time.monotonic() - began if processes.first else 0.0
-        sums = *(sum(loss) for loss in zip(*losses, strict=True)), self.stop, self.saver.poll(), elapsed
+        sums = sum(parts[::2]), sum(parts[1::2]), self.stop, self.saver.poll(), elapsed
         cross, z, stop, failed, elapsed = processes.sum(*sums)
         if failed:  # on every process; raises the error on the one that writes
             self.saver.finish()
@@ -338,20 +307,19 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model)
 
-    def _backward(self, batch: MicroBatch, labelled: float) -> tuple[float, float]:
-        """Adds the gradient of one micro-batch; returns its sums of cross-entropy and z-loss.
+    def _backward(self, batch: MicroBatch, labelled: float) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of one micro-batch; returns its sums of cross-entropy and z-loss, on the device.
 
         Args:
             labelled: number of labels of the step, over all micro-batches and processes; the loss is their mean.
         """
-        device = self.processes.device
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.runtime.precision == "bf16")
-        with autocast:
-            parts = (part.to(device) for part in (batch.ids, batch.index, batch.targets))
+        kind, narrow = self.processes.device.type, self.settings.runtime.precision == "bf16"
+        with torch.autocast(kind, torch.bfloat16, enabled=narrow):
+            parts = self.processes.upload(batch.ids, batch.index, batch.targets)
             total, cross, z = self.module(*parts, batch.documents)
         # FSDP averages gradients over the processes; the factor `world` makes that a sum.
         (total * (self.processes.world / labelled)).backward()
-        return cross.item(), z.item()
+        return cross, z
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

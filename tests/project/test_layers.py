@@ -44,7 +44,17 @@ LAYERS: dict[str, set[str]] = {
 }
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
-LAYERS["data"] = FOUNDATIONS | {"checks", "config", "families", "images", "vqgan", "prompts", "unirep", "vocabulary"}
+LAYERS["data"] = FOUNDATIONS | {
+    "checks",
+    "config",
+    "devices",
+    "families",
+    "images",
+    "vqgan",
+    "prompts",
+    "unirep",
+    "vocabulary",
+}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
 LAYERS["cli"] = set(LAYERS)
