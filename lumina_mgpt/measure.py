@@ -21,6 +21,14 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
     return sorted(taken)[repeats // 2]
 
 
+def wait(device: torch.device) -> None:
+    """Waits until the device has done all work given to it. On a CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def read_bandwidth(device: torch.device, size: int = 1 << 26, repeats: int = 5) -> float:
     """Returns the memory bandwidth for reading `size` float32 numbers, in bytes per second.
 

@@ -13,16 +13,16 @@ from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.panels import encode_panels, pixel_size
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
 from lumina_mgpt.results import Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
-from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
+from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots, window_ids
 from lumina_mgpt.unirep import CODE_CELL, ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
@@ -42,6 +42,7 @@ class Pipeline:
 
     Attributes:
         compiled: the compiled forward of the model, None if the model runs eagerly.
+        cuda_graphs: on CUDA, whether steps are captured as graphs.
         forwards: number of forwards in the last call of `sample`.
     """
 
@@ -52,6 +53,7 @@ class Pipeline:
         image_tokenizer: ImageTokenizer,
         cache_dtype: torch.dtype | None = None,
         compile: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
@@ -60,7 +62,10 @@ class Pipeline:
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
+        self.cuda_graphs = cuda_graphs
         self.forwards = 0
+        self._streams = 0  # iterators of `stream` that have begun and not ended
+        self._kept: tuple[tuple, CachedStep] | None = None  # shape and step of the last batch of a stream, on CUDA
 
     @classmethod
     def from_pretrained(
@@ -74,6 +79,7 @@ class Pipeline:
         cache_dtype: torch.dtype | None = None,
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        cuda_graphs: bool = True,
         on_read: Callable[[int, int], None] | None = None,
     ) -> "Pipeline":
         """Loads a checkpoint.
@@ -86,8 +92,10 @@ class Pipeline:
             cache_dtype: type of cached keys and values (default: the model's). torch.int8 takes half of bf16's memory.
             movqgan_dtype: type of the image tokenizer. With float32 the image is a function of its codes alone; bf16
                 and fp16 take half the memory.
-            compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
-                CUDA, the forwards are also captured as graphs.
+            compile: compile the model's forward at the first use of each shape, which takes a minute or more. The
+                flash backend cannot be compiled.
+            cuda_graphs: on CUDA, capture each shape of a step as a graph at its second use. Later steps of the shape
+                start with one launch.
             on_read: called with the number of weights read so far and their total.
 
         Raises:
@@ -99,6 +107,8 @@ class Pipeline:
         _check_format("cache_dtype", cache_dtype or torch.float32, torch.int8)
         _check_format("movqgan_dtype", movqgan_dtype)
         if compile:
+            if attn == "flash":
+                raise InputError("flash cannot be compiled; leave compile out, or use attn=sdpa", "attn")
             require_compiler(device)
         if not isinstance(model_path, Checkpoint):
             checkpoint = Checkpoint.open(model_path, movqgan_path)
@@ -114,7 +124,7 @@ class Pipeline:
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
         if not config.tie_word_embeddings:
             model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
-        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, cuda_graphs)
 
     def generate(
         self,
@@ -150,7 +160,23 @@ class Pipeline:
         given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+        return self._batches(batches, prepared, given, on_row)
+
+    def _batches(
+        self,
+        batches: Sequence[Sequence[ImageJob]],
+        prepared: PreparedRequest,
+        given: Tensor,
+        on_row: OnRow | None,
+    ) -> Iterator[Result]:
+        """Yields the images of all batches. Meanwhile, the step of the last batch is kept for batches of its shape."""
+        self._streams += 1
+        try:
+            for batch in batches:
+                yield from self._batch(batch, prepared, given, on_row)
+        finally:
+            self._streams -= 1
+            self._kept = None
 
     def _batch(
         self, jobs: Sequence[ImageJob], prepared: PreparedRequest, given: Tensor, on_row: OnRow | None
@@ -234,16 +260,41 @@ class Pipeline:
     ) -> CachedStep:
         """Returns a callable that runs the model for one batch, with an empty KV cache.
 
+        On CUDA, a stream of several batches uses one step with its cache and its graphs for all batches of one shape.
+
         Args:
             starts: the prompt's ids of each image, up to image start.
             speculation: None, or settings whose `window` is a number.
         """
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
-        spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
+        window = speculation.window if speculation and speculation.window else 0
+        spare = spare_slots(layout, window) if window else 0
+        if self.device.type == "cuda":
+            return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
         spare += COMPILED_SPARE if self.compiled else 0
         cache = KVCache(self.checkpoint.config, rows, length, self.cache_dtype, self.device, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
+
+    def _cuda_step(self, rows: int, length: int, spare: int, width: int) -> CachedStep:
+        """Returns the kept step if it has this shape, with an empty cache, else a new step.
+
+        A new step captures its graphs again, about ten of them, and each takes a few steps' time.
+        """
+        config, spare = self.checkpoint.config, max(spare, width)
+        # Rotary angles that are scaled depend on the length itself.
+        slots = -(-(length + spare) // CUDA_SLOTS) if config.rope_scaling is None else length
+        shape = (rows, slots, width, self.compiled)
+        if self._kept is not None and self._kept[0] == shape:
+            self._kept[1].restart()
+            return self._kept[1]
+        self._kept = None  # frees its cache before another one is made
+        cache = KVCache(config, rows, length, self.cache_dtype, self.device, spare)
+        columns = self.checkpoint.vocabulary.code_slice
+        step = CachedStep(self.model, cache, columns, self.compiled, width=width, graphs=self.cuda_graphs)
+        if self._streams:
+            self._kept = shape, step
+        return step
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
         """Returns pictures of unfinished images, at full size; rows without codes are grey.

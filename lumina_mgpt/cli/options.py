@@ -67,6 +67,11 @@ def add_checkpoint_options(parser: Parser) -> None:
         help="compile the model; takes minutes before the first image, then each image is faster",
     )
     group.add_argument(
+        "--no_cuda_graphs",
+        action="store_true",
+        help="on CUDA, start the kernels of each step one by one; without it, a graph starts them all at once",
+    )
+    group.add_argument(
         "--movqgan_dtype",
         default="fp32",
         choices=("fp32", "bf16", "fp16"),
@@ -99,6 +104,7 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
             cache_dtype=torch.int8 if args.cache_dtype == "int8" else None,
             movqgan_dtype=DTYPES[args.movqgan_dtype],
             compile=args.compile,
+            cuda_graphs=not args.no_cuda_graphs,
         )
 
 

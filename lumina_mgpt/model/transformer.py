@@ -220,6 +220,7 @@ class Transformer(nn.Module):
     """Embedding, layers, final norm and head. A parameter has its name on disk without the leading `model.`.
 
     Attributes:
+        attn: name of the attention backend.
         dropout: dropout rate in training mode.
         gradient_checkpointing: whether the backward pass recomputes each layer instead of storing its activations.
 
@@ -230,7 +231,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, attn: str = "sdpa") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attn = config, attn
         self.dropout = config.dropout
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

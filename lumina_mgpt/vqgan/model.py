@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lumina_mgpt.cuda import torch_attention
 from lumina_mgpt.errors import InputError
 
 _IGNORED = ("loss.", "ema_", "model_ema.", "quantize.embedding.cluster", "quantize.embedding.embed_avg")
@@ -190,8 +191,8 @@ class AttentionBlock(nn.Module):
         # For head widths without a fused kernel (512 and 1024 here) SDPA computes the full matrix, so queries are
         # split into chunks, and the matrix has at most chunk x cells entries.
         if q.shape[-2] <= queries:
-            return F.scaled_dot_product_attention(q, k, v)
-        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, -2)], -2)
+            return torch_attention(q, k, v)
+        return torch.cat([torch_attention(part, k, v) for part in q.split(queries, -2)], -2)
 
 
 class _Middle(nn.Module):
@@ -366,7 +367,8 @@ class VQGAN(nn.Module):
         Raises:
             InputError: a code is outside the codebook.
         """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.num_codes:
-            raise InputError(f"codes must be in 0 ... {self.config.num_codes - 1}, got {codes.min()} ... {codes.max()}")
+        least, most = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # one wait for a GPU
+        if not 0 <= least <= most < self.config.num_codes:
+            raise InputError(f"codes must be in 0 ... {self.config.num_codes - 1}, got {least} ... {most}")
         latent = rearrange(self.quantize.embedding(codes), "B h w Z -> B Z h w")
         return self.decode_latent(latent.contiguous()).float().clamp_(-1, 1)

@@ -17,6 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "resources": set(),
     "measure": set(),
     "console": set(),
+    "cuda": set(),
     "prompts": set(),
     "io": {"errors"},
     "checks": {"errors"},
@@ -30,17 +31,17 @@ LAYERS: dict[str, set[str]] = {
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config"},
     "unirep": {"errors", "checks", "vocabulary"},
-    "vqgan": FOUNDATIONS | {"checks", "config", "images"},
+    "vqgan": FOUNDATIONS | {"checks", "config", "cuda", "images"},
     "panels": {"errors", "checks", "images", "vqgan", "unirep"},
     "kernels": {"config"},
-    "model": FOUNDATIONS | {"checks", "config", "kernels"},
+    "model": FOUNDATIONS | {"checks", "config", "cuda", "kernels"},
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"request", "unirep"},
     "preparation": FOUNDATIONS | {"config", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
 }
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
-LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
+LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
