@@ -124,15 +124,20 @@ class Seen:
         else:
             self.note("syncs", "upload, large and not pinned" if non_blocking else "upload")
 
-    def compute(self, work: Callable[[], Any], in_place: bool = False) -> Any:
+    def compute(self, work: Callable[[], Any], operands: list, in_place: bool = False) -> Any:
         """Returns the result of `work` on CPU tensors, and records the work if a graph is being captured.
 
         During a capture, work that changes its operands is recorded but not done, as on a GPU.
+
+        Args:
+            operands: what the work reads; those that are no tensors are ignored.
         """
         if self.graph is None:
             return work()
         out = None if in_place else work()
-        self.graph.record(work, out)
+        places = {x.untyped_storage().data_ptr() for x in operands if isinstance(x, Tensor)}
+        new = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.graph.recorded.append((work, [x for x in new if x.untyped_storage().data_ptr() not in places]))
         return out
 
 
@@ -144,10 +149,7 @@ class PretendGraph:
     """
 
     def __init__(self, *_, **__) -> None:
-        self.recorded: list[tuple[Callable[[], Any], list[Tensor]]] = []
-
-    def record(self, work: Callable[[], Any], out: Any) -> None:
-        self.recorded.append((work, [x for x in tree_leaves(out) if isinstance(x, Tensor)]))
+        self.recorded: list[tuple[Callable[[], Any], list[Tensor]]] = []  # work, and the results that own memory
 
     def replay(self) -> None:
         seen = NOW[-1]
@@ -156,9 +158,8 @@ class PretendGraph:
         with _disable_current_modes(), torch.no_grad():
             for work, kept in self.recorded:
                 new = [x for x in tree_leaves(work()) if isinstance(x, Tensor)]
-                for old, fresh in zip(kept, new, strict=False):
-                    if old.data_ptr() != fresh.data_ptr():  # equal for a view
-                        old.copy_(fresh)
+                for old, fresh in zip(kept, new, strict=bool(kept)):
+                    old.copy_(fresh)
 
     def pool(self) -> tuple[int, int]:
         return (0, 1)
@@ -177,11 +178,8 @@ class PretendGraph:
         finally:
             seen.graph = None
         seen.captures += 1
-        made: list[Tensor] = []
         with _disable_current_modes(), torch.no_grad():
-            for _, kept in graph.recorded:
-                made += [x for x in kept if x.is_floating_point() and x._base is None and x.numel()]
-            for x in made:
+            for x in (x for _, kept in graph.recorded for x in kept if x.is_floating_point()):
                 x.fill_(torch.nan)
 
 
@@ -253,9 +251,9 @@ def _run(_, func, types, args=(), kwargs=None) -> Any:
     if name in pretend_kernels.INT4:
         if name == "_weight_int4pack_mm":
             seen.note("int4", "tiles", times=-(-len(inner[0]) // 16))
-        return OnGpu(seen.compute(lambda: pretend_kernels.INT4[name](*inner)))
+        return OnGpu(seen.compute(lambda: pretend_kernels.INT4[name](*inner), flat))
     in_place = func._schema.is_mutable and bool(func._schema.returns)
-    out = seen.compute(lambda: func(*inner, **options), in_place)
+    out = seen.compute(lambda: func(*inner, **options), flat, in_place)
     assert not in_place or args[0].shape == inner[0].shape, f"{func} changed a shape"
     return args[0] if in_place else tree_map_only(Tensor, OnGpu, out)
 
@@ -309,7 +307,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, attend, *tensors):
         with _disable_current_modes():
             inside = [x.inside for x in tensors]
-            out = OnGpu(NOW[-1].compute(lambda: attend(*inside)))
+            out = OnGpu(NOW[-1].compute(lambda: attend(*inside), inside))
         ctx.attend = attend
         ctx.save_for_backward(*tensors, out)
         return out
@@ -348,7 +346,7 @@ def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, causal) -> Te
     seen.note("launches", "flash_attn")
     assert all(isinstance(x, OnGpu) for x in operands), "flash-attn wants CUDA tensors"
     inside = [x.inside for x in operands]
-    return OnGpu(seen.compute(lambda: pretend_kernels.flash(*inside, causal)))
+    return OnGpu(seen.compute(lambda: pretend_kernels.flash(*inside, causal), inside))
 
 
 def _stand_ins(seen: Seen, gpu: str, count: int) -> dict[tuple[Any, str], Any]:
@@ -372,7 +370,7 @@ def _stand_ins(seen: Seen, gpu: str, count: int) -> dict[tuple[Any, str], Any]:
             return rms_norm(x, *args, **kwargs)
         seen.note("launches", "_fused_rms_norm")
         with _disable_current_modes():
-            return OnGpu(seen.compute(lambda: rms_norm(x.inside, *args, **kwargs)))
+            return OnGpu(seen.compute(lambda: rms_norm(x.inside, *args, **kwargs), [x.inside]))
 
     def attention(q, *args, **kwargs):
         return _sdpa(seen, sdpa, q, *args, **kwargs) if isinstance(q, OnGpu) else sdpa(q, *args, **kwargs)
