@@ -70,7 +70,7 @@ class Span:
             filled = cache.slots if filled is None else filled
             seen = positions
         assert 0 < filled <= cache.slots, f"filled = {filled} of {cache.slots} slots"
-        hidden = torch.arange(filled, device=device) > seen[:, None, :, None]  # (B or 1, 1, T, S)
+        hidden = cache.index[:filled] > seen[:, None, :, None]  # (B or 1, 1, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return cls(positions, filled, mask, False)
 

@@ -66,6 +66,7 @@ class KVCache:
         if torch.device(device).type == "cuda":
             self.slots += -self.slots % CUDA_SLOTS
         shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)
+        self.index = torch.arange(self.slots, device=device)  # of each slot
         row = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self.layers: list[LayerCache] = []
         for _ in range(config.num_hidden_layers):

@@ -91,8 +91,9 @@ def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torc
             stretch = factor * length / config.max_position_embeddings - (factor - 1)
             base *= stretch ** (H / (H - 2))
     dtype = torch.promote_types(dtype, torch.float32)
-    inverse = 1.0 / (base ** (torch.arange(0, H, 2, device=positions.device, dtype=dtype) / H)) / scale
-    angles = positions[..., None, None].to(dtype) * inverse  # (..., T, 1, H/2)
+    inverse = (base ** (torch.arange(0, H, 2, device=positions.device, dtype=dtype) / H)).reciprocal()
+    inverse = inverse if scale == 1.0 else inverse / scale
+    angles = positions[..., None, None] * inverse  # (..., T, 1, H/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
