@@ -86,12 +86,17 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
         args: parsed command line, with the options of `add_checkpoint_options`.
         checkpoint: the opened checkpoint.
         device: device to load the weights to.
+
+    Raises:
+        InputError: --no_cuda_graphs is given without a CUDA device, or an error of `Pipeline.from_pretrained`.
     """
     import torch
 
     from lumina_mgpt.devices import DTYPES
     from lumina_mgpt.pipeline import Pipeline
 
+    if args.no_cuda_graphs and device.type != "cuda":
+        raise InputError(f"--no_cuda_graphs has no effect on device {device}; leave it out, or use --device cuda")
     stored = checkpoint.config.int4_group
     with ReadingBar("int4 while loading" if args.quant and not stored else "loading", delay=3) as bar:
         return Pipeline.from_pretrained(

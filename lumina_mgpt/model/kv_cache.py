@@ -62,7 +62,7 @@ class KVCache:
         device: torch.device | str,
         spare: int = 0,
     ) -> None:
-        self.length, self.slots, self.dtype = length, length + spare, dtype
+        self.length, self.slots = length, length + spare
         if torch.device(device).type == "cuda":
             self.slots += -self.slots % CUDA_SLOTS
         shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)

@@ -5,10 +5,10 @@
         one_step()
         print(seen.table())
 
-A tensor "on the GPU" is a wrapper that reports the device cuda:0 and holds a tensor on the CPU. An operator raises where
-CUDA raises: tensors of two devices, a norm of two dtypes, operands that the int4 kernel or flash-attn does not take, and
-waits or uploads during the capture of a graph. It says nothing about speed, memory, streams, Triton, NCCL or the
-rounding of CUDA's own kernels.
+A tensor "on the GPU" is a wrapper that reports the device cuda:0 and holds a tensor on the CPU. An operator raises
+where CUDA raises: tensors of two devices, a norm of two dtypes, operands that the int4 kernel or flash-attn does not
+take, and waits or uploads during the capture of a graph. It says nothing about speed, memory, streams, Triton, NCCL or
+the rounding of CUDA's own kernels.
 
 It relies on private parts of one version of torch, TORCH, and refuses any other. It needs g++.
 """

@@ -23,7 +23,7 @@ from lumina_mgpt.training.trainer import Trainer
 from lumina_mgpt.unirep import ImageLayout
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-ROOT, COLS = "lumina_mgpt/", 12
+ROOT = "lumina_mgpt/"
 LAYERS_7B = 32
 # Launches of a step, without graphs, and sampling. The third includes conversion of an int8 cache.
 PLAIN, WINDOW, INT8 = 929, 1030, 1633
@@ -59,8 +59,8 @@ class Steps:
         launches, waits: of each step and the sampling that follows, from the second step after the prompt on.
     """
 
-    def __init__(self, seen, vocabulary, way, cache=torch.bfloat16, graphs=False, steps=4):
-        layout = ImageLayout.from_pixels(vocabulary, 8 * COLS, 8 * COLS)
+    def __init__(self, seen, vocabulary, way, cache=torch.bfloat16, graphs=False, steps=2):
+        layout = ImageLayout.from_pixels(vocabulary, 32, 288)  # rows of four codes
         model, window = model_7b(), way.window if way else 0
         width = cuda_width(window_ids(layout, window) if window else 0)
         spare = max(width, spare_slots(layout, window) if window else 0)
@@ -80,13 +80,17 @@ class Steps:
         return self.step(ids, positions, read)
 
 
-@pytest.mark.parametrize("gpu", ["h100", "a100"])
 @pytest.mark.parametrize(
-    "way, cache, budget",
-    [(None, torch.bfloat16, PLAIN), (Speculation("maximal", 64), torch.bfloat16, WINDOW), (None, torch.int8, INT8)],
+    "gpu, way, cache, budget",
+    [
+        ("a100", None, torch.bfloat16, PLAIN),
+        ("a100", Speculation("maximal", 64), torch.bfloat16, WINDOW),
+        ("h100", None, torch.int8, INT8),
+    ],
     ids=["plain", "window 64", "int8 cache"],
 )
 def test_launches_of_a_step(vocabulary, gpu, way, cache, budget):
+    """On an A100 the attention kernel would pad a mask of another width, with two more launches a layer."""
     with pretend(ROOT, gpu) as seen:
         steps = Steps(seen, vocabulary, way, cache)
     assert max(steps.launches) <= budget
@@ -94,25 +98,25 @@ def test_launches_of_a_step(vocabulary, gpu, way, cache, budget):
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_plain_steps_wait_once_a_row(vocabulary, graphs):
-    """It checks that the row's logits are numbers. The second step after the prompt captures a graph."""
+    """They check that a row's logits are numbers. The second step after the prompt captures a graph."""
     with pretend(ROOT) as seen:
-        steps = Steps(seen, vocabulary, None, graphs=graphs, steps=COLS + 2)
+        steps = Steps(seen, vocabulary, None, graphs=graphs, steps=6)
     waits = steps.waits[1:]
-    assert sum(waits) == 1 and len(waits) > COLS
-    if graphs:
-        assert max(steps.launches) <= REPLAYED and seen.replays == len(steps.launches)
+    assert len(waits) == 5 and sum(waits[:4]) == sum(waits[1:]) == 1  # rows of four codes
+    assert max(steps.launches) <= (REPLAYED if graphs else PLAIN)
+    assert seen.replays == (len(steps.launches) if graphs else 0)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_windows_wait_once_each(vocabulary, graphs):
     """Once more where they complete a row."""
     with pretend(ROOT) as seen:
-        steps = Steps(seen, vocabulary, Speculation("maximal", 64), graphs=graphs, steps=6)
+        steps = Steps(seen, vocabulary, Speculation("maximal", 64), graphs=graphs)
         rows = sum(n for key, n in seen.syncs.items() if "autoregressive.py" in key[-1])
     waits = steps.waits[1:]
-    assert set(waits) <= {1, 2} and 1 in waits and sum(waits) <= len(waits) + rows
-    if graphs:
-        assert max(steps.launches) <= REPLAYED_WINDOW and seen.replays == len(steps.launches)
+    assert set(waits) <= {1, 2} and sum(waits) <= len(waits) + rows
+    assert max(steps.launches) <= (REPLAYED_WINDOW if graphs else WINDOW)
+    assert seen.replays == (len(steps.launches) if graphs else 0)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +153,8 @@ def test_all_steps_of_an_image_have_few_attention_shapes(vocabulary, side, windo
         step(torch.full((1, prompt), 5), torch.arange(prompt)[None], zero)
         end = prompt + layout.length - 1  # the image end is not fed
         ids = torch.full((1, most), 520, device="cuda")
-        for first in sorted({*range(prompt, end, 61), *range(end - 9, end)}):
-            for T in {most, 1} if first < end - 9 else {1, 2, min(most, end - first)}:
+        for first in sorted({*range(prompt, end, 401), *range(end - 9, end)}):
+            for T in {most} if first < end - 9 else {1, 2, min(most, end - first)}:
                 step(ids[:, :T], first + torch.arange(T)[None], zero)
             slots.append(max(shape[1][2] for shape in seen.shapes))
     assert slots == sorted(slots) and slots[-1] == cache.slots and not any(n % 128 for n in slots)

@@ -1,4 +1,4 @@
-"""The paths that only a GPU takes, on a pretended one: images and logits are those of the CPU, with and without graphs."""
+"""Paths that only a GPU takes, on a pretended one: images and logits are those of the CPU, with and without graphs."""
 
 import logging
 import shutil
@@ -9,6 +9,8 @@ import torch
 from pretend_gpu import pretend
 from step_calls import CONFIG
 
+from lumina_mgpt import autotune
+from lumina_mgpt.cli import generate
 from lumina_mgpt.config import Speculation
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
@@ -149,6 +151,36 @@ def test_earlier_logits_remain():
         before = first.clone()
         gpu(ids + 5, torch.full((2, 1), 12), torch.zeros(2, 1, dtype=torch.long))
         assert torch.equal(first, before) and seen.replays == 3
+
+
+def test_the_search_for_the_fastest_window_waits_for_the_device(tiny_checkpoint, monkeypatch):
+    """Else it times how fast the host starts work."""
+    monkeypatch.setattr(autotune, "CODES", {None: 1.0})
+    with pretend(ROOT) as seen:
+        pipeline = Pipeline.from_pretrained(tiny_checkpoint, "cuda", "bf16")
+        prepared = pipeline.checkpoint.prepare(GenerationRequest.of(["a cat"], **SIZE))
+        waits = []
+        monkeypatch.setattr(autotune, "wait", lambda device: waits.append(device.type) or torch.cuda.synchronize())
+        autotune.fastest(pipeline, prepared)
+    assert waits == ["cpu"] + ["cuda"] * 6 and sum(n for key, n in seen.syncs.items() if key[0] == "synchronize") == 7
+
+
+def test_decoding_waits_once_for_its_check(tiny_checkpoint):
+    with pretend(ROOT) as seen:
+        pipeline = Pipeline.from_pretrained(tiny_checkpoint, "cuda", "bf16")
+        seen.reset()
+        pipeline.image_tokenizer.decode(torch.zeros(1, 4, 4, dtype=torch.long))
+        assert sum(n for key, n in seen.syncs.items() if key[-1].startswith("vqgan/model.py")) == 1
+        for codes in ([[-1]], [[64]]):
+            with pytest.raises(InputError, match=r"codes must be in 0 \.\.\. 63, got (-1 \.\.\. -1|64 \.\.\. 64)"):
+                pipeline.image_tokenizer.decode(torch.tensor([codes]))
+
+
+def test_no_cuda_graphs_needs_cuda(tiny_checkpoint, tmp_path, capsys):
+    options = ["--prompt", "a cat", "--model_path", str(tiny_checkpoint), "--save_path", str(tmp_path / "out")]
+    assert generate.main([*options, "--device", "cpu", "--no_cuda_graphs"]) == 2
+    assert "--no_cuda_graphs has no effect on device cpu; leave it out" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*.png"))
 
 
 def test_flash_with_compile_is_refused(tiny_checkpoint):
