@@ -32,6 +32,7 @@ class Scaled(NamedTuple):
 
 
 CUDA_SLOTS = 128  # on CUDA, a cache has a multiple of this many slots, and attention reads a multiple of it
+_CUDA_SPARE = 2  # on CUDA, spare slots that every cache has: a step of one id is padded to two
 
 Cached = Tensor | Scaled  # keys or values as attention reads them
 
@@ -50,7 +51,7 @@ class KVCache:
         rows: number of sequences.
         length: largest number of ids in one sequence.
         spare: number of additional slots after `length`, for the pads of short rows. No query attends to them.
-            On CUDA there are up to 127 more, to a multiple of 128.
+            On CUDA there are at least two, and up to 127 more: the number of slots is a multiple of 128.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class KVCache:
     ) -> None:
         self.length, self.slots = length, length + spare
         if torch.device(device).type == "cuda":
+            self.slots = length + max(spare, _CUDA_SPARE)
             self.slots += -self.slots % CUDA_SLOTS
         shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)
         self.index = torch.arange(self.slots, device=device)  # of each slot

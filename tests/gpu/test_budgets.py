@@ -74,6 +74,7 @@ class Steps:
         self.launches, self.waits = ([after[i] - before[i] for before, after in pairs] for i in (0, 1))
 
     def __call__(self, ids, positions, read):
+        assert not self.marks or ids.shape[1] <= self.step.width
         self.marks.append((self.seen.launches.total(), self.seen.syncs.total()))
         if len(self.marks) == self.limit:
             raise Stop
