@@ -98,14 +98,14 @@ def test_half_precision_is_as_exact_as_on_a_cpu(kind):
     assert error < 0.04 and seen.captures == 1 and seen.replays == 4
 
 
-def random_steps():
+def random_steps(length=32):
     """A step of a small model with grouped heads, on the pretended GPU, and the same on the CPU."""
     steps = []
     for device in ("cuda", "cpu"):
         model = Transformer(CONFIG)
         model.init_weights(torch.Generator().manual_seed(0))
         model = model.to(device).eval()
-        steps.append(CachedStep(model, KVCache(CONFIG, 2, 32, torch.float32, device, 8), slice(64, 96)))
+        steps.append(CachedStep(model, KVCache(CONFIG, 2, length, torch.float32, device, 8), slice(64, 96)))
     return steps
 
 
@@ -113,6 +113,20 @@ def feed(step, at, T=1, seed=0):
     ids = torch.randint(0, 96, (2, T), generator=torch.Generator().manual_seed(seed))
     positions = torch.tensor([[at], [at if at == 0 else at - 2]]) + torch.arange(T)
     return step(ids, positions, torch.full((2, 1), T - 1)).cpu()
+
+
+@torch.no_grad()
+def test_each_part_of_a_cache_has_its_graph():
+    """Plain steps and windows, with rows at different positions, that go back to an earlier part and on again."""
+    places = [(250, 1), (251, 2), (253, 1), (60, 1), (61, 2), (63, 1), (64, 9), (73, 12), (85, 167), (252, 1)]
+    with pretend(ROOT) as seen:
+        gpu, cpu = random_steps(length=384)
+        feed(gpu, 0, 250, 1), feed(cpu, 0, 250, 1)
+        for call, (at, T) in enumerate(places):
+            torch.testing.assert_close(feed(gpu, at, T, call), feed(cpu, at, T, call), rtol=1e-5, atol=1e-5)
+    parts = {(shape[0][2] // 2, shape[1][2]) for shape in seen.shapes if not shape[-1]}  # two heads share a key
+    assert parts == {(2, 256), (2, 128), (16, 128), (168, 256)}
+    assert seen.captures == 3 and seen.replays == 6
 
 
 @torch.no_grad()
