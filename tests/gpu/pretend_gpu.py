@@ -53,7 +53,7 @@ class Seen:
     - syncs: the host waits for the device.
     - copies: uploads for which the host does not wait.
     - sdpa: attention, by the kernel that torch selects.
-    - int4: tiles of 16 rows. The int4 kernel reads all weights for each.
+    - int4: calls of the int4 kernel, by number of tiles of 16 rows. The kernel reads all weights for each tile.
     - launches: kernels that the host starts. A replayed graph is one.
     - captured: kernels that became part of a graph.
     - host: operators on CPU tensors.
@@ -250,7 +250,7 @@ def _run(_, func, types, args=(), kwargs=None) -> Any:
     options.pop("pin_memory", None)
     if name in pretend_kernels.INT4:
         if name == "_weight_int4pack_mm":
-            seen.note("int4", "tiles", times=-(-len(inner[0]) // 16))
+            seen.note("int4", -(-len(inner[0]) // 16), "tiles")
         return OnGpu(seen.compute(lambda: pretend_kernels.INT4[name](*inner), flat))
     in_place = func._schema.is_mutable and bool(func._schema.returns)
     out = seen.compute(lambda: func(*inner, **options), flat, in_place)

@@ -22,7 +22,7 @@ from lumina_mgpt.request import GenerationRequest
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 ROOT, DEMO = "lumina_mgpt/", Path(__file__).parents[2] / "assets/demo"
-SIZE = dict(width=32, height=64)
+SIZE = dict(width=32, height=32)
 WAYS = [None, Speculation("noise", 8), Speculation("maximal", 64), Speculation("independent", 8)]
 
 
