@@ -22,16 +22,16 @@ from lumina_mgpt.devices import (
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.image_tokenizer import load_image_tokenizer
 from lumina_mgpt.model import attention
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width, require_compiler
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.panels import encode_panels, encode_pictures
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
 from lumina_mgpt.results import Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
-from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
+from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots, window_ids
 from lumina_mgpt.unirep import ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
 
@@ -55,6 +55,7 @@ class Pipeline:
 
     Attributes:
         compiled: the compiled forward of the model, None if the model runs eagerly.
+        cuda_graphs: on CUDA, whether steps are captured as graphs.
         parallel: this process among those that hold the model together, None if the process holds all of it.
         forwards: number of forwards in the last call of `sample`.
     """
@@ -66,6 +67,7 @@ class Pipeline:
         image_tokenizer: ImageTokenizer,
         cache_dtype: torch.dtype | None = None,
         compile: bool = False,
+        cuda_graphs: bool = True,
         parallel: "Parallel | None" = None,
     ) -> None:
         self.checkpoint = checkpoint
@@ -76,7 +78,10 @@ class Pipeline:
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
+        self.cuda_graphs = cuda_graphs
         self.forwards = 0
+        self._streams = 0  # iterators of `stream` that have begun and not ended
+        self._kept: tuple[tuple, CachedStep] | None = None  # shape and step of the last batch of a stream, on CUDA
 
     @classmethod
     def from_pretrained(
@@ -90,6 +95,7 @@ class Pipeline:
         cache_dtype: torch.dtype | None = None,
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        cuda_graphs: bool = True,
         on_read: Callable[[int, int], None] | None = None,
         parallel: "Parallel | None" = None,
     ) -> "Pipeline":
@@ -103,8 +109,10 @@ class Pipeline:
             cache_dtype: type of cached keys and values (default: the model's). torch.int8 takes half of bf16's memory.
             movqgan_dtype: type of the image tokenizer's decoder. With float32 the image is a function of its codes
                 alone; bf16 and fp16 take half the memory. Encoder and codebook are at least float32.
-            compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
-                CUDA, the forwards are also captured as graphs.
+            compile: compile the model's forward at the first use of each shape, which takes a minute or more. The
+                flash backend cannot be compiled.
+            cuda_graphs: on CUDA, capture each shape of a step as a graph at its second use. Later steps of the shape
+                start with one launch. Steps of a model in several processes are not captured.
             on_read: called with the number of weights read so far and their total.
             parallel: this process among those that hold the model together, as `model.parallel.Parallel.start` gives
                 it. `device` is then `parallel.device`. All these processes make the same calls with the same arguments
@@ -119,6 +127,8 @@ class Pipeline:
         _check_format("cache_dtype", cache_dtype or torch.float32, torch.int8)
         _check_format("movqgan_dtype", movqgan_dtype)
         if compile:
+            if attn == "flash":
+                raise InputError("flash cannot be compiled; leave compile out, or use attn=sdpa", "attn")
             require_compiler(device)
         checkpoint = _opened(model_path, movqgan_path)
         config = checkpoint.config
@@ -135,7 +145,7 @@ class Pipeline:
             codes = checkpoint.vocabulary.code_slice
             columns = parallel.code_part(codes) if parallel else codes
             model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
-        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, parallel)
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, cuda_graphs, parallel)
 
     def generate(
         self,
@@ -175,7 +185,23 @@ class Pipeline:
             given = self.parallel.of_first(given)
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+        return self._batches(batches, prepared, given, on_row)
+
+    def _batches(
+        self,
+        batches: Sequence[Sequence[ImageJob]],
+        prepared: PreparedRequest,
+        given: Tensor,
+        on_row: OnRow | None,
+    ) -> Iterator[Result]:
+        """Yields the images of all batches. Meanwhile, the step of the last batch is kept for batches of its shape."""
+        self._streams += 1
+        try:
+            for batch in batches:
+                yield from self._batch(batch, prepared, given, on_row)
+        finally:
+            self._streams -= 1
+            self._kept = None
 
     def _with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
         """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
@@ -289,16 +315,43 @@ class Pipeline:
     ) -> CachedStep:
         """Returns a callable that runs the model for one batch, with an empty KV cache.
 
+        On CUDA, a stream of several batches uses one step with its cache and its graphs for all batches of one shape.
+
         Args:
             starts: the prompt's ids of each image, up to image start.
             speculation: None, or settings whose `window` is a number.
         """
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
-        spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
+        window = speculation.window if speculation and speculation.window else 0
+        spare = spare_slots(layout, window) if window else 0
+        if self.device.type == "cuda":
+            return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
         spare += COMPILED_SPARE if self.compiled else 0
         cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
+
+    def _cuda_step(self, rows: int, length: int, spare: int, width: int) -> CachedStep:
+        """Returns the kept step if it has this shape, with an empty cache, else a new step.
+
+        A new step captures its graphs again, about ten of them, and each takes a few steps' time.
+        """
+        config, spare = self.model.config, max(spare, width)
+        # Rotary angles that are scaled depend on the length itself.
+        slots = -(-(length + spare) // CUDA_SLOTS) if config.rope_scaling is None else length
+        shape = (rows, slots, width, self.compiled)
+        if self._kept is not None and self._kept[0] == shape:
+            self._kept[1].restart()
+            return self._kept[1]
+        self._kept = None  # frees its cache before another one is made
+        cache = KVCache(config, rows, length, self.cache_dtype, self.device, spare)
+        columns = self.checkpoint.vocabulary.code_slice
+        step = CachedStep(
+            self.model, cache, columns, self.compiled, width=width, graphs=self.cuda_graphs and not self.parallel
+        )
+        if self._streams:
+            self._kept = shape, step
+        return step
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
         """Returns pictures of unfinished images, at full size; rows without codes are grey.

@@ -47,6 +47,7 @@ _OF_MODEL = (
     "quant",
     "cache_dtype",
     "compile",
+    "no_cuda_graphs",
 )
 
 

@@ -17,6 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "resources": set(),
     "measure": set(),
     "console": set(),
+    "cuda": set(),
     "prompts": set(),
     "io": {"errors"},
     "checks": {"errors"},
@@ -31,10 +32,10 @@ LAYERS: dict[str, set[str]] = {
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},
     "unirep": {"errors", "checks", "vocabulary"},
-    "vqgan": FOUNDATIONS | {"checks", "config", "families", "images"},
+    "vqgan": FOUNDATIONS | {"checks", "config", "cuda", "families", "images"},
     "panels": {"errors", "checks", "images", "vqgan", "unirep", "vocabulary"},
     "kernels": {"config"},
-    "model": FOUNDATIONS | {"checks", "config", "families", "kernels", "launcher"},
+    "model": FOUNDATIONS | {"checks", "config", "cuda", "families", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
@@ -43,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
     | {"config", "images", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
 }
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
-LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
+LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {
     "checks",
     "config",
