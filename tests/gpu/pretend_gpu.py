@@ -205,9 +205,7 @@ class OnGpu(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["inside"], None  # so that nn.Module.to swaps whole parameters
 
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], *_) -> "OnGpu":
-        return OnGpu(inner["inside"])
+    __tensor_unflatten__ = staticmethod(lambda inner, *_: OnGpu(inner["inside"]))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
