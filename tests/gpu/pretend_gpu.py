@@ -48,7 +48,7 @@ NOW: list["Seen"] = []
 class Seen:
     """What was counted since the last `reset`.
 
-    Each attribute of KINDS counts by operator and line of `root`:
+    The attributes of KINDS count by operator and line of `root`:
 
     - syncs: the host waits for the device.
     - copies: uploads for which the host does not wait.
@@ -66,14 +66,6 @@ class Seen:
         refuse_capture: whether each capture fails, as for lack of memory.
     """
 
-    syncs: Counter
-    copies: Counter
-    sdpa: Counter
-    int4: Counter
-    launches: Counter
-    captured: Counter
-    host: Counter
-
     def __init__(self, root: str, gpu: str) -> None:
         self.root, self.capability = root, GPUS[gpu]
         self.pinned: list[Tensor] = []
@@ -85,8 +77,8 @@ class Seen:
         self.shapes: set = set()
         self.plans: set = set()
         self.captures = self.replays = 0
-        for kind in KINDS:
-            setattr(self, kind, Counter())
+        self.syncs, self.copies, self.sdpa, self.int4 = Counter(), Counter(), Counter(), Counter()
+        self.launches, self.captured, self.host = Counter(), Counter(), Counter()
 
     def note(self, kind: str, *what: object, times: int = 1) -> None:
         """Counts at the innermost line under `root`.
@@ -213,9 +205,7 @@ class OnGpu(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["inside"], None  # so that nn.Module.to swaps whole parameters
 
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], *_) -> "OnGpu":
-        return OnGpu(inner["inside"])
+    __tensor_unflatten__ = staticmethod(lambda inner, *_: OnGpu(inner["inside"]))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None) -> Any:
@@ -286,20 +276,6 @@ class _Operators(TorchDispatchMode):
     __torch_dispatch__ = _run
 
 
-def sdpa_choice(capability: tuple[int, int], q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> str:
-    """Returns the attention kernel that torch selects. Source: its sdp_utils.cpp, version 2.13."""
-    major, H = capability[0], q.shape[-1]
-    half = q.dtype == torch.float16 or q.dtype == torch.bfloat16 and major >= 8
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    if cudnn and major in (9, 10) and half and H <= 128 and H % 8 == 0 and k.shape[2] > 1:  # since torch 2.11
-        return "cudnn"
-    if major >= 8 and half and mask is None and H <= 256 and not (causal and q.shape[2] != k.shape[2]):
-        return "flash"
-    grouped = q.shape[1] != k.shape[1]  # the efficient kernel does not take grouped heads
-    aligned = (half or q.dtype == torch.float32) and H % (8 if half else 4) == 0
-    return "efficient" if aligned and not grouped else "math"
-
-
 class _Fused(torch.autograd.Function):
     """Keeps operands and result for the backward, as fused attention does."""
 
@@ -327,7 +303,7 @@ def _sdpa(seen: Seen, function, q, k, v, attn_mask=None, dropout_p=0.0, is_causa
     tensors = [q, k, v] + ([] if attn_mask is None else [attn_mask])
     wrong = [x for x in tensors if not isinstance(x, OnGpu) or x.dtype not in (q.dtype, torch.bool)]
     assert not wrong, f"attention with {[(x.device, x.dtype) for x in wrong]}"
-    choice = sdpa_choice(seen.capability, q, k, attn_mask, is_causal)
+    choice = pretend_kernels.sdpa_choice(seen.capability, q, k, attn_mask, is_causal)
     seen.note("sdpa", choice, "causal" if is_causal else "plain" if attn_mask is None else "masked")
     seen.note("launches", f"sdpa {choice}", times=MATH_KERNELS if choice == "math" else 1)
     seen.shapes.add((*(x.shape for x in tensors), is_causal))

@@ -15,6 +15,20 @@ from torch import Tensor
 HALVES = (torch.float16, torch.bfloat16)
 
 
+def sdpa_choice(capability: tuple[int, int], q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> str:
+    """Returns the attention kernel that torch selects. Source: its sdp_utils.cpp, version 2.13."""
+    major, H = capability[0], q.shape[-1]
+    half = q.dtype == torch.float16 or q.dtype == torch.bfloat16 and major >= 8
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    if cudnn and major in (9, 10) and half and H <= 128 and H % 8 == 0 and k.shape[2] > 1:  # since torch 2.11
+        return "cudnn"
+    if major >= 8 and half and mask is None and H <= 256 and not (causal and q.shape[2] != k.shape[2]):
+        return "flash"
+    grouped = q.shape[1] != k.shape[1]  # the efficient kernel does not take grouped heads
+    aligned = (half or q.dtype == torch.float32) and H % (8 if half else 4) == 0
+    return "efficient" if aligned and not grouped else "math"
+
+
 def flash(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, causal: bool) -> Tensor:
     """Returns attention over the first `lengths` keys of each row. The causal mask is aligned to the last of them.
 
