@@ -148,7 +148,7 @@ def test_a_process_of_a_launcher_takes_its_own_gpu(monkeypatch):
 def test_generation_on_several_gpus_loads_the_model_on_each(tmp_path, monkeypatch, local):
     loaded = []
 
-    def load(args, checkpoint, device):
+    def load(args, checkpoint, device, *_):
         loaded.append(device)
         raise InputError("that is all")
 
@@ -169,7 +169,9 @@ def test_ranks_of_pre_tokenization_take_gpus_in_turn(
     rows = write_records(tmp_path, [captioned(picture(tmp_path / "a.png"))] * 4)
     load, devices = ImageTokenizer.from_checkpoint, []
     monkeypatch.setattr(
-        ImageTokenizer, "from_checkpoint", lambda path, device: devices.append(device) or load(path, device)
+        ImageTokenizer,
+        "from_checkpoint",
+        lambda path, device, *rest: devices.append(device) or load(path, device, *rest),
     )
     if local is not None:
         monkeypatch.setenv("LOCAL_RANK", local)
