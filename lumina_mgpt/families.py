@@ -101,6 +101,16 @@ SECOND = Family(
 FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
 
 
+def task_names(i2i: bool = False) -> tuple[str, ...]:
+    """Returns the names of the tasks of all families.
+
+    Args:
+        i2i: whether a picture is given.
+    """
+    tables = [family.i2i_tasks if i2i else family.tasks for family in (SECOND, FIRST)]
+    return tuple(dict.fromkeys(name for table in tables for name in table))
+
+
 def family_of(folder: Path) -> Family:
     """Returns the family of a checkpoint folder whose `config.json` does not name it.
 

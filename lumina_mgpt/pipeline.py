@@ -107,15 +107,15 @@ class Pipeline:
             checkpoint = model_path
             if movqgan_path is not None:
                 kind = checkpoint.config.family.image_tokenizer
-                checkpoint = replace(checkpoint, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind))
+                checkpoint = replace(
+                    checkpoint, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind)
+                )
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
         if attn == "flash":
             _check_flash(device, dtype, cache_dtype)
         kind = config.family.image_tokenizer
-        image_tokenizer = load_image_tokenizer(
-            checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind
-        )
+        image_tokenizer = load_image_tokenizer(checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind)
         image_tokenizer.require_codes(config, image_tokenizer.source, kind)
         image_tokenizer.require_cell(config.family.cell, checkpoint.folder, kind)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)

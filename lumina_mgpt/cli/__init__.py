@@ -11,11 +11,14 @@ from lumina_mgpt.cli.options import (
     add_output_options,
     add_sampling_options,
     add_speculation_options,
+    add_target_size,
+    add_text_sampling,
     checkpoint_path,
     load_pipeline,
     quant_group,
     sampling_settings,
     speculation_settings,
+    unset_sampling,
 )
 from lumina_mgpt.cli.parser import Parser, number, whole
 from lumina_mgpt.cli.progress import ReadingBar, bar_interval
@@ -32,6 +35,8 @@ __all__ = [
     "add_output_options",
     "add_sampling_options",
     "add_speculation_options",
+    "add_target_size",
+    "add_text_sampling",
     "bar_interval",
     "checkpoint_path",
     "load_pipeline",
@@ -40,5 +45,6 @@ __all__ = [
     "run",
     "sampling_settings",
     "speculation_settings",
+    "unset_sampling",
     "whole",
 ]

@@ -79,7 +79,7 @@ def read_plan(args: argparse.Namespace) -> OutputPlan:
         "batch_size": 1,
     }
     source = ("image_path", args.image_path)
-    return tasks.panel_plan("edit", args.instruction, source, None, settings)
+    return tasks.picture_plan("edit", args.instruction, source, None, settings)
 
 
 def make(
