@@ -85,8 +85,8 @@ class Pipeline:
             quant: quantize the layers' matrices to int4 while loading, in groups of this size: 32, 64 or 128. A
                 checkpoint with int4 weights needs no value. `pipeline.model.config.int4_group` is the size in use.
             cache_dtype: type of cached keys and values (default: the model's). torch.int8 takes half of bf16's memory.
-            movqgan_dtype: type of the image tokenizer. With float32 the image is a function of its codes alone; bf16
-                and fp16 take half the memory.
+            movqgan_dtype: type of the image tokenizer's decoder. With float32 the image is a function of its codes
+                alone; bf16 and fp16 take half the memory. Encoder and codebook are at least float32.
             compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
                 CUDA, the forwards are also captured as graphs.
             on_read: called with the number of weights read so far and their total.

@@ -76,7 +76,7 @@ def add_checkpoint_options(parser: Parser) -> None:
         "--movqgan_dtype",
         default="fp32",
         choices=("fp32", "bf16", "fp16"),
-        help="number format of the image tokenizer",
+        help="number format of the image tokenizer's decoder; images are encoded in fp32",
     )
 
 

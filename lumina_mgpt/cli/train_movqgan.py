@@ -11,9 +11,13 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
+
+if TYPE_CHECKING:
+    from lumina_mgpt.vqgan.model import VQGANConfig
 
 # By norms: multiples of `ch` by level as in the released files, and channels of a code. MoVQGAN's codes have 4 as well,
 # Chameleon's 256; fewer suit small models.
@@ -96,6 +100,23 @@ def check_sizes(args: argparse.Namespace) -> None:
         raise InputError(f"{rule}, got {got}; try {example}", "mult")
 
 
+def model_config(args: argparse.Namespace) -> "VQGANConfig":
+    """Returns the sizes of the model that checked options describe."""
+    from lumina_mgpt.vqgan.model import VQGANConfig  # takes seconds: after the checks
+
+    spatial = args.norms == "spatial"
+    return VQGANConfig(
+        ch=args.ch,
+        blocks=args.blocks,
+        mult=tuple(args.mult),
+        z_channels=args.z_channels,
+        embed_dim=args.z_channels,
+        num_codes=args.num_codes,
+        attention_levels=(len(args.mult) - 1,) if spatial else (),  # as in the released files
+        spatial=spatial,
+    )
+
+
 def train(args: argparse.Namespace) -> None:
     check_sizes(args)
     for name, largest in LARGEST.items():
@@ -111,20 +132,9 @@ def train(args: argparse.Namespace) -> None:
     import torch  # takes seconds: after the checks
 
     from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
-    from lumina_mgpt.vqgan.model import VQGANConfig
 
     torch.set_num_threads(args.threads)
-    spatial, last = args.norms == "spatial", len(args.mult) - 1
-    config = VQGANConfig(
-        ch=args.ch,
-        blocks=args.blocks,
-        mult=tuple(args.mult),
-        z_channels=args.z_channels,
-        embed_dim=args.z_channels,
-        num_codes=args.num_codes,
-        attention_levels=(last,) if spatial else (),  # as in the released files
-        spatial=spatial,
-    )
+    config = model_config(args)
     settings = MoVQGANTrainingConfig(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
     ImageTokenizerTrainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
 

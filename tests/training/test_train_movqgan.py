@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import scenes
 import torch
+from commands import main_of
 from PIL import Image
+from safetensors.torch import save_file
 from text_tokenizer import VOCABULARY, write_tokenizer
 
+from lumina_mgpt.cli.train_movqgan import build_parser, check_sizes, model_config
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import text_to_image
@@ -22,10 +25,11 @@ from lumina_mgpt.training.image_codebook import MovingCodes, kmeans
 from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 from lumina_mgpt.vocabulary import Vocabulary
 from lumina_mgpt.vqgan.model import VQGANConfig
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, load_state_dict
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer, load_state_dict
 
 ROOT = Path(__file__).parents[2]
 CONFIG = VQGANConfig(ch=32, blocks=1, mult=(1, 1), num_codes=16, attention_levels=(1,))
+PLAIN = replace(CONFIG, z_channels=6, embed_dim=6, attention_levels=(), spatial=False)
 SETTINGS = MoVQGANTrainingConfig(minutes=1e6, pixels=2 * 32 * 32, continuous_steps=3, warmup_steps=2, revive_every=2)
 
 
@@ -43,9 +47,15 @@ class StopAt(Exception):
     pass
 
 
-def train(folder: Path, out_dir: Path, steps: int, settings: MoVQGANTrainingConfig = SETTINGS) -> ImageTokenizerTrainer:
+def train(
+    folder: Path,
+    out_dir: Path,
+    steps: int,
+    settings: MoVQGANTrainingConfig = SETTINGS,
+    config: VQGANConfig = CONFIG,
+) -> ImageTokenizerTrainer:
     """Trains to `steps` and saves, as a run that was stopped there."""
-    trainer = ImageTokenizerTrainer(CONFIG, settings, Pictures({folder: 1.0}), out_dir)
+    trainer = ImageTokenizerTrainer(config, settings, Pictures({folder: 1.0}), out_dir)
     draw = trainer.pictures.batch
 
     def batch(*args):
@@ -80,12 +90,13 @@ def test_the_log_of_a_resumed_run_has_each_step_once(folder, tmp_path):
     assert [row["step"] for row in rows] == [20, 40] and "psnr" in rows[1]
 
 
-def test_training_the_decoder_keeps_the_codes(folder, tmp_path):
-    train(folder, tmp_path / "first", 8)
-    first = load_state_dict(tmp_path / "first" / "movqgan.safetensors")
-    settings = replace(SETTINGS, decoder_of=str(tmp_path / "first" / "movqgan.safetensors"))
+@pytest.mark.parametrize("config, file", [(CONFIG, "movqgan.safetensors"), (PLAIN, "vqgan.safetensors")])
+def test_training_the_decoder_keeps_the_codes(folder, tmp_path, config, file):
+    train(folder, tmp_path / "first", 8, config=config)
+    first = load_state_dict(tmp_path / "first" / file)
+    settings = replace(SETTINGS, decoder_of=str(tmp_path / "first" / file))
     train(folder, tmp_path / "second", 8, settings)
-    second = load_state_dict(tmp_path / "second" / "movqgan.safetensors")
+    second = load_state_dict(tmp_path / "second" / file)
     train(folder, tmp_path / "second", 9, settings)  # goes on
     train(folder, tmp_path / "third", 4)
     with pytest.raises(InputError, match="not those of decoder_of"):
@@ -96,6 +107,35 @@ def test_training_the_decoder_keeps_the_codes(folder, tmp_path):
     changed = {key for key in first if not torch.equal(first[key], second[key])}
     assert not any(key.startswith(kept) for key in changed)
     assert any(key.startswith("decoder.") for key in changed) and any("post_quant_conv" in key for key in changed)
+
+
+def test_weights_without_a_decoder_are_refused(folder, tmp_path):
+    train(folder, tmp_path / "first", 2, config=PLAIN)
+    state = load_state_dict(tmp_path / "first" / "vqgan.safetensors")
+    save_file({key: value for key, value in state.items() if "decoder" not in key}, tmp_path / "half.safetensors")
+    with pytest.raises(InputError, match="^decoder_of must name weights with a decoder"):
+        train(folder, tmp_path / "second", 8, replace(SETTINGS, decoder_of=str(tmp_path / "half.safetensors")))
+
+
+def test_the_command_trains_a_vqgan_of_the_first_generation(folder, tmp_path):
+    """From scratch to the first codes, then its decoder by the command. The search for a VQGAN finds both files."""
+    args = build_parser().parse_args("--images x --out_dir y --norms plain --num_codes 8 --z_channels 6".split())
+    check_sizes(args)
+    config = model_config(args)
+    assert config == replace(PLAIN, mult=(1, 1, 2, 2, 4), num_codes=8)
+    trainer = train(folder, tmp_path / "first", 5, replace(SETTINGS, pixels=8 * 32 * 32), config)
+    assert trainer.quantizing
+    file = find_image_tokenizer(tmp_path / "first", kind="vqgan")
+    command = ["--images", str(folder), "--out_dir", str(tmp_path / "second"), "--decoder_of", str(file)]
+    assert main_of("train_movqgan")([*command, "--minutes", "0.005", "--threads", "1"]) == 0
+    image = Image.open(folder / "0.png").convert("RGB")
+    found = find_image_tokenizer(tmp_path / "second", kind="vqgan")
+    assert (file.name, found.name) == ("vqgan.safetensors",) * 2
+    one, two = map(ImageTokenizer.from_checkpoint, (file, found))
+    assert one.model.config == two.model.config == config and one.cell == 16
+    codes = one.encode([image])
+    assert codes.shape == (1, 2, 2) and torch.equal(codes, two.encode([image]))
+    assert not torch.equal(one.model.decode(codes), two.model.decode(codes))
 
 
 def test_a_run_stopped_just_before_the_codes_begin_can_go_on(folder, tmp_path):
@@ -124,11 +164,12 @@ def _stop_after(draw, count: int):
 
 
 @pytest.mark.slow
-def test_training_lowers_the_error_and_the_file_loads(folder, tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, PLAIN], ids=["spatial", "plain"])
+def test_training_lowers_the_error_and_the_file_loads(folder, tmp_path, config):
     settings = replace(SETTINGS, continuous_steps=30, lr=3e-3)
-    trainer = train(folder, tmp_path, 90, settings)
+    trainer = train(folder, tmp_path, 90, settings, config)
     image = Image.open(folder / "0.png").convert("RGB")
-    tokenizer = ImageTokenizer.from_checkpoint(tmp_path / "movqgan.safetensors")
+    tokenizer = ImageTokenizer.from_checkpoint(tmp_path / f"{config.kind}.safetensors")
     out = tokenizer.decode(tokenizer.encode([image]))[0]
     error = np.square(np.asarray(out, float) - np.asarray(image, float)).mean()
     plain = np.square(np.asarray(image, float) - np.asarray(image, float).mean((0, 1))).mean()

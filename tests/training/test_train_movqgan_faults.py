@@ -119,6 +119,30 @@ def test_settings_out_of_range_are_refused(train, tmp_path, name, value):
     assert status == 2 and error.startswith(f"error: --{name} must be") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ("--norms plain --decoder_of x.safetensors", "--norms plain means nothing with --decoder_of"),
+        ("--mult 1 2 2 4 --decoder_of x.safetensors", "--mult 1 2 2 4 means nothing with --decoder_of"),
+        ("--norms plain --mult 1 2 2 4", "--mult must be 5 numbers in 1 ... 16 for plain norms (16 x 16 pixels"),
+        ("--mult 1 2 0 4", "--mult must be 4 numbers in 1 ... 16 for spatial norms (8 x 8 pixels a code), got 1 2 0 4"),
+        ("--mult 1 2 4 99", "got 1 2 4 99; try 1 2 2 4"),
+        ("--z_channels 0", "--z_channels must be above 0"),
+        ("--norms batch", "--norms"),
+    ],
+)
+def test_levels_and_norms_that_no_model_has_are_refused(folder, tmp_path, capsys, options, named):
+    out = tmp_path / "out"
+    assert main_of("train_movqgan")(["--images", str(folder), "--out_dir", str(out), *options.split()]) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1] and not out.exists()
+
+
+def test_pictures_must_fit_the_cells_of_plain_norms(train, folder, tmp_path):
+    Image.new("RGB", (40, 32)).save(folder / "odd.png")
+    status, error = train("--norms", "plain")
+    assert status == 2 and "odd.png: width and height must be multiples of 16, got 40x32" in error
+
+
 def test_weights_of_folders_are_refused_that_are_not_finite_or_given_twice(folder, tmp_path, capsys):
     main, out = main_of("train_movqgan"), ["--out_dir", str(tmp_path / "out")]
     for images in ([f"{folder}=inf"], [f"{folder}=nan"], [f"{folder}=2", str(folder)]):

@@ -204,7 +204,7 @@ def test_an_image_tokenizer_of_another_model_is_refused(tokenizers, tiny_checkpo
         tokenizer.require_codes(config, "x.ckpt", "vqgan")
     tokenizer.require_codes(replace(config, vocab_size=9000, num_image_codes=8192), "x.ckpt", "vqgan")
     tokenizer.require_cell(16, "model", "vqgan")
-    with pytest.raises(InputError, match=r"^movqgan_path .* 8 x 8 .* in model has.* vqgan_tiny.ckpt have 16 x 16"):
+    with pytest.raises(InputError, match=r"^movqgan_path .* 8 x 8 .* in model has.*vqgan_tiny.ckpt have 16 x 16"):
         tokenizer.require_cell(8, "model")
 
 
