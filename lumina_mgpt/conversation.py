@@ -1,11 +1,11 @@
 """A conversation with a loaded checkpoint: its ids, its code grids and its KV cache, which go on from turn to turn.
 
-    conversation = pipeline.conversation()
-    for event in conversation.say("Describe the image in detail.", pictures=["cat.png"], want="text"):
-        if isinstance(event, Text):
-            print(event.text, end="", flush=True)
-    for event in conversation.say("Remove the cup in the background."):
-        ...
+conversation = pipeline.conversation()
+for event in conversation.say("Describe the image in detail.", pictures=["cat.png"], want="text"):
+    if isinstance(event, Text):
+        print(event.text, end="", flush=True)
+for event in conversation.say("Remove the cup in the background."):
+    ...
 """
 
 from collections.abc import Iterator, Sequence

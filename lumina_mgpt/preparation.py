@@ -64,8 +64,8 @@ class PreparedRequest:
             settings: as in `changed`.
         """
         request = replace(self.request, prompts=self.request.prompts[index : index + 1], panels=(panel,), **settings)
-        given = {"pictures" if self.pictures else "panels": (panel,)}
-        return replace(self, request=request, starts=self.starts[index : index + 1], **given)
+        copy = replace(self, request=request, starts=self.starts[index : index + 1])
+        return replace(copy, pictures=(panel,)) if self.pictures else replace(copy, panels=(panel,))
 
 
 @dataclass(frozen=True)

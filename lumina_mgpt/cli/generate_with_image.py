@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.cli import generate, tasks
-from lumina_mgpt.maps import EXTRACTORS
 from lumina_mgpt.families import task_names
+from lumina_mgpt.maps import EXTRACTORS
 
 
 def build_parser() -> cli.Parser:

@@ -80,6 +80,18 @@ def add_checkpoint_options(parser: Parser) -> None:
     )
 
 
+def open_checkpoint(args: argparse.Namespace) -> "Checkpoint":
+    """Opens the checkpoint that the command line names. Loads no weights.
+
+    Args:
+        args: parsed command line, with the options of `add_checkpoint_options`.
+    """
+    from lumina_mgpt.preparation import Checkpoint
+
+    path = checkpoint_path(args.model_path)
+    return Checkpoint.open(path, args.movqgan_path, getattr(args, "target_size", None))
+
+
 def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "Pipeline":
     """Loads the weights of an opened checkpoint and returns the pipeline.
 

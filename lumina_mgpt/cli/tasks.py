@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import prompt_files
-from lumina_mgpt.cli.parser import whole
 from lumina_mgpt.cli.options import sampling_settings, speculation_settings, unset_sampling
+from lumina_mgpt.cli.parser import whole
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import FIRST, SECOND, Family, task_names
 from lumina_mgpt.launcher import process_share
