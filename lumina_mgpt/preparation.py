@@ -192,11 +192,13 @@ class Checkpoint:
             encoded.append(ids)
         return encoded
 
-    def prepare(self, request: GenerationRequest, parameter: str = "prompts") -> PreparedRequest:
+    def prepare(self, request: GenerationRequest, parameter: str = "prompts", crop: bool = True) -> PreparedRequest:
         """Returns the request with its layout, prompt ids and panels.
 
         Args:
             parameter: name of the prompts' parameter, for errors.
+            crop: whether to crop the pictures of instructions to one of the checkpoint's sizes. Without, their sides
+                must be multiples of 32.
 
         Raises:
             InputError: the size does not fit the model, a prompt cannot be encoded, or a panel cannot be used.
@@ -209,7 +211,8 @@ class Checkpoint:
             panels = fit_panels(request.panels, layout, count, self.config.num_image_codes)
             starts = self.prompt_ids(request.prompts, layout, task, request.shown, parameter)
             return PreparedRequest(request, layout, starts, panels)
-        pictures = fit_pictures(request.panels, self.vocabulary, count, self.config.base_size)
+        side = self.config.base_size if crop else None
+        pictures = fit_pictures(request.panels, self.vocabulary, count, side)
         grids = [blank_grid(picture, self.vocabulary.cell) for picture in pictures]
         width, height = (cells * self.vocabulary.cell for cells in reversed(grids[0].shape))
         layout = self.layout(request.width or width, request.height or height, task)
