@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "outputs": FOUNDATIONS,
     "images": FOUNDATIONS,
     "maps": {"errors", "images"},
+    "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
     "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
@@ -39,8 +40,10 @@ LAYERS: dict[str, set[str]] = {
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"request", "unirep"},
-    "preparation": FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
+    "attention_map": {"model", "unirep", "vocabulary"},
 }
+LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request"}
+LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
