@@ -14,12 +14,14 @@ from lumina_mgpt.cli.options import (
     add_target_size,
     add_text_sampling,
     checkpoint_path,
+    given_sampling,
     load_pipeline,
     open_checkpoint,
     quant_group,
     sampling_settings,
     speculation_settings,
     unset_sampling,
+    warn_without_text,
 )
 from lumina_mgpt.cli.parser import Parser, number, whole
 from lumina_mgpt.cli.progress import ReadingBar, bar_interval, codes_bar
@@ -41,6 +43,7 @@ __all__ = [
     "bar_interval",
     "checkpoint_path",
     "codes_bar",
+    "given_sampling",
     "load_pipeline",
     "number",
     "open_checkpoint",
@@ -49,5 +52,6 @@ __all__ = [
     "sampling_settings",
     "speculation_settings",
     "unset_sampling",
+    "warn_without_text",
     "whole",
 ]
