@@ -7,7 +7,6 @@ import torch
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.names import UNUSED_PREFIX
 from lumina_mgpt.model.reading import read_prefixed
-from lumina_mgpt.vqgan.model import Kind
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, missing_file
 
 
@@ -16,7 +15,7 @@ def load_image_tokenizer(
     path: str | Path | None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    kind: Kind = "movqgan",
+    kind: str = "movqgan",
 ) -> ImageTokenizer:
     """Returns the image tokenizer of a checkpoint.
 
@@ -27,6 +26,7 @@ def load_image_tokenizer(
         model_folder: folder of the checkpoint.
         path: what `look_for_image_tokenizer` returned for it.
         dtype: type of the decoder. Encoder and codebook are at least float32.
+        kind: `movqgan` or `vqgan`, as `config.family.image_tokenizer` says.
 
     Raises:
         InputError: a file cannot be read, or there is neither a file nor such an encoder.

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.request import image_count
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lumina_mgpt.results import Answer
 
 QUESTION = "Describe the image in detail."  # as in the released README
-_BATCH = 8  # pictures that are read and answered together
+_READ = 8  # pictures that are open at a time; the largest batch by default
 
 
 def build_parser() -> cli.Parser:
@@ -40,12 +41,16 @@ def build_parser() -> cli.Parser:
         description="Describes pictures, or answers a question about each.",
     )
     parser.add_argument("images", nargs="+", help="pictures, and folders of pictures")
-    parser.add_argument("--question", default=QUESTION, help="what to ask about each picture")
+    parser.add_argument(
+        "--question",
+        default=QUESTION,
+        help="what to ask about each picture; <|image|> is its place (default place: at the end)",
+    )
     parser.add_argument("--save_path", help="file for the answers, one line of JSON each (default: stdout)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
-    parser.add_argument("--max_new_tokens", type=cli.whole, help="largest number of ids of an answer (default: 8192)")
+    parser.add_argument("--max_new_tokens", type=cli.whole, help="largest number of ids of an answer (default: 1024)")
     parser.add_argument(
-        "--batch_size", type=cli.whole, default=_BATCH, help="pictures in a batch; affects speed and memory only"
+        "--batch_size", type=cli.whole, help="pictures in a batch; affects speed and memory only (default: up to 8)"
     )
     group = parser.add_argument_group("sampling")
     cli.add_text_sampling(group)
@@ -58,7 +63,8 @@ def build_parser() -> cli.Parser:
 def describe(args: argparse.Namespace) -> int:
     """Checks everything that needs no weights, then answers batch by batch. Returns the exit status."""
     cli.quant_group(args)
-    sampling, batch = cli.sampling_settings(args), image_count("batch_size", args.batch_size)
+    sampling = cli.sampling_settings(args)
+    batch = None if args.batch_size is None else image_count("batch_size", args.batch_size)
     if not args.question.strip():
         raise InputError("must not be empty, got ''; ask something, or leave it out", "question")
     paths = picture_paths(args.images)
@@ -70,7 +76,7 @@ def describe(args: argparse.Namespace) -> int:
     checkpoint = cli.open_checkpoint(args)
     cli.warn_without_text(checkpoint)
     with caused_by("question"):
-        checkpoint.vocabulary.encode_text(args.question)
+        checkpoint.vocabulary.encode_text(args.question.replace(PICTURE, ""))
     settings: dict[str, Any] = {"seed": sampling.seed} | cli.given_sampling(args)
     if args.max_new_tokens is not None:
         settings["max_new_tokens"] = args.max_new_tokens
@@ -83,22 +89,28 @@ def describe(args: argparse.Namespace) -> int:
 
 
 def answer_all(
-    pipeline: "Pipeline", paths: Sequence[Path], question: str, batch: int, settings: Mapping[str, Any], file: TextIO
+    pipeline: "Pipeline",
+    paths: Sequence[Path],
+    question: str,
+    batch: int | None,
+    settings: Mapping[str, Any],
+    file: TextIO,
 ) -> int:
     """Answers batch by batch, and writes a line a picture. Returns the number of pictures that cannot be read.
 
     Args:
-        batch: pictures in a batch.
+        batch: pictures in a batch; None for as many as fit the cache limit.
         settings: further arguments of `Pipeline.describe`.
         file: where to write the lines.
     """
-    done, left_out = 0, 0
+    done, left_out, count = 0, 0, batch or _READ
     bar = tqdm(total=len(paths), unit="image", dynamic_ncols=True, mininterval=cli.bar_interval())
     try:
         with bar:
-            for start in range(0, len(paths), batch):
-                opened = list(readable(paths[start : start + batch], bar))
-                left_out += len(paths[start : start + batch]) - len(opened)
+            for start in range(0, len(paths), count):
+                part = paths[start : start + count]
+                opened = list(readable(part, bar))
+                left_out += len(part) - len(opened)
                 if not opened:
                     continue
                 pictures = [picture for _, picture in opened]

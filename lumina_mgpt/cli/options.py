@@ -1,7 +1,9 @@
 """Options that several commands share, and the conversion of their values to settings."""
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from lumina_mgpt.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from lumina_mgpt.model.parallel import Parallel
     from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 DEMO = "assets/demo"
@@ -103,8 +106,54 @@ def warn_without_text(checkpoint: "Checkpoint") -> None:
         )
 
 
+def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
+    """Adds --tensor_parallel."""
+    parser.add_argument(
+        "--tensor_parallel",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="N processes, started by torchrun, hold the model together, each a part of it on its own GPU",
+    )
+
+
+def refuse_tensor_parallel(args: argparse.Namespace, what: str) -> None:
+    """Raises InputError for --tensor_parallel above 1. `what` names what one process alone can make."""
+    if args.tensor_parallel > 1:
+        raise InputError(f"must be 1 for {what}, got {args.tensor_parallel}; leave it out", "tensor_parallel")
+
+
+@contextlib.contextmanager
+def model_processes(
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device"
+) -> "Iterator[Parallel | None]":
+    """Connects this process, during the block, with the others that hold the same model; gives None if it is alone.
+
+    Args:
+        args: parsed command line, with the options of `add_checkpoint_options` and `add_tensor_parallel`.
+        checkpoint: the opened checkpoint.
+        device: device of this process.
+
+    Raises:
+        InputError: the model cannot be split in this way, or the processes cannot connect.
+    """
+    if args.tensor_parallel == 1:
+        yield None
+        return
+    from lumina_mgpt.model.parallel import Parallel, require_fit
+
+    quant = quant_group(args, checkpoint.config.int4_group)
+    require_fit(checkpoint.config, args.tensor_parallel, quant, args.compile)
+    with Parallel.start(device, args.tensor_parallel) as parallel:
+        yield parallel
+
+
 def load_pipeline(
-    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device", text: bool | None = None
+    args: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    device: "torch.device",
+    parallel: "Parallel | None" = None,
+    text: bool | None = None,
 ) -> "Pipeline":
     """Loads the weights of an opened checkpoint and returns the pipeline.
 
@@ -112,6 +161,7 @@ def load_pipeline(
         args: parsed command line, with the options of `add_checkpoint_options`.
         checkpoint: the opened checkpoint.
         device: device to load the weights to.
+        parallel: this process among those that hold the model together, None if it is alone.
         text: whether text will be sampled (default: by the family).
     """
     import torch
@@ -131,6 +181,7 @@ def load_pipeline(
             cache_dtype=torch.int8 if args.cache_dtype == "int8" else None,
             movqgan_dtype=DTYPES[args.movqgan_dtype],
             compile=args.compile,
+            parallel=parallel,
             text=text,
         )
 

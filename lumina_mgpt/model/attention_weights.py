@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lumina_mgpt.model.attention import Backend, Span
 from lumina_mgpt.model.kv_cache import Cached
-from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.model.transformer import Attention, Transformer
 
 
 @contextmanager
@@ -21,14 +21,15 @@ def last_query_weights(model: Transformer) -> Iterator[list[Tensor]]:
     Shapes: (B, N, S) float32, or float64 for a float64 model. The weights of a head sum to 1.
     """
     recorded: list[Tensor] = []
-    before = [layer.self_attn.attend for layer in model.layers]
-    for layer, attend in zip(model.layers, before, strict=True):
-        layer.self_attn.attend = _recording(attend, recorded)
+    parts = [part for part in model.modules() if isinstance(part, Attention)]  # in the order of the layers
+    before = [part.attend for part in parts]
+    for part, attend in zip(parts, before, strict=True):
+        part.attend = _recording(attend, recorded)
     try:
         yield recorded
     finally:
-        for layer, attend in zip(model.layers, before, strict=True):
-            layer.self_attn.attend = attend
+        for part, attend in zip(parts, before, strict=True):
+            part.attend = attend
 
 
 def _recording(attend: Backend, recorded: list[Tensor]) -> Backend:

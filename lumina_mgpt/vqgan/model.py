@@ -13,7 +13,6 @@ Shape letters: B batch, C channels, Z latent channels; h, w latent cells; H, W p
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.vqgan.layers import AttentionBlock, Norm, ResnetBlock, convolve, make_norm
 
-Kind = Literal["movqgan", "vqgan"]  # the image tokenizer of the second generation, and of the first
 _IGNORED = ("loss.", "ema_", "model_ema.", "quantize.embedding.cluster", "quantize.embedding.embed_avg")
 _CHUNK_CELLS = 4096  # cells whose distances to all codes are computed at once: 256 MiB for 16,384 codes
 
@@ -95,8 +93,8 @@ class VQGANConfig:
             raise InputError(f"not a VQGAN state dict in the released names: {fault}; see the README") from None
 
     @property
-    def kind(self) -> Kind:
-        """The kind of image tokenizer; names of its files begin with it."""
+    def kind(self) -> str:
+        """The kind of image tokenizer, `movqgan` or `vqgan`; names of its files begin with it."""
         return "movqgan" if self.spatial else "vqgan"
 
     @property

@@ -14,7 +14,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import to_images, to_pixels, upright
 from lumina_mgpt.io import cause, remedy, require_readable
-from lumina_mgpt.vqgan.model import VQGAN, Kind
+from lumina_mgpt.vqgan.model import VQGAN
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Names:
 _PACKAGE = Path(__file__).parent.parent
 _CHAMELEON = Path("ckpts", "chameleon", "tokenizer", "vqgan.ckpt")
 # Places as in the released repositories; `original_tokenizers` as in the hub's Alpha-VLLM/Chameleon_7B_mGPT.
-KINDS: dict[Kind, Names] = {
+KINDS: dict[str, Names] = {
     "movqgan": Names(
         "MoVQGAN",
         "movqgan_path",
@@ -62,9 +62,14 @@ KINDS: dict[Kind, Names] = {
 
 
 def look_for_image_tokenizer(
-    model_folder: str | Path, explicit: str | Path | None = None, kind: Kind = "movqgan"
+    model_folder: str | Path, explicit: str | Path | None = None, kind: str = "movqgan"
 ) -> Path | None:
     """Returns the path of the image tokenizer's file, None if there is none.
+
+    Args:
+        model_folder: folder of the checkpoint.
+        explicit: file that the user named.
+        kind: `movqgan` or `vqgan`, as `config.family.image_tokenizer` says.
 
     It is `explicit` if given. Otherwise it is the file in the model folder. If there is none, it is the first that
     exists of the places in which the released code of that kind has it.
@@ -87,7 +92,7 @@ def look_for_image_tokenizer(
     return next((path for path in (*inner, *names.elsewhere) if path.is_file()), None)
 
 
-def find_image_tokenizer(model_folder: str | Path, explicit: str | Path | None = None, kind: Kind = "movqgan") -> Path:
+def find_image_tokenizer(model_folder: str | Path, explicit: str | Path | None = None, kind: str = "movqgan") -> Path:
     """Returns the path that `look_for_image_tokenizer` returns, and requires that there is one.
 
     Raises:
@@ -99,7 +104,7 @@ def find_image_tokenizer(model_folder: str | Path, explicit: str | Path | None =
     return path
 
 
-def missing_file(model_folder: str | Path, kind: Kind) -> str:
+def missing_file(model_folder: str | Path, kind: str) -> str:
     """Returns the message that no image tokenizer's file was found, with the places looked at and a remedy."""
     names = KINDS[kind]
     places = " and no ".join(dict.fromkeys(str(path) for path in names.elsewhere))
@@ -181,7 +186,7 @@ class ImageTokenizer:
         return cls(model.place(device, dtype), source)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> str:
         """The kind of image tokenizer. One without a decoder counts as VQGAN."""
         return self.model.config.kind
 
@@ -200,39 +205,24 @@ class ImageTokenizer:
         """Side of the square that one code stands for, in pixels. It is 8 in MoVQGAN and 16 in Chameleon's VQGAN."""
         return self.model.config.cell
 
-    def require_codes(self, config: ModelConfig, path: str | Path, kind: Kind = "movqgan") -> None:
-        """Raises an error if the number of codes differs between this image tokenizer and the transformer.
+    def require_codes(self, config: ModelConfig, path: str | Path) -> None:
+        """Raises an error if the codes of this image tokenizer are not those of the transformer.
 
         Args:
             config: configuration of the transformer.
             path: file of this image tokenizer, for the message.
-            kind: the kind that the transformer needs, whose option the message names.
 
         Raises:
-            InputError: the numbers of codes differ.
+            InputError: the numbers of codes differ, or the squares of pixels that one code stands for.
         """
+        names, cell = KINDS[config.family.image_tokenizer], config.family.cell
+        advice = f"give the {names.title} that the model was trained with"
         if self.num_codes != config.num_image_codes:
             rule = f"must have the model's {config.num_image_codes} codes, but {path} has {self.num_codes}"
-            names = KINDS[kind]
-            raise InputError(f"{rule}; give the {names.title} that the model was trained with", names.option)
-
-    def require_cell(self, cell: int, model_folder: str | Path, kind: Kind = "movqgan") -> None:
-        """Raises an error if a code does not stand for `cell` x `cell` pixels, as the transformer needs it.
-
-        Args:
-            model_folder: folder of the transformer, for the message.
-            kind: the kind that the transformer needs, whose option the message names.
-
-        Raises:
-            InputError: the sides differ.
-        """
+            raise InputError(f"{rule}; {advice}", names.option)
         if self.cell != cell:
-            rule = f"must have codes of {cell} x {cell} pixels, as the model in {model_folder} has"
-            names = KINDS[kind]
-            remedy = f"give the {names.title} that the model was trained with"
-            raise InputError(
-                f"{rule}, but those of {self.source} have {self.cell} x {self.cell}; {remedy}", names.option
-            )
+            rule = f"must have codes of {cell} x {cell} pixels for {config.family.name}, but those of {path} have "
+            raise InputError(f"{rule}{self.cell} x {self.cell}; {advice}", names.option)
 
     def require_decoder(self) -> None:
         """Raises an error if this image tokenizer cannot turn codes into images.

@@ -33,6 +33,14 @@ CHAMELEON = VQGANConfig(
     attention_levels=(),
     spatial=False,
 )
+SIZES = dict(  # of a language model
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 PREFIX = "model.vqmodel."
 
 
@@ -197,15 +205,18 @@ def test_the_file_is_looked_for_in_the_released_places(tmp_path, monkeypatch):
         find_image_tokenizer(folder, tmp_path / "nothing.ckpt", "vqgan")
 
 
-def test_an_image_tokenizer_of_another_model_is_refused(tokenizers, tiny_checkpoint):
-    tokenizer = tokenizers["vqgan_tiny"]
-    config = ModelConfig.from_json(tiny_checkpoint / "config.json")
-    with pytest.raises(InputError, match="^vqgan_path .* 64 codes, but x.ckpt has 8192.*VQGAN that the model"):
-        tokenizer.require_codes(config, "x.ckpt", "vqgan")
-    tokenizer.require_codes(replace(config, vocab_size=9000, num_image_codes=8192), "x.ckpt", "vqgan")
-    tokenizer.require_cell(16, "model", "vqgan")
-    with pytest.raises(InputError, match=r"^movqgan_path .* 8 x 8 .* in model has.*vqgan_tiny.ckpt have 16 x 16"):
-        tokenizer.require_cell(8, "model")
+def test_an_image_tokenizer_of_another_model_is_refused(tokenizers, oracle_movqgan):
+    tokenizer, movqgan = tokenizers["vqgan_tiny"], ImageTokenizer.from_checkpoint(oracle_movqgan)
+    first = ModelConfig(vocab_size=9472, image_code_offset=4, num_image_codes=8192, generation=1, **SIZES)
+    second = ModelConfig(vocab_size=200000, **SIZES)
+    tokenizer.require_codes(first, "x.ckpt")
+    movqgan.require_codes(second, "x.ckpt")
+    with pytest.raises(InputError, match="^vqgan_path .* 64 codes, but x.ckpt has 8192; give the VQGAN that the model"):
+        tokenizer.require_codes(replace(first, num_image_codes=64), "x.ckpt")
+    with pytest.raises(InputError, match="^movqgan_path .* 8 x 8 .* 2.0, but those of x.ckpt have 16 x 16.*MoVQGAN"):
+        tokenizer.require_codes(replace(second, num_image_codes=8192), "x.ckpt")
+    with pytest.raises(InputError, match="^vqgan_path .* 16 x 16 .*, but those of x.ckpt have 8 x 8"):
+        movqgan.require_codes(replace(first, num_image_codes=16384, vocab_size=20000), "x.ckpt")
 
 
 # -- the encoder inside a language model's files -----------------------------------------------------------------------
