@@ -231,10 +231,10 @@ class Checkpoint:
             raise InputError(f"must be a task of {family.name} ({names}), got {task.template!r}", "task")
         if request.views is not None and request.views > 1 and task.views == 1:
             rule = "must be left out for a task that makes one image"
-            raise InputError(f"{rule}, got {request.views}; use n for several images", "views")
+            raise InputError(f"{rule}, got {request.views}; use n={request.views}", "views")
         if request.shown is not None and task.panels == 1:
             rule = "must be left out for a task without panels"
-            raise InputError(f"{rule}, got {request.shown!r}; give instruction for other words", "shown")
+            raise InputError(f"{rule}, got {request.shown!r}; give instruction=TEXT", "shown")
         sampling: Any = {name: value for name, value in family.sampling_of(task).items() if name in request.unset}
         return replace(request, task=request.worded_task, sampling=replace(request.sampling, **sampling))
 
