@@ -10,7 +10,7 @@
 The ids hold the codes of all images, so no image is encoded twice. A turn costs the prefill of the new turn alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +93,7 @@ class AnswerStream(Iterator[Event]):
         reason = self._sampler.reason or "stopped"
         return read_answer(self._sampler.answer, reason, self._conversation.host, self._reader.images)
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event, None, None]:
         kept = False
         try:
             for ids in self._sampler.run():
@@ -168,8 +168,8 @@ class Conversation:
                 a sequence of texts and pictures; then `pictures` is empty.
             pictures: pictures (PIL), paths, or codes (rows, cols). Pictures are cropped to the candidate size of
                 `config.base_size` that fits best.
-            want: what the answer is. "any": the model's choice. "text": no image. "image": one image, then the turn
-                end. "images": `views` images in a row, then the turn end.
+            want: what the answer is. "any": the model's choice; text, if the image tokenizer makes no images. "text":
+                no image. "image": one image, then the turn end. "images": `views` images in a row, then the turn end.
             size: width and height in pixels of the images, for `want` "image" and "images". None: the model draws the
                 size of each.
             views: number of images for `want` "images".
@@ -245,7 +245,10 @@ class Conversation:
         if needed > context:
             rule = f"the conversation has {len(prompt)} ids and the answer takes at least {needed - len(prompt)}"
             raise InputError(f"{rule}, but this model sees {context}; start a new one, or ask for smaller images")
-        return Plan(views if forced else 0, want == "text", layout, limit, context)
+        if forced:
+            self.host.image_tokenizer.require_decoder()
+        text_only = want == "text" or not self.host.image_tokenizer.can_decode
+        return Plan(views if forced else 0, text_only, layout, limit, context)
 
     def _keep(self, sampler: AnswerSampler) -> None:
         """Takes a turn and its answer into the history, as far as the answer is complete."""
@@ -329,7 +332,9 @@ def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
         InputError: there are marks, but not one for each picture.
     """
     if isinstance(pictures, str):
-        raise InputError(f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures")
+        raise InputError(
+            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
+        )
     marks = text.count(PICTURE)
     if not marks:
         text = f"{PICTURE} " * len(pictures) + text

@@ -173,6 +173,9 @@ class Pipeline:
         """
         prepared = request if isinstance(request, PreparedRequest) else self.checkpoint.prepare(request)
         request = prepared.request
+        if request.task.views > 1:
+            rule = "must make one image here, but this one makes several in one answer"
+            raise InputError(f"{rule}; use Pipeline.chat with want='images'", "task")
         size = request.batch_size or self.batch_size(
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
