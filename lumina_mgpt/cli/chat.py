@@ -28,6 +28,7 @@ from lumina_mgpt.cli.terminal import Terminal
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import parse_json, read_text, write_atomic
 from lumina_mgpt.outputs import OutputFolder
+from lumina_mgpt.request import image_count
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +62,7 @@ def build_parser() -> cli.Parser:
             help="pixels of an image with --want image or images, a multiple of 32 (default: both sides are the "
             "model's choice; one of them alone: the checkpoint's base size)",
         )
-    group.add_argument("--max_new_tokens", type=cli.whole, help="largest number of ids of an answer (default: 8192)")
+    cli.add_max_new_tokens(group, 8192)
     cli.add_target_size(group)
     cli.add_sampling_options(parser, text=True)
     cli.add_speculation_options(parser, fast=False)
@@ -76,6 +77,7 @@ def chat(args: argparse.Namespace) -> int:
     cli.quant_group(args)
     check_options(args)
     sampling = {"seed": cli.sampling_settings(args).seed} | cli.given_sampling(args)
+    limit = cli.answer_limit(args)
     speculation = cli.speculation_settings(args)
     output = OutputFolder(args.save_path, args.overwrite)
     turns, keep = (None, []) if args.conversation is None else read_conversation(Path(args.conversation))
@@ -92,11 +94,11 @@ def chat(args: argparse.Namespace) -> int:
             raise InputError(f"{error}; an answer in words alone (want=text) needs none") from None
     if args.want in ("any", "text"):
         cli.warn_without_text(checkpoint)
-    settings = sampling | {"want": args.want, "size": size_of(args, checkpoint), "speculation": speculation}
+    settings: dict[str, Any] = (
+        sampling | limit | {"want": args.want, "size": size_of(args, checkpoint), "speculation": speculation}
+    )
     if args.want == "images":
         settings["views"] = _VIEWS if args.views is None else args.views
-    if args.max_new_tokens is not None:
-        settings["max_new_tokens"] = args.max_new_tokens
     pipeline = cli.load_pipeline(args, checkpoint, device, text=True)
     described = describe(pipeline, args, settings)
     if turns is None:
@@ -112,6 +114,8 @@ def check_options(args: argparse.Namespace) -> None:
         if value is not None and args.want not in ("image", "images"):
             rule = f"--{name} {value} has no effect with --want {args.want}"
             raise InputError(f"{rule}; add --want image, or leave it out")
+    if args.views is not None:
+        image_count("views", args.views)
     if args.views is not None and args.want != "images":
         raise InputError(f"--views {args.views} has no effect without --want images; add that, or leave it out")
 
