@@ -190,25 +190,21 @@ class Conversation:
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
         plan = self._plan(prompt, want, size, views, max_new_tokens)
         speculation = host.with_window(speculation)
-        rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
-        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
-        if speculation and speculation.window and not plan.text_only:
-            slots += speculation.window + speculation.window // vocabulary.cells + 1  # narrow images: many row ends
-        self._cache.reserve(rows, slots, self._held)
-        self._cache.restart()
-        sampler = AnswerSampler(
-            self._cache.text_step,
-            self._cache.image_step,
-            vocabulary,
-            prompt,
-            self._held,
-            plan,
-            settings,
-            self.answers,
-            speculation,
+        self._cache.reserve(
+            1 if settings.cfg == 1.0 or plan.text_only else 2, self._slots(prompt, plan, speculation), self._held
         )
+        steps = self._cache.text_step, self._cache.image_step
+        sampler = AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
         self._stream = AnswerStream(self, sampler)
         return self._stream
+
+    def _slots(self, prompt: list[int], plan: Plan, speculation: Speculation | None) -> int:
+        """Number of cache slots that the turn and its answer need, pads and drafts after the end included."""
+        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
+        if speculation and speculation.window and not plan.text_only:
+            cells = self.host.checkpoint.vocabulary.cells
+            slots += speculation.window + speculation.window // cells + 1  # the narrowest images have most row ends
+        return slots
 
     def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
         """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
@@ -293,6 +289,7 @@ class _Cache:
         host, old = self._host, self._cache
         slots += COMPILED_SPARE if host.compiled else 0
         if old is not None and rows <= self._rows and slots <= old.slots:
+            self.text_step.calls = 0  # the first call of a turn is a prefill, which is never compiled
             return
         if old is not None:
             rows = max(rows, self._rows)
@@ -306,13 +303,9 @@ class _Cache:
         self.text_step = CachedStep(host.model, new, None, host.compiled)
         self._image_step = CachedStep(host.model, new, vocabulary.code_slice, host.compiled)
 
-    def restart(self) -> None:
-        """Marks the next call of the text step as the first of a turn, which is never compiled."""
-        self.text_step.calls = 0
-
     def image_step(self) -> CachedStep:
         """Returns the step for a new image."""
-        self._image_step.calls = 0
+        self._image_step.calls = 0  # the first call may be a prefill
         return self._image_step
 
 
