@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from command_checks import names, refused
-from commands import environment, line_of, main_of
+from commands import environment, line_of, main_of, module_of
+from documents import guide_text
 from PIL import Image
 
 GREEDY = ("--text_top_k", "1", "--device", "cpu", "--target_size", "64")
@@ -106,6 +108,14 @@ def test_what_describe_refuses(given, pictures, tmp_path, capsys, options, parts
     options = [places.get(option, option) for option in options]
     code = main_of("describe")(["--device", "cpu", *given("text")[:2], *options])
     refused(capsys, code, *parts)
+
+
+@pytest.mark.parametrize("command", ["describe", "chat", "attention"])
+def test_every_option_is_in_the_documents(command):
+    text = guide_text()
+    options = {option for action in module_of(command).build_parser()._actions for option in action.option_strings}
+    missing = [option for option in options - {"-h", "--help"} if not re.search(rf"`{option}[ `]", text)]
+    assert not missing
 
 
 # -- a conversation in a file ------------------------------------------------------------------------------------------

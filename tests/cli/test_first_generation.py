@@ -207,6 +207,22 @@ def test_a_checkpoint_without_its_vqgan_makes_no_image(oracle_v1_checkpoint, tmp
     refused(capsys, code, "no VQGAN weights in", "vqgan_path")
 
 
+def test_fp16_is_never_chosen_or_taken(oracle_v1_checkpoint, monkeypatch):
+    import torch
+
+    from lumina_mgpt.devices import resolve_dtype
+    from lumina_mgpt.errors import InputError
+    from lumina_mgpt.preparation import Checkpoint
+
+    config = Checkpoint.open(oracle_v1_checkpoint("image")).config
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: False)
+    for device in ("mps", "cuda", "cpu"):
+        assert resolve_dtype("auto", torch.device(device), config) == torch.float32
+    for name in ("fp16", torch.float16):
+        with pytest.raises(InputError, match="dtype must be bf16 or fp32 .* overflows fp16"):
+            resolve_dtype(name, torch.device("cpu"), config)
+
+
 # -- edit and reconstruct ----------------------------------------------------------------------------------------------
 
 
