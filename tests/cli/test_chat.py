@@ -70,6 +70,22 @@ def test_a_folder_with_a_broken_picture_is_described(given, pictures, golden, tm
     refused(capsys, main_of("describe")([*GREEDY, *options, str(pictures)]), "--save_path", "already exists", "--over")
 
 
+def test_ctrl_c_keeps_finished_lines(given, pictures, tmp_path, capsys, monkeypatch):
+    from lumina_mgpt.pipeline import Pipeline
+
+    describe = Pipeline.describe
+
+    def stopping(self, *args, **settings):
+        yield next(iter(describe(self, *args, **settings)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "describe", stopping)
+    answers = tmp_path / "answers.jsonl"
+    options = [*given("text")[:2], "--save_path", str(answers), str(pictures)]
+    assert main_of("describe")([*GREEDY, *options]) == 130
+    assert len(answers.read_text().splitlines()) == 1 and "1 of 4 pictures have a line" in capsys.readouterr().err
+
+
 def test_answers_on_stdout_and_a_question(given, pictures, capsys):
     options = ["--question", "Is <|image|> red?", "--max_new_tokens", "2", "--batch_size", "1"]
     paths = [str(pictures / "a.png"), str(pictures / "a.png")]

@@ -119,6 +119,22 @@ def test_views_of_an_object(generate, tmp_path, sampling):
             assert image.text["view"] == str(view) and image.text["views"] == "3"
 
 
+def test_ctrl_c_keeps_finished_views(generate, tmp_path, capsys, monkeypatch):
+    from lumina_mgpt.outputs import OutputFolder
+
+    save = OutputFolder.save
+
+    def stopping(self, name, *args, **settings):
+        if name == "0_0_view_1.png":
+            raise KeyboardInterrupt
+        return save(self, name, *args, **settings)
+
+    monkeypatch.setattr(OutputFolder, "save", stopping)
+    options = ("--task", "multiview", "--views", "3", "--width", "32", "--height", "32", "--prompt", "a hat")
+    assert generate(*options, "--preview") == 130
+    assert "1 of 3 images are in" in capsys.readouterr().err and names(tmp_path / "out") == ["0_0_view_0.png"]
+
+
 def test_sixteen_views_of_384_pixels_by_default(oracle_v1_checkpoint):
     from lumina_mgpt.preparation import Checkpoint
     from lumina_mgpt.prompts import FIRST_TASKS
