@@ -3,8 +3,8 @@
     lumina-mgpt generate-with-image --task canny --extract --input_image_path assets/subject.png \\
         --prompt "a penguin on a yellow background" --save_path controlled
 
-This command does the same as `lumina-mgpt generate --task i2i` and names its files in the same way. With Lumina-mGPT 2.0,
-the size is that of both panels together: `--width 768 --height 768` gives two panels of 768 x 384 pixels.
+This command does the same as `lumina-mgpt generate --task i2i` and names its files in the same way. With Lumina-mGPT
+2.0, the size is that of both panels together: `--width 768 --height 768` gives two panels of 768 x 384 pixels.
 """
 
 import argparse
