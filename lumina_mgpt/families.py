@@ -35,6 +35,7 @@ class Family:
         context: length of the longest training sequences. It replaces a smaller `max_position_embeddings`, which the
             released code of the first generation does not enforce.
         answers_in_text: whether the model is trained to write text.
+        fits_fp16: whether all activations are within the range of fp16.
         tasks: name -> task whose images are all generated.
         i2i_tasks: name -> task with a given picture.
         sampling: default values of `SamplingConfig`, where they differ from those of the class.
@@ -52,6 +53,7 @@ class Family:
     image_tokenizer: Literal["vqgan", "movqgan"]
     context: int
     answers_in_text: bool
+    fits_fp16: bool
     tasks: Mapping[str, Task]
     i2i_tasks: Mapping[str, Task]
     sampling: Mapping[str, float] = field(default_factory=dict)
@@ -93,6 +95,7 @@ FIRST = Family(
     image_tokenizer="vqgan",
     context=10240,
     answers_in_text=True,
+    fits_fp16=False,
     tasks=FIRST_TASKS,
     i2i_tasks=FIRST_I2I_TASKS,
     sampling=MappingProxyType({"top_k": 2000}),
@@ -108,11 +111,22 @@ SECOND = Family(
     image_tokenizer="movqgan",
     context=0,
     answers_in_text=False,
+    fits_fp16=True,
     tasks=TASKS,
     i2i_tasks=I2I_TASKS,
     plain_share=0.1,
 )
 FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
+
+
+def task_names(i2i: bool = False) -> tuple[str, ...]:
+    """Returns the names of the tasks of all families.
+
+    Args:
+        i2i: whether a picture is given.
+    """
+    tables = [family.i2i_tasks if i2i else family.tasks for family in (SECOND, FIRST)]
+    return tuple(dict.fromkeys(name for table in tables for name in table))
 
 
 def family_of(folder: Path) -> Family:

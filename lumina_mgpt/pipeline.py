@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.conversation import AnswerStream, Conversation
+from lumina_mgpt.describing import describe
 from lumina_mgpt.devices import (
     FREE_SHARE,
     activation_bytes,
@@ -26,10 +28,10 @@ from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width, require_compiler
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import encode_panels, encode_pictures
+from lumina_mgpt.panels import Panel, encode_panels, encode_pictures
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
-from lumina_mgpt.results import Result, RowsDone
+from lumina_mgpt.results import Answer, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots, window_ids
 from lumina_mgpt.unirep import ImageLayout, encode_image
@@ -98,6 +100,7 @@ class Pipeline:
         cuda_graphs: bool = True,
         on_read: Callable[[int, int], None] | None = None,
         parallel: "Parallel | None" = None,
+        text: bool | None = None,
     ) -> "Pipeline":
         """Loads a checkpoint.
 
@@ -117,6 +120,9 @@ class Pipeline:
             parallel: this process among those that hold the model together, as `model.parallel.Parallel.start` gives
                 it. `device` is then `parallel.device`. All these processes make the same calls with the same arguments
                 and get the same results.
+            text: whether the model can write text, which needs the output projection of the whole vocabulary
+                (default: whether models of the checkpoint's family are trained to). Without, memory holds that of the
+                image codes alone, as it does if several processes hold the model together.
 
         Raises:
             InputError: the device or the checkpoint is missing, a file is damaged or does not fit the others, or the
@@ -142,8 +148,7 @@ class Pipeline:
         image_tokenizer.require_codes(config, image_tokenizer.source)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
-            codes = checkpoint.vocabulary.code_slice
-            columns = parallel.code_part(codes) if parallel else codes
+            columns = _columns(checkpoint, text, parallel)
             model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, cuda_graphs, parallel)
 
@@ -175,6 +180,9 @@ class Pipeline:
         """
         prepared = request if isinstance(request, PreparedRequest) else self.checkpoint.prepare(request)
         request = prepared.request
+        if request.task.views > 1:
+            rule = "must make one image here, but this one makes several in one answer"
+            raise InputError(f"{rule}; use Pipeline.chat with want='images'", "task")
         size = request.batch_size or self.batch_size(
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
@@ -202,6 +210,46 @@ class Pipeline:
         finally:
             self._streams -= 1
             self._kept = None
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model can write text: whether it holds the output projection of the whole vocabulary."""
+        return self.parallel is None and self.model.lm_head.columns is None
+
+    def conversation(
+        self, turns: Sequence[tuple[str, Sequence[str | Panel]]] = (), ids: Sequence[int] = ()
+    ) -> Conversation:
+        """Returns a conversation, whose cache goes on from turn to turn. Arguments and errors: see `Conversation`."""
+        return Conversation(self, turns, ids)
+
+    def chat(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> AnswerStream:
+        """Returns an iterator over the events of the model's answer to a conversation.
+
+        Args:
+            turns: (role, parts) of each turn, "human" and "assistant" in turn; the last one is the human's. Parts are
+                texts (`str`), pictures (PIL), paths (`Path`) and codes (rows, cols).
+            settings: other arguments of `Conversation.say`, such as `want`, `size` and the fields of `SamplingConfig`.
+
+        Raises:
+            InputError: the turns or a setting do not fit the checkpoint. The call itself raises it.
+        """
+        if len(turns) % 2 == 0 or turns[-1][0] != "human":
+            raise InputError(f"must end with a turn of the human, got {len(turns)} turns; remove the answer", "turns")
+        return self.conversation(turns[:-1]).say(list(turns[-1][1]), **settings)
+
+    def answer(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> Answer:
+        """Returns the model's whole answer to a conversation. Arguments and errors: as `chat`."""
+        stream = self.chat(turns, **settings)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def describe(self, pictures: Sequence[Panel], question: str, **settings: Any) -> Iterator[Answer]:
+        """Returns an iterator over the answers in text to one question about each picture.
+
+        Arguments and errors: see `describing.describe`.
+        """
+        return describe(self, pictures, question, **settings)
 
     def _with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
         """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
@@ -361,7 +409,7 @@ class Pipeline:
         pictures, panel_rows = [], layout.rows // self.checkpoint.config.parts(layout.panels)
         for grid in codes:
             picture = Image.new("RGB", layout.size, _UNKNOWN)
-            for part, rows in enumerate(grid.split(panel_rows)):
+            for part, rows in enumerate(grid.split(panel_rows) if len(grid) else ()):
                 top = part * panel_rows * layout.vocabulary.cell
                 picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
             pictures.append(picture)
@@ -375,6 +423,16 @@ def _opened(model_path: str | Path | Checkpoint, movqgan_path: str | Path | None
         return model_path
     kind = model_path.config.family.image_tokenizer
     return replace(model_path, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind))
+
+
+def _columns(checkpoint: Checkpoint, text: bool | None, parallel: "Parallel | None") -> slice | None:
+    """Returns the vocabulary ids whose output projection is kept; None for all. Arguments: as `from_pretrained`."""
+    codes = checkpoint.vocabulary.code_slice
+    if parallel:
+        if text:
+            raise InputError("cannot be True for a model that several processes hold; leave it out", "text")
+        return parallel.code_part(codes)
+    return None if (checkpoint.config.family.answers_in_text if text is None else text) else codes
 
 
 def _check_format(name: str, dtype: object, *others: torch.dtype) -> None:

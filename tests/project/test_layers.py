@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "outputs": FOUNDATIONS,
     "images": FOUNDATIONS,
     "maps": {"errors", "images"},
+    "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
     "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
@@ -37,12 +38,16 @@ LAYERS: dict[str, set[str]] = {
     "kernels": {"config"},
     "model": FOUNDATIONS | {"checks", "config", "cuda", "families", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
-    "sampling": {"errors", "checks", "config", "unirep"},
+    "sampling": {"errors", "checks", "config", "unirep", "vocabulary"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
-    "results": {"request", "unirep"},
-    "preparation": FOUNDATIONS
-    | {"config", "images", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
+    "results": {"prompts", "request", "unirep"},
+    "attention_map": {"model", "unirep", "vocabulary"},
 }
+LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request"}
+LAYERS["preparation"] |= {"unirep", "vocabulary"}
+LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
+LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
+LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {
