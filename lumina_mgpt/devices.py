@@ -10,7 +10,9 @@ from lumina_mgpt.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FREE_SHARE = 0.9  # of a GPU's free memory that a batch may take; the rest is for fragments and kernels' workspaces
+_CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch on a CPU
+LARGEST_AUTO_BATCH = 8
+_FREE_SHARE = 0.9  # of a GPU's free memory that a batch may take; the rest is for fragments and kernels' workspaces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -157,6 +159,15 @@ def free_memory(device: torch.device) -> int:
     """Returns the bytes of a CUDA device that torch can still allocate: free ones, and those that its cache holds."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def batch_limit(device: torch.device, reserve: int = 0) -> int:
+    """Returns the bytes that an automatic batch may take: 1 GiB; on a CUDA GPU, 90 % of the free memory.
+
+    Args:
+        reserve: bytes of a GPU that other work needs meanwhile.
+    """
+    return int(_FREE_SHARE * (free_memory(device) - reserve)) if device.type == "cuda" else _CACHE_LIMIT
 
 
 def _physical_memory() -> int | None:

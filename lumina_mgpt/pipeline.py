@@ -9,24 +9,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lumina_mgpt.answers import unfinished
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.conversation import AnswerStream, Conversation
 from lumina_mgpt.describing import describe
 from lumina_mgpt.devices import (
-    FREE_SHARE,
+    LARGEST_AUTO_BATCH,
     activation_bytes,
+    batch_limit,
     cache_bytes,
     default_window,
-    free_memory,
     resolve_device,
     resolve_dtype,
 )
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.image_tokenizer import load_image_tokenizer
-from lumina_mgpt.model import attention
+from lumina_mgpt.loading import check_backend, check_flash, check_format, kept_columns, opened
 from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width, require_compiler
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.panels import Panel, encode_panels, encode_pictures
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
@@ -35,15 +36,12 @@ from lumina_mgpt.results import Answer, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots, window_ids
 from lumina_mgpt.unirep import ImageLayout, encode_image
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 if TYPE_CHECKING:
     from lumina_mgpt.model.parallel import Parallel
 
-_CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch on a CPU
 _LOGIT_COPIES = 8  # float32 numbers of the sampler for each logit of a forward
-_LARGEST_AUTO_BATCH = 8
-_UNKNOWN = (128, 128, 128)  # color of a preview where no codes are sampled yet
 
 OnRow = Callable[[RowsDone], None]
 
@@ -115,7 +113,7 @@ class Pipeline:
             compile: compile the model's forward at the first use of each shape, which takes a minute or more. The
                 flash backend cannot be compiled.
             cuda_graphs: on CUDA, capture each shape of a step as a graph at its second use. Later steps of the shape
-                start with one launch. Steps of a model in several processes are not captured.
+                start with one launch. A model in several processes is not captured.
             on_read: called with the number of weights read so far and their total.
             parallel: this process among those that hold the model together, as `model.parallel.Parallel.start` gives
                 it. `device` is then `parallel.device`. All these processes make the same calls with the same arguments
@@ -129,27 +127,22 @@ class Pipeline:
                 weights cannot be quantized or split with these settings.
         """
         device = resolve_device(device)
-        attention.backend(attn)  # raises before any weights are read
-        _check_format("cache_dtype", cache_dtype or torch.float32, torch.int8)
-        _check_format("movqgan_dtype", movqgan_dtype)
-        if compile:
-            if attn == "flash":
-                raise InputError("flash cannot be compiled; leave compile out, or use attn=sdpa", "attn")
-            require_compiler(device)
-        checkpoint = _opened(model_path, movqgan_path)
+        check_backend(attn, device, compile)
+        check_format("cache_dtype", cache_dtype or torch.float32, torch.int8)
+        check_format("movqgan_dtype", movqgan_dtype)
+        checkpoint = opened(model_path, movqgan_path)
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
         if parallel:
             parallel.require_fit(config, quant, compile)
         if attn == "flash":
-            _check_flash(device, dtype, cache_dtype)
+            check_flash(device, dtype, cache_dtype)
         kind = config.family.image_tokenizer
         image_tokenizer = load_image_tokenizer(checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind)
         image_tokenizer.require_codes(config, image_tokenizer.source)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
-            columns = _columns(checkpoint, text, parallel)
-            model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
+            model.lm_head.slice_columns(kept_columns(checkpoint, text, parallel), bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, cuda_graphs, parallel)
 
     def generate(
@@ -303,7 +296,7 @@ class Pipeline:
             start: number of ids of the longest prompt, up to image start.
         """
         config, slots = self.checkpoint.config, start + layout.length
-        rows, limit = 1 if settings.cfg == 1.0 else 2, _CACHE_LIMIT
+        rows = 1 if settings.cfg == 1.0 else 2
         image = rows * cache_bytes(config, slots, self.cache_dtype)
         image //= self.parallel.size if self.parallel else 1
         speculation = self.with_window(speculation)
@@ -314,12 +307,11 @@ class Pipeline:
             ids = max(start + layout.given + layout.rows, drafts)  # of the first forward, or of a later one
             image += rows * activation_bytes(config, ids, self.dtype)
             image += rows * 4 * _LOGIT_COPIES * drafts * config.num_image_codes
-            width, height = layout.size
-            decoding = self.image_tokenizer.working_bytes(width * height)
-            limit = int(FREE_SHARE * (free_memory(self.device) - decoding))
-            if self.parallel:  # all processes need the same batches
-                limit = self.parallel.least(limit)
-        return max(1, min(_LARGEST_AUTO_BATCH, limit // image))
+        width, height = layout.size
+        limit = batch_limit(self.device, self.image_tokenizer.working_bytes(width * height))
+        if self.parallel:  # all processes need the same batches
+            limit = self.parallel.least(limit)
+        return max(1, min(LARGEST_AUTO_BATCH, limit // image))
 
     def sample(
         self,
@@ -402,51 +394,5 @@ class Pipeline:
         return step
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
-        """Returns pictures of unfinished images, at full size; rows without codes are grey.
-
-        Shapes: codes (B, rows so far, cols).
-        """
-        pictures, panel_rows = [], layout.rows // self.checkpoint.config.parts(layout.panels)
-        for grid in codes:
-            picture = Image.new("RGB", layout.size, _UNKNOWN)
-            for part, rows in enumerate(grid.split(panel_rows) if len(grid) else ()):
-                top = part * panel_rows * layout.vocabulary.cell
-                picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
-            pictures.append(picture)
-        return pictures
-
-
-def _opened(model_path: str | Path | Checkpoint, movqgan_path: str | Path | None) -> Checkpoint:
-    if not isinstance(model_path, Checkpoint):
-        return Checkpoint.open(model_path, movqgan_path)
-    if movqgan_path is None:
-        return model_path
-    kind = model_path.config.family.image_tokenizer
-    return replace(model_path, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind))
-
-
-def _columns(checkpoint: Checkpoint, text: bool | None, parallel: "Parallel | None") -> slice | None:
-    """Returns the vocabulary ids whose output projection is kept; None for all. Arguments: as `from_pretrained`."""
-    codes = checkpoint.vocabulary.code_slice
-    if parallel:
-        if text:
-            raise InputError("cannot be True for a model that several processes hold; leave it out", "text")
-        return parallel.code_part(codes)
-    return None if (checkpoint.config.family.answers_in_text if text is None else text) else codes
-
-
-def _check_format(name: str, dtype: object, *others: torch.dtype) -> None:
-    """Raises InputError unless `dtype` is a floating-point format or one of `others`."""
-    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype in others):
-        choices = " or ".join(["a floating-point torch.dtype", *map(str, others)])
-        raise InputError(f"must be {choices}, got {dtype!r}", name)
-
-
-def _check_flash(device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
-    """Raises InputError where flash attention cannot run."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        raise InputError(
-            f"flash needs device=cuda and dtype=bf16 or dtype=fp16, got {device} and {dtype}; use attn=sdpa", "attn"
-        )
-    if cache_dtype == torch.int8:
-        raise InputError("flash does not read an int8 cache; use attn=sdpa, or leave cache_dtype out", "attn")
+        """Returns pictures of unfinished images, as `answers.unfinished` draws them."""
+        return unfinished(codes, layout, self.image_tokenizer, self.checkpoint.config.parts(layout.panels))

@@ -13,7 +13,7 @@ from PIL import Image
 from lumina_mgpt.data.inputs import Input
 from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.records import Panels, Record
-from lumina_mgpt.devices import FREE_SHARE, free_memory
+from lumina_mgpt.devices import batch_limit
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
 from lumina_mgpt.unirep import GRID_UNIT
@@ -91,7 +91,7 @@ class ImageCodes:
         device = self.tokenizer.device
         if device.type != "cuda":
             return self.config.batch_size
-        fitting = int(FREE_SHARE * free_memory(device)) // self.tokenizer.working_bytes(size[0] * size[1])
+        fitting = batch_limit(device) // self.tokenizer.working_bytes(size[0] * size[1])
         return max(1, min(self.config.batch_size, fitting))
 
     def _split(self, image: Panels) -> list[Panels]:

@@ -46,6 +46,7 @@ LAYERS: dict[str, set[str]] = {
 LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request"}
 LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
+LAYERS["loading"] = {"errors", "model", "preparation", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
