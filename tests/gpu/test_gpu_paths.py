@@ -200,3 +200,24 @@ def test_no_cuda_graphs_needs_cuda(tiny_checkpoint, tmp_path, capsys):
 def test_flash_with_compile_is_refused(tiny_checkpoint):
     with pretend(ROOT), pytest.raises(InputError, match="attn flash cannot be compiled; leave compile out, or use"):
         Pipeline.from_pretrained(tiny_checkpoint, "cuda", "bf16", attn="flash", compile=True)
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation("noise", 4)], ids=str)
+def test_conversations_and_descriptions_are_those_of_a_cpu(oracle_v1_checkpoint, speculation):
+    """Two turns with text and an image: the cache goes on, and each kind of step has its own graphs."""
+
+    def answers(device: str) -> list[list[int]]:
+        pipeline = Pipeline.from_pretrained(oracle_v1_checkpoint("mixed"), device, "fp32")
+        conversation, found = pipeline.conversation(), []
+        for text in ("Draw a cat.", "And a dog."):
+            stream = conversation.say(text, want="any", top_k=50, seed=1, max_new_tokens=64, speculation=speculation)
+            for _ in stream:
+                pass
+            found.append(stream.answer.ids)
+        codes = [torch.full((2, 2), 7), torch.full((4, 2), 9)]
+        return found + [answer.ids for answer in pipeline.describe(codes, "What is it?", max_new_tokens=6, seed=2)]
+
+    expected = answers("cpu")
+    with pretend(ROOT, "a100") as seen:
+        assert answers("cuda") == expected
+    assert seen.replays > 0
