@@ -126,8 +126,8 @@ class Weights:
 class Model:
     """A checkpoint with its settings: what the node that loads a checkpoint gives to the others.
 
-    ComfyUI keeps it for later runs as the output of that node. It holds no weights before `pipeline` is called, nor after
-    ComfyUI has unloaded them.
+    ComfyUI keeps it for later runs as the output of that node. It holds no weights before the first call of `pipeline`,
+    nor after ComfyUI has unloaded them.
 
     Raises:
         InputError: the checkpoint's small files cannot be read.

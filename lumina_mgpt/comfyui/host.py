@@ -1,7 +1,7 @@
 """What the nodes need of ComfyUI. No other module imports ComfyUI's modules.
 
-Source: comfy/utils.py, comfy/model_management.py, comfy/model_patcher.py and folder_paths.py of ComfyUI, whose names and
-behaviour are used here. Each module is imported at its first use, so that this package imports without ComfyUI.
+Source: comfy/utils.py, comfy/model_management.py, comfy/model_patcher.py and folder_paths.py of ComfyUI, for names and
+behaviour. Each module is imported at its first use, so that this package imports without ComfyUI.
 """
 
 import contextlib
@@ -106,8 +106,8 @@ class Loadable(Protocol):
 def managed(weights: Loadable, device: torch.device) -> Any:
     """Returns an object that puts `weights` under ComfyUI's memory management: a subclass of its ModelPatcher.
 
-    ComfyUI's own ModelPatcher moves weights to the CPU. int4 weights are packed for one kind of device, so these weights
-    are dropped instead, and read from their files at the next use.
+    ComfyUI's own ModelPatcher moves weights to the CPU. int4 weights are packed for one kind of device, so these are
+    dropped instead, and read from their files at the next use.
 
     Args:
         weights: the object itself must not refer to the result, else the garbage collector alone frees both.
@@ -115,7 +115,7 @@ def managed(weights: Loadable, device: torch.device) -> Any:
     """
     base = importlib.import_module("comfy.model_patcher").ModelPatcher
 
-    class WholeModel(base):
+    class WholeModel(base):  # type: ignore[valid-type, misc]
         """Loads and drops all weights together. Its attribute `model` is `weights`."""
 
         def model_size(self) -> int:

@@ -54,9 +54,7 @@ def sampling(cfg: float = 4.0) -> Inputs:
     """
     tooltip = "Guidance scale. 1: no guidance, half of the work. -1: the default of the task."
     number = {"step": 0.1, "round": 0.001}
-    fast = (
-        "Speculative sampling: several codes a step. noise: the same picture as off. maximal, independent: another one."
-    )
+    fast = "Several codes a step. noise: the same picture as off. maximal, independent: another one."
     return {
         **seed(),
         "cfg": ("FLOAT", {"default": cfg, "min": -1.0, "max": 1000.0, "tooltip": tooltip, **number}),
@@ -100,7 +98,7 @@ def request_settings(
 def check_size(**sides: int | None) -> bool | str:
     """Returns True, or what is wrong with a width or height; None: it comes from another node.
 
-    ComfyUI checks minimum and maximum of its inputs itself, but not if a node checks the same input, and never the step.
+    ComfyUI checks minimum and maximum of an input unless the node checks that input. It never checks the step.
     """
     for name, side in sides.items():
         if side is None:

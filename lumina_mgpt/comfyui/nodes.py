@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lumina_mgpt.comfyui import checkpoints, host, inputs
 from lumina_mgpt.comfyui.checkpoints import Model
+from lumina_mgpt.comfyui.editing import turns_of
 from lumina_mgpt.comfyui.pictures import to_batch, to_pictures
 from lumina_mgpt.describing import MAX_NEW_TOKENS
 from lumina_mgpt.errors import InputError
@@ -78,7 +79,7 @@ class TextToImage:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, inputs.Inputs]:
-        task = "t2i: an image. A map: an image and, below it, that map of it. Which tasks there are depends on the checkpoint."
+        task = "t2i: an image. A map: an image and that map below it. The tasks depend on the checkpoint."
         return {
             "required": {
                 **inputs.model(),
@@ -114,7 +115,7 @@ class ImageTask:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, inputs.Inputs]:
-        task = "A map: an image for this map. predict_...: the map of this picture. Which tasks there are depends on the checkpoint."
+        task = "A map: an image for it. predict_...: the map of the picture. The tasks depend on the checkpoint."
         return {
             "required": {
                 **inputs.model(),
@@ -197,19 +198,16 @@ class Edit:
             raise InputError("must not be empty; write what to change, one line a turn", "instructions")
         task, pictures = model.checkpoint.config.family.task("edit", i2i=True), to_pictures(image)
         common = {"task": task, "batch_size": 1, **inputs.request_settings(**settings)}
-        whole = GenerationRequest.of(turns, panel=pictures[0], **common)
-        prepared = model.checkpoint.prepare(whole, "instructions")  # raises before the weights are read
-        seeds = [sampling.seed for sampling in whole.sampling.with_seeds(len(turns))]
+        # Errors of the request are raised before the weights are read.
+        requests = [GenerationRequest.of(turns, panel=picture, **common) for picture in pictures]
+        prepared = [model.checkpoint.prepare(request, "instructions") for request in requests]
+        requests[0].sampling.with_seeds(len(turns))
         last, every = [], []
         with _running(model) as pipeline:
-            show = _rows_shower(pipeline, prepared, len(pictures) * len(turns), preview)
-            for given in pictures:
-                panel: Any = given
-                for turn, seed in zip(turns, seeds, strict=True):
-                    request = GenerationRequest.of(turn, panel=panel, **(common | {"seed": seed}))
-                    (result,) = pipeline.stream(request, show)
-                    panel = result.panel_codes
-                    every.append(result.panel)
+            pipeline.image_tokenizer.require_decoder()
+            show = _rows_shower(pipeline, prepared[0], len(pictures) * len(turns), preview)
+            for one in prepared:
+                every += list(turns_of(pipeline, one, show))
                 last.append(every[-1])
         return to_batch(last), to_batch(every)
 
@@ -276,8 +274,8 @@ class Describe:
 def _running(model: Model) -> Iterator[Pipeline]:
     """Gives the pipeline of a model, whose forwards end the block once the user has stopped the run.
 
-    ComfyUI runs nodes in torch's inference mode. It is off here: tensors that are made in it cannot be changed outside of
-    it, and the weights stay for later runs.
+    ComfyUI runs nodes in torch's inference mode. It is off here, because the weights stay for later runs, and tensors
+    made in that mode cannot be changed outside of it.
     """
     with torch.inference_mode(False), torch.no_grad():
         pipeline = model.pipeline()
