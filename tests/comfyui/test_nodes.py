@@ -243,21 +243,18 @@ def test_the_first_generation_edits_in_a_conversation(ui, oracle_v1_checkpoint):
     model = first_generation(ui, oracle_v1_checkpoint, "image")
     given = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
     lines = ["make it red", "remove the cat"]
-    image, turns = call(Edit, model=model, image=given, instructions="\n".join(lines), seed=4, cfg=1.0)
+    settings = {"image": given, "seed": 4, "cfg": 1.0, "width": 64, "height": 32}
+    image, turns = call(Edit, model=model, instructions="\n".join(lines), **settings)
     conversation, expected = model.pipeline().conversation(), []
     (picture,) = to_pictures(given)
-    size = (turns.shape[2], turns.shape[1])
     for turn, line in enumerate(lines):
-        parts = ("", [picture]) if turn == 0 else (line, [])
-        stream = conversation.say(
-            f"{line} <|image|>" if turn == 0 else parts[0], parts[1], want="image", size=size, seed=4 + turn, cfg=1.0
-        )
+        text, pictures = (line, []) if turn else (f"{line} <|image|>", [picture])
+        stream = conversation.say(text, pictures, want="image", size=(64, 32), seed=4 + turn, cfg=1.0)
         list(stream)
         expected.append(stream.answer.images[0].image)
     assert torch.equal(turns, to_batch(expected)) and torch.equal(image, turns[1:])
-    with torch.inference_mode():
-        result, panels = call(ImageTask, model=model, image=given, task="edit", prompt=lines[0], seed=4, cfg=1.0)
-    assert torch.equal(result, panels) and result.shape == turns[:1].shape
+    result, panels = call(ImageTask, model=model, task="edit", prompt=lines[0], **settings)
+    assert torch.equal(result, panels) and torch.equal(result, turns[:1])
 
 
 def test_describe_gives_the_answers_of_the_pipeline(ui, oracle_v1_checkpoint):
