@@ -153,7 +153,9 @@ def module_at(path):
 def test_a_link_or_a_file_in_custom_nodes_is_enough(tmp_path):
     """ComfyUI runs `__init__.py` of each folder, and each .py file, under a name of its own."""
     (tmp_path / "lumina_mgpt").symlink_to(ROOT / "lumina_mgpt" / "comfyui")
-    (line,) = re.findall(r"^from lumina_mgpt\.comfyui import .*$", (ROOT / "docs/comfyui.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(
+        r"^ *(from lumina_mgpt\.comfyui import .*)$", (ROOT / "docs/comfyui.md").read_text(), re.MULTILINE
+    )
     (tmp_path / "lumina_mgpt_nodes.py").write_text(line + "\n")
     for path in ("lumina_mgpt/__init__.py", "lumina_mgpt_nodes.py"):
         module = module_at(tmp_path / path)
@@ -235,7 +237,10 @@ def test_an_edit_gives_the_pictures_of_the_command_line(ui, model, tiny_checkpoi
 
 
 def first_generation(ui, oracle_v1_checkpoint, name: str) -> checkpoints.Model:
-    (ui.models / "lumina_mgpt" / name).symlink_to(oracle_v1_checkpoint(name))
+    """A model whose pictures have about the area of 64 × 64 pixels."""
+    folder = shutil.copytree(oracle_v1_checkpoint(name), ui.models / "lumina_mgpt" / name)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"base_size": 64}))
     return call(LoadCheckpoint, checkpoint=name, device="cpu")[0]
 
 
@@ -468,7 +473,7 @@ def test_pictures_go_both_ways_unchanged():
 
 
 def workflow() -> dict:
-    return json.loads((ROOT / "docs" / "comfyui_workflow.json").read_text(encoding="utf-8"))
+    return json.loads((ROOT / "assets" / "comfyui_workflow.json").read_text(encoding="utf-8"))
 
 
 def values_of(node: dict) -> dict:
