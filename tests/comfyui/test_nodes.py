@@ -462,6 +462,7 @@ def test_pictures_go_both_ways_unchanged():
     batch = to_batch([picture, picture])
     assert batch.shape == (2, 256, 32, 3) and batch.min() == 0 and batch.max() == 1
     assert all(np.array_equal(np.array(back), values) for back in to_pictures(batch))
+    assert to_pictures(torch.full((1, 32, 32, 3), 0.999))[0].getpixel((0, 0)) == (255, 255, 255)  # rounds
     odd = torch.full((1, 32, 32, 4), 2.0)
     odd[..., 0], odd[..., 1] = float("nan"), -1.0
     (rgba,) = to_pictures(odd)
