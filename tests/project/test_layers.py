@@ -64,7 +64,8 @@ LAYERS["data"] = FOUNDATIONS | {
 }
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
-LAYERS["cli"] = set(LAYERS)
+LAYERS["comfyui"] = set(LAYERS) - {"console", "data", "launcher", "outputs", "training"}
+LAYERS["cli"] = set(LAYERS) - {"comfyui"}
 LAYERS["__main__"] = {"cli"}
 PRINTERS = {"cli", "__main__"}
 EXITS = {"print", "exit", "quit", "sys.exit", "os._exit"}
