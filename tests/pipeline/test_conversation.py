@@ -157,6 +157,15 @@ def test_wanted_text_has_no_image(exact):
     assert not answer.images and pipeline.checkpoint.vocabulary.image_start_id not in answer.ids
 
 
+def test_without_a_decoder_of_images_answers_are_texts(exact, monkeypatch):
+    pipeline = exact("image")
+    monkeypatch.setattr(type(pipeline.image_tokenizer), "can_decode", property(lambda self: False))
+    answer = pipeline.answer([("human", ["A cat."])], max_new_tokens=9, **RANDOM)
+    assert answer.ids and not answer.images
+    with pytest.raises(InputError, match="must name a VQGAN file to make images"):
+        pipeline.chat([("human", ["A cat."])], want="image")
+
+
 # -- endings -----------------------------------------------------------------------------------------------------------
 
 
