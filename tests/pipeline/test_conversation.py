@@ -115,6 +115,21 @@ def test_a_small_cache_grows_and_keeps_its_ids(exact):
         assert ids_of(pipeline.conversation(ids=history).say("More.", **settings)) == answer
 
 
+@pytest.mark.parametrize("speculation", [None, Speculation("noise", 16)])
+def test_padded_steps_change_nothing(exact, monkeypatch, speculation):
+    """Compiled steps are padded to few shapes; here with the forward that they compile."""
+    pipeline, settings = (
+        exact("mixed"),
+        RANDOM | dict(text_temperature=10.0, max_new_tokens=70, speculation=speculation),
+    )
+    plain, padded = pipeline.conversation(), pipeline.conversation()
+    for text in ("Add a cat.", "Again."):
+        expected = ids_of(plain.say(text, **settings))
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "compiled", pipeline.model.forward)
+            assert ids_of(padded.say(text, **settings)) == expected
+
+
 @pytest.mark.parametrize("dtype, cache", [("fp32", torch.int8), ("bf16", None)])
 def test_conversations_run_in_other_formats(oracle_v1_checkpoint, dtype, cache):
     pipeline = Pipeline.from_pretrained(oracle_v1_checkpoint("mixed"), "cpu", dtype, cache_dtype=cache)
