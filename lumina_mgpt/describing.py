@@ -8,11 +8,11 @@ from torch import Tensor
 from lumina_mgpt.answers import read_answer
 from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig
-from lumina_mgpt.conversation import Host, conversation_cache, sampling_config
+from lumina_mgpt.conversation import Host, conversation_cache, conversation_step, sampling_config
 from lumina_mgpt.devices import LARGEST_AUTO_BATCH, batch_limit, cache_bytes
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep
+from lumina_mgpt.model.step import COMPILED_SPARE
 from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
 from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.request import image_count
@@ -82,7 +82,7 @@ def _batch(
     if longest >= context:
         raise InputError(f"takes {longest} ids with its picture, but this model sees {context}; shorten it", "question")
     slots = min(context, longest + limit) + (COMPILED_SPARE if host.compiled else 0)
-    step = CachedStep(host.model, conversation_cache(host, len(prompts), slots), None, host.compiled)
+    step = conversation_step(host, conversation_cache(host, len(prompts), slots), None)
     limits = [min(limit, context - len(prompt)) for prompt in prompts]
     answers = sample_texts(step, prompts, vocabulary, settings, [(settings.seed, 0)] * len(prompts), limits)
     for ids in answers:
