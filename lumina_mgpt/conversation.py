@@ -10,7 +10,7 @@
 The ids hold the codes of all images, so no image is encoded twice. A turn costs the prefill of the new turn alone.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,10 @@ class AnswerStream(Iterator[Event]):
     def close(self) -> None:
         """Ends the answer here. Does nothing after its end."""
         self._events.close()
+
+    def before_each_step(self, check: Callable[[], None]) -> None:
+        """Calls `check` before each step inside an image. An exception that it raises ends the answer here."""
+        self._sampler.before_step = check
 
     @property
     def prompt_length(self) -> int:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.results import End, Result
-from lumina_mgpt.server.batch import Batch, Order, Work
+from lumina_mgpt.server.batch import AllLeft, Batch, Order, Work
 from lumina_mgpt.server.tickets import Busy, Closing, Finished, Ticket
 
 logger = logging.getLogger(__name__)
@@ -249,15 +250,18 @@ class Engine:
             work.ticket.end()
 
     def _answer(self, chat: _Chat) -> None:
-        if chat.ticket.ended:
-            return
-        stream = chat.start()
-        chat.ticket.prompt_length = stream.prompt_length
-        for event in stream:
-            chat.ticket.post(event)
-            if isinstance(event, End):
-                self.observer.answer(time.monotonic() - chat.arrived, len(event.answer.ids))
-            elif chat.ticket.ended:
-                stream.close()
-                return
-        chat.ticket.end()
+        def check() -> None:
+            if chat.ticket.ended:
+                raise AllLeft
+
+        with suppress(AllLeft):
+            check()
+            stream = chat.start()
+            stream.before_each_step(check)
+            chat.ticket.prompt_length = stream.prompt_length
+            for event in stream:
+                check()
+                chat.ticket.post(event)
+                if isinstance(event, End):
+                    self.observer.answer(time.monotonic() - chat.arrived, len(event.answer.ids))
+            chat.ticket.end()
