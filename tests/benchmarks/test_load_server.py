@@ -32,6 +32,7 @@ def run(script, served, *options: str) -> int:
     return cli.run(script.load, script.build_parser(), line)
 
 
+@pytest.mark.slow
 def test_every_answer_is_counted_and_compared(script, served, capsys):
     assert run(script, served, "--leave", "0.3") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -40,6 +41,7 @@ def test_every_answer_is_counted_and_compared(script, served, capsys):
     assert result["p50"] <= result["p90"] <= result["p99"]
 
 
+@pytest.mark.slow
 def test_a_picture_of_another_request_fails_the_run(script, served, capsys, monkeypatch):
     """The client threads get the picture of another pair than they asked for."""
     pixels_of, made = script.pixels_of, []
