@@ -58,24 +58,27 @@ def resolve_dtype(
     - bf16 with int4 weights. torch's int4 kernel is 40 times slower with fp32 inputs (measured by
       `scripts/benchmarks/bench_large.py floor`).
 
+    The last layer of a first-generation model overflows fp16. Its `auto` is fp32 where it would be fp16.
+
     Args:
         quant: group size if the weights are quantized to int4 while loading, else None.
 
     Raises:
-        InputError: the name is unknown or not a floating-point format.
+        InputError: the name is unknown or not a floating-point format, or the model overflows the format.
     """
     if isinstance(name, torch.dtype):
         if not name.is_floating_point:
             raise InputError(f"must be a floating-point format, got {name}; try fp32", "dtype")
-        return name
+        return _checked(name, config)
     if name in DTYPES:
-        return DTYPES[name]
+        return _checked(DTYPES[name], config)
     if name != "auto":
         raise InputError(f"must be auto, fp32, bf16 or fp16, got {name!r}; try auto", "dtype")
+    narrow = torch.float16 if config.family.fits_fp16 else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else narrow
     if device.type == "mps":
-        return torch.float16
+        return narrow
     if quant or config.int4_group:
         return torch.bfloat16
     needed, memory = 4 * config.weight_count, _physical_memory()
@@ -83,6 +86,14 @@ def resolve_dtype(
         logger.info("weights in bf16: fp32 would take %.1f of %.1f GB of memory", needed / 1e9, memory / 1e9)
         return torch.bfloat16
     return torch.float32
+
+
+def _checked(dtype: torch.dtype, config: ModelConfig) -> torch.dtype:
+    """Returns `dtype`; raises InputError if activations of the model overflow it."""
+    if dtype == torch.float16 and not config.family.fits_fp16:
+        rule = f"must be bf16 or fp32 for {config.family.name}, whose last layer overflows fp16"
+        raise InputError(f"{rule} (its activations reach 270,000, fp16 ends at 65,504); try bf16", "dtype")
+    return dtype
 
 
 def default_window(device: torch.device, int4: bool) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
@@ -32,6 +33,7 @@ class Family:
         context: length of the longest training sequences. It replaces a smaller `max_position_embeddings`, which the
             released code of the first generation does not enforce.
         answers_in_text: whether the model is trained to write text.
+        fits_fp16: whether all activations are within the range of fp16.
         tasks: name -> task whose images are all generated.
         i2i_tasks: name -> task with a given picture.
         sampling: default values of `SamplingConfig`, where they differ from those of the class.
@@ -43,9 +45,10 @@ class Family:
     image_code_offset: int
     num_image_codes: int
     codes_are_named: bool
-    image_tokenizer: str
+    image_tokenizer: Literal["vqgan", "movqgan"]
     context: int
     answers_in_text: bool
+    fits_fp16: bool
     tasks: Mapping[str, Task]
     i2i_tasks: Mapping[str, Task]
     sampling: Mapping[str, float] = field(default_factory=dict)
@@ -80,6 +83,7 @@ FIRST = Family(
     image_tokenizer="vqgan",
     context=10240,
     answers_in_text=True,
+    fits_fp16=False,
     tasks=FIRST_TASKS,
     i2i_tasks=FIRST_I2I_TASKS,
     sampling=MappingProxyType({"top_k": 2000}),
@@ -94,10 +98,21 @@ SECOND = Family(
     image_tokenizer="movqgan",
     context=0,
     answers_in_text=False,
+    fits_fp16=True,
     tasks=TASKS,
     i2i_tasks=I2I_TASKS,
 )
 FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
+
+
+def task_names(i2i: bool = False) -> tuple[str, ...]:
+    """Returns the names of the tasks of all families.
+
+    Args:
+        i2i: whether a picture is given.
+    """
+    tables = [family.i2i_tasks if i2i else family.tasks for family in (SECOND, FIRST)]
+    return tuple(dict.fromkeys(name for table in tables for name in table))
 
 
 def family_of(folder: Path) -> Family:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.image_tokenizer import load_image_tokenizer
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.reading import load_model
@@ -103,14 +104,20 @@ class Pipeline:
         if not isinstance(model_path, Checkpoint):
             checkpoint = Checkpoint.open(model_path, movqgan_path)
         else:
-            movqgan = find_image_tokenizer(model_path.folder, movqgan_path or model_path.movqgan_path)
-            checkpoint = replace(model_path, movqgan_path=movqgan)
+            checkpoint = model_path
+            if movqgan_path is not None:
+                kind = checkpoint.config.family.image_tokenizer
+                checkpoint = replace(
+                    checkpoint, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind)
+                )
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
         if attn == "flash":
             _check_flash(device, dtype, cache_dtype)
-        image_tokenizer = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, movqgan_dtype)
-        image_tokenizer.require_codes(config, checkpoint.movqgan_path)
+        kind = config.family.image_tokenizer
+        image_tokenizer = load_image_tokenizer(checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind)
+        image_tokenizer.require_codes(config, image_tokenizer.source, kind)
+        image_tokenizer.require_cell(config.family.cell, checkpoint.folder, kind)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
         if not config.tie_word_embeddings:
             model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))

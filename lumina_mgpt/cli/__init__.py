@@ -11,14 +11,18 @@ from lumina_mgpt.cli.options import (
     add_output_options,
     add_sampling_options,
     add_speculation_options,
+    add_target_size,
+    add_text_sampling,
     checkpoint_path,
     load_pipeline,
+    open_checkpoint,
     quant_group,
     sampling_settings,
     speculation_settings,
+    unset_sampling,
 )
 from lumina_mgpt.cli.parser import Parser, number, whole
-from lumina_mgpt.cli.progress import ReadingBar, bar_interval
+from lumina_mgpt.cli.progress import ReadingBar, bar_interval, codes_bar
 from lumina_mgpt.cli.runner import REFUSED, run
 
 __all__ = [
@@ -32,13 +36,18 @@ __all__ = [
     "add_output_options",
     "add_sampling_options",
     "add_speculation_options",
+    "add_target_size",
+    "add_text_sampling",
     "bar_interval",
     "checkpoint_path",
+    "codes_bar",
     "load_pipeline",
     "number",
+    "open_checkpoint",
     "quant_group",
     "run",
     "sampling_settings",
     "speculation_settings",
+    "unset_sampling",
     "whole",
 ]

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.cli import generate, tasks
+from lumina_mgpt.families import task_names
 from lumina_mgpt.maps import EXTRACTORS
-from lumina_mgpt.prompts import I2I_TASKS
 
 
 def build_parser() -> cli.Parser:
@@ -24,7 +24,9 @@ def build_parser() -> cli.Parser:
         description="Generates an image from one prompt and a control picture.",
     )
     group = parser.add_argument_group("prompt and picture")
-    group.add_argument("--task", required=True, choices=tuple(I2I_TASKS), help="as --i2i_task of lumina-mgpt generate")
+    group.add_argument(
+        "--task", required=True, choices=task_names(i2i=True), help="as --i2i_task of lumina-mgpt generate"
+    )
     group.add_argument(
         "--input_image_path",
         required=True,
@@ -46,7 +48,7 @@ def read_plan(args: argparse.Namespace) -> tasks.OutputPlan:
     settings = tasks.request_settings(args)
     prompts = prompt_files.read_prompts(None if args.prompt is None else [args.prompt], None)
     source = ("input_image_path", args.input_image_path)
-    plan = tasks.panel_plan(args.task, prompts, source, args.panel_prompt, settings, args.extract)
+    plan = tasks.picture_plan(args.task, prompts, source, args.panel_prompt, settings, args.extract)
     return replace(plan, preview=args.preview)
 
 

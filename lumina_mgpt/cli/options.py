@@ -24,14 +24,20 @@ if TYPE_CHECKING:
 DEMO = "assets/demo"
 # Parameter of GenerationRequest -> option, where the names differ.
 ALIASES = {"prompts": "--prompt", "panel": "--image_path", "shown": "--panel_prompt"}
+_SAMPLING = ("cfg", "top_k", "temperature", "text_top_k", "text_temperature")
 
 
 def add_checkpoint_options(parser: Parser) -> None:
     """Adds the options that select weights, device and number formats."""
-    parser.aliases["quant"] = "--quant_group"
+    parser.aliases |= {"quant": "--quant_group", "vqgan_path": "--vqgan_path"}
     group = parser.add_argument_group("checkpoint and device")
     group.add_argument("--model_path", default=DEMO, help="checkpoint folder or hub id")
-    group.add_argument("--movqgan_path", help="MoVQGAN weights (default: those in the checkpoint folder)")
+    group.add_argument(
+        "--movqgan_path",
+        "--vqgan_path",
+        help="weights of the image tokenizer: a MoVQGAN for Lumina-mGPT 2.0, Chameleon's VQGAN for Lumina-mGPT "
+        "(default: those in the checkpoint folder)",
+    )
     group.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: a GPU if there is one"
     )
@@ -40,7 +46,7 @@ def add_checkpoint_options(parser: Parser) -> None:
         default="auto",
         choices=("auto", "fp32", "bf16", "fp16"),
         help="number format of the transformer; auto: bf16 on CUDA, fp16 on Apple GPUs, fp32 on a CPU (bf16 with "
-        "--quant, or if fp32 weights exceed half of the memory)",
+        "--quant, or if fp32 weights exceed half of the memory); Lumina-mGPT overflows fp16",
     )
     group.add_argument(
         "--attn", default="sdpa", choices=("sdpa", "flash"), help="attention; flash needs flash-attn and CUDA"
@@ -72,6 +78,18 @@ def add_checkpoint_options(parser: Parser) -> None:
         choices=("fp32", "bf16", "fp16"),
         help="number format of the image tokenizer's decoder; images are encoded in fp32",
     )
+
+
+def open_checkpoint(args: argparse.Namespace) -> "Checkpoint":
+    """Opens the checkpoint that the command line names. Loads no weights.
+
+    Args:
+        args: parsed command line, with the options of `add_checkpoint_options`.
+    """
+    from lumina_mgpt.preparation import Checkpoint
+
+    path = checkpoint_path(args.model_path)
+    return Checkpoint.open(path, args.movqgan_path, getattr(args, "target_size", None))
 
 
 def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "Pipeline":
@@ -119,25 +137,51 @@ def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | No
     return None
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that set the fields of SamplingConfig."""
+def add_target_size(group: argparse._ActionsContainer) -> None:
+    """Adds --target_size."""
+    group.add_argument(
+        "--target_size",
+        type=whole,
+        metavar="SIZE",
+        help="the checkpoint is trained on images of about SIZE x SIZE pixels: the size of images by default, and to "
+        "which given pictures are cropped (default: base_size of its config.json, else 768)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, text: bool = False) -> None:
+    """Adds the options that set the fields of SamplingConfig for images.
+
+    Args:
+        text: whether text is sampled, too: adds the options for it.
+    """
     group = parser.add_argument_group("sampling")
-    group.add_argument("--cfg", type=number, default=SamplingConfig.cfg, help="guidance scale; 1 disables guidance")
+    group.add_argument(
+        "--cfg",
+        type=number,
+        help="guidance scale; 1 disables guidance (default: 4; 1 for maps and detection of Lumina-mGPT)",
+    )
     group.add_argument(
         "--top_k",
         type=whole,
-        default=SamplingConfig.top_k,
-        help="sample from this many most probable codes; 1: always the most probable",
+        help="sample from this many most probable codes; 1: always the most probable (default: 4096; 2000 for "
+        "Lumina-mGPT, 200 for its maps and detection)",
     )
+    group.add_argument("--temperature", type=number, help="above 0; lower values prefer probable codes (default: 1)")
+    if text:
+        add_text_sampling(group)
     group.add_argument(
-        "--temperature",
-        type=number,
-        default=SamplingConfig.temperature,
-        help="above 0; lower values prefer probable codes",
+        "--seed", type=whole, default=SamplingConfig.seed, help="the same seed and prompt give the same result"
     )
+
+
+def add_text_sampling(group: argparse._ActionsContainer) -> None:
+    """Adds the options that set the fields of SamplingConfig for text."""
     group.add_argument(
-        "--seed", type=whole, default=SamplingConfig.seed, help="the same seed and prompt give the same image"
+        "--text_top_k",
+        type=whole,
+        help="sample text from this many most probable pieces; 1: always the most probable (default: 10)",
     )
+    group.add_argument("--text_temperature", type=number, help="the same as --temperature, for text (default: 1)")
 
 
 def add_batch_size(group: argparse._ActionsContainer) -> None:
@@ -205,5 +249,11 @@ def checkpoint_path(text: str) -> str | Path:
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
-    """Returns the settings that the options of `add_sampling_options` give."""
-    return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
+    """Returns the settings that the options of `add_sampling_options` give. `unset_sampling` names the others."""
+    given = {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+    return SamplingConfig(seed=args.seed, **given)
+
+
+def unset_sampling(args: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the fields of SamplingConfig that the command line does not give. The task and the family set them."""
+    return tuple(name for name in _SAMPLING if getattr(args, name, None) is None)
