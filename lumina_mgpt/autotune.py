@@ -66,7 +66,8 @@ def fastest(pipeline: Pipeline, prepared: PreparedRequest) -> Speculation | None
     seconds = _seconds_per_code(pipeline, trial, CODES)
     choice = min(seconds, key=seconds.__getitem__)
     whole = seconds[choice] * (layout.num_codes - layout.given) * batches
-    if pipeline.compiled is None and whole > _COMPILING_MAY_PAY and has_compiler(pipeline.device):
+    may_compile = pipeline.compiled is None and pipeline.parallel is None and has_compiler(pipeline.device)
+    if may_compile and whole > _COMPILING_MAY_PAY:
         _compile_if_faster(pipeline, trial, choice, seconds[choice], whole)
     return choice
 
@@ -96,13 +97,17 @@ def _seconds_per_code(
 ) -> dict[Speculation | None, float]:
     """Returns the expected seconds per accepted code of each choice, which is a key of CODES."""
     prompts, layout, settings, given = trial
-    return {
+    seconds = {
         choice: _forward_seconds(
             pipeline.make_step(prompts, layout, settings, choice), prompts, layout, settings, choice, given
         )
         / CODES[choice]
         for choice in choices
     }
+    if pipeline.parallel:  # all processes must choose alike
+        shared = pipeline.parallel.of_first(torch.tensor(list(seconds.values())))
+        seconds = dict(zip(seconds, shared.tolist(), strict=True))
+    return seconds
 
 
 def _forward_seconds(

@@ -1,52 +1,151 @@
-"""A conversation with a loaded checkpoint: its ids, its code grids and its KV cache, which go on from turn to turn.
+"""A conversation with a loaded checkpoint: its ids and its KV cache go on from turn to turn.
 
-conversation = pipeline.conversation()
-for event in conversation.say("Describe the image in detail.", pictures=["cat.png"], want="text"):
-    if isinstance(event, Text):
-        print(event.text, end="", flush=True)
-for event in conversation.say("Remove the cup in the background."):
-    ...
+    conversation = pipeline.conversation()
+    for event in conversation.say("Describe the image in detail.", ["cat.png"], want="text"):
+        if isinstance(event, Text):
+            print(event.text, end="", flush=True)
+    for event in conversation.say("Remove the cup in the background."):
+        ...
+
+The ids hold the codes of all images, so no image is encoded twice. A turn costs the prefill of the new turn alone.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
+from PIL import Image
 from torch import Tensor
 
-from lumina_mgpt.config import Speculation
-from lumina_mgpt.panels import Panel
-from lumina_mgpt.results import Answer, Event
+from lumina_mgpt.answers import AnswerReader, read_answer
+from lumina_mgpt.checks import excerpt, require, whole_number
+from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward
+from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
+from lumina_mgpt.preparation import Checkpoint
+from lumina_mgpt.prompts import PICTURE
+from lumina_mgpt.results import Answer, End, Event
+from lumina_mgpt.sampling.interleaved import AnswerSampler, Plan
+from lumina_mgpt.unirep import (
+    ImageLayout,
+    Status,
+    Turn,
+    UniRepError,
+    encode_conversation,
+    encode_turn,
+    image_length,
+    split,
+    status,
+)
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 WANTS = ("any", "text", "image", "images")
-MAX_NEW_TOKENS = 8192
+MAX_NEW_TOKENS = 8192  # as in the released examples
+_PADS = 16  # spare cache slots for the pads of short rows
+_GROWTH = 1.5  # a cache that is too small grows at least by this factor
+
+
+class Host(Protocol):
+    """What a conversation needs of a `Pipeline`."""
+
+    checkpoint: Checkpoint
+    model: Transformer
+    image_tokenizer: ImageTokenizer
+    device: torch.device
+    cache_dtype: torch.dtype
+    compiled: Forward | None
+
+    @property
+    def writes_text(self) -> bool: ...
+
+    def with_window(self, speculation: Speculation | None) -> Speculation | None: ...
+
+    def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]: ...
 
 
 class AnswerStream(Iterator[Event]):
     """Iterator over the events of one answer, which samples as it goes.
 
-    If the caller stops early, by `close`, by an exception or by Ctrl-C, `answer` holds what was sampled so far.
+    If the caller ends it early, by `close` or by an exception such as that of Ctrl-C, `answer` holds what was sampled
+    until then.
     """
 
+    def __init__(self, conversation: "Conversation", sampler: AnswerSampler) -> None:
+        self._conversation, self._sampler = conversation, sampler
+        self._reader = AnswerReader(conversation.host)
+        self._events = self._run()
+
     def __next__(self) -> Event:
-        raise NotImplementedError
+        return next(self._events)
 
     def close(self) -> None:
         """Ends the answer here. Does nothing after its end."""
+        self._events.close()
 
     @property
     def answer(self) -> Answer:
         """The answer so far. Its reason is "stopped" unless the answer is complete."""
-        raise NotImplementedError
+        reason = self._sampler.reason or "stopped"
+        return read_answer(self._sampler.answer, reason, self._conversation.host, self._reader.images)
+
+    def _run(self) -> Iterator[Event]:
+        kept = False
+        try:
+            for ids in self._sampler.run():
+                yield from self._reader.feed(ids)
+            self._conversation._keep(self._sampler)
+            kept = True
+            yield from self._reader.end()
+            yield End(self.answer)
+        finally:
+            if not kept:
+                self._conversation._keep(self._sampler)
 
 
 class Conversation:
     """A conversation. `Pipeline.conversation` makes one.
 
+    A turn of the human and its answer enter the history together. If an answer ends inside an image, the history goes
+    on without the incomplete image; if nothing is left of the answer, without the whole turn.
+
     Attributes:
-        ids: ids of all complete turns, bos first.
+        host: the pipeline.
+        ids: ids of the history, bos first; each turn is closed by a turn end.
+
+    Args:
+        turns: earlier turns, human and assistant in turn, the last one the assistant's. Their parts are texts and
+            pictures: see `say`.
+        ids: the same as ids, such as `ids` of another conversation. Give one of the two.
+
+    Raises:
+        InputError: the turns do not alternate, or cannot be encoded; or the ids are not those of a conversation.
     """
 
-    ids: list[int]
+    def __init__(
+        self, host: Host, turns: Sequence[tuple[str, Sequence["str | Panel"]]] = (), ids: Sequence[int] = ()
+    ) -> None:
+        require(not (turns and ids), "ids", ids, "must be left out if there are turns")
+        self.host = host
+        self._cache = _Cache(host)
+        self._held = 0  # number of `ids` that the cache holds
+        self._stream: AnswerStream | None = None
+        vocabulary = host.checkpoint.vocabulary
+        if len(turns) % 2:
+            raise InputError(f"must end with an answer, got {len(turns)} turns; give the last one to say()", "turns")
+        encoded: list[Turn] = [(role, self._encode(parts)) for role, parts in turns]
+        self.ids = encode_conversation(encoded, vocabulary)[0] if encoded else list(ids)
+        if ids:
+            self._check_ids()
+
+    @property
+    def answers(self) -> int:
+        """Number of answers in the history."""
+        return self.ids.count(self.host.checkpoint.vocabulary.turn_end_id) // 2
 
     def say(
         self,
@@ -62,26 +161,200 @@ class Conversation:
     ) -> AnswerStream:
         """Returns an iterator over the events of the model's answer to a turn of the human.
 
+        An earlier answer that is still being sampled ends here.
+
         Args:
-            text: the turn's text. `<|image|>` in it stands for the next of `pictures`. Pictures without a mark come
-                before the text, each followed by a space, as in the released code. Or the turn as a sequence of texts
-                and pictures; then `pictures` is empty.
+            text: the turn's text. `<|image|>` in it stands for the next of `pictures`; see `turn_parts`. Or the turn as
+                a sequence of texts and pictures; then `pictures` is empty.
             pictures: pictures (PIL), paths, or codes (rows, cols). Pictures are cropped to the candidate size of
-                `config.base_size` that fits best, and encoded once.
+                `config.base_size` that fits best.
             want: what the answer is. "any": the model's choice. "text": no image. "image": one image, then the turn
                 end. "images": `views` images in a row, then the turn end.
-            size: width and height in pixels of forced images (`want` image and images); None lets the model choose.
-            views: number of images for `want="images"`.
+            size: width and height in pixels of the images, for `want` "image" and "images". None: the model draws the
+                size of each.
+            views: number of images for `want` "images".
             max_new_tokens: largest number of ids of the answer.
             speculation: settings of speculative Jacobi sampling inside images; None for one code a forward.
             sampling: fields of `SamplingConfig`; the defaults are those of the checkpoint's family.
 
         Raises:
-            InputError: an argument does not fit the checkpoint. The call itself raises it, before any sampling.
+            InputError: an argument does not fit the checkpoint, or the model's context is used up. The call itself
+                raises it, before any sampling.
         """
-        raise NotImplementedError
+        if self._stream is not None:
+            self._stream.close()
+        host, vocabulary = self.host, self.host.checkpoint.vocabulary
+        settings = sampling_config(host.checkpoint, sampling)
+        parts = turn_parts(text, pictures) if isinstance(text, str) else list(text)
+        require(isinstance(text, str) or not pictures, "pictures", pictures, "must be left out if the turn has parts")
+        prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
+        plan = self._plan(prompt, want, size, views, max_new_tokens)
+        speculation = host.with_window(speculation)
+        rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
+        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
+        if speculation and speculation.window and not plan.text_only:
+            slots += speculation.window + speculation.window // vocabulary.cells + 1  # narrow images: many row ends
+        self._cache.reserve(rows, slots, self._held)
+        self._cache.restart()
+        sampler = AnswerSampler(
+            self._cache.text_step,
+            self._cache.image_step,
+            vocabulary,
+            prompt,
+            self._held,
+            plan,
+            settings,
+            self.answers,
+            speculation,
+        )
+        self._stream = AnswerStream(self, sampler)
+        return self._stream
+
+    def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
+        """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
+        host, side = self.host, self.host.checkpoint.config.base_size
+        encoded: list[str | Tensor] = []
+        for part in parts:
+            if isinstance(part, str):
+                encoded.append(part)
+                continue
+            with caused_by("pictures"):
+                fitted = fit_pictures([part], host.checkpoint.vocabulary, 1, side)
+                encoded += encode_pictures(fitted, host.image_tokenizer)
+        return encoded
+
+    def _plan(self, prompt: list[int], want: str, size: tuple[int, int] | None, views: int, limit: int) -> Plan:
+        checkpoint = self.host.checkpoint
+        vocabulary, context = checkpoint.vocabulary, checkpoint.config.context
+        require(want in WANTS, "want", want, f"must be one of {', '.join(WANTS)}")
+        rule = "must be a whole number of at least 1"
+        limit = whole_number("max_new_tokens", limit, 1, None, f"{rule}; try {MAX_NEW_TOKENS}")
+        views = whole_number("views", views, 1, 1000, "must be a whole number in 1 ... 1000; try 16")
+        require(views == 1 or want == "images", "views", views, "must be 1 unless want=images")
+        forced = want in ("image", "images")
+        require(forced or size is None, "size", size, f"must be left out with want={want}; try want=image")
+        layout = None
+        if size is not None:
+            require(isinstance(size, tuple | list) and len(size) == 2, "size", size, "must be a width and a height")
+            layout = ImageLayout.from_pixels(vocabulary, *size)
+        if layout is None and not self.host.writes_text:
+            rule = f"{want} needs the whole output projection, but this pipeline holds that of the image codes"
+            raise InputError(f"{rule}; load it with text=True{', or give a size' if forced else ''}", "want")
+        length = image_length(1, 1, vocabulary) if layout is None else layout.length
+        needed = len(prompt) + (views * length if forced else 1)
+        if needed > context:
+            rule = f"the conversation has {len(prompt)} ids and the answer takes at least {needed - len(prompt)}"
+            raise InputError(f"{rule}, but this model sees {context}; start a new one, or ask for smaller images")
+        return Plan(views if forced else 0, want == "text", layout, limit, context)
+
+    def _keep(self, sampler: AnswerSampler) -> None:
+        """Takes a turn and its answer into the history, as far as the answer is complete."""
+        vocabulary, answer = self.host.checkpoint.vocabulary, sampler.answer
+        if status(answer, vocabulary) is not Status.TEXT:
+            answer = answer[: len(answer) - 1 - answer[::-1].index(vocabulary.image_start_id)]
+        if answer:
+            self.ids = sampler.prompt + answer
+        # Slots after `held` are written again before they are read.
+        self._held = min(sampler.held, len(self.ids))
+        if self.ids and self.ids[-1] != vocabulary.turn_end_id:
+            self.ids.append(vocabulary.turn_end_id)
+
+    def _check_ids(self) -> None:
+        vocabulary, ids = self.host.checkpoint.vocabulary, self.ids
+        for id_ in ids:
+            rule = f"must be whole numbers in 0 ... {vocabulary.vocab_size - 1}"
+            whole_number("ids", id_, 0, vocabulary.vocab_size - 1, rule)
+        ends = ids.count(vocabulary.turn_end_id)
+        if ids[0] != vocabulary.bos_id or ids[-1] != vocabulary.turn_end_id or ends % 2 or not ends:
+            rule = "must be bos and an even number of turns, each closed by a turn end"
+            raise InputError(f"{rule}, got {len(ids)} ids with {ends} turn ends", "ids")
+        try:
+            split(ids, vocabulary)
+        except UniRepError as error:
+            raise InputError(f"must hold complete images: {error}", "ids") from None
 
 
-def turn_parts(text: str, pictures: Sequence[Panel | Tensor]) -> list["str | Panel"]:
-    """Returns a turn as texts and pictures: see `Conversation.say`."""
-    raise NotImplementedError
+class _Cache:
+    """The KV cache of a conversation, and the two steps on it."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._cache: KVCache | None = None
+        self._rows = 0
+
+    def reserve(self, rows: int, slots: int, held: int) -> None:
+        """Makes room for `rows` rows of `slots` slots, and keeps the first `held` slots of the conditional row.
+
+        Without guidance there is no second row, so a cache may grow in both directions.
+        """
+        host, old = self._host, self._cache
+        slots += COMPILED_SPARE if host.compiled else 0
+        if old is not None and rows <= self._rows and slots <= old.slots:
+            return
+        if old is not None:
+            rows = max(rows, self._rows)
+            slots = max(slots, old.slots if slots <= old.slots else int(_GROWTH * old.slots))
+        new = conversation_cache(host, rows, slots)
+        if old is not None:
+            for target, source in zip(new.tensors(), old.tensors(), strict=True):
+                target[:1, :, :held] = source[:1, :, :held]
+        self._cache, self._rows = new, rows
+        vocabulary = host.checkpoint.vocabulary
+        self.text_step = CachedStep(host.model, new, None, host.compiled)
+        self._image_step = CachedStep(host.model, new, vocabulary.code_slice, host.compiled)
+
+    def restart(self) -> None:
+        """Marks the next call of the text step as the first of a turn, which is never compiled."""
+        self.text_step.calls = 0
+
+    def image_step(self) -> CachedStep:
+        """Returns the step for a new image."""
+        self._image_step.calls = 0
+        return self._image_step
+
+
+def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
+    """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is."""
+    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.device)
+    cache.length = host.checkpoint.config.context
+    return cache
+
+
+def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
+    """Returns a turn as texts and pictures: each `<|image|>` of the text stands for the next picture.
+
+    Pictures without marks come before the text, each followed by a space, as in the released code.
+
+    Raises:
+        InputError: there are marks, but not one for each picture.
+    """
+    if isinstance(pictures, str):
+        raise InputError(f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures")
+    marks = text.count(PICTURE)
+    if not marks:
+        text = f"{PICTURE} " * len(pictures) + text
+    elif marks != len(pictures):
+        rule = f"must be as many as the text has marks {PICTURE}: {marks}"
+        raise InputError(f"{rule}, got {len(pictures)}; write one mark for each, or none", "pictures")
+    texts, parts = text.split(PICTURE), list["str | Panel"]()
+    for index, piece in enumerate(texts):
+        parts += [piece] if piece else []
+        parts += [_as_path(pictures[index])] if index < len(pictures) else []
+    return parts
+
+
+def _as_path(picture: Panel) -> Panel:
+    return Path(picture) if isinstance(picture, str) else picture
+
+
+def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingConfig:
+    """Returns the sampling settings of an answer; defaults are those of the checkpoint's family.
+
+    Raises:
+        InputError: a name is unknown, or a value is out of range.
+    """
+    known = [field.name for field in fields(SamplingConfig)]
+    for name in values:
+        if name not in known:
+            raise InputError(f"is no setting of an answer; the sampling settings are {', '.join(known)}", name)
+    return SamplingConfig(**{**dict(checkpoint.config.family.sampling), **values})

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.conversation import AnswerStream, Conversation
+from lumina_mgpt.describing import describe
 from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.image_tokenizer import load_image_tokenizer
@@ -18,14 +20,17 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import encode_panels, encode_pictures
+from lumina_mgpt.panels import Panel, encode_panels, encode_pictures
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
-from lumina_mgpt.results import Result, RowsDone
+from lumina_mgpt.results import Answer, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
 from lumina_mgpt.unirep import ImageLayout, encode_image
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
+
+if TYPE_CHECKING:
+    from lumina_mgpt.model.parallel import Parallel
 
 _CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
 _LARGEST_AUTO_BATCH = 8
@@ -43,6 +48,7 @@ class Pipeline:
 
     Attributes:
         compiled: the compiled forward of the model, None if the model runs eagerly.
+        parallel: this process among those that hold the model together, None if the process holds all of it.
         forwards: number of forwards in the last call of `sample`.
     """
 
@@ -53,10 +59,12 @@ class Pipeline:
         image_tokenizer: ImageTokenizer,
         cache_dtype: torch.dtype | None = None,
         compile: bool = False,
+        parallel: "Parallel | None" = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.image_tokenizer = image_tokenizer
+        self.parallel = parallel
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.cache_dtype = cache_dtype or self.dtype
@@ -76,6 +84,8 @@ class Pipeline:
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
         on_read: Callable[[int, int], None] | None = None,
+        parallel: "Parallel | None" = None,
+        text: bool | None = None,
     ) -> "Pipeline":
         """Loads a checkpoint.
 
@@ -90,10 +100,16 @@ class Pipeline:
             compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
                 CUDA, the forwards are also captured as graphs.
             on_read: called with the number of weights read so far and their total.
+            parallel: this process among those that hold the model together, as `model.parallel.Parallel.start` gives
+                it. `device` is then `parallel.device`. All these processes make the same calls with the same arguments
+                and get the same results.
+            text: whether the model can write text, which needs the output projection of the whole vocabulary
+                (default: whether models of the checkpoint's family are trained to). Without, memory holds that of the
+                image codes alone, as it does if several processes hold the model together.
 
         Raises:
             InputError: the device or the checkpoint is missing, a file is damaged or does not fit the others, or the
-                weights cannot be quantized with these settings.
+                weights cannot be quantized or split with these settings.
         """
         device = resolve_device(device)
         attention.backend(attn)  # raises before any weights are read
@@ -112,16 +128,22 @@ class Pipeline:
                 )
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
+        if parallel:
+            parallel.require_fit(config, quant, compile)
         if attn == "flash":
             _check_flash(device, dtype, cache_dtype)
         kind = config.family.image_tokenizer
         image_tokenizer = load_image_tokenizer(checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind)
-        image_tokenizer.require_codes(config, image_tokenizer.source, kind)
-        image_tokenizer.require_cell(config.family.cell, checkpoint.folder, kind)
-        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config)
+        image_tokenizer.require_codes(config, image_tokenizer.source)
+        model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
-            model.lm_head.slice_columns(checkpoint.vocabulary.code_slice, int8=bool(model.config.int4_group))
-        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile)
+            if text and parallel:
+                raise InputError("cannot be True for a model that several processes hold; leave it out", "text")
+            codes = checkpoint.vocabulary.code_slice
+            whole = text or (text is None and parallel is None and config.family.answers_in_text)
+            columns = None if whole else parallel.code_part(codes) if parallel else codes
+            model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, parallel)
 
     def generate(
         self,
@@ -157,9 +179,51 @@ class Pipeline:
         if prepared.pictures:
             prepared = self._with_pictures(prepared)
         given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
+        if self.parallel:
+            given = self.parallel.of_first(given)
         jobs = request.jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model can write text: whether it holds the output projection of the whole vocabulary."""
+        return self.parallel is None and self.model.lm_head.columns is None
+
+    def conversation(
+        self, turns: Sequence[tuple[str, Sequence[str | Panel]]] = (), ids: Sequence[int] = ()
+    ) -> Conversation:
+        """Returns a conversation, whose cache goes on from turn to turn. Arguments and errors: see `Conversation`."""
+        return Conversation(self, turns, ids)
+
+    def chat(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> AnswerStream:
+        """Returns an iterator over the events of the model's answer to a conversation.
+
+        Args:
+            turns: (role, parts) of each turn, "human" and "assistant" in turn; the last one is the human's. Parts are
+                texts (`str`), pictures (PIL), paths (`Path`) and codes (rows, cols).
+            settings: other arguments of `Conversation.say`, such as `want`, `size` and the fields of `SamplingConfig`.
+
+        Raises:
+            InputError: the turns or a setting do not fit the checkpoint. The call itself raises it.
+        """
+        if len(turns) % 2 == 0 or turns[-1][0] != "human":
+            raise InputError(f"must end with a turn of the human, got {len(turns)} turns; remove the answer", "turns")
+        return self.conversation(turns[:-1]).say(list(turns[-1][1]), **settings)
+
+    def answer(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> Answer:
+        """Returns the model's whole answer to a conversation. Arguments and errors: as `chat`."""
+        stream = self.chat(turns, **settings)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def describe(self, pictures: Sequence[Panel], question: str, **settings: Any) -> Iterator[Answer]:
+        """Returns an iterator over the answers in text to one question about each picture.
+
+        Arguments and errors: see `describing.describe`.
+        """
+        return describe(self, pictures, question, **settings)
 
     def _with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
         """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
@@ -210,6 +274,7 @@ class Pipeline:
         """
         config, slots = self.checkpoint.config, start + layout.length
         image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        image //= self.parallel.size if self.parallel else 1
         speculation = self.with_window(speculation)
         if speculation:
             image += ring_bytes(layout, speculation)
@@ -243,8 +308,10 @@ class Pipeline:
             codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given)
         else:
             codes = sample(step, starts, layout, settings, keys, on_row, given=given)
-        self.forwards = step.calls
-        return codes.cpu()
+        self.forwards, codes = step.calls, codes.cpu()
+        if self.parallel:
+            self.parallel.require_same(codes)
+        return codes
 
     def make_step(
         self,
@@ -263,7 +330,7 @@ class Pipeline:
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.checkpoint.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
@@ -274,7 +341,7 @@ class Pipeline:
         pictures, panel_rows = [], layout.rows // self.checkpoint.config.parts(layout.panels)
         for grid in codes:
             picture = Image.new("RGB", layout.size, _UNKNOWN)
-            for part, rows in enumerate(grid.split(panel_rows)):
+            for part, rows in enumerate(grid.split(panel_rows) if len(grid) else ()):
                 top = part * panel_rows * layout.vocabulary.cell
                 picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
             pictures.append(picture)

@@ -8,6 +8,7 @@ Source: Lumina-mGPT (arXiv 2408.02657), section 2; Lumina-mGPT 2.0 (arXiv 2507.1
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 import torch
@@ -27,11 +28,12 @@ class UniRepError(ValueError):
 
     Attributes:
         position: index of the first wrong id, or the length of the sequence if ids are missing at its end.
+        reason: what is wrong.
     """
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(f"position {position}: {reason}")
-        self.position = position
+        self.position, self.reason = position, reason
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class ImageLayout:
     @property
     def length(self) -> int:
         """Number of ids of the image, start and end included."""
-        return HEADER + self.rows * (self.cols + 1) + 1
+        return image_length(self.grid_rows, self.grid_cols, self.vocabulary)
 
     @cached_property
     def ids(self) -> Tensor:
@@ -137,6 +139,51 @@ class ImageLayout:
         ids = self.ids[:stop].to(codes.device).expand(*codes.shape[:-1], stop).clone()
         ids[..., self.code_offsets[:n].to(codes.device)] = self.vocabulary.code_to_id(codes)
         return ids
+
+
+def image_length(grid_rows: int, grid_cols: int, vocabulary: Vocabulary) -> int:
+    """Returns the number of ids of an image of this size in grid units, start and end included."""
+    return HEADER + vocabulary.cells * grid_rows * (vocabulary.cells * grid_cols + 1) + 1
+
+
+class Status(Enum):
+    """What the next id of an answer is."""
+
+    TEXT = "text, or a control id between texts and images"
+    HEADER = "a grid size of an image"
+    IMAGE = "any other id of an image"
+
+
+def status(ids: Sequence[int], vocabulary: Vocabulary) -> Status:
+    """Returns what follows these ids of an answer. Source: arXiv 2408.02657, appendix F."""
+    for back, id_ in enumerate(reversed(ids)):
+        if id_ == vocabulary.image_end_id:
+            return Status.TEXT
+        if id_ == vocabulary.image_start_id:
+            return Status.HEADER if back < HEADER - 1 else Status.IMAGE
+    return Status.TEXT
+
+
+def split(ids: Sequence[int], vocabulary: Vocabulary) -> list[list[int] | Tensor]:
+    """Splits ids into runs of text and control ids, and the codes (rows, cols) of the images between them.
+
+    Raises:
+        UniRepError: the ids of an image are wrong or incomplete. Its position counts from the first of `ids`.
+    """
+    parts: list[list[int] | Tensor] = []
+    at = 0
+    while at < len(ids):
+        begin = _find(ids, vocabulary.image_start_id, at)
+        if begin > at:
+            parts.append(list(ids[at:begin]))
+        if begin == len(ids):
+            break
+        at = min(len(ids), _find(ids, vocabulary.image_end_id, begin) + 1)
+        try:
+            parts.append(decode_image(ids[begin:at], vocabulary))
+        except UniRepError as error:
+            raise UniRepError(begin + error.position, error.reason) from None
+    return parts
 
 
 def encode_image(codes: Tensor, vocabulary: Vocabulary) -> list[int]:
@@ -185,10 +232,15 @@ def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[
         expected = ("human", "assistant")[index % 2]
         if role != expected:
             raise InputError(f"turn {index + 1} must be the {expected}'s, got {role!r}; human and assistant alternate")
-        turn = [id_ for part in parts for id_ in _encode_part(part, vocabulary)] + [vocabulary.turn_end_id]
+        turn = encode_turn(parts, vocabulary)
         ids += turn
         labels += turn if role == "assistant" else [IGNORED] * len(turn)
     return ids, labels
+
+
+def encode_turn(parts: Sequence["str | Tensor"], vocabulary: Vocabulary) -> list[int]:
+    """Ids of one turn: its texts and code grids, then a turn end. Raises: as `encode_conversation`."""
+    return [id_ for part in parts for id_ in _encode_part(part, vocabulary)] + [vocabulary.turn_end_id]
 
 
 def generation_prompt(text: str | Sequence[Turn], vocabulary: Vocabulary) -> list[int]:
@@ -225,6 +277,11 @@ def drop_context(ids: list[int], labels: list[int], vocabulary: Vocabulary) -> t
 
 
 # -- details -----------------------------------------------------------------------------------------------------------
+
+
+def _find(ids: Sequence[int], wanted: int, start: int) -> int:
+    """Index of the first `wanted` id from `start` on; the number of ids if there is none."""
+    return next((index for index in range(start, len(ids)) if ids[index] == wanted), len(ids))
 
 
 def _check_side(parameter: str, pixels: int, unit: int, largest: int) -> None:

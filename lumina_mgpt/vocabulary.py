@@ -2,9 +2,12 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
@@ -157,6 +160,34 @@ class Vocabulary:
             raise ValueError(f"id {codes[0]} is an image code, not text")
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def text_stream(self) -> "TextStream":
+        """Returns a decoder that takes the ids of one text one by one."""
+        return TextStream(self._tokenizer)
+
+    def text_mask(self, images: bool) -> Tensor:
+        """Whether each id may occur in a generated text, (vocab_size,) bool.
+
+        Image codes, row ends, image ends, grid ids and bos may not. Turn ends may.
+
+        Differs from the reference: the released code allows all ids in a text.
+
+        Args:
+            images: whether image starts may occur.
+        """
+        banned = {self.bos_id, self.image_end_id, self.row_end_id, *self._grid_ids.values()}
+        mask = self._mask(banned | (set() if images else {self.image_start_id})).logical_not()
+        mask[self.code_slice] = False
+        return mask
+
+    def grid_mask(self, sizes: Iterable[int]) -> Tensor:
+        """Whether each id is that of one of these grid sizes, (vocab_size,) bool."""
+        return self._mask(self.grid_id(size) for size in sizes)
+
+    def _mask(self, ids: Iterable[int]) -> Tensor:
+        mask = torch.zeros(self.vocab_size, dtype=torch.bool)
+        mask[list(ids)] = True
+        return mask
+
     # -- grid sizes ----------------------------------------------------------------------------------------------------
 
     def grid_id(self, size: int) -> int:
@@ -268,6 +299,33 @@ class Vocabulary:
                     f"{self._source}: {name!r} has id {id_}, which must be below vocab_size = {self.vocab_size} and "
                     f"not among the image codes {codes}; use tokenizer and config.json of one checkpoint"
                 )
+
+
+class TextStream:
+    """Decodes the ids of one text as they come, and gives out whole characters only.
+
+    A byte-level tokenizer may split a character over several ids. All pieces together are the text that
+    `Vocabulary.decode_text` returns for all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._given = 0  # number of characters given out
+
+    def feed(self, id_: int) -> str:
+        """Returns the characters that this id completes; may be empty."""
+        self._ids.append(id_)
+        text = self._stream.step(self._tokenizer, id_) or ""
+        self._given += len(text)
+        return text
+
+    def end(self) -> str:
+        """Returns what is left of the text. An incomplete character becomes U+FFFD."""
+        rest = self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._given :]
+        self._given += len(rest)
+        return rest
 
 
 def _bos_name(folder: Path) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from lumina_mgpt import cli
+from lumina_mgpt import cli, launcher
 from lumina_mgpt.cli import generate, tasks
 from lumina_mgpt.cli.answers import images_of
 from lumina_mgpt.cli.tasks import OutputPlan, result_file
@@ -48,6 +48,7 @@ def build_parser() -> cli.Parser:
     cli.add_speculation_options(parser)
     cli.add_output_options(parser)
     cli.add_checkpoint_options(parser)
+    cli.add_tensor_parallel(parser)
     return parser
 
 
@@ -55,29 +56,37 @@ def edit(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights, then loads the weights and edits the picture."""
     plan = read_plan(args)
     cli.quant_group(args)
-    output = OutputFolder(args.save_path, args.overwrite)
+    follows = launcher.follows(args.tensor_parallel)
+    output = OutputFolder(args.save_path, args.overwrite, shared=args.tensor_parallel > 1)
     output.claim(whole_files(plan), plan.keep)  # before a download
 
     from lumina_mgpt import autotune  # imports torch, which takes seconds
-    from lumina_mgpt.devices import resolve_device
+    from lumina_mgpt.devices import own_device
 
-    device = resolve_device(args.device)
+    device = own_device(args.device)
     checkpoint = cli.open_checkpoint(args)
     plan = plan.of_family(checkpoint.config.family)
     output.claim(file_names(plan), plan.keep)
     prepared = checkpoint.prepare(plan.request, plan.prompts_from)
     checkpoint.require_decoder()
-    require_context(checkpoint, prepared)
-    pipeline = cli.load_pipeline(args, checkpoint, device)
-    if args.fast:
-        prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
-    described = plan.described() | generate.describe(pipeline, prepared, generate.loading_text(args))
-    make(pipeline, prepared, plan, output, described)
+    if prepared.pictures:
+        cli.refuse_tensor_parallel(args, "turns of a conversation")
+        require_context(checkpoint, prepared)
+    with cli.model_processes(args, checkpoint, device) as parallel:
+        pipeline = cli.load_pipeline(args, checkpoint, device, parallel)
+        if args.fast:
+            prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
+        described = plan.described() | generate.describe(pipeline, prepared, generate.loading_text(args))
+        make(pipeline, prepared, plan, None if follows else output, described)
 
 
 def read_plan(args: argparse.Namespace) -> OutputPlan:
     """Opens the picture and returns the plan of this command. The plan has one prompt per turn."""
     sampling = cli.sampling_settings(args)
+    processes = launcher.image_share(args.tensor_parallel)[1] * args.tensor_parallel
+    if args.tensor_parallel > 1 and processes > args.tensor_parallel:
+        rule = f"must be {processes}, the number of processes, since one model edits the picture"
+        raise InputError(f"{rule}, got {args.tensor_parallel}; start fewer processes", "tensor_parallel")
     if not all(text.strip() for text in args.instruction):
         raise InputError("must not be empty, got ''; say what to change", "instruction")
     sampling.with_seeds(len(args.instruction))  # raises for the last one
@@ -95,8 +104,6 @@ def read_plan(args: argparse.Namespace) -> OutputPlan:
 
 def require_context(checkpoint: "Checkpoint", prepared: "PreparedRequest") -> None:
     """Raises InputError if the turns of one conversation exceed the model's context, before any is sampled."""
-    if not prepared.pictures:
-        return  # each turn is a sequence of its own
     from lumina_mgpt.unirep import ImageLayout
 
     turns, limit = len(prepared.starts), checkpoint.config.context
@@ -126,7 +133,7 @@ def make(
     pipeline: "Pipeline",
     prepared: "PreparedRequest",
     plan: OutputPlan,
-    output: OutputFolder,
+    output: OutputFolder | None,
     described: Mapping[str, object],
 ) -> None:
     """Edits turn by turn, and saves each result when its turn is done.
@@ -136,7 +143,7 @@ def make(
     Args:
         prepared: the request, with one prompt per turn and the given picture.
         plan: names of the files.
-        output: folder to save to.
+        output: folder to save to; None to neither save nor report, as another process of the model does.
         described: settings for the text of the saved pictures.
     """
     from lumina_mgpt.images import side_by_side
@@ -148,8 +155,11 @@ def make(
     total = turns * (layout.num_codes - layout.given)
     edits = conversation_turns if prepared.pictures else panel_turns
     try:
-        with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=cli.bar_interval()) as bar:
+        interval, silent = cli.bar_interval(), output is None
+        with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=interval, disable=silent) as bar:
             for number, edited in enumerate(edits(pipeline, prepared, bar), start=1):
+                if output is None:
+                    continue
                 instruction = instructions[number - 1]
                 if number == 1:
                     output.save(plan.panel_file, picture)
@@ -161,7 +171,8 @@ def make(
                 output.save(_STRIP, side_by_side(of_height(strip, picture.height)), again=number > 1)
                 bar.write(f"{path}: {instruction}")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(strip) - 1} of {turns} turns are in {output.folder}") from None
+        saved = f"{len(strip) - 1} of {turns} turns are in {output.folder}" if output else ""
+        raise KeyboardInterrupt(saved) from None
 
 
 def panel_turns(pipeline: "Pipeline", prepared: "PreparedRequest", bar: tqdm) -> Iterator[Turn]:

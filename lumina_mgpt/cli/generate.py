@@ -12,7 +12,8 @@ With a given picture, a single image is named {i2i_task}.png. Several images are
 If an image NAME.png has two panels, its lower panel is also saved alone, as NAME_result.png. With --task multiview,
 NAME.png is a contact sheet, and each image is also saved alone, as NAME_view_00.png and so on.
 
-Under `accelerate launch` or torchrun, each process generates its share of the images.
+Under `accelerate launch` or torchrun, each process generates its share of the images. With --tensor_parallel N, N
+processes have the same share, and the first of them writes the files and reports.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from lumina_mgpt import __version__, cli, prompt_files
+from lumina_mgpt import __version__, cli, launcher, prompt_files
 from lumina_mgpt.cli import multiview, tasks
 from lumina_mgpt.cli.tasks import OutputPlan, preview_file, result_file
 from lumina_mgpt.console import stops_delayed
@@ -66,6 +67,7 @@ def add_options(parser: cli.Parser) -> None:
         "--preview", action="store_true", help="write each image as {name}.preview.png while its rows are sampled"
     )
     cli.add_checkpoint_options(parser)
+    cli.add_tensor_parallel(parser)
 
 
 def add_size_options(group: argparse._ActionsContainer) -> None:
@@ -99,7 +101,9 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
     """
     cli.quant_group(args)
     plan = read_plan(args)
-    output = OutputFolder(args.save_path, args.overwrite, shared=plan.request.share[1] > 1)
+    follows = launcher.follows(args.tensor_parallel)
+    shared = plan.request.share[1] > 1 or args.tensor_parallel > 1
+    output = OutputFolder(args.save_path, args.overwrite, shared)
     if not plan.examples:
         output.claim(plan.whole_files(), plan.keep, plan.preview_names())  # before a download
 
@@ -117,14 +121,22 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
     checkpoint.require_decoder()
     if plan.extract and prepared.picture:
         prepared = replace(prepared, panels=(plan.extract(prepared.picture),))
-    print_hints(prepared, checkpoint)
-    pipeline = cli.load_pipeline(args, checkpoint, device)
-    if args.fast:
-        prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
-    described = plan.described() | describe(pipeline, prepared, loading_text(args))
     if prepared.request.task.views > 1:
-        multiview.make(pipeline, prepared, plan, output, described)
-    else:
+        cli.refuse_tensor_parallel(args, "images of one answer")
+    if not follows:
+        print_hints(prepared, checkpoint)
+    with cli.model_processes(args, checkpoint, device) as parallel:
+        pipeline = cli.load_pipeline(args, checkpoint, device, parallel)
+        if args.fast:
+            prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
+        if follows:
+            for _ in pipeline.stream(prepared):  # only the first process of a model writes and reports
+                pass
+            return
+        described = plan.described() | describe(pipeline, prepared, loading_text(args))
+        if prepared.request.task.views > 1:
+            multiview.make(pipeline, prepared, plan, output, described)
+            return
         make(pipeline, prepared, plan, output, described)
 
 
@@ -160,7 +172,7 @@ def make(
     request, layout = prepared.request, prepared.layout
     rank = request.share[0]
     total, saved, previews = len(request.jobs), 0, set()
-    print_plan(request, described)
+    print_plan(pipeline, request, described)
     bar = cli.codes_bar(total, total * (layout.num_codes - layout.given), shown=rank == 0)
     box_finder = BoxFinder(pipeline.image_tokenizer, prepared.picture) if request.task.box else None
 
@@ -188,7 +200,7 @@ def make(
             output.discard(name)
 
 
-def print_plan(request: "GenerationRequest", described: Mapping[str, object]) -> None:
+def print_plan(pipeline: "Pipeline", request: "GenerationRequest", described: Mapping[str, object]) -> None:
     """Prints the settings, and which of the images this process makes. Only the first of several processes prints."""
     rank, processes = request.share
     if rank:
@@ -197,7 +209,8 @@ def print_plan(request: "GenerationRequest", described: Mapping[str, object]) ->
     if processes > 1:
         numbers = f"0, {processes}, {2 * processes} and so on"
         everything = len(request.prompts) * request.n
-        print(f"process 0 of {processes} makes {len(request.jobs)} of {everything} images: numbers {numbers}")
+        maker = "model" if pipeline.parallel else "process"
+        print(f"{maker} 0 of {processes} makes {len(request.jobs)} of {everything} images: numbers {numbers}")
 
 
 class BoxFinder:
@@ -257,6 +270,8 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     weights = {"model_path": loading["model_path"], "movqgan_path": movqgan}
     running: dict[str, object] = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     running["attn"] = loading["attn"]
+    if pipeline.parallel:
+        running["tensor_parallel"] = pipeline.parallel.size
     if pipeline.compiled:
         running["compile"] = True
     if loading["movqgan_dtype"] != "fp32":

@@ -1,8 +1,11 @@
 """Options that several commands share, and the conversion of their values to settings."""
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import resources
 from lumina_mgpt.cli.parser import Parser, number, whole
@@ -19,6 +22,7 @@ from lumina_mgpt.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from lumina_mgpt.model.parallel import Parallel
     from lumina_mgpt.pipeline import Checkpoint, Pipeline
 
 DEMO = "assets/demo"
@@ -92,13 +96,73 @@ def open_checkpoint(args: argparse.Namespace) -> "Checkpoint":
     return Checkpoint.open(path, args.movqgan_path, getattr(args, "target_size", None))
 
 
-def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device") -> "Pipeline":
+def warn_without_text(checkpoint: "Checkpoint") -> None:
+    """Prints a warning if the checkpoint is not trained to write text."""
+    family = checkpoint.config.family
+    if not family.answers_in_text:
+        print(
+            f"warning: {family.name} is not trained to write text, so expect none that makes sense; Lumina-mGPT is",
+            file=sys.stderr,
+        )
+
+
+def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
+    """Adds --tensor_parallel."""
+    parser.add_argument(
+        "--tensor_parallel",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="N processes, started by torchrun, hold the model together, each a part of it on its own GPU",
+    )
+
+
+def refuse_tensor_parallel(args: argparse.Namespace, what: str) -> None:
+    """Raises InputError for --tensor_parallel above 1. `what` names what one process alone can make."""
+    if args.tensor_parallel > 1:
+        raise InputError(f"must be 1 for {what}, got {args.tensor_parallel}; leave it out", "tensor_parallel")
+
+
+@contextlib.contextmanager
+def model_processes(
+    args: argparse.Namespace, checkpoint: "Checkpoint", device: "torch.device"
+) -> "Iterator[Parallel | None]":
+    """Connects this process, during the block, with the others that hold the same model; gives None if it is alone.
+
+    Args:
+        args: parsed command line, with the options of `add_checkpoint_options` and `add_tensor_parallel`.
+        checkpoint: the opened checkpoint.
+        device: device of this process.
+
+    Raises:
+        InputError: the model cannot be split in this way, or the processes cannot connect.
+    """
+    if args.tensor_parallel == 1:
+        yield None
+        return
+    from lumina_mgpt.model.parallel import Parallel, require_fit
+
+    quant = quant_group(args, checkpoint.config.int4_group)
+    require_fit(checkpoint.config, args.tensor_parallel, quant, args.compile)
+    with Parallel.start(device, args.tensor_parallel) as parallel:
+        yield parallel
+
+
+def load_pipeline(
+    args: argparse.Namespace,
+    checkpoint: "Checkpoint",
+    device: "torch.device",
+    parallel: "Parallel | None" = None,
+    text: bool | None = None,
+) -> "Pipeline":
     """Loads the weights of an opened checkpoint and returns the pipeline.
 
     Args:
         args: parsed command line, with the options of `add_checkpoint_options`.
         checkpoint: the opened checkpoint.
         device: device to load the weights to.
+        parallel: this process among those that hold the model together, None if it is alone.
+        text: whether text will be sampled (default: by the family).
     """
     import torch
 
@@ -117,6 +181,8 @@ def load_pipeline(args: argparse.Namespace, checkpoint: "Checkpoint", device: "t
             cache_dtype=torch.int8 if args.cache_dtype == "int8" else None,
             movqgan_dtype=DTYPES[args.movqgan_dtype],
             compile=args.compile,
+            parallel=parallel,
+            text=text,
         )
 
 
@@ -191,8 +257,12 @@ def add_batch_size(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_speculation_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of speculative Jacobi sampling."""
+def add_speculation_options(parser: argparse.ArgumentParser, fast: bool = True) -> None:
+    """Adds the options of speculative Jacobi sampling.
+
+    Args:
+        fast: whether to add --fast, too, which needs the size of all images in advance.
+    """
     group = parser.add_argument_group("speculative sampling")
     group.add_argument(
         "--speculative_jacobi",
@@ -200,11 +270,12 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
         help="accept several codes per forward; exact: the same image, or with --coupling maximal another image from "
         "the same distribution",
     )
-    group.add_argument(
-        "--fast",
-        action="store_true",
-        help="time a few forwards and use the fastest window and coupling, for long runs also --compile; exact",
-    )
+    if fast:
+        group.add_argument(
+            "--fast",
+            action="store_true",
+            help="time a few forwards and use the fastest window and coupling, for long runs also --compile; exact",
+        )
     group.add_argument(
         "--coupling", choices=COUPLINGS, help=f"how drafts are verified (default: {Speculation.coupling})"
     )
@@ -223,7 +294,7 @@ def speculation_settings(args: argparse.Namespace) -> Speculation | None:
         InputError: options do not fit each other.
     """
     given = {name: getattr(args, name) for name in ("coupling", "window") if getattr(args, name) is not None}
-    if args.fast and (args.speculative_jacobi or given):
+    if getattr(args, "fast", False) and (args.speculative_jacobi or given):
         raise InputError("--fast chooses --speculative_jacobi, --coupling and --window itself; leave those out, or it")
     if args.speculative_jacobi:
         return Speculation(**given)
@@ -250,8 +321,13 @@ def checkpoint_path(text: str) -> str | Path:
 
 def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
     """Returns the settings that the options of `add_sampling_options` give. `unset_sampling` names the others."""
-    given = {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+    given: dict[str, Any] = given_sampling(args)
     return SamplingConfig(seed=args.seed, **given)
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, float]:
+    """Returns the fields of SamplingConfig that the command line gives, without the seed."""
+    return {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
 
 
 def unset_sampling(args: argparse.Namespace) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import re
 import signal
 import sys
@@ -46,11 +47,23 @@ def run(
             print(f"stopped by {name}; {str(stop) or stopped or 'finished images are kept'}", file=sys.stderr)
             return 128 + number
         except (RuntimeError, MemoryError) as error:
+            if _lost_process(error):
+                return _refuse("another process of this run ended or does not answer; its own message says why")
             if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
                 raise
             return _refuse(
                 "out of memory; try --batch_size 1, a smaller --window, --width or --height, or --dtype bf16"
             )
+
+
+def _lost_process(error: BaseException) -> bool:
+    """Returns whether an exception says that a collective call of torch failed: a process ended, or was too late."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    gloo = r"gloo/transport|Connection (closed|reset) by peer|Broken pipe"
+    return isinstance(error, getattr(dist, "DistError", ())) or bool(re.search(gloo, str(error)))
 
 
 def _signal_of(stop: BaseException | None) -> int:
@@ -62,13 +75,13 @@ def _signal_of(stop: BaseException | None) -> int:
 
 @contextlib.contextmanager
 def _logged() -> Iterator[None]:
-    """Prints the log records of the package on stderr."""
+    """Prints the package's log on stderr. Of several processes, only the first prints more than warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("lumina_mgpt")
     level = package.level
     package.addHandler(handler)
-    package.setLevel(logging.INFO)
+    package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from lumina_mgpt.cli.options import sampling_settings, speculation_settings, uns
 from lumina_mgpt.cli.parser import whole
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import FIRST, SECOND, Family, task_names
-from lumina_mgpt.launcher import process_share
+from lumina_mgpt.launcher import image_share
 from lumina_mgpt.prompts import Task
 from lumina_mgpt.request import GenerationRequest, ImageJob
 
@@ -182,7 +182,7 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
         "sampling": sampling_settings(args),
         "unset": unset_sampling(args),
         "speculation": speculation_settings(args),
-        "share": process_share(),
+        "share": image_share(args.tensor_parallel),
         **{name: getattr(args, name) for name in ("width", "height", "n", "batch_size")},
         **{name: getattr(args, name, None) for name in ("instruction", "views")},
     }

@@ -125,9 +125,34 @@ def _unicode(text: str, where: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _parse_conversation(raw: dict) -> Record:
+def parse_prompt(raw: object) -> Record:
+    """Parses a conversation whose last turn is the human's, which the model is to answer.
+
+    It has the keys `conversations` and `image` as a record, and no others. Each image has one file.
+
+    Raises:
+        InputError: `raw` has another form, or its image marks do not match its images.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"a conversation must be a mapping, got a {type(raw).__name__}")
+    if unknown := set(raw) - _FORMS[0]:
+        raise InputError(f"a conversation has the keys conversations and image only, got {_shown(unknown)}; remove it")
+    if "conversations" not in raw:
+        raise InputError(f"a conversation must have the key conversations, got {_shown(raw)}; add it")
+    record = _parse_conversation(raw, fewest=1)
+    if len(record.turns) % 2 == 0:
+        raise InputError(f"the last turn must be the human's, got {len(record.turns)} turns; remove the answer")
+    for number, turn in enumerate(raw["conversations"]):
+        if unknown := set(turn) - {"from", "value"}:
+            raise InputError(f"turn {number} has the keys from and value only, got {_shown(unknown)}; remove it")
+    if any(len(panels) > 1 for panels in record.images):
+        raise InputError("an entry of image must be a path here, got a list of panels; give one file an image")
+    return record
+
+
+def _parse_conversation(raw: dict, fewest: int = 2) -> Record:
     images = _image_paths(raw.get("image", []))
-    texts = _turn_texts(raw["conversations"])
+    texts = _turn_texts(raw["conversations"], fewest)
     marks = sum(text.count(IMAGE_MARK) for text in texts)
     if marks == 0 and images:  # as in the released code, images without marks precede the first human text
         texts[0] = f"{IMAGE_MARK} " * len(images) + texts[0]
@@ -153,10 +178,10 @@ def _image_paths(image: object) -> tuple[Panels, ...]:
     return tuple(tuple(map(Path, stack)) for stack in stacks)
 
 
-def _turn_texts(turns: object) -> list[str]:
+def _turn_texts(turns: object, fewest: int) -> list[str]:
     """Texts of the turns, human and assistant in turn, with `<|image|>` as the only image mark."""
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise InputError("conversations must be a list of at least two turns")
+    if not isinstance(turns, list) or len(turns) < fewest:
+        raise InputError(f"conversations must be a list of at least {'two turns' if fewest == 2 else 'one turn'}")
     texts = []
     for n, turn in enumerate(turns):
         role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from lumina_mgpt.model.names import HEAD, UNUSED_PREFIX, disk_name, listed
 from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.transformer import HeadNorm, Transformer
 from lumina_mgpt.model.weight_files import find_weights, open_weights
+
+if TYPE_CHECKING:
+    from lumina_mgpt.model.parallel import Parallel
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ def load_model(
     quant: int | None = None,
     on_read: Callable[[int, int], None] | None = None,
     config: ModelConfig | None = None,
+    parallel: "Parallel | None" = None,
 ) -> Transformer:
     """Returns the model of a checkpoint folder, in evaluation mode.
 
@@ -60,6 +65,8 @@ def load_model(
             the file are quantized, before any conversion to `dtype`. `model.config` then records the group size.
         on_read: called after each tensor with the number of weights read so far and the number of all weights.
         config: configuration of the checkpoint; None to read it from the folder.
+        parallel: this process among those that hold the model together; None to hold all of it. The process keeps its
+            part of each tensor. The model must fit `parallel.require_fit`, so its weights are not int4.
 
     Raises:
         InputError: files are missing, damaged or of another model, or a matrix does not divide into groups.
@@ -81,7 +88,11 @@ def load_model(
         model.config = replace(config, quantization_config=int4_recipe(group))
         if dtype:
             logger.info("making int4 weights in groups of %d while loading", group)
-    _read(model, shards, shapes, dtype, device, on_read)
+    if parallel:  # after the check, because the file has whole tensors
+        parallel.split(model)
+    _read(model, shards, shapes, dtype, device, on_read, parallel)
+    if parallel:
+        parallel.finish(model)
     if config.tie_word_embeddings:
         _tie(model, folder)
     if group and dtype:
@@ -124,20 +135,27 @@ def _read(
     dtype: torch.dtype | None,
     device: torch.device | str,
     on_read: Callable[[int, int], None] | None,
+    parallel: "Parallel | None",
 ) -> None:
     total, done = sum(map(math.prod, shapes.values())), 0
     for shard in shards:
         with open_weights(shard) as (names, read):
             for name in names:
                 if not name.startswith(UNUSED_PREFIX):
-                    _load_tensor(model, name, read(name), shard, dtype, device)
+                    _load_tensor(model, name, read(name), shard, dtype, device, parallel)
                 done += math.prod(shapes[name])
                 if on_read:
                     on_read(done, total)
 
 
 def _load_tensor(
-    model: Transformer, disk: str, tensor: Tensor, shard: Path, dtype: torch.dtype | None, device: torch.device | str
+    model: Transformer,
+    disk: str,
+    tensor: Tensor,
+    shard: Path,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    parallel: "Parallel | None",
 ) -> None:
     name = disk.removeprefix("model.")
     owner, _, leaf = name.rpartition(".")
@@ -151,6 +169,8 @@ def _load_tensor(
         except InputError as error:
             raise InputError(f"{shard}: {disk} {error}; fetch the checkpoint again") from None
     else:
+        if parallel:
+            tensor = parallel.part(getattr(module, leaf), tensor)
         # safetensors returns a view of the mapped file, so the parameter needs a copy.
         copy = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
         assign_parameter(model, name, copy.copy_(tensor))

@@ -188,20 +188,20 @@ class Head(Linear):
         super().__init__(*args, **kwargs)
         self.register_buffer("scale", None, persistent=False)
 
-    def slice_columns(self, columns: slice, int8: bool = False) -> None:
+    def slice_columns(self, columns: slice | None, int8: bool = False) -> None:
         """Keeps the weights of these vocabulary ids and frees the others.
 
         Image generation keeps the image codes this way, and frees the weights of text ids.
 
         Args:
-            columns: slice of the vocabulary to keep.
+            columns: slice of the vocabulary to keep; None for the whole vocabulary.
             int8: whether to quantize the kept weights to int8, if there is a kernel. With int4 layers, a bf16 head
                 would take a large part of the time of each step.
         """
-        weight, self.columns = self.weight[columns].detach(), columns
+        weight, self.columns = (self.weight if columns is None else self.weight[columns]).detach(), columns
         if int8 and quantization.has_int8_kernel(weight.device, weight.dtype):
             weight, self.scale = quantization.to_int8(weight)
-        else:
+        elif columns is not None:
             weight = weight.clone()  # a view would keep the whole matrix in memory
         self.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -211,9 +211,12 @@ class Head(Linear):
         Shapes: hidden (..., D) -> (..., V), or (..., length of the slice).
         """
         assert self.columns in (None, columns), f"columns {columns} of a head sliced to {self.columns}"
-        if self.scale is not None:
-            return quantization.int8_linear(hidden, self.weight, self.scale.to(hidden.dtype))
-        return linear(hidden, self.weight if self.columns == columns else self.weight[columns])
+        weight, scale = self.weight, self.scale
+        if self.columns != columns:
+            weight, scale = weight[columns], None if scale is None else scale[columns]
+        if scale is not None:
+            return quantization.int8_linear(hidden, weight, scale.to(hidden.dtype))
+        return linear(hidden, weight)
 
 
 class Transformer(nn.Module):

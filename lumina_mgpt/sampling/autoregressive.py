@@ -3,7 +3,7 @@
 It is slow and simple. Tests of the speculative sampler compare with its images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.sampling.logits import code_log_probs
-from lumina_mgpt.sampling.noise import gumbel_like
+from lumina_mgpt.sampling.noise import Key, gumbel_like
 from lumina_mgpt.unirep import ImageLayout
 
 
@@ -46,13 +46,12 @@ class Call(NamedTuple):
 OnRow = Callable[[int, Tensor], None]
 
 
-@torch.no_grad()
 def sample(
     step: Step,
     prompts: Sequence[Sequence[int]],
     layout: ImageLayout,
     settings: SamplingConfig,
-    keys: Sequence[tuple[int, int]],
+    keys: Sequence[Key],
     on_row: OnRow | None = None,
     *,
     given: Tensor | None = None,
@@ -67,7 +66,7 @@ def sample(
         prompts: B sequences of ids, each up to and including the last turn end before the image.
         layout: forced ids, and the positions of given and of sampled codes.
         settings: guidance, temperature and top-k. The seed is ignored; `keys` holds the seeds.
-        keys: one pair (seed, repeat) per image. The pair and the position of a code determine its noise.
+        keys: one key (seed, repeat) per image. The key and the position of a code determine its noise.
         on_row: called after each complete row with its index `row` and a copy of all codes so far,
             (B, row + 1, cols).
         given: the first `layout.given` codes of each image in reading order, (B, layout.given).
@@ -77,14 +76,39 @@ def sample(
     Raises:
         InputError: a logit is NaN, because half precision overflows or weights are broken. Each row end checks this.
     """
-    B, C = len(prompts), layout.vocabulary.num_image_codes
-    given = check_given(given, keys, layout, B)
+    given = check_given(given, keys, layout, len(prompts))
     if layout.given == layout.num_codes:
-        return given.view(B, layout.rows, layout.cols).clone()
+        return given.view(len(prompts), layout.rows, layout.cols).clone()
+    return collect(sample_codes(step, prompts, layout, settings, keys, given=given), layout, on_row)
 
-    call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0)
+
+@torch.no_grad()
+def sample_codes(
+    step: Step,
+    prompts: Sequence[Sequence[int]],
+    layout: ImageLayout,
+    settings: SamplingConfig,
+    keys: Sequence[Key],
+    *,
+    given: Tensor | None = None,
+    held: Sequence[int] | None = None,
+    stop: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields all codes so far after each complete row, and at the end: `sample` as a generator.
+
+    Other arguments, calls of `step` and errors are those of `sample`. At least one code is not given.
+
+    Args:
+        held: number of ids that the cache already holds of each conditional row; see `first_call`.
+        stop: sample only the first `stop` codes, more than `layout.given` (default: all).
+
+    Shapes: yields copies (B, n), where n is a multiple of `cols` or `stop`.
+    """
+    B, C, stop = len(prompts), layout.vocabulary.num_image_codes, stop or layout.num_codes
+    given = check_given(given, keys, layout, B)
+    call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0, held=held)
     codes: Tensor | None = None
-    for position in range(layout.given, layout.num_codes):
+    for position in range(layout.given, stop):
         logits = step(*call)
         assert logits.shape == (len(origin), 1, C), logits.shape
         if codes is None:
@@ -92,18 +116,28 @@ def sample(
             codes[:, : layout.given] = given
         log_probs = code_log_probs(logits, settings)[:, 0]  # (B, C)
         codes[:, position] = code = draw(log_probs, settings, keys, [position] * B)
-        if (position + 1) % layout.cols == 0:
+        if (position + 1) % layout.cols == 0 or position + 1 == stop:
             check_not_nan(log_probs)
-            if on_row is not None:
-                rows = (position + 1) // layout.cols
-                on_row(rows - 1, codes[:, : position + 1].reshape(B, rows, layout.cols).clone())
-        if position + 1 < layout.num_codes:
+            yield codes[:, : position + 1].clone()
+        if position + 1 < stop:
             call = next_call(code, position, layout, origin)
-    assert codes is not None
-    return codes.view(B, layout.rows, layout.cols)
 
 
-def check_given(given: Tensor | None, keys: Sequence[tuple[int, int]], layout: ImageLayout, B: int) -> Tensor:
+def collect(rows: Iterator[Tensor], layout: ImageLayout, on_row: OnRow | None) -> Tensor:
+    """Returns the last of the codes that `rows` yields, (B, rows, cols), and calls `on_row` with each of them.
+
+    Shapes: `rows` yields (B, n), where n is a multiple of `cols`.
+    """
+    grid: Tensor | None = None
+    for codes in rows:
+        grid = codes.view(len(codes), -1, layout.cols)
+        if on_row is not None:
+            on_row(grid.shape[1] - 1, grid)
+    assert grid is not None
+    return grid
+
+
+def check_given(given: Tensor | None, keys: Sequence[Key], layout: ImageLayout, B: int) -> Tensor:
     """Returns the given codes (B, layout.given), or an empty tensor (B, 0) for None.
 
     Asserts the shape of `given`, and that there is one key per image.
@@ -114,13 +148,11 @@ def check_given(given: Tensor | None, keys: Sequence[tuple[int, int]], layout: I
     return given
 
 
-def draw(
-    log_probs: Tensor, settings: SamplingConfig, keys: Sequence[tuple[int, int]], positions: Sequence[int]
-) -> Tensor:
+def draw(log_probs: Tensor, settings: SamplingConfig, keys: Sequence[Key], positions: Sequence[int]) -> Tensor:
     """Samples one code per row with the Gumbel-max trick. For top_k 1, returns the most probable code of each row.
 
     Args:
-        keys: (seed, repeat) of each row, which determines its noise.
+        keys: key of each row, which determines its noise.
         positions: position of each row's code in its image.
 
     Shapes: log_probs (B, C); keys and positions of length B -> (B,).
@@ -131,24 +163,46 @@ def draw(
 
 
 def first_call(
-    prompts: Sequence[Sequence[int]], layout: ImageLayout, given: Tensor, *, guided: bool
+    prompts: Sequence[Sequence[int]],
+    layout: ImageLayout,
+    given: Tensor,
+    *,
+    guided: bool,
+    held: Sequence[int] | None = None,
 ) -> tuple[Call, Tensor]:
     """Returns the arguments of the first call, which fills the cache, and where the image starts in each row.
 
-    A conditional row holds a prompt and the known ids of its image. With guidance, an unconditional row per image
-    follows, which holds the known ids without the prompt. The call reads the logits at the last id of each row.
+    A conditional row has a prompt and the known ids of its image. With guidance, an unconditional row per image
+    follows, which has the known ids without the prompt. The call reads the logits at the last id of each row.
+
+    Args:
+        held: number of ids that the cache already holds of each conditional row, fewer than the row has: earlier turns
+            of a conversation. They are not fed again. The cache holds nothing of use of the unconditional rows, which
+            begin at position 0 and overwrite those of an earlier image.
 
     Shapes: given (B, layout.given) -> a call of R rows, and the cache position of the image start (R,). R is 2B with
     guidance and B without.
     """
     prefix = layout.fill(given.cpu()).tolist()
     rows = [[*prompt, *known] for prompt, known in zip(prompts, prefix, strict=True)] + (prefix if guided else [])
-    lengths = torch.tensor([len(row) for row in rows])
+    origin = torch.tensor([len(row) for row in rows]) - layout.prefix_length
+    starts = [0] * len(rows) if held is None else [*held, *[0] * (len(rows) - len(held))]
+    return prompt_call(rows, starts, layout.vocabulary.bos_id), origin
+
+
+def prompt_call(rows: Sequence[Sequence[int]], starts: Sequence[int], pad: int) -> Call:
+    """Returns the call that feeds each row from its start on, and reads the logits at its last id.
+
+    Args:
+        rows: ids of each row from position 0 on.
+        starts: number of ids that the cache holds of each row, fewer than the row has.
+        pad: id that fills up shorter rows on the right. No id ever attends to it.
+    """
+    tails = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
+    lengths = torch.tensor([len(tail) for tail in tails])
     longest = int(lengths.max())
-    pad = layout.vocabulary.bos_id  # never attended to
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-    cache_positions = torch.arange(longest).expand(len(rows), longest)
-    return Call(ids, cache_positions, lengths[:, None] - 1), lengths - layout.prefix_length
+    ids = torch.tensor([tail + [pad] * (longest - len(tail)) for tail in tails])
+    return Call(ids, torch.tensor(starts)[:, None] + torch.arange(longest), lengths[:, None] - 1)
 
 
 def next_call(code: Tensor, position: int, layout: ImageLayout, origin: Tensor) -> Call:

@@ -5,16 +5,25 @@ the plain sampler. With the coupling `noise` they are even identical, up to roun
 of a single step round differently. This changes a code at near ties in float32, and more often in half precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings
-from lumina_mgpt.sampling.autoregressive import Call, OnRow, Step, check_given, check_not_nan, draw, first_call
+from lumina_mgpt.sampling.autoregressive import (
+    Call,
+    OnRow,
+    Step,
+    check_given,
+    check_not_nan,
+    collect,
+    draw,
+    first_call,
+)
 from lumina_mgpt.sampling.logits import code_log_probs
-from lumina_mgpt.sampling.noise import gumbel_like, uniform_rows
+from lumina_mgpt.sampling.noise import Key, gumbel_like, uniform_rows
 from lumina_mgpt.sampling.proposals import PROPOSAL_FUNCTIONS
 from lumina_mgpt.unirep import ImageLayout
 
@@ -41,13 +50,12 @@ def ring_bytes(layout: ImageLayout, speculation: Speculation) -> int:
     return 4 * length * layout.vocabulary.num_image_codes
 
 
-@torch.no_grad()
 def sample_jacobi(
     step: Step,
     prompts: Sequence[Sequence[int]],
     layout: ImageLayout,
     settings: SamplingConfig,
-    keys: Sequence[tuple[int, int]],
+    keys: Sequence[Key],
     speculation: Speculation,
     on_row: OnRow | None = None,
     *,
@@ -62,26 +70,50 @@ def sample_jacobi(
     Args:
         speculation: coupling, window and proposal distribution. The window must not be None.
     """
-    B = len(prompts)
-    given = check_given(given, keys, layout, B)
+    given = check_given(given, keys, layout, len(prompts))
     if layout.given == layout.num_codes:
-        return given.view(B, layout.rows, layout.cols).clone()
+        return given.view(len(prompts), layout.rows, layout.cols).clone()
+    return collect(jacobi_codes(step, prompts, layout, settings, keys, speculation, given=given), layout, on_row)
 
-    call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0)
+
+@torch.no_grad()
+def jacobi_codes(
+    step: Step,
+    prompts: Sequence[Sequence[int]],
+    layout: ImageLayout,
+    settings: SamplingConfig,
+    keys: Sequence[Key],
+    speculation: Speculation,
+    *,
+    given: Tensor | None = None,
+    held: Sequence[int] | None = None,
+    stop: int | None = None,
+) -> Iterator[Tensor]:
+    """Yields all codes so far after each row that is final in every image, and at the end.
+
+    Arguments are those of `sample_jacobi` and of `autoregressive.sample_codes`. At least one code is not given.
+
+    Shapes: yields copies (B, n), where n is a multiple of `cols` or `stop`.
+    """
+    stop = stop or layout.num_codes
+    given = check_given(given, keys, layout, len(prompts))
+    call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0, held=held)
     log_probs = code_log_probs(step(*call), settings)  # (B, 1, C)
     state = _State(layout, settings, keys, speculation, origin, log_probs[:, 0])
     state.start(given, log_probs[:, 0])
     reported = layout.given // layout.cols
     while True:
-        rows = state.final_rows()
-        if rows > reported:
+        final = min(int(state.final.min()), stop)
+        if (rows := final // layout.cols) > reported:
             check_not_nan(log_probs)
-            if on_row is not None:
-                for row in range(reported, rows):
-                    on_row(row, state.codes[:, : (row + 1) * layout.cols].reshape(B, row + 1, layout.cols).clone())
+            for row in range(reported, rows):
+                yield state.codes[:, : (row + 1) * layout.cols].clone()
             reported = rows
-        if rows == layout.rows:
-            return state.codes[:, : layout.num_codes].reshape(B, layout.rows, layout.cols)
+        if final == stop:
+            if stop % layout.cols:
+                check_not_nan(log_probs)
+                yield state.codes[:, :stop].clone()
+            return
         log_probs = code_log_probs(step(*state.window_call()), settings)  # (B, W, C)
         state.verify(log_probs)
 
@@ -103,7 +135,7 @@ class _State:
         self,
         layout: ImageLayout,
         settings: SamplingConfig,
-        keys: Sequence[tuple[int, int]],
+        keys: Sequence[Key],
         speculation: Speculation,
         origin: Tensor,
         like: Tensor,
@@ -137,10 +169,6 @@ class _State:
         self.final += 1
         self._draft(self.final, torch.full_like(self.final, self.W), log_probs)
         self.round += 1  # verification must not use the random numbers that drew the drafts
-
-    def final_rows(self) -> int:
-        """Number of rows that are final in every image."""
-        return int(self.final.min()) // self.layout.cols
 
     def window_call(self) -> Call:
         """The call of a round: the last final code, all drafts but the last, and the forced ids between them."""

@@ -1,4 +1,4 @@
-"""Converts the model's logits to log-probabilities of codes: guidance, top-k, temperature and softmax.
+"""Converts the model's logits to log-probabilities of codes and ids: guidance, top-k, temperature and softmax.
 
 All functions are pure and take any number of positions. They compute in float32, or in float64 for float64 logits. With
 float64, tests can compare samplers without near ties.
@@ -63,6 +63,18 @@ def code_log_probs(logits: Tensor, settings: SamplingConfig) -> Tensor:
     if settings.cfg != 1.0:
         logits = guide(logits, settings.cfg)
     return log_probs(logits, settings.temperature, settings.top_k)
+
+
+def allowed_log_probs(logits: Tensor, allowed: Tensor, count: int, temperature: float, top_k: int) -> Tensor:
+    """Returns the log-probabilities of the ids that are allowed: `log_probs` of their logits, -inf for other ids.
+
+    Args:
+        allowed: whether each id is allowed, (V,) bool on the device of the logits.
+        count: number of allowed ids, at least 1. It is an argument because counting would synchronize with a GPU.
+
+    Shapes: logits (..., V) -> (..., V).
+    """
+    return log_probs(logits.masked_fill(~allowed, -torch.inf), temperature, min(top_k, count))
 
 
 def _promote(logits: Tensor) -> Tensor:

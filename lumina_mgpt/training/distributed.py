@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import cause
-from lumina_mgpt.launcher import meeting_point, process_share
+from lumina_mgpt.launcher import connect, meeting_point, process_share
 from lumina_mgpt.training.loss import LossModel
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -66,16 +65,7 @@ class Processes:
             if index >= count:
                 raise InputError(f"LOCAL_RANK must be below {count}, the number of GPUs; start fewer processes")
             found = torch.device("cuda", index)
-            torch.cuda.set_device(found)
-        backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        except (RuntimeError, ValueError) as error:  # the address is unknown or taken, or a process is missing
-            where = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
-            raise InputError(
-                f"the {world} processes cannot meet at {where} ({cause(error)}); start with torchrun, "
-                "or give another port"
-            ) from None
+        connect(found, timedelta(minutes=30))
         return cls(rank, world, found)
 
     def stop(self) -> None:

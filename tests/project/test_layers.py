@@ -20,11 +20,12 @@ LAYERS: dict[str, set[str]] = {
     "prompts": set(),
     "io": {"errors"},
     "checks": {"errors"},
-    "launcher": {"errors"},
+    "launcher": FOUNDATIONS,
     "prompt_files": FOUNDATIONS,
     "outputs": FOUNDATIONS,
     "images": FOUNDATIONS,
     "maps": {"errors", "images"},
+    "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
     "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
@@ -34,13 +35,18 @@ LAYERS: dict[str, set[str]] = {
     "vqgan": FOUNDATIONS | {"checks", "config", "images"},
     "panels": {"errors", "checks", "images", "vqgan", "unirep", "vocabulary"},
     "kernels": {"config"},
-    "model": FOUNDATIONS | {"checks", "config", "kernels"},
+    "model": FOUNDATIONS | {"checks", "config", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
     "sampling": {"errors", "checks", "config", "unirep"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
-    "results": {"request", "unirep"},
-    "preparation": FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
+    "results": {"prompts", "request", "unirep"},
+    "attention_map": {"model", "unirep", "vocabulary"},
 }
+LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request"}
+LAYERS["preparation"] |= {"unirep", "vocabulary"}
+LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
+LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
+LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
