@@ -162,11 +162,18 @@ class Pipeline:
         """
         return list(self.stream(GenerationRequest.of(prompts, width, height, **settings), on_row))
 
-    def stream(self, request: GenerationRequest | PreparedRequest, on_row: OnRow | None = None) -> Iterator[Result]:
+    def stream(
+        self,
+        request: GenerationRequest | PreparedRequest,
+        on_row: OnRow | None = None,
+        *,
+        jobs: Sequence[ImageJob] | None = None,
+    ) -> Iterator[Result]:
         """Returns an iterator over the images of a request, which samples a batch at a time.
 
         Args:
             on_row: called with a `RowsDone` each time a row of a batch is final.
+            jobs: the images to make, of the request's prompts and any repeats (default: `request.jobs`).
 
         Raises:
             InputError: the request does not fit the checkpoint. The call itself raises it, before any sampling.
@@ -177,11 +184,11 @@ class Pipeline:
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
         if prepared.pictures:
-            prepared = self._with_pictures(prepared)
+            prepared = self.with_pictures(prepared)
         given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
         if self.parallel:
             given = self.parallel.of_first(given)
-        jobs = request.jobs
+        jobs = request.jobs if jobs is None else jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
 
@@ -225,7 +232,7 @@ class Pipeline:
         """
         return describe(self, pictures, question, **settings)
 
-    def _with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
+    def with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
         """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
         codes = encode_pictures(prepared.pictures, self.image_tokenizer)
         request = prepared.request

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.checks import excerpt, real_number, require, whole_number
@@ -27,8 +28,6 @@ from lumina_mgpt.unirep import IGNORED, encode_conversation
 from lumina_mgpt.user_functions import call, load_function
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from lumina_mgpt.pipeline import OnRow, Pipeline
     from lumina_mgpt.preparation import PreparedRequest
 
@@ -48,7 +47,7 @@ class Scorer:
     """
 
     name: str
-    function: Callable[[list["Image.Image"], list[str]], Any] | None = None
+    function: Callable[[list[Image.Image], list[str]], Any] | None = None
 
     def kind(self, family: Family) -> str:
         """Returns `name`, or what `own` stands for with checkpoints of this family."""
@@ -115,7 +114,7 @@ def make_scorer(name: str) -> Scorer:
 
 
 def scores_of(
-    function: Callable[..., Any], name: str, images: list["Image.Image"], prompts: list[str]
+    function: Callable[..., Any], name: str, images: list[Image.Image], prompts: list[str]
 ) -> tuple[float, ...]:
     """Returns what a user's function scores images with.
 
@@ -137,6 +136,20 @@ def scores_of(
     if len(scores) != len(images) or not all(map(_is_finite, scores)):
         raise InputError(f"{rule}, got {excerpt(list(scores))}; correct the function", "scorer")
     return scores
+
+
+def check_scorer(scorer: Scorer, prompt: str) -> None:
+    """Calls a user's function with two small pictures, so that its faults are found before any sampling.
+
+    Args:
+        prompt: prompt of both pictures.
+
+    Raises:
+        InputError: the function raises, or does not return one finite number for each picture.
+    """
+    if scorer.function is not None:
+        pictures = [Image.new("RGB", (64, 64), color) for color in ("gray", "white")]
+        scores_of(scorer.function, scorer.name, pictures, [prompt] * len(pictures))
 
 
 def _is_finite(score: float) -> bool:
@@ -198,8 +211,10 @@ def best_of(
 
 def require_head(pipeline: "Pipeline", scorer: Scorer) -> None:
     """Raises InputError if a scorer needs logits of text that a pipeline lacks."""
-    head = pipeline.model.lm_head
-    if scorer.kind(pipeline.checkpoint.config.family) == "reading" and head.columns is not None:
+    if pipeline.parallel is not None and scorer.function is None:
+        rule = "must be a function for a model that several processes hold"
+        raise InputError(f"{rule}, got {scorer.name}; give module:function", "scorer")
+    if scorer.kind(pipeline.checkpoint.config.family) == "reading" and not pipeline.writes_text:
         raise InputError("reading needs Pipeline.from_pretrained(..., text=True), got a pipeline for images", "scorer")
 
 
