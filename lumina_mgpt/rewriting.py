@@ -25,10 +25,12 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TIMEOUT = 120.0  # seconds for one prompt; a local model on a CPU takes this long
 SYSTEM_PROMPT = """\
 You expand short image descriptions for a text-to-image model that is trained on long, detailed captions.
-Write one paragraph of 60 to 120 words in English that describes the picture. Keep every object, number, color, position, \
-relation and quoted text of the description exactly as it is given. Add only what fits it: how things look, the \
-surroundings, light, viewpoint and style. Do not add further main objects, and do not contradict the description. If it \
-is detailed already, repeat it with few changes. Answer with the paragraph alone."""
+Write one paragraph of 60 to 120 words in English that describes the picture.
+Keep every object, number, color, position, relation and quoted text of the description exactly as it is given.
+Add only what fits it: how things look, the surroundings, light, viewpoint and style.
+Do not add further main objects, and do not contradict the description.
+If the description is detailed already, repeat it with few changes.
+Answer with the paragraph alone."""
 _LARGEST_ANSWER = 1 << 20  # bytes
 _LONGEST_PROMPT = 8000  # characters; the model's context is checked with the tokenizer
 _THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # reasoning models show them in the answer

@@ -24,7 +24,7 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import Family
 from lumina_mgpt.request import ImageJob
 from lumina_mgpt.results import Result
-from lumina_mgpt.unirep import IGNORED, encode_conversation
+from lumina_mgpt.unirep import IGNORED, Turn, encode_conversation
 from lumina_mgpt.user_functions import call, load_function
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def bayes_score(pipeline: "Pipeline", prepared: "PreparedRequest", candidate: Re
 def read_score(pipeline: "Pipeline", prepared: "PreparedRequest", candidate: Result) -> float:
     """Returns log P(prompt | image, question), in nats, summed over the ids of the prompt and its turn end."""
     vocabulary = pipeline.checkpoint.vocabulary
-    turns = [("human", [QUESTION, candidate.panel_codes]), ("assistant", [candidate.job.prompt])]
+    turns: list[Turn] = [("human", [QUESTION, candidate.panel_codes]), ("assistant", [candidate.job.prompt])]
     ids, labels = encode_conversation(turns, vocabulary)
     at = torch.tensor([index for index, label in enumerate(labels) if label != IGNORED])
     return log_likelihood(pipeline, ids, at, None)

@@ -146,5 +146,7 @@ def chosen_images(
             "score": choice.scores[choice.index],
             "candidates": json.dumps(scores),
         }
-        pairs = [(candidate, {"score": scores[candidate.job.repeat]}) for candidate in choice.candidates]
+        pairs: list[tuple[Result, dict[str, object]]] = [
+            (candidate, {"score": scores[candidate.job.repeat]}) for candidate in choice.candidates
+        ]
         yield Chosen(choice.result, text, pairs if best.keep else ())

@@ -23,6 +23,9 @@ LAYERS: dict[str, set[str]] = {
     "launcher": FOUNDATIONS,
     "prompt_files": FOUNDATIONS,
     "outputs": FOUNDATIONS,
+    "benchmarks": FOUNDATIONS | {"outputs"},
+    "user_functions": {"errors"},
+    "rewriting": FOUNDATIONS | {"user_functions"},
     "images": FOUNDATIONS,
     "maps": {"errors", "images"},
     "boxes": set(),
@@ -48,6 +51,8 @@ LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
+LAYERS["scoring"] = {"errors", "checks", "families", "request", "results", "unirep", "user_functions"}
+LAYERS["scoring"] |= {"pipeline", "preparation"}
 LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
 LAYERS["training"] = set(LAYERS) - {"console"}
