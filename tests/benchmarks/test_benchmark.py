@@ -1,14 +1,15 @@
 """`lumina-mgpt benchmark`: layouts, continuing after a kill, several processes, and refused reruns."""
 
 import json
+import shutil
 import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PATIENCE, environment, line_of, main_of, run_process
+from commands import PATIENCE, ROOT, environment, main_of
 from PIL import Image
 
 from lumina_mgpt import Pipeline
@@ -115,7 +116,9 @@ def test_done_images_are_not_made_again(run, tmp_path, monkeypatch, capsys):
     """A run that lacks an image, has one cut short and a tile cut short makes these alone, with the same pixels."""
     assert run("geneval", "-n", 2) == 0
     out = tmp_path / "out"
-    missing, short, grid = (out / name for name in ("00000/samples/0001.png", "00001/samples/0000.png", "00002/grid.png"))
+    missing, short, grid = (
+        out / name for name in ("00000/samples/0001.png", "00001/samples/0000.png", "00002/grid.png")
+    )
     before = {path: pixels(path) for path in (missing, short, grid)}
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("0*.png") if path not in before}
     missing.unlink()
@@ -157,8 +160,6 @@ def test_another_setting_is_refused(run, lists, tmp_path, capsys):
 
 
 def test_other_weights_are_refused(tiny_checkpoint, lists, tmp_path, run, capsys):
-    import shutil
-
     assert run("parti") == 0
     other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
     weights = other / "model.safetensors"
@@ -176,41 +177,44 @@ def test_a_folder_of_something_else_is_refused(run, tmp_path, capsys):
     assert "--save_path" in (error := capsys.readouterr().err) and "holiday.png" in error
 
 
-def test_a_killed_run_continues(tiny_checkpoint, lists, tmp_path):
-    """SIGKILL as soon as the first images are there; no folder that a scorer lists has an incomplete file."""
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def run_forked():
+    """Runs one job of `forked_benchmarks.py` and returns the exit statuses."""
+    command = [sys.executable, ROOT / "tests/forked_benchmarks.py"]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+    )
+
+    def run(*options: object, **job: object) -> list[int]:
+        print(json.dumps({"options": list(map(str, options)), **job}), file=server.stdin, flush=True)
+        return json.loads(server.stdout.readline())
+
+    yield run
+    server.stdin.close()
+    assert server.wait(PATIENCE) == 0
+
+
+def test_a_killed_run_continues(tiny_checkpoint, lists, tmp_path, run, run_forked):
+    """A run is killed while it writes the manifest, the list, images and tiles, until nothing is left to write."""
+    assert run("geneval", "-n", 2) == 0
+    out, alone = tmp_path / "killed", tmp_path / "out"
     options = ("geneval", "--prompts", lists["geneval"], "--save_path", out, "--model_path", tiny_checkpoint, *SMALL)
-    options += ("-n", "6", "--batch_size", "1")
-    process = subprocess.Popen(line_of("benchmark", *options), env=environment(), stderr=subprocess.DEVNULL)
-    end = time.monotonic() + PATIENCE
-    while not len(list(out.rglob("samples/*.png"))) and time.monotonic() < end:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = list(out.rglob("samples/*"))
-    assert 0 < len(done) < 18 and all(folders.is_whole_png(path) for path in done)
-    again = run_process("benchmark", *options)
-    assert again.returncode == 0, again.stderr
-    assert f"{len(done)} are done already" in again.stdout
-    assert len(list(out.rglob("samples/*.png"))) == 18 and len(list(out.glob("*/grid.png"))) == 3
+    for kill_at in (0, 1, 3, 2, 2, 3, 4):  # of the files that this run still has to write; the first is a probe
+        assert run_forked(*options, "-n", 2, kill_at=kill_at) == [-signal.SIGKILL]
+        for path in out.glob("0*/**/*.png"):  # complete, or not there
+            assert np.array_equal(pixels(path), pixels(alone / path.relative_to(out)))
+    assert run_forked(*options, "-n", 2) == [0]
+    assert {name for name in files(out) if not name.startswith(".part/")} == files(alone)
 
 
-def test_two_processes_make_the_files_of_one(tiny_checkpoint, lists, tmp_path, run):
+def test_two_processes_make_the_files_of_one(tiny_checkpoint, lists, tmp_path, run, run_forked):
     assert run("dpg", "-n", 3) == 0
-    alone = files(tmp_path / "out")
-    options = ("dpg", "--prompts", lists["dpg"], "--save_path", tmp_path / "both", "--model_path", tiny_checkpoint)
-    runs = [
-        subprocess.Popen(
-            line_of("benchmark", *options, *SMALL, "-n", "3"),
-            env=environment(RANK=str(rank), WORLD_SIZE="2"),
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(PATIENCE) for process in runs] == [0, 0]
-    assert files(tmp_path / "both") == alone
-    for name in alone - {"manifest.json"}:
-        assert np.array_equal(pixels(tmp_path / "both" / name), pixels(tmp_path / "out" / name)), name
+    both, alone = tmp_path / "both", tmp_path / "out"
+    options = ("dpg", "--prompts", lists["dpg"], "--save_path", both, "--model_path", tiny_checkpoint, *SMALL)
+    assert run_forked(*options, "-n", 3, world=2) == [0, 0]
+    assert files(both) == files(alone)
+    for name in files(alone) - {"manifest.json"}:
+        assert np.array_equal(pixels(both / name), pixels(alone / name)), name
 
 
 def test_malformed_lists_are_one_line(run, lists, capsys):

@@ -58,7 +58,9 @@ def test_dpg_takes_ids_from_file_names(tmp_path):
     assert read("dpg", tmp_path).sha256 != digest
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.b.txt", b"x"), ("empty.txt", b" \n"), ("wide.txt", "x".encode("utf-16"))])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.b.txt", b"x"), ("empty.txt", b" \n"), ("wide.txt", "x".encode("utf-16"))]
+)
 def test_malformed_files_of_dpg(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
@@ -88,7 +90,10 @@ def test_parti_keeps_quotation_marks(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a\tb\tc\td\n", "line 1 must be the header"), ("Prompt\tCategory\tChallenge\tNote\na\tb\n", "line 2 must have 4")],
+    [
+        ("a\tb\tc\td\n", "line 1 must be the header"),
+        ("Prompt\tCategory\tChallenge\tNote\na\tb\n", "line 2 must have 4"),
+    ],
 )
 def test_malformed_tables_of_parti(tmp_path, text, part):
     path = tmp_path / "p.tsv"
