@@ -83,9 +83,9 @@ class AnswerReader:
 
     def _codes(self, layout: ImageLayout) -> Tensor:
         """Codes of the complete rows so far, (rows so far, cols)."""
-        body = torch.tensor(self._image[HEADER:], dtype=torch.long)
-        rows = body[: len(body) // (layout.cols + 1) * (layout.cols + 1)].view(-1, layout.cols + 1)
-        return self._vocabulary.id_to_code(rows[:, :-1])
+        ids = torch.tensor(self._image[HEADER:], dtype=torch.long)
+        codes = self._vocabulary.id_to_code(ids[self._vocabulary.is_code(ids)])
+        return codes[: len(codes) // layout.cols * layout.cols].view(-1, layout.cols)
 
     def _done(self, layout: ImageLayout, whole: bool) -> ImageDone:
         codes, index = self._codes(layout), self._count - 1

@@ -9,13 +9,14 @@ _CHANGED = 48  # least difference of a color channel, in 0 ... 255: above what e
 _LINES = 48  # number of columns, and of rows, that may be sides of the box: those with the most changed pixels
 _COVERED = 0.6  # least share of changed pixels of each side
 _SMALLEST = 8  # pixels: shorter sides are specks
+_INSIDE = 0.5  # largest share of changed pixels in the middle, relative to the sides: else all of the picture differs
 
 
 def find_box(image: Image.Image, reference: Image.Image) -> Box | None:
     """Returns the rectangle whose outline differs between two images of the same size; None if there is none.
 
-    Of all rectangles whose four sides have at least 60 % changed pixels, it is the one with the largest number of
-    changed pixels on its outline, less the number of unchanged ones.
+    Each of its four sides has at least 60 % changed pixels, and its middle has a share of at most half of that of the
+    outline. Of all such rectangles, it is the one with the most changed pixels on its outline, less the unchanged ones.
 
     Args:
         image: a picture with a box drawn in.
@@ -43,10 +44,29 @@ def find_box(image: Image.Image, reference: Image.Image) -> Box | None:
     for column in (left, right):
         count, length = along_columns[bottom + 1, column] - along_columns[top, column], bottom + 1 - top
         score, covered = score + 2 * count - length, covered & (count >= _COVERED * length)
+    length = 2 * (right + 1 - left) + 2 * (bottom + 1 - top)
+    covered &= _middle(changed, (left, right), (top, bottom)) <= _INSIDE * (score + length) / (2 * length)
     if not covered.any():
         return None
     rows, columns = np.unravel_index(np.where(covered, score, -(1 << 30)).argmax(), shape)
     return int(left[0, columns]), int(top[rows, 0]), int(right[0, columns]) + 1, int(bottom[rows, 0]) + 1
+
+
+def _middle(
+    changed: np.ndarray, across: tuple[np.ndarray, np.ndarray], down: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Returns the share of changed pixels in the middle of rectangles: the half of each side about the center.
+
+    Args:
+        across: left and right columns (1, pairs of columns).
+        down: top and bottom rows (pairs of rows, 1).
+    """
+    sums = np.pad(changed.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # changed pixels above a row and before a column
+    (left, right), (top, bottom) = across, down
+    inset = (right - left) // 4, (bottom - top) // 4
+    left, right, top, bottom = left + inset[0], right - inset[0], top + inset[1], bottom - inset[1]
+    count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    return count / ((right - left) * (bottom - top))
 
 
 def _pairs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@
 The ids hold the codes of all images, so no image is encoded twice. A turn costs the prefill of the new turn alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +93,7 @@ class AnswerStream(Iterator[Event]):
         reason = self._sampler.reason or "stopped"
         return read_answer(self._sampler.answer, reason, self._conversation.host, self._reader.images)
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event, None, None]:
         kept = False
         try:
             for ids in self._sampler.run():
@@ -168,8 +168,8 @@ class Conversation:
                 a sequence of texts and pictures; then `pictures` is empty.
             pictures: pictures (PIL), paths, or codes (rows, cols). Pictures are cropped to the candidate size of
                 `config.base_size` that fits best.
-            want: what the answer is. "any": the model's choice. "text": no image. "image": one image, then the turn
-                end. "images": `views` images in a row, then the turn end.
+            want: what the answer is. "any": the model's choice; text, if the image tokenizer makes no images. "text":
+                no image. "image": one image, then the turn end. "images": `views` images in a row, then the turn end.
             size: width and height in pixels of the images, for `want` "image" and "images". None: the model draws the
                 size of each.
             views: number of images for `want` "images".
@@ -190,25 +190,21 @@ class Conversation:
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
         plan = self._plan(prompt, want, size, views, max_new_tokens)
         speculation = host.with_window(speculation)
-        rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
-        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
-        if speculation and speculation.window and not plan.text_only:
-            slots += speculation.window + speculation.window // vocabulary.cells + 1  # narrow images: many row ends
-        self._cache.reserve(rows, slots, self._held)
-        self._cache.restart()
-        sampler = AnswerSampler(
-            self._cache.text_step,
-            self._cache.image_step,
-            vocabulary,
-            prompt,
-            self._held,
-            plan,
-            settings,
-            self.answers,
-            speculation,
+        self._cache.reserve(
+            1 if settings.cfg == 1.0 or plan.text_only else 2, self._slots(prompt, plan, speculation), self._held
         )
+        steps = self._cache.text_step, self._cache.image_step
+        sampler = AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
         self._stream = AnswerStream(self, sampler)
         return self._stream
+
+    def _slots(self, prompt: list[int], plan: Plan, speculation: Speculation | None) -> int:
+        """Number of cache slots that the turn and its answer need, pads and drafts after the end included."""
+        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
+        if speculation and speculation.window and not plan.text_only:
+            cells = self.host.checkpoint.vocabulary.cells
+            slots += speculation.window + speculation.window // cells + 1  # the narrowest images have most row ends
+        return slots
 
     def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
         """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
@@ -245,7 +241,10 @@ class Conversation:
         if needed > context:
             rule = f"the conversation has {len(prompt)} ids and the answer takes at least {needed - len(prompt)}"
             raise InputError(f"{rule}, but this model sees {context}; start a new one, or ask for smaller images")
-        return Plan(views if forced else 0, want == "text", layout, limit, context)
+        if forced:
+            self.host.image_tokenizer.require_decoder()
+        text_only = want == "text" or not self.host.image_tokenizer.can_decode
+        return Plan(views if forced else 0, text_only, layout, limit, context)
 
     def _keep(self, sampler: AnswerSampler) -> None:
         """Takes a turn and its answer into the history, as far as the answer is complete."""
@@ -290,6 +289,7 @@ class _Cache:
         host, old = self._host, self._cache
         slots += COMPILED_SPARE if host.compiled else 0
         if old is not None and rows <= self._rows and slots <= old.slots:
+            self.text_step.calls = 0  # the first call of a turn is a prefill, which is never compiled
             return
         if old is not None:
             rows = max(rows, self._rows)
@@ -303,13 +303,9 @@ class _Cache:
         self.text_step = CachedStep(host.model, new, None, host.compiled)
         self._image_step = CachedStep(host.model, new, vocabulary.code_slice, host.compiled)
 
-    def restart(self) -> None:
-        """Marks the next call of the text step as the first of a turn, which is never compiled."""
-        self.text_step.calls = 0
-
     def image_step(self) -> CachedStep:
         """Returns the step for a new image."""
-        self._image_step.calls = 0
+        self._image_step.calls = 0  # the first call may be a prefill
         return self._image_step
 
 
@@ -329,7 +325,9 @@ def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
         InputError: there are marks, but not one for each picture.
     """
     if isinstance(pictures, str):
-        raise InputError(f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures")
+        raise InputError(
+            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
+        )
     marks = text.count(PICTURE)
     if not marks:
         text = f"{PICTURE} " * len(pictures) + text

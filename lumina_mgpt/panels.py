@@ -40,28 +40,27 @@ def fit_panels(
 
 
 def fit_pictures(
-    pictures: Sequence[Panel], vocabulary: Vocabulary, count: int, side: int | None
+    pictures: Sequence[Panel], vocabulary: Vocabulary, count: int, side: int
 ) -> tuple[Image.Image | Tensor, ...]:
     """Returns the pictures of instructions: opens paths, crops pictures to their best size, and checks codes.
 
     Args:
         pictures: one picture for all prompts or one per prompt. Codes (rows, cols) are used unmodified.
         count: number of prompts.
-        side: the sizes to crop to have about the area of a square of this side in pixels; None to crop nothing.
+        side: the sizes to crop to have about the area of a square of this side in pixels.
 
     Raises:
         InputError: a picture has an unsupported type or cannot be read, the number of pictures does not fit the
             prompts, or codes are not those of an image.
     """
     _check_count(pictures, count, wanted=True)
-    sizes = [] if side is None else candidate_sizes(side)
+    sizes = candidate_sizes(side)
     fitted: list[Image.Image | Tensor] = []
     for picture in pictures:
         if isinstance(picture, str | os.PathLike):
             picture = open_panel("panel", picture)
         if isinstance(picture, Image.Image):
-            size = upright(picture).size
-            fitted.append(crop_panel(picture, best_size(size, sizes) if sizes else size))
+            fitted.append(crop_panel(picture, best_size(upright(picture).size, sizes)))
         else:
             _check_codes(picture, vocabulary.num_image_codes)
             try:

@@ -197,8 +197,7 @@ class Checkpoint:
 
         Args:
             parameter: name of the prompts' parameter, for errors.
-            crop: whether to crop the pictures of instructions to one of the checkpoint's sizes. Without, their sides
-                must be multiples of 32.
+            crop: whether to check and crop the given pictures. Without, they fit the task already.
 
         Raises:
             InputError: the size does not fit the model, a prompt cannot be encoded, or a panel cannot be used.
@@ -206,13 +205,13 @@ class Checkpoint:
         request = self._for_family(request)
         task, count = request.task, len(request.prompts)
         parameter = parameter if request.instruction is None else "instruction"
+        given: Any = request.panels
         if not task.takes_picture:
             layout = self.layout(request.width, request.height, task)
-            panels = fit_panels(request.panels, layout, count, self.config.num_image_codes)
+            panels = fit_panels(given, layout, count, self.config.num_image_codes) if crop else given
             starts = self.prompt_ids(request.prompts, layout, task, request.shown, parameter)
             return PreparedRequest(request, layout, starts, panels)
-        side = self.config.base_size if crop else None
-        pictures = fit_pictures(request.panels, self.vocabulary, count, side)
+        pictures = fit_pictures(given, self.vocabulary, count, self.config.base_size) if crop else given
         grids = [blank_grid(picture, self.vocabulary.cell) for picture in pictures]
         width, height = (cells * self.vocabulary.cell for cells in reversed(grids[0].shape))
         layout = self.layout(request.width or width, request.height or height, task)
@@ -231,12 +230,15 @@ class Checkpoint:
             raise InputError(f"must be a task of {family.name} ({names}), got {task.template!r}", "task")
         if request.views is not None and request.views > 1 and task.views == 1:
             rule = "must be left out for a task that makes one image"
-            raise InputError(f"{rule}, got {request.views}; use n for several images", "views")
+            raise InputError(f"{rule}, got {request.views}; use n={request.views}", "views")
         if request.shown is not None and task.panels == 1:
             rule = "must be left out for a task without panels"
-            raise InputError(f"{rule}, got {request.shown!r}; give instruction for other words", "shown")
+            raise InputError(f"{rule}, got {request.shown!r}; give instruction=TEXT", "shown")
         sampling: Any = {name: value for name, value in family.sampling_of(task).items() if name in request.unset}
-        return replace(request, task=request.worded_task, sampling=replace(request.sampling, **sampling))
+        changed: dict[str, Any] = {"sampling": replace(request.sampling, **sampling)} if sampling else {}
+        if request.worded_task != task:
+            changed["task"] = request.worded_task
+        return replace(request, **changed) if changed else request
 
 
 def blank_grid(picture: Image.Image | Tensor, cell: int) -> Tensor:

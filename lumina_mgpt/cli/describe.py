@@ -48,7 +48,7 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument("--save_path", help="file for the answers, one line of JSON each (default: stdout)")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
-    parser.add_argument("--max_new_tokens", type=cli.whole, help="largest number of ids of an answer (default: 1024)")
+    cli.add_max_new_tokens(parser, 1024)
     parser.add_argument(
         "--batch_size", type=cli.whole, help="pictures in a batch; affects speed and memory only (default: up to 8)"
     )
@@ -63,7 +63,7 @@ def build_parser() -> cli.Parser:
 def describe(args: argparse.Namespace) -> int:
     """Checks everything that needs no weights, then answers batch by batch. Returns the exit status."""
     cli.quant_group(args)
-    sampling = cli.sampling_settings(args)
+    seed, limit = cli.sampling_settings(args).seed, cli.answer_limit(args)
     batch = None if args.batch_size is None else image_count("batch_size", args.batch_size)
     if not args.question.strip():
         raise InputError("must not be empty, got ''; ask something, or leave it out", "question")
@@ -77,9 +77,7 @@ def describe(args: argparse.Namespace) -> int:
     cli.warn_without_text(checkpoint)
     with caused_by("question"):
         checkpoint.vocabulary.encode_text(args.question.replace(PICTURE, ""))
-    settings: dict[str, Any] = {"seed": sampling.seed} | cli.given_sampling(args)
-    if args.max_new_tokens is not None:
-        settings["max_new_tokens"] = args.max_new_tokens
+    settings: dict[str, Any] = {"seed": seed} | cli.given_sampling(args) | limit
     with answers_file(args.save_path) as file:
         pipeline = cli.load_pipeline(args, checkpoint, device, text=True)
         left_out = answer_all(pipeline, paths, args.question, batch, settings, file)

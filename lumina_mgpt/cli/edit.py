@@ -22,6 +22,7 @@ from lumina_mgpt import cli, launcher
 from lumina_mgpt.cli import generate, tasks
 from lumina_mgpt.cli.answers import images_of
 from lumina_mgpt.cli.tasks import OutputPlan, result_file
+from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 
@@ -157,7 +158,7 @@ def make(
     try:
         interval, silent = cli.bar_interval(), output is None
         with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=interval, disable=silent) as bar:
-            for number, edited in enumerate(edits(pipeline, prepared, bar), start=1):
+            for number, edited in enumerate(edits(pipeline, prepared, seeds, bar), start=1):
                 if output is None:
                     continue
                 instruction = instructions[number - 1]
@@ -175,24 +176,36 @@ def make(
         raise KeyboardInterrupt(saved) from None
 
 
-def panel_turns(pipeline: "Pipeline", prepared: "PreparedRequest", bar: tqdm) -> Iterator[Turn]:
-    """Yields the turns of a checkpoint that edits an upper panel: each is given the last turn's lower panel."""
+def panel_turns(
+    pipeline: "Pipeline", prepared: "PreparedRequest", seeds: Sequence[SamplingConfig], bar: tqdm
+) -> Iterator[Turn]:
+    """Yields the turns of a checkpoint that edits an upper panel: each is given the last turn's lower panel.
+
+    Args:
+        seeds: sampling settings of each turn.
+        bar: bar that counts codes.
+    """
     panel, cols = prepared.panels[0], prepared.layout.cols
 
     def on_row(_: object) -> None:
         bar.update(cols)
 
-    for index, sampling in enumerate(prepared.request.sampling.with_seeds(len(prepared.request.prompts))):
+    for index, sampling in enumerate(seeds):
         (result,) = pipeline.stream(prepared.single(index, panel, sampling=sampling), on_row)
         panel = result.panel_codes
         yield Turn(result.image, result.panel)
 
 
-def conversation_turns(pipeline: "Pipeline", prepared: "PreparedRequest", bar: tqdm) -> Iterator[Turn]:
-    """Yields the turns of a conversation: the picture is in the first instruction, and later ones have none."""
+def conversation_turns(
+    pipeline: "Pipeline", prepared: "PreparedRequest", seeds: Sequence[SamplingConfig], bar: tqdm
+) -> Iterator[Turn]:
+    """Yields the turns of a conversation: the picture is in the first instruction, and later ones have none.
+
+    Arguments: as `panel_turns`.
+    """
     request, layout = prepared.request, prepared.layout
     conversation = pipeline.conversation()
-    for index, sampling in enumerate(request.sampling.with_seeds(len(request.prompts))):
+    for index, sampling in enumerate(seeds):
         first = index == 0
         events = conversation.say(
             request.task.instruction(request.prompts[0], *layout.size) if first else request.prompts[index],

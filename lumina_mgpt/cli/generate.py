@@ -309,6 +309,15 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     speculation = pipeline.with_window(request.speculation)
     if speculation is not None:
         sampling |= {"coupling": speculation.coupling, "window": speculation.window}
+    return {"width": width, "height": height} | sampling | describe_pipeline(pipeline, loading)
+
+
+def describe_pipeline(pipeline: "Pipeline", loading: Mapping[str, str | None]) -> dict[str, object]:
+    """Returns the settings of a loaded checkpoint, for the text of the saved pictures.
+
+    Args:
+        loading: the result of `loading_text`.
+    """
     file = pipeline.checkpoint.movqgan_path
     movqgan = loading["movqgan_path"] or (file.name if file else None)
     weights = {"model_path": loading["model_path"], "movqgan_path": movqgan}
@@ -326,7 +335,7 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     if group is not None:
         running |= {"quant": "int4", "quant_group": group}
     software = {"software": f"lumina_mgpt {__version__}"}
-    return {"width": width, "height": height} | sampling | weights | running | software
+    return weights | running | software
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from lumina_mgpt.maps import EXTRACTORS
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(
-        cli.ALIASES | {"panel": "--input_image_path"},
+        cli.ALIASES | {"panel": "--input_image_path", "i2i_task": "--task"},
         prog="lumina-mgpt generate-with-image",
         description="Generates an image from one prompt and a control picture.",
     )

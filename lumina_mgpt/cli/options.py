@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import resources
+from lumina_mgpt.checks import whole_number
 from lumina_mgpt.cli.parser import Parser, number, whole
 from lumina_mgpt.cli.progress import ReadingBar
 from lumina_mgpt.config import (
@@ -317,6 +318,24 @@ def checkpoint_path(text: str) -> str | Path:
     Otherwise, the result is `text`.
     """
     return resources.demo_checkpoint() if text == DEMO and not Path(DEMO).exists() else text
+
+
+def add_max_new_tokens(group: argparse._ActionsContainer, default: int) -> None:
+    """Adds --max_new_tokens. `default` is that of the function that samples."""
+    group.add_argument("--max_new_tokens", type=whole, help=f"largest number of ids of an answer (default: {default})")
+
+
+def answer_limit(args: argparse.Namespace) -> dict[str, int]:
+    """Returns the argument that --max_new_tokens gives; none without the option.
+
+    Raises:
+        InputError: the value is below 1.
+    """
+    limit = args.max_new_tokens
+    if limit is None:
+        return {}
+    rule = "must be a whole number of at least 1; try 1024"
+    return {"max_new_tokens": whole_number("max_new_tokens", limit, 1, None, rule)}
 
 
 def sampling_settings(args: argparse.Namespace) -> SamplingConfig:

@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels": {"config"},
     "model": FOUNDATIONS | {"checks", "config", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
-    "sampling": {"errors", "checks", "config", "unirep"},
+    "sampling": {"errors", "checks", "config", "unirep", "vocabulary"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"prompts", "request", "unirep"},
     "attention_map": {"model", "unirep", "vocabulary"},
