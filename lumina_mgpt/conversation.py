@@ -12,6 +12,7 @@ The ids hold the codes of all images, so no image is encoded twice. A turn costs
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,21 +191,20 @@ class Conversation:
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
         plan = self._plan(prompt, want, size, views, max_new_tokens)
         speculation = host.with_window(speculation)
-        self._cache.reserve(
-            1 if settings.cfg == 1.0 or plan.text_only else 2, self._slots(prompt, plan, speculation), self._held
-        )
-        steps = self._cache.text_step, self._cache.image_step
+        rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
+        length = min(plan.context, len(prompt) + plan.limit)
+        self._cache.reserve(rows, length, self._spare(plan, speculation), self._held)
+        steps = self._cache.text_step(), partial(self._cache.image_step, rows)
         sampler = AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
         self._stream = AnswerStream(self, sampler)
         return self._stream
 
-    def _slots(self, prompt: list[int], plan: Plan, speculation: Speculation | None) -> int:
-        """Number of cache slots that the turn and its answer need, pads and drafts after the end included."""
-        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
-        if speculation and speculation.window and not plan.text_only:
-            cells = self.host.checkpoint.vocabulary.cells
-            slots += speculation.window + speculation.window // cells + 1  # the narrowest images have most row ends
-        return slots
+    def _spare(self, plan: Plan, speculation: Speculation | None) -> int:
+        """Number of cache slots after the answer's end, for pads and drafts."""
+        if speculation is None or speculation.window is None or plan.text_only:
+            return _PADS
+        cells = self.host.checkpoint.vocabulary.cells
+        return _PADS + speculation.window + speculation.window // cells + 1  # the narrowest images: most row ends
 
     def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
         """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
@@ -274,39 +274,50 @@ class Conversation:
 
 
 class _Cache:
-    """The KV cache of a conversation, and the two steps on it."""
+    """The KV cache of a conversation, and the steps on it."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._cache: KVCache | None = None
         self._rows = 0
+        self._steps: dict[int, CachedStep] = {}  # by number of rows; 0: the text step
 
-    def reserve(self, rows: int, slots: int, held: int) -> None:
-        """Makes room for `rows` rows of `slots` slots, and keeps the first `held` slots of the conditional row.
+    def reserve(self, rows: int, length: int, spare: int, held: int) -> None:
+        """Makes room for `rows` rows of `length` ids, and keeps the first `held` ids of the conditional row.
 
         Without guidance there is no second row, so a cache may grow in both directions.
+
+        Args:
+            spare: number of further slots, for pads and drafts.
         """
         host, old = self._host, self._cache
-        slots += COMPILED_SPARE if host.compiled else 0
-        if old is not None and rows <= self._rows and slots <= old.slots:
-            self.text_step.calls = 0  # the first call of a turn is a prefill, which is never compiled
+        spare += COMPILED_SPARE if host.compiled else 0
+        if old is not None and rows <= self._rows and length + spare <= old.slots:
             return
         if old is not None:
             rows = max(rows, self._rows)
-            slots = max(slots, old.slots if slots <= old.slots else int(_GROWTH * old.slots))
-        new = conversation_cache(host, rows, slots)
+            grown = old.slots if length + spare <= old.slots else int(_GROWTH * old.slots)
+            length = max(length, min(host.checkpoint.config.context, grown - spare))
+        new = conversation_cache(host, rows, length + spare)
         if old is not None:
             for target, source in zip(new.tensors(), old.tensors(), strict=True):
                 target[:1, :, :held] = source[:1, :, :held]
-        self._cache, self._rows = new, rows
-        vocabulary = host.checkpoint.vocabulary
-        self.text_step = CachedStep(host.model, new, None, host.compiled)
-        self._image_step = CachedStep(host.model, new, vocabulary.code_slice, host.compiled)
+        self._cache, self._rows, self._steps = new, rows, {}
 
-    def image_step(self) -> CachedStep:
-        """Returns the step for a new image."""
-        self._image_step.calls = 0  # the first call may be a prefill
-        return self._image_step
+    def text_step(self) -> CachedStep:
+        """Returns the step that feeds the conditional row alone, for a new answer."""
+        return self._step(0, None)
+
+    def image_step(self, rows: int) -> CachedStep:
+        """Returns the step that feeds this number of rows, for a new image."""
+        return self._step(rows, self._host.checkpoint.vocabulary.code_slice)
+
+    def _step(self, key: int, columns: slice | None) -> CachedStep:
+        assert self._cache is not None
+        if key not in self._steps:
+            self._steps[key] = CachedStep(self._host.model, self._cache, columns, self._host.compiled)
+        self._steps[key].calls = 0  # the first call may be a prefill, which is never compiled
+        return self._steps[key]
 
 
 def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:

@@ -3,8 +3,8 @@
     lumina-mgpt generate-with-image --task canny --extract --input_image_path assets/subject.png \\
         --prompt "a penguin on a yellow background" --save_path controlled
 
-This command does the same as `lumina-mgpt generate --task i2i` and names its files in the same way. The size is that of
-both panels together: `--width 768 --height 768` gives two panels of 768 x 384 pixels.
+This command does the same as `lumina-mgpt generate --task i2i` and names its files in the same way. With Lumina-mGPT
+2.0, the size is that of both panels together: `--width 768 --height 768` gives two panels of 768 x 384 pixels.
 """
 
 import argparse
@@ -30,9 +30,9 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--input_image_path",
         required=True,
-        help="picture for the upper panel; its center is cropped to the panel's size",
+        help="given picture, cropped at its center; Lumina-mGPT 2.0: the upper panel",
     )
-    group.add_argument("--prompt", help="what the lower panel shows; optional for predict_...")
+    group.add_argument("--prompt", help="what the image shows; optional for predict_... and no_edit")
     group.add_argument(
         "--extract",
         action="store_true",

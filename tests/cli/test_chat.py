@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import time
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from command_checks import names, refused
-from commands import environment, line_of, main_of
+from commands import environment, line_of, main_of, module_of
+from documents import guide_text
 from PIL import Image
 
 GREEDY = ("--text_top_k", "1", "--device", "cpu", "--target_size", "64")
@@ -68,6 +70,22 @@ def test_a_folder_with_a_broken_picture_is_described(given, pictures, golden, tm
     refused(capsys, main_of("describe")([*GREEDY, *options, str(pictures)]), "--save_path", "already exists", "--over")
 
 
+def test_ctrl_c_keeps_finished_lines(given, pictures, tmp_path, capsys, monkeypatch):
+    from lumina_mgpt.pipeline import Pipeline
+
+    describe = Pipeline.describe
+
+    def stopping(self, *args, **settings):
+        yield next(iter(describe(self, *args, **settings)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "describe", stopping)
+    answers = tmp_path / "answers.jsonl"
+    options = [*given("text")[:2], "--save_path", str(answers), str(pictures)]
+    assert main_of("describe")([*GREEDY, *options]) == 130
+    assert len(answers.read_text().splitlines()) == 1 and "1 of 4 pictures have a line" in capsys.readouterr().err
+
+
 def test_answers_on_stdout_and_a_question(given, pictures, capsys):
     options = ["--question", "Is <|image|> red?", "--max_new_tokens", "2", "--batch_size", "1"]
     paths = [str(pictures / "a.png"), str(pictures / "a.png")]
@@ -106,6 +124,14 @@ def test_what_describe_refuses(given, pictures, tmp_path, capsys, options, parts
     options = [places.get(option, option) for option in options]
     code = main_of("describe")(["--device", "cpu", *given("text")[:2], *options])
     refused(capsys, code, *parts)
+
+
+@pytest.mark.parametrize("command", ["describe", "chat", "attention"])
+def test_every_option_is_in_the_documents(command):
+    text = guide_text()
+    options = {option for action in module_of(command).build_parser()._actions for option in action.option_strings}
+    missing = [option for option in options - {"-h", "--help"} if not re.search(rf"`{option}[ `]", text)]
+    assert not missing
 
 
 # -- a conversation in a file ------------------------------------------------------------------------------------------

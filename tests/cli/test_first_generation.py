@@ -119,6 +119,22 @@ def test_views_of_an_object(generate, tmp_path, sampling):
             assert image.text["view"] == str(view) and image.text["views"] == "3"
 
 
+def test_ctrl_c_keeps_finished_views(generate, tmp_path, capsys, monkeypatch):
+    from lumina_mgpt.outputs import OutputFolder
+
+    save = OutputFolder.save
+
+    def stopping(self, name, *args, **settings):
+        if name == "0_0_view_1.png":
+            raise KeyboardInterrupt
+        return save(self, name, *args, **settings)
+
+    monkeypatch.setattr(OutputFolder, "save", stopping)
+    options = ("--task", "multiview", "--views", "3", "--width", "32", "--height", "32", "--prompt", "a hat")
+    assert generate(*options, "--preview") == 130
+    assert "1 of 3 images are in" in capsys.readouterr().err and names(tmp_path / "out") == ["0_0_view_0.png"]
+
+
 def test_sixteen_views_of_384_pixels_by_default(oracle_v1_checkpoint):
     from lumina_mgpt.preparation import Checkpoint
     from lumina_mgpt.prompts import FIRST_TASKS
@@ -205,6 +221,22 @@ def test_a_checkpoint_without_its_vqgan_makes_no_image(oracle_v1_checkpoint, tmp
             (folder / path.name).symlink_to(path)
     code = main_of("generate")(["--model_path", str(folder), "--prompt", "x", "--save_path", str(tmp_path / "out")])
     refused(capsys, code, "no VQGAN weights in", "vqgan_path")
+
+
+def test_fp16_is_never_chosen_or_taken(oracle_v1_checkpoint, monkeypatch):
+    import torch
+
+    from lumina_mgpt.devices import resolve_dtype
+    from lumina_mgpt.errors import InputError
+    from lumina_mgpt.preparation import Checkpoint
+
+    config = Checkpoint.open(oracle_v1_checkpoint("image")).config
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: False)
+    for device in ("mps", "cuda", "cpu"):
+        assert resolve_dtype("auto", torch.device(device), config) == torch.float32
+    for name in ("fp16", torch.float16):
+        with pytest.raises(InputError, match="dtype must be bf16 or fp32 .* overflows fp16"):
+            resolve_dtype(name, torch.device("cpu"), config)
 
 
 # -- edit and reconstruct ----------------------------------------------------------------------------------------------
