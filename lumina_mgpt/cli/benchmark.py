@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lumina_mgpt.pipeline import Pipeline
     from lumina_mgpt.preparation import Checkpoint, PreparedRequest
     from lumina_mgpt.results import RowsDone
+    from lumina_mgpt.rewriting import Rewriter
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,26 @@ def benchmark(args: argparse.Namespace) -> None:
     originals: tuple[str, ...] = ()
     if rewriter:
         originals = tuple(request.prompts)
-        request = replace(request, prompts=rewritten_once(folder, originals, rewriter))
+        request = replace(request, prompts=_rewritten(folder, originals, rewriter, shown=share[0] == 0))
         prepared = checkpoint.prepare(request, "rewrite")
         best = replace(best, prompts=originals) if best else None
     run = BenchmarkRun(folder, prepared, request.jobs, best, originals, {"benchmark": layout.title})
     _make(args, run, checkpoint, device)
+
+
+def _rewritten(folder: BenchmarkFolder, prompts: tuple[str, ...], rewriter: "Rewriter", shown: bool) -> tuple[str, ...]:
+    """Returns the expanded prompts. A bar shows the progress if it takes long."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=len(set(prompts)),
+        desc="rewriting prompts",
+        unit=" prompts",
+        delay=2,
+        disable=not shown,
+        mininterval=cli.bar_interval(),
+    ) as bar:
+        return rewritten_once(folder, prompts, rewriter, bar.update)
 
 
 def settings_of(

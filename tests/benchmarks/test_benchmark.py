@@ -13,8 +13,7 @@ from commands import PATIENCE, ROOT, environment, main_of
 from PIL import Image
 
 from lumina_mgpt import Pipeline
-from lumina_mgpt.benchmarks import folder as folders
-from lumina_mgpt.benchmarks.folder import tile
+from lumina_mgpt.benchmarks.folder import BenchmarkFolder, tile
 
 SMALL = ("--device", "cpu", "--width", "32", "--height", "32")
 
@@ -112,6 +111,23 @@ def test_parti_writes_an_index(run, tmp_path):
     assert all((tmp_path / "out" / row[0]).is_file() for row in rows[1:])
 
 
+def test_both_families_choose_the_best(run, oracle_v1_checkpoint, tiny_checkpoint, tmp_path):
+    """`own` of each family; the best of N is an image of a run with N times as many."""
+    for checkpoint, scorer in ((oracle_v1_checkpoint("image"), "own, reading"), (tiny_checkpoint, "own, bayes")):
+        out = tmp_path / scorer
+        where = ("--model_path", checkpoint, "--save_path", out)
+        assert run("parti", *where, "-n", 2, "--best_of", 2) == 0
+        with Image.open(out / "00001_01.png") as image:
+            text, chosen = image.text, pixels(out / "00001_01.png")
+        scores = json.loads(text["candidates"])
+        assert text["scorer"] == scorer and list(scores) == ["2", "3"]
+        assert scores[text["repeat"]] == max(scores.values()) == float(text["score"])
+        assert json.loads((out / "manifest.json").read_text())["settings"]["scorer"] == scorer
+        prompts = [line.split("\t")[1] for line in (out / "index.tsv").read_text().splitlines()[1::2]]
+        results = Pipeline.from_pretrained(checkpoint, "cpu").generate(prompts, 32, 32, n=4)
+        assert np.array_equal(chosen, np.array(results[4 + int(text["repeat"])].image))
+
+
 def test_done_images_are_not_made_again(run, tmp_path, monkeypatch, capsys):
     """A run that lacks an image, has one cut short and a tile cut short makes these alone, with the same pixels."""
     assert run("geneval", "-n", 2) == 0
@@ -205,6 +221,21 @@ def test_a_killed_run_continues(tiny_checkpoint, lists, tmp_path, run, run_forke
             assert np.array_equal(pixels(path), pixels(alone / path.relative_to(out)))
     assert run_forked(*options, "-n", 2) == [0]
     assert {name for name in files(out) if not name.startswith(".part/")} == files(alone)
+
+
+def test_a_stopped_run_says_how_to_continue(run, monkeypatch, tmp_path, capsys):
+    save = BenchmarkFolder.save_image
+
+    def save_and_stop(folder, item, *image):
+        save(folder, item, *image)
+        if item.index == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(BenchmarkFolder, "save_image", save_and_stop)
+    assert run("parti", "--batch_size", 1) == 130
+    message = f"1 of 3 images are in {tmp_path / 'out'}; the same command continues"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/00002.png").exists()
 
 
 def test_two_processes_make_the_files_of_one(tiny_checkpoint, lists, tmp_path, run, run_forked):

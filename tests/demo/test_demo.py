@@ -158,7 +158,9 @@ def _documented_commands() -> list[list[str]]:
     return [
         words
         for words in found.values()
-        if words[:2] in makers and not {"--movqgan_path", "--rewrite"} & set(words) and not any("Alpha-VLLM/" in word for word in words)
+        if words[:2] in makers
+        and not {"--movqgan_path", "--rewrite"} & set(words)
+        and not any("Alpha-VLLM/" in word for word in words)
     ]
 
 
