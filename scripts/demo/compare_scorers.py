@@ -2,8 +2,8 @@
 
     python scripts/demo/compare_scorers.py --emoji_dir work/demo/emoji --prompts 40 --cfg 1 --temperature 1.5
 
-Candidates are right if each emoji of the held-out scene is the nearest of all known ones in pixels. The last columns say
-for how many first candidates the prompt that they were drawn from has the highest score among those of its batch.
+Candidates are right if each emoji of the held-out scene is the nearest of all known ones in pixels. The last columns
+say for how many first candidates the prompt that they were drawn from has the highest score among those of its batch.
 """
 
 import argparse
