@@ -15,6 +15,8 @@ from typing import Literal
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
 
+# File with the encoder of a VQGAN alone, in copies of checkpoints that have no other file of it.
+VQGAN_ENCODER = "vqgan_encoder.safetensors"
 FIRST_CODE_NAME = "IMGIMGAZ"  # name of image code 0 in the tokenizers of the first generation
 
 
@@ -37,6 +39,9 @@ class Family:
         tasks: name -> task whose images are all generated.
         i2i_tasks: name -> task with a given picture.
         sampling: default values of `SamplingConfig`, where they differ from those of the class.
+        plain_share: share of text-to-image training records whose instruction does not name the size of the image.
+        drops_earlier_images: whether training also drops the context of sequences with several images; see
+            `unirep.drop_context`.
     """
 
     generation: int
@@ -52,6 +57,13 @@ class Family:
     tasks: Mapping[str, Task]
     i2i_tasks: Mapping[str, Task]
     sampling: Mapping[str, float] = field(default_factory=dict)
+    plain_share: float = 0.0
+    drops_earlier_images: bool = False
+
+    @property
+    def has_panels(self) -> bool:
+        """Whether an image of some task consists of several panels, one above the other."""
+        return any(task.panels > 1 for task in (*self.tasks.values(), *self.i2i_tasks.values()))
 
     def task(self, name: str, i2i: bool = False) -> Task:
         """Returns the task of this name.
@@ -87,6 +99,7 @@ FIRST = Family(
     tasks=FIRST_TASKS,
     i2i_tasks=FIRST_I2I_TASKS,
     sampling=MappingProxyType({"top_k": 2000}),
+    drops_earlier_images=True,  # as the paper says; the released code drops no context
 )
 SECOND = Family(
     generation=2,
@@ -101,6 +114,7 @@ SECOND = Family(
     fits_fp16=True,
     tasks=TASKS,
     i2i_tasks=I2I_TASKS,
+    plain_share=0.1,
 )
 FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
 

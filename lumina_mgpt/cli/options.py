@@ -78,6 +78,11 @@ def add_checkpoint_options(parser: Parser) -> None:
         help="compile the model; takes minutes before the first image, then each image is faster",
     )
     group.add_argument(
+        "--no_cuda_graphs",
+        action="store_true",
+        help="on CUDA, start the kernels of each step one by one; without it, a graph starts them all at once",
+    )
+    group.add_argument(
         "--movqgan_dtype",
         default="fp32",
         choices=("fp32", "bf16", "fp16"),
@@ -164,12 +169,17 @@ def load_pipeline(
         device: device to load the weights to.
         parallel: this process among those that hold the model together, None if it is alone.
         text: whether text will be sampled (default: by the family).
+
+    Raises:
+        InputError: --no_cuda_graphs is given without a CUDA device, or an error of `Pipeline.from_pretrained`.
     """
     import torch
 
     from lumina_mgpt.devices import DTYPES
     from lumina_mgpt.pipeline import Pipeline
 
+    if args.no_cuda_graphs and device.type != "cuda":
+        raise InputError(f"--no_cuda_graphs has no effect on device {device}; leave it out, or use --device cuda")
     stored = checkpoint.config.int4_group
     with ReadingBar("int4 while loading" if args.quant and not stored else "loading", delay=3) as bar:
         return Pipeline.from_pretrained(
@@ -182,6 +192,7 @@ def load_pipeline(
             cache_dtype=torch.int8 if args.cache_dtype == "int8" else None,
             movqgan_dtype=DTYPES[args.movqgan_dtype],
             compile=args.compile,
+            cuda_graphs=not args.no_cuda_graphs,
             parallel=parallel,
             text=text,
         )

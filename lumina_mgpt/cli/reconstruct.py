@@ -46,6 +46,7 @@ _OF_MODEL = (
     "quant",
     "cache_dtype",
     "compile",
+    "no_cuda_graphs",
 )
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from lumina_mgpt import prompts
 from lumina_mgpt.data.seeding import uniform
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import SECOND, Family
 
 Panels = tuple[Path, ...]  # files of one image's panels, from the top; most images have one panel
 
 IMAGE_MARK = "<|image|>"
 LLAVA_MARK = "<image>"
-PLAIN_SHARE = 0.1  # share of text-to-image instructions that do not name the size, from the released training
 ROLES = {"human": "human", "gpt": "assistant", "assistant": "assistant"}
 _TURNS = ("human", "assistant")
 _FORMS = {"conversations", "image"}, {"image_path", "prompt"}
@@ -58,8 +58,9 @@ class Record:
 def parse_record(raw: object) -> Record:
     """Parses a row of an input into a Record.
 
-    A row has the keys `image_path` and `prompt` (text to image), or `conversations` and `image`. Relative paths start
-    at the working directory. The image mark is `<|image|>`; in conversations, LLaVA's mark `<image>` means the same.
+    A row has the keys `image_path` and `prompt` (text to image), or `conversations` and `image`. A conversation in
+    words alone needs no `image`. Relative paths start at the working directory. The image mark is `<|image|>`; in
+    conversations, LLaVA's mark `<image>` means the same.
 
     Args:
         raw: the row, or an InputError that says why there is no row.
@@ -166,8 +167,8 @@ def _parse_conversation(raw: dict, fewest: int = 2) -> Record:
 
 
 def _image_paths(image: object) -> tuple[Panels, ...]:
-    """Files of the images in `image` of a row: a path, or a list of paths and of lists of panels."""
-    images = [image] if isinstance(image, str) else image
+    """Files of the images in `image` of a row: a path, a list of paths and of lists of panels, or null for none."""
+    images = [image] if isinstance(image, str) else [] if image is None else image
     if not isinstance(images, list):
         raise InputError("image must be a path or a list, in which a list of paths is one picture's panels from above")
     stacks = [[entry] if isinstance(entry, str) else entry for entry in images]
@@ -200,14 +201,31 @@ def _parts(text: str, counter) -> list[str | int]:
     return [next(counter) if piece == IMAGE_MARK else piece for piece in pieces if piece]
 
 
-def is_plain(seed: int, record: int) -> bool:
-    """Whether the instruction of a text-to-image record leaves out the image size, as one in ten does.
+def is_plain(seed: int, record: int, family: Family = SECOND) -> bool:
+    """Whether the instruction of a text-to-image record leaves out the image size.
+
+    One in ten does so in the second generation, none in the first.
 
     Args:
         seed: seed of the pre-tokenization. Seed and record determine the result.
         record: index of the record in the input.
+        family: family of the checkpoint.
     """
-    return uniform(seed, "plain", record) < PLAIN_SHARE
+    return uniform(seed, "plain", record) < family.plain_share
+
+
+def require_no_panels(record: Record, family: Family) -> None:
+    """Raises an error if an image of a record has several panels, and the model's images have none.
+
+    Raises:
+        InputError: as above.
+    """
+    stack = next((image for image in record.images if len(image) > 1), None)
+    if stack and not family.has_panels:
+        raise InputError(
+            f"an image of {family.name} has no panels, got a list of {len(stack)} files for one image; list them as "
+            f"images of their own, with one {IMAGE_MARK} each"
+        )
 
 
 def conversation(

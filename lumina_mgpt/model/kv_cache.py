@@ -31,6 +31,9 @@ class Scaled(NamedTuple):
         return (self.integers * self.scales[..., None]).to(dtype)
 
 
+CUDA_SLOTS = 128  # on CUDA, a cache has a multiple of this many slots, and attention reads a multiple of it
+_CUDA_SPARE = 2  # on CUDA, spare slots that every cache has: a step of one id is padded to two
+
 Cached = Tensor | Scaled  # keys or values as attention reads them
 
 
@@ -48,6 +51,7 @@ class KVCache:
         rows: number of sequences.
         length: largest number of ids in one sequence.
         spare: number of additional slots after `length`, for the pads of short rows. No query attends to them.
+            On CUDA there are at least two, and up to 127 more: the number of slots is a multiple of 128.
     """
 
     def __init__(
@@ -60,7 +64,11 @@ class KVCache:
         spare: int = 0,
     ) -> None:
         self.length, self.slots = length, length + spare
+        if torch.device(device).type == "cuda":
+            self.slots = length + max(spare, _CUDA_SPARE)
+            self.slots += -self.slots % CUDA_SLOTS
         shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)
+        self.index = torch.arange(self.slots, device=device)  # of each slot
         row = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self.layers: list[LayerCache] = []
         for _ in range(config.num_hidden_layers):
@@ -74,6 +82,11 @@ class KVCache:
     def tensors(self) -> list[Tensor]:
         """Returns the tensors of all layers: keys, values and, in int8, their scales."""
         return [tensor for layer in self.layers for tensor in (*layer.stores, *(layer.scales or ()))]
+
+    def clear(self) -> None:
+        """Sets all slots to zero, for other sequences: what is not a number in one would reach the next."""
+        for tensor in self.tensors():
+            tensor.zero_()
 
     def copy_rows(self, source: Tensor, filled: int) -> None:
         """Copies the first `filled` slots of row `source[r]` to row r, for every row r. Shapes: source (rows,)."""

@@ -17,6 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "resources": set(),
     "measure": set(),
     "console": set(),
+    "cuda": set(),
     "prompts": set(),
     "io": {"errors"},
     "checks": {"errors"},
@@ -35,10 +36,10 @@ LAYERS: dict[str, set[str]] = {
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},
     "unirep": {"errors", "checks", "vocabulary"},
-    "vqgan": FOUNDATIONS | {"checks", "config", "images"},
+    "vqgan": FOUNDATIONS | {"checks", "config", "cuda", "families", "images"},
     "panels": {"errors", "checks", "images", "vqgan", "unirep", "vocabulary"},
     "kernels": {"config"},
-    "model": FOUNDATIONS | {"checks", "config", "kernels", "launcher"},
+    "model": FOUNDATIONS | {"checks", "config", "cuda", "families", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
     "sampling": {"errors", "checks", "config", "unirep", "vocabulary"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
@@ -48,16 +49,28 @@ LAYERS: dict[str, set[str]] = {
 LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request"}
 LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
+LAYERS["loading"] = {"errors", "model", "preparation", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["scoring"] = {"errors", "checks", "families", "request", "results", "unirep", "user_functions"}
 LAYERS["scoring"] |= {"pipeline", "preparation"}
-LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
-LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
+LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
+LAYERS["data"] = FOUNDATIONS | {
+    "checks",
+    "config",
+    "devices",
+    "families",
+    "images",
+    "vqgan",
+    "prompts",
+    "unirep",
+    "vocabulary",
+}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
-LAYERS["cli"] = set(LAYERS)
+LAYERS["comfyui"] = set(LAYERS) - {"console", "data", "launcher", "outputs", "training"}
+LAYERS["cli"] = set(LAYERS) - {"comfyui"}
 LAYERS["__main__"] = {"cli"}
 PRINTERS = {"cli", "__main__"}
 EXITS = {"print", "exit", "quit", "sys.exit", "os._exit"}
