@@ -183,12 +183,46 @@ class Conversation:
         """
         if self._stream is not None:
             self._stream.close()
-        host, vocabulary = self.host, self.host.checkpoint.vocabulary
-        settings = sampling_config(host.checkpoint, sampling)
+        vocabulary = self.host.checkpoint.vocabulary
+        settings = sampling_config(self.host.checkpoint, sampling)
         parts = turn_parts(text, pictures) if isinstance(text, str) else list(text)
         require(isinstance(text, str) or not pictures, "pictures", pictures, "must be left out if the turn has parts")
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
         plan = self._plan(prompt, want, size, views, max_new_tokens)
+        self._stream = AnswerStream(self, self._sampler(prompt, plan, settings, speculation))
+        return self._stream
+
+    def answer_ids(
+        self,
+        prompt: Sequence[int],
+        settings: SamplingConfig,
+        *,
+        want: str = "any",
+        size: tuple[int, int] | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        speculation: Speculation | None = None,
+    ) -> list[int]:
+        """Returns the ids of the model's answer to a whole prompt. The history of this conversation stays unchanged.
+
+        Args:
+            prompt: ids of a conversation, bos first, up to the answer. The answer may have begun with text.
+            want, size, max_new_tokens, speculation: as for `say`.
+
+        Raises:
+            InputError: as for `say`.
+        """
+        plan = self._plan(list(prompt), want, size, 1, max_new_tokens)
+        self._held = 0  # the cache gets this prompt
+        sampler = self._sampler(list(prompt), plan, settings, speculation)
+        for _ in sampler.run():
+            pass
+        return sampler.answer
+
+    def _sampler(
+        self, prompt: list[int], plan: Plan, settings: SamplingConfig, speculation: Speculation | None
+    ) -> AnswerSampler:
+        """Returns the sampler of the answer to a prompt, and makes room for both in the cache."""
+        host, vocabulary = self.host, self.host.checkpoint.vocabulary
         speculation = host.with_window(speculation)
         rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
         slots = min(plan.context, len(prompt) + plan.limit) + _PADS
@@ -196,7 +230,7 @@ class Conversation:
             slots += speculation.window + speculation.window // vocabulary.cells + 1  # narrow images: many row ends
         self._cache.reserve(rows, slots, self._held)
         self._cache.restart()
-        sampler = AnswerSampler(
+        return AnswerSampler(
             self._cache.text_step,
             self._cache.image_step,
             vocabulary,
@@ -207,8 +241,6 @@ class Conversation:
             self.answers,
             speculation,
         )
-        self._stream = AnswerStream(self, sampler)
-        return self._stream
 
     def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
         """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
@@ -318,7 +350,7 @@ class _Cache:
 
 def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
     """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is."""
-    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.device)
+    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.model.layer_devices)
     cache.length = host.checkpoint.config.context
     return cache
 

@@ -65,8 +65,7 @@ class Pipeline:
         self.model = model
         self.image_tokenizer = image_tokenizer
         self.parallel = parallel
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = model.device, next(model.parameters()).dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
         self.forwards = 0
@@ -330,7 +329,7 @@ class Pipeline:
         length = max(map(len, starts)) + layout.length
         spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:

@@ -72,6 +72,14 @@ class Span:
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return cls(positions, filled, mask, False)
 
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Span":
+        """Returns the span on a device. accelerate calls it where the layers of a model are on several devices."""
+        positions, mask = (
+            part.to(device, non_blocking=non_blocking) if isinstance(part, Tensor) else part
+            for part in (self.positions, self.mask)
+        )
+        return replace(self, positions=positions, mask=mask)
+
 
 Backend = Callable[..., Tensor]  # of (q, k, v, span, cached)
 

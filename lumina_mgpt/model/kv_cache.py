@@ -1,5 +1,6 @@
 """The KV cache: preallocated keys and values of every layer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class KVCache:
     Args:
         rows: number of sequences.
         length: largest number of ids in one sequence.
+        device: device of all layers, or one device for each layer.
         spare: number of additional slots after `length`, for the pads of short rows. No query attends to them.
     """
 
@@ -56,20 +58,21 @@ class KVCache:
         rows: int,
         length: int,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str | Sequence[torch.device],
         spare: int = 0,
     ) -> None:
         self.length, self.slots = length, length + spare
         shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)
-        row = torch.arange(rows, device=device)[:, None]  # (B, 1)
+        devices = [device] * config.num_hidden_layers if isinstance(device, torch.device | str) else device
+        index = {device: torch.arange(rows, device=device)[:, None] for device in devices}  # (B, 1)
         self.layers: list[LayerCache] = []
-        for _ in range(config.num_hidden_layers):
+        for device in devices:
             # Separate tensors: for a slice of a larger one, a compiled step would write back the whole tensor.
             stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
             scales = None
             if dtype == torch.int8:
                 scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
-            self.layers.append(LayerCache(stores, scales, row))
+            self.layers.append(LayerCache(stores, scales, index[device]))
 
     def tensors(self) -> list[Tensor]:
         """Returns the tensors of all layers: keys, values and, in int8, their scales."""
@@ -78,7 +81,7 @@ class KVCache:
     def copy_rows(self, source: Tensor, filled: int) -> None:
         """Copies the first `filled` slots of row `source[r]` to row r, for every row r. Shapes: source (rows,)."""
         for tensor in self.tensors():
-            tensor[:, :, :filled] = tensor[source, :, :filled]
+            tensor[:, :, :filled] = tensor[source.to(tensor.device), :, :filled]
 
 
 class LayerCache(NamedTuple):

@@ -43,7 +43,7 @@ class CachedStep:
         self, model: Transformer, cache: KVCache, columns: slice | None, compiled: Forward | None = None
     ) -> None:
         self.model, self.cache, self.columns, self.compiled = model, cache, columns, compiled
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.calls = 0
 
     def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
