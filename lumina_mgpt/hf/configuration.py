@@ -55,6 +55,10 @@ class LuminaMGPTConfig(PretrainedConfig):
         return ModelConfig(**{field.name: getattr(self, field.name, field.default) for field in fields(ModelConfig)})
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: a saved model always has an `auto_map`, and no copy of this module."""
+
+    @classmethod
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
