@@ -10,8 +10,9 @@
 The ids hold the codes of all images, so no image is encoded twice. A turn costs the prefill of the new turn alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +94,7 @@ class AnswerStream(Iterator[Event]):
         reason = self._sampler.reason or "stopped"
         return read_answer(self._sampler.answer, reason, self._conversation.host, self._reader.images)
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Generator[Event, None, None]:
         kept = False
         try:
             for ids in self._sampler.run():
@@ -196,22 +197,18 @@ class Conversation:
         self,
         prompt: Sequence[int],
         settings: SamplingConfig,
-        *,
-        want: str = "any",
-        size: tuple[int, int] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         speculation: Speculation | None = None,
     ) -> list[int]:
-        """Returns the ids of the model's answer to a whole prompt. The history of this conversation stays unchanged.
+        """Returns the ids of the model's answer, in texts and images, to a prompt. The history stays unchanged.
 
         Args:
             prompt: ids of a conversation, bos first, up to the answer. The answer may have begun with text.
-            want, size, max_new_tokens, speculation: as for `say`.
 
         Raises:
             InputError: as for `say`.
         """
-        plan = self._plan(list(prompt), want, size, 1, max_new_tokens)
+        plan = self._plan(list(prompt), "any", None, 1, max_new_tokens)
         self._held = 0  # the cache gets this prompt
         sampler = self._sampler(list(prompt), plan, settings, speculation)
         for _ in sampler.run():
@@ -222,25 +219,19 @@ class Conversation:
         self, prompt: list[int], plan: Plan, settings: SamplingConfig, speculation: Speculation | None
     ) -> AnswerSampler:
         """Returns the sampler of the answer to a prompt, and makes room for both in the cache."""
-        host, vocabulary = self.host, self.host.checkpoint.vocabulary
-        speculation = host.with_window(speculation)
+        vocabulary, speculation = self.host.checkpoint.vocabulary, self.host.with_window(speculation)
         rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
-        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
-        if speculation and speculation.window and not plan.text_only:
-            slots += speculation.window + speculation.window // vocabulary.cells + 1  # narrow images: many row ends
-        self._cache.reserve(rows, slots, self._held)
-        self._cache.restart()
-        return AnswerSampler(
-            self._cache.text_step,
-            self._cache.image_step,
-            vocabulary,
-            prompt,
-            self._held,
-            plan,
-            settings,
-            self.answers,
-            speculation,
-        )
+        length = min(plan.context, len(prompt) + plan.limit)
+        self._cache.reserve(rows, length, self._spare(plan, speculation), self._held)
+        steps = self._cache.text_step(), partial(self._cache.image_step, rows)
+        return AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
+
+    def _spare(self, plan: Plan, speculation: Speculation | None) -> int:
+        """Number of cache slots after the answer's end, for pads and drafts."""
+        if speculation is None or speculation.window is None or plan.text_only:
+            return _PADS
+        cells = self.host.checkpoint.vocabulary.cells
+        return _PADS + speculation.window + speculation.window // cells + 1  # the narrowest images: most row ends
 
     def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
         """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
@@ -310,42 +301,50 @@ class Conversation:
 
 
 class _Cache:
-    """The KV cache of a conversation, and the two steps on it."""
+    """The KV cache of a conversation, and the steps on it."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._cache: KVCache | None = None
         self._rows = 0
+        self._steps: dict[int, CachedStep] = {}  # by number of rows; 0: the text step
 
-    def reserve(self, rows: int, slots: int, held: int) -> None:
-        """Makes room for `rows` rows of `slots` slots, and keeps the first `held` slots of the conditional row.
+    def reserve(self, rows: int, length: int, spare: int, held: int) -> None:
+        """Makes room for `rows` rows of `length` ids, and keeps the first `held` ids of the conditional row.
 
         Without guidance there is no second row, so a cache may grow in both directions.
+
+        Args:
+            spare: number of further slots, for pads and drafts.
         """
         host, old = self._host, self._cache
-        slots += COMPILED_SPARE if host.compiled else 0
-        if old is not None and rows <= self._rows and slots <= old.slots:
+        spare += COMPILED_SPARE if host.compiled else 0
+        if old is not None and rows <= self._rows and length + spare <= old.slots:
             return
         if old is not None:
             rows = max(rows, self._rows)
-            slots = max(slots, old.slots if slots <= old.slots else int(_GROWTH * old.slots))
-        new = conversation_cache(host, rows, slots)
+            grown = old.slots if length + spare <= old.slots else int(_GROWTH * old.slots)
+            length = max(length, min(host.checkpoint.config.context, grown - spare))
+        new = conversation_cache(host, rows, length + spare)
         if old is not None:
             for target, source in zip(new.tensors(), old.tensors(), strict=True):
                 target[:1, :, :held] = source[:1, :, :held]
-        self._cache, self._rows = new, rows
-        vocabulary = host.checkpoint.vocabulary
-        self.text_step = CachedStep(host.model, new, None, host.compiled)
-        self._image_step = CachedStep(host.model, new, vocabulary.code_slice, host.compiled)
+        self._cache, self._rows, self._steps = new, rows, {}
 
-    def restart(self) -> None:
-        """Marks the next call of the text step as the first of a turn, which is never compiled."""
-        self.text_step.calls = 0
+    def text_step(self) -> CachedStep:
+        """Returns the step that feeds the conditional row alone, for a new answer."""
+        return self._step(0, None)
 
-    def image_step(self) -> CachedStep:
-        """Returns the step for a new image."""
-        self._image_step.calls = 0
-        return self._image_step
+    def image_step(self, rows: int) -> CachedStep:
+        """Returns the step that feeds this number of rows, for a new image."""
+        return self._step(rows, self._host.checkpoint.vocabulary.code_slice)
+
+    def _step(self, key: int, columns: slice | None) -> CachedStep:
+        assert self._cache is not None
+        if key not in self._steps:
+            self._steps[key] = CachedStep(self._host.model, self._cache, columns, self._host.compiled)
+        self._steps[key].calls = 0  # the first call may be a prefill, which is never compiled
+        return self._steps[key]
 
 
 def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
@@ -364,7 +363,9 @@ def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
         InputError: there are marks, but not one for each picture.
     """
     if isinstance(pictures, str):
-        raise InputError(f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures")
+        raise InputError(
+            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
+        )
     marks = text.count(PICTURE)
     if not marks:
         text = f"{PICTURE} " * len(pictures) + text

@@ -116,15 +116,7 @@ class Pipeline:
         _check_format("movqgan_dtype", movqgan_dtype)
         if compile:
             require_compiler(device)
-        if not isinstance(model_path, Checkpoint):
-            checkpoint = Checkpoint.open(model_path, movqgan_path)
-        else:
-            checkpoint = model_path
-            if movqgan_path is not None:
-                kind = checkpoint.config.family.image_tokenizer
-                checkpoint = replace(
-                    checkpoint, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind)
-                )
+        checkpoint = _opened(model_path, movqgan_path)
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
         if parallel:
@@ -136,11 +128,7 @@ class Pipeline:
         image_tokenizer.require_codes(config, image_tokenizer.source)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
-            if text and parallel:
-                raise InputError("cannot be True for a model that several processes hold; leave it out", "text")
-            codes = checkpoint.vocabulary.code_slice
-            whole = text or (text is None and parallel is None and config.family.answers_in_text)
-            columns = None if whole else parallel.code_part(codes) if parallel else codes
+            columns = _columns(checkpoint, text, parallel)
             model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
         return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, parallel)
 
@@ -345,6 +333,25 @@ class Pipeline:
                 picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
             pictures.append(picture)
         return pictures
+
+
+def _opened(model_path: str | Path | Checkpoint, movqgan_path: str | Path | None) -> Checkpoint:
+    if not isinstance(model_path, Checkpoint):
+        return Checkpoint.open(model_path, movqgan_path)
+    if movqgan_path is None:
+        return model_path
+    kind = model_path.config.family.image_tokenizer
+    return replace(model_path, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind))
+
+
+def _columns(checkpoint: Checkpoint, text: bool | None, parallel: "Parallel | None") -> slice | None:
+    """Returns the vocabulary ids whose output projection is kept; None for all. Arguments: as `from_pretrained`."""
+    codes = checkpoint.vocabulary.code_slice
+    if parallel:
+        if text:
+            raise InputError("cannot be True for a model that several processes hold; leave it out", "text")
+        return parallel.code_part(codes)
+    return None if (checkpoint.config.family.answers_in_text if text is None else text) else codes
 
 
 def _check_format(name: str, dtype: object, *others: torch.dtype) -> None:

@@ -23,7 +23,7 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "
 _MODULE = "modeling_lumina_mgpt"
 _CONFIG, _MODEL, _PROCESSOR = (f"LuminaMGPT{part}" for part in ("Config", "ForConditionalGeneration", "Processor"))
 _AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-# `auto_map` of a saved config.json: with trust_remote_code, transformers imports these names from the module in the folder.
+# `auto_map` of a saved config.json. With trust_remote_code, transformers imports the names from the folder's module.
 AUTO_MAP = {
     "AutoConfig": f"{_MODULE}.{_CONFIG}",
     "AutoProcessor": f"{_MODULE}.{_PROCESSOR}",

@@ -70,7 +70,9 @@ def generate(
     settings = _from_config(generation_config) | {name: value for name, value in settings.items() if value is not None}
     count = image_count("num_return_sequences", settings.pop("num_return_sequences", 1))
     limit = settings.pop("max_new_tokens", MAX_NEW_TOKENS)
-    limit = whole_number("max_new_tokens", limit, 1, None, f"must be a whole number of at least 1; try {MAX_NEW_TOKENS}")
+    limit = whole_number(
+        "max_new_tokens", limit, 1, None, f"must be a whole number of at least 1; try {MAX_NEW_TOKENS}"
+    )
     sampling = _sampling(settings, generation_mode, checkpoint)
     speculation = _speculation(speculative)
     if batch_size is not None:

@@ -51,7 +51,7 @@ def padded(rows: Sequence[Sequence[int]], pad: int, left: bool = False, length: 
 
 
 def begun_image(row: Sequence[int], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
-    """Returns the ids before the image at the end of a row that is not complete, and those of the image; may be none."""
+    """Returns the ids before the incomplete image at the end of a row, and those of the image; there may be none."""
     if status(row, vocabulary) is Status.TEXT:
         return list(row), []
     at = len(row) - 1 - list(row)[::-1].index(vocabulary.image_start_id)
@@ -82,7 +82,9 @@ def begun_layout(image: Sequence[int], vocabulary: Vocabulary) -> tuple[ImageLay
         if layout.fill(codes)[: len(image)].tolist() != list(image):
             raise ValueError("the row ends are not where the grid size puts them")
     except ValueError as error:
-        raise InputError(f"must end with the first ids of an image: {error}; use the processor's", "input_ids") from None
+        raise InputError(
+            f"must end with the first ids of an image: {error}; use the processor's", "input_ids"
+        ) from None
     return layout, codes
 
 
@@ -103,7 +105,9 @@ def text_of(ids: Sequence[int], vocabulary: Vocabulary, turn_ends: bool = False)
     return text + (PICTURE if begun else "")
 
 
-def decode_last_image(ids: Sequence[int], checkpoint: Checkpoint, tokenizer: ImageTokenizer, panels: int = 1) -> Image.Image:
+def decode_last_image(
+    ids: Sequence[int], checkpoint: Checkpoint, tokenizer: ImageTokenizer, panels: int = 1
+) -> Image.Image:
     """Returns the last image of a row of ids.
 
     Args:

@@ -75,7 +75,9 @@ def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for part in parts if isinstance(parts, Sequence) else [parts]:
         if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
-            raise InputError(f"content must be text, or parts of type text or image, got {excerpt(part)}", "conversation")
+            raise InputError(
+                f"content must be text, or parts of type text or image, got {excerpt(part)}", "conversation"
+            )
     return list(parts)
 
 

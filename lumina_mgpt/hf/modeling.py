@@ -163,9 +163,7 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.checkpoint = checkpoint
         return (model, info) if with_info else model
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
         """Writes config.json, weights, and copies of tokenizer and image tokenizer, in the released layout.
 
         The folder loads here, by the Auto classes, and with `--model_path` of the commands.
@@ -191,7 +189,7 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **others: Any,
     ) -> CausalLMOutput | tuple:
-        """Returns logits, and with labels the loss: the mean cross-entropy, and `config.z_loss_weight` times the z-loss.
+        """Returns logits, and with labels the loss: mean cross-entropy, and `config.z_loss_weight` times the z-loss.
 
         Pads may be at either side. The other ids of a row get the logits of the row without pads; logits at pads have
         no meaning.
@@ -265,7 +263,9 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.checkpoint
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **settings: Any
+    ) -> Tensor:
         """Returns ids of images or answers, sampled by the project's samplers. Arguments: see `generation.generate`."""
         load: Callable[[], ImageTokenizer] = partial(LuminaMGPTForConditionalGeneration.image_tokenizer, self)
         input_ids = settings.pop("inputs", None) if input_ids is None else input_ids

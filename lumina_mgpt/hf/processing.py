@@ -2,17 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.image_utils import load_image
 
 from lumina_mgpt.answers import read_answer
 from lumina_mgpt.checks import excerpt, require
@@ -22,6 +20,7 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.hf import files
 from lumina_mgpt.hf.configuration import LuminaMGPTConfig
 from lumina_mgpt.hf.ids import decode_last_image, padded, text_of
+from lumina_mgpt.hf.inputs import flat, picture_of, shares, texts_of
 from lumina_mgpt.hf.messages import pictures_of, render
 from lumina_mgpt.panels import encode_panels, encode_pictures, fit_pictures
 from lumina_mgpt.pipeline import Pipeline
@@ -165,13 +164,13 @@ class LuminaMGPTProcessor(ProcessorMixin):
         for name, value in others.items():
             require(value is None or value is False, name, excerpt(value), "must be left out; it is not supported")
         require(generation_mode in ("text", "image"), "generation_mode", generation_mode, "must be text or image")
-        texts = _texts(text, images)
+        texts = texts_of(text, images)
         if generation_mode == "image":
             rows = [(ids, [IGNORED] * len(ids)) for ids in self._image_prompts(texts, images, height, width, task)]
         else:
             for name, side in (("height", height), ("width", width)):
                 require(side is None, name, side, "must be left out without generation_mode=image")
-            rows = [self._encode(*pair) for pair in zip(texts, _shares(texts, images), strict=True)]
+            rows = [self._encode(*pair) for pair in zip(texts, shares(texts, images), strict=True)]
         features = [
             {"input_ids": ids, "attention_mask": [1] * len(ids)} | ({"labels": labels} if return_labels else {})
             for ids, labels in rows
@@ -272,7 +271,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         texts = [text.removesuffix(TURN_END) for text in texts]
         if any(TURN_END in text for text in texts):
             raise InputError("must be one prompt each with generation_mode=image, got a conversation of turns", "text")
-        given = [_picture(image) for image in _flat(images)]
+        given = [picture_of(image) for image in flat(images)]
         texts = [text.replace(PICTURE, "").strip() for text in texts] if given else texts
         request = GenerationRequest(
             texts, width, height, task=self.checkpoint.config.family.task(task, i2i=bool(given)), panels=given
@@ -345,50 +344,3 @@ class LuminaMGPTProcessor(ProcessorMixin):
     def _parts(self, ids: list[int]) -> list[str | Image.Image]:
         parts = read_answer([id_ for id_ in ids if id_ != self.vocabulary.bos_id], "", self).parts
         return [part if isinstance(part, str) else part.image for part in parts]
-
-
-def _texts(text: str | Sequence[str] | None, images: Any) -> list[str]:
-    if text is None and images is not None:
-        text = ""
-    texts = [text] if isinstance(text, str) else list(text or ())
-    if not texts or not all(isinstance(one, str) for one in texts):
-        raise InputError(f"must be a text or a list of texts, got {excerpt(text)}", "text")
-    return texts
-
-
-def _shares(texts: Sequence[str], images: Any) -> Iterator[list[Any]]:
-    """Yields the pictures of each text."""
-    nested = isinstance(images, list | tuple) and any(isinstance(one, list | tuple) for one in images)
-    if nested:
-        if len(images) != len(texts):
-            raise InputError(f"must be one list a text, {len(texts)}, got {len(images)}", "images")
-        yield from ([_picture(image) for image in row] for row in images)
-        return
-    flat = [_picture(image) for image in _flat(images)]
-    marks = [text.count(PICTURE) for text in texts]
-    if not any(marks) and len(flat) in (0, len(texts)):
-        marks = [len(flat) // len(texts)] * len(texts)
-    elif len(texts) == 1 and not any(marks):
-        marks = [len(flat)]
-    if sum(marks) != len(flat):
-        raise InputError(f"must be as many as the texts have marks {PICTURE}: {sum(marks)}, got {len(flat)}", "images")
-    for count in marks:
-        yield flat[:count]
-        flat = flat[count:]
-
-
-def _flat(images: Any) -> list[Any]:
-    if images is None:
-        return []
-    if isinstance(images, list | tuple):
-        return [one for image in images for one in _flat(image)]
-    return [images]
-
-
-def _picture(image: Any) -> Any:
-    """Returns a picture, codes or path; loads URLs and base64 texts."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    if isinstance(image, str) and not os.path.exists(image) and image.startswith(("http://", "https://", "data:image/")):
-        return load_image(image)
-    return Path(image) if isinstance(image, str) else image

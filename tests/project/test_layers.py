@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels": {"config"},
     "model": FOUNDATIONS | {"checks", "config", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
-    "sampling": {"errors", "checks", "config", "unirep"},
+    "sampling": {"errors", "checks", "config", "unirep", "vocabulary"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"prompts", "request", "unirep"},
     "preparation": FOUNDATIONS | {"config", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
