@@ -12,9 +12,9 @@ import torch
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.image_tokenizer import load_image_tokenizer
-from lumina_mgpt.io import cause, remedy
+from lumina_mgpt.io import cause, read_json, remedy
 from lumina_mgpt.model.hub import resolve
-from lumina_mgpt.model.names import companions_of
+from lumina_mgpt.model.names import INDEX, companions_of
 from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.vocabulary import Vocabulary
 from lumina_mgpt.vqgan.tokenizer import KINDS, ImageTokenizer, look_for_image_tokenizer
@@ -83,6 +83,15 @@ def image_tokenizer(checkpoint: Checkpoint, device: torch.device) -> ImageTokeni
         found.require_codes(checkpoint.config, found.source)
         _loaded[key] = found
     return found
+
+
+def drop_stale_index(folder: str | os.PathLike) -> None:
+    """Removes the index of an earlier save whose shards are gone. transformers leaves it, and readers prefer it."""
+    index = Path(folder) / INDEX
+    if index.is_file():
+        shards = set(read_json(index).get("weight_map", {}).values())
+        if not all((index.parent / str(name)).is_file() for name in shards):
+            index.unlink()
 
 
 def copy_files(checkpoint: Checkpoint, folder: str | os.PathLike) -> None:

@@ -170,6 +170,8 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         self.config.auto_map = dict(files.AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            files.drop_stale_index(save_directory)
         if is_main_process and self.checkpoint is not None:
             files.copy_files(self.checkpoint, save_directory)
 
@@ -219,8 +221,9 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss, chunked = None, False
         if labels is not None:
             labels = labels.to(hidden.device)
-            if order is not None and attention_mask is not None:
-                labels = labels.masked_fill(attention_mask.to(labels.device) == 0, IGNORED).gather(1, order)
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask.to(labels.device) == 0, IGNORED)
+            labels = labels if order is None else labels.gather(1, order)
             chunked = self.training and labels.numel() * self.config.vocab_size > WHOLE_LOGITS
             loss = self._loss(hidden, labels, chunked and isinstance(self.lm_head, Head), num_items_in_batch)
         logits = None
