@@ -52,7 +52,8 @@ class LuminaMGPTConfig(PretrainedConfig):
         Raises:
             InputError: a field was changed to a value that is not allowed.
         """
-        return ModelConfig(**{field.name: getattr(self, field.name, field.default) for field in fields(ModelConfig)})
+        values: dict[str, Any] = {field.name: getattr(self, field.name, field.default) for field in fields(ModelConfig)}
+        return ModelConfig(**values)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

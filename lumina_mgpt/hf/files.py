@@ -54,7 +54,7 @@ def folder_of(source: str | os.PathLike, options: dict[str, Any], weights: bool 
         folder = Path(source).expanduser()
         if not weights and (folder / "config.json").is_file():
             return folder
-        return resolve(source, **hub)
+        return resolve(Path(source) if folder.exists() else str(source), **hub)
 
 
 def open_checkpoint(folder: Path, movqgan_path: str | os.PathLike | None = None) -> Checkpoint:

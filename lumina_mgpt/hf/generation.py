@@ -1,6 +1,7 @@
 """Translates the arguments of `generate` to the project's samplers. No sampling happens here."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,60 +64,56 @@ def generate(
     Raises:
         InputError: an argument is unknown, out of range, or does not fit the prompts or the checkpoint.
     """
-    require(generation_mode in MODES, "generation_mode", generation_mode, f"must be one of {', '.join(MODES)}")
     if input_ids is None:
         raise InputError("must be given; the processor makes them of texts and pictures", "input_ids")
     rows = unpadded(input_ids, attention_mask, checkpoint.vocabulary)
     settings = _from_config(generation_config) | {name: value for name, value in settings.items() if value is not None}
-    count = image_count("num_return_sequences", settings.pop("num_return_sequences", 1))
-    limit = settings.pop("max_new_tokens", MAX_NEW_TOKENS)
-    limit = whole_number(
-        "max_new_tokens", limit, 1, None, f"must be a whole number of at least 1; try {MAX_NEW_TOKENS}"
-    )
-    sampling = _sampling(settings, generation_mode, checkpoint)
-    speculation = _speculation(speculative)
-    if batch_size is not None:
-        batch_size = image_count("batch_size", batch_size)
-    if generation_mode == "image":
+    wanted = _wanted(generation_mode, settings, batch_size, speculative, checkpoint)
+    if wanted.mode == "image":
         pipeline = Pipeline(checkpoint, transformer, None)  # type: ignore[arg-type]  # sampling codes needs no pixels
-        return _images(pipeline, rows, (width, height), count, sampling, speculation, batch_size).to(input_ids.device)
-    if any(begun_image(row, checkpoint.vocabulary)[1] for row in rows):
-        raise InputError(f"must not end inside an image with generation_mode={generation_mode}", "input_ids")
+        return _images(pipeline, rows, (width, height), wanted).to(input_ids.device)
     for name, side in (("height", height), ("width", width)):
         require(side is None, name, side, f"must be left out with generation_mode={generation_mode}")
-    if generation_mode == "text":
-        pipeline = Pipeline(checkpoint, transformer, None)  # type: ignore[arg-type]
-        answers = _texts(pipeline, rows, count, sampling, limit, batch_size or _TEXT_BATCH)
-    else:
-        pipeline = Pipeline(checkpoint, transformer, load())
-        answers = [
-            Conversation(pipeline).answer_ids(row, seeded, max_new_tokens=limit, speculation=speculation)
-            for row in rows
-            for seeded in sampling.with_seeds(count)
-        ]
-    prompts = torch.atleast_2d(input_ids).repeat_interleave(count, 0)
+    if any(begun_image(row, checkpoint.vocabulary)[1] for row in rows):
+        raise InputError(f"must not end inside an image with generation_mode={generation_mode}", "input_ids")
+    tokenizer: Any = load() if wanted.mode == "any" else None
+    answers = _answers(Pipeline(checkpoint, transformer, tokenizer), rows, wanted)
+    prompts = torch.atleast_2d(input_ids).repeat_interleave(wanted.count, 0)
     return torch.cat([prompts, padded(answers, checkpoint.vocabulary.bos_id).to(prompts)], 1)
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a call asks for.
+
+    Attributes:
+        mode: one of MODES.
+        count: number of results for each prompt.
+        limit: largest number of ids of an answer.
+        batch_size: number of rows that are sampled together; None for an automatic number.
+    """
+
+    mode: str
+    count: int
+    limit: int
+    batch_size: int | None
+    sampling: SamplingConfig
+    speculation: Speculation | None
+
+
 def _images(
-    pipeline: Pipeline,
-    rows: Sequence[Sequence[int]],
-    size: tuple[int | None, int | None],
-    count: int,
-    sampling: SamplingConfig,
-    speculation: Speculation | None,
-    batch_size: int | None,
+    pipeline: Pipeline, rows: Sequence[Sequence[int]], size: tuple[int | None, int | None], wanted: _Wanted
 ) -> Tensor:
-    """Returns the ids of `count` images for each prompt, in batches. Shapes: -> (B · count, layout.length)."""
-    checkpoint = pipeline.checkpoint
+    """Returns the ids of `wanted.count` images for each prompt. Shapes: -> (B · count, layout.length)."""
+    checkpoint, sampling, speculation = pipeline.checkpoint, wanted.sampling, wanted.speculation
     starts, layout, given = _begun(rows, size, checkpoint)
     longest, context = max(map(len, starts)), checkpoint.config.context
     if longest + layout.length > context:
         width, height = layout.size
         rule = f"take {layout.length} ids and the prompt {longest}, but this model sees {context}"
         raise InputError(f"width={width} height={height} {rule}; make the image smaller or the prompt shorter")
-    step = batch_size or pipeline.batch_size(longest, layout, sampling, speculation)
-    jobs = [(row, repeat) for row in range(len(starts)) for repeat in range(count)]
+    step = wanted.batch_size or pipeline.batch_size(longest, layout, sampling, speculation)
+    jobs = [(row, repeat) for row in range(len(starts)) for repeat in range(wanted.count)]
     images = []
     for batch in (jobs[at : at + step] for at in range(0, len(jobs), step)):
         prompts, repeats = [row for row, _ in batch], [repeat for _, repeat in batch]
@@ -157,20 +154,19 @@ def _begun(
     return list(starts), layout, torch.stack(given)
 
 
-def _texts(
-    pipeline: Pipeline,
-    rows: Sequence[Sequence[int]],
-    count: int,
-    sampling: SamplingConfig,
-    limit: int,
-    batch_size: int,
-) -> list[list[int]]:
-    """Returns the ids of `count` answers in text to each prompt."""
-    jobs = [(row, repeat) for row in rows for repeat in range(count)]
-    answers = []
-    for batch in (jobs[at : at + batch_size] for at in range(0, len(jobs), batch_size)):
+def _answers(pipeline: Pipeline, rows: Sequence[Sequence[int]], wanted: _Wanted) -> list[list[int]]:
+    """Returns the ids of `wanted.count` answers to each prompt. Answers in text alone are sampled in batches."""
+    if wanted.mode == "any":
+        return [
+            Conversation(pipeline).answer_ids(row, seeded, wanted.limit, wanted.speculation)
+            for row in rows
+            for seeded in wanted.sampling.with_seeds(wanted.count)
+        ]
+    jobs = [(row, repeat) for row in rows for repeat in range(wanted.count)]
+    answers, step = [], wanted.batch_size or _TEXT_BATCH
+    for batch in (jobs[at : at + step] for at in range(0, len(jobs), step)):
         prompts, repeats = [row for row, _ in batch], [repeat for _, repeat in batch]
-        answers += answer_prompts(pipeline, prompts, sampling, limit, repeats)
+        answers += answer_prompts(pipeline, prompts, wanted.sampling, wanted.limit, repeats)
     return answers
 
 
@@ -184,12 +180,28 @@ def _from_config(config: GenerationConfig | None) -> dict[str, Any]:
     return {name: value for name, value in config.to_diff_dict().items() if name not in _WITHOUT_EFFECT}
 
 
+def _wanted(
+    mode: str,
+    settings: dict[str, Any],
+    batch_size: int | None,
+    speculative: bool | str | Speculation,
+    checkpoint: Checkpoint,
+) -> _Wanted:
+    """Returns what a call asks for. Takes the values out of `settings`."""
+    require(mode in MODES, "generation_mode", mode, f"must be one of {', '.join(MODES)}")
+    count = image_count("num_return_sequences", settings.pop("num_return_sequences", 1))
+    rule = f"must be a whole number of at least 1; try {MAX_NEW_TOKENS}"
+    limit = whole_number("max_new_tokens", settings.pop("max_new_tokens", MAX_NEW_TOKENS), 1, None, rule)
+    size = None if batch_size is None else image_count("batch_size", batch_size)
+    return _Wanted(mode, count, limit, size, _sampling(settings, mode, checkpoint), _speculation(speculative))
+
+
 def _sampling(settings: dict[str, Any], mode: str, checkpoint: Checkpoint) -> SamplingConfig:
     seed = settings.pop("seed", None)
     generator = settings.pop("generator", None)
     greedy = settings.pop("do_sample", True) is False
     require(seed is None or generator is None, "seed", seed, "must be left out with a generator")
-    values = dict(checkpoint.config.family.sampling)
+    values: dict[str, Any] = dict(checkpoint.config.family.sampling)
     names = {"guidance_scale": "cfg", "top_k": "top_k", "temperature": "temperature"}
     if mode == "text":
         names |= {"top_k": "text_top_k", "temperature": "text_temperature"}

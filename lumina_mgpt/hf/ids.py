@@ -23,7 +23,7 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: Vocab
         InputError: the shapes differ, a row is empty, or an id is not of the vocabulary.
     """
     if not isinstance(input_ids, Tensor) or input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
-        got = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        got = str(tuple(input_ids.shape)) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise InputError(f"must be a tensor of ids (B, T), got {got}; use the processor's", "input_ids")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         rule = f"must have the shape of input_ids, {tuple(input_ids.shape)}"
@@ -70,15 +70,15 @@ def begun_layout(image: Sequence[int], vocabulary: Vocabulary) -> tuple[ImageLay
         InputError: they are not the first ids of an image, or no code is missing.
     """
     try:
-        sizes = [vocabulary.grid_size(id_) for id_ in image[1:HEADER]]
-        if len(sizes) < HEADER - 1:
+        if len(image) < HEADER:
             raise ValueError("a grid size is missing")
+        rows, cols = (vocabulary.grid_size(id_) for id_ in image[1:HEADER])
         ids = torch.tensor(image[HEADER:], dtype=torch.long)
         codes = vocabulary.id_to_code(ids[vocabulary.is_code(ids)])
-        whole = ImageLayout(vocabulary, *sizes)
+        whole = ImageLayout(vocabulary, rows, cols)
         if len(codes) >= whole.num_codes:
             raise ValueError("no code is missing")
-        layout = ImageLayout(vocabulary, *sizes, given=len(codes))
+        layout = ImageLayout(vocabulary, rows, cols, len(codes))
         if layout.fill(codes)[: len(image)].tolist() != list(image):
             raise ValueError("the row ends are not where the grid size puts them")
     except ValueError as error:

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,8 +85,8 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = LuminaMGPTConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("text",)  # pictures come as ids; with "image", pipelines would need torchvision
-    output_modalities = ("image", "text")
+    input_modalities = "text"  # pictures come as ids; with "image", pipelines would need torchvision
+    output_modalities: Any = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["Layer"]
@@ -156,9 +157,9 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if dtype in (None, "auto"):
             device = resolve_device("auto" if kwargs.get("device_map") is not None else "cpu")
             dtype = resolve_dtype("auto", device, checkpoint.config)
-        model, info = super().from_pretrained(
-            folder, *args, config=config, dtype=dtype, output_loading_info=True, **kwargs
-        )
+        kwargs |= {"config": config, "dtype": dtype, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(folder, *args, **kwargs)
+        model, info = loaded
         _require_all(folder, info)
         model.checkpoint = checkpoint
         return (model, info) if with_info else model
@@ -314,7 +315,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _has_norms_per_head(folder: os.PathLike, config: LuminaMGPTConfig) -> bool:
+def _has_norms_per_head(folder: Path, config: LuminaMGPTConfig) -> bool:
     """Returns whether head norms on disk have one row per head, as in files of transformers' own class."""
     shape = weight_shapes(folder).get("model.layers.0.self_attn.q_norm.weight", (0,))
     return shape[0] == config.num_attention_heads != config.model_parallel_size
@@ -329,7 +330,7 @@ def _one_row_per_head(model: Transformer) -> None:
             )
 
 
-def _require_all(folder: os.PathLike, info: dict[str, Any]) -> None:
+def _require_all(folder: Path, info: dict[str, Any]) -> None:
     """Raises InputError if weights on disk are not those of the model."""
     kinds = {"missing keys": "missing_keys", "unknown keys": "unexpected_keys", "wrong shapes": "mismatched_keys"}
     found = {kind: sorted(map(str, info.get(key) or ())) for kind, key in kinds.items()}

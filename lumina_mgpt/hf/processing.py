@@ -262,7 +262,9 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     def _codes(self, picture: Any) -> Tensor:
         fitted = fit_pictures([picture], self.vocabulary, 1, self.checkpoint.config.base_size)
-        return encode_pictures(fitted, self.image_tokenizer if isinstance(fitted[0], Image.Image) else None)[0]
+        if isinstance(fitted[0], Tensor):
+            return fitted[0]
+        return encode_pictures(fitted, self.image_tokenizer)[0]
 
     def _image_prompts(
         self, texts: Sequence[str], images: Any, height: int | None, width: int | None, task: str
@@ -280,8 +282,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
         if prepared.pictures:
             codes = encode_pictures(prepared.pictures, self.image_tokenizer)
             starts = self.checkpoint.prompt_ids(texts, prepared.layout, request.task, pictures=codes, parameter="text")
-        needed = any(isinstance(panel, Image.Image) for panel in prepared.panels)
-        panels = encode_panels(prepared.panels, prepared.layout, len(texts), self.image_tokenizer if needed else None)
+        tokenizer: Any = self.image_tokenizer if prepared.panels else None
+        panels = encode_panels(prepared.panels, prepared.layout, len(texts), tokenizer)
         begun = prepared.layout.fill(panels).tolist()
         return [list(start) + image for start, image in zip(starts or prepared.starts, begun, strict=True)]
 
@@ -342,5 +344,6 @@ class LuminaMGPTProcessor(ProcessorMixin):
         return Pipeline.preview(self, codes, layout)  # type: ignore[arg-type]  # it has what that method uses
 
     def _parts(self, ids: list[int]) -> list[str | Image.Image]:
-        parts = read_answer([id_ for id_ in ids if id_ != self.vocabulary.bos_id], "", self).parts
+        painter: Any = self
+        parts = read_answer([id_ for id_ in ids if id_ != self.vocabulary.bos_id], "", painter).parts
         return [part if isinstance(part, str) else part.image for part in parts]

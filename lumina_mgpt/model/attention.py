@@ -74,10 +74,11 @@ class Span:
 
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Span":
         """Returns the span on a device. accelerate calls it where the layers of a model are on several devices."""
-        positions, mask = (
-            part.to(device, non_blocking=non_blocking) if isinstance(part, Tensor) else part
-            for part in (self.positions, self.mask)
-        )
+        positions, mask = self.positions, self.mask
+        if isinstance(positions, Tensor):
+            positions = positions.to(device, non_blocking=non_blocking)
+        if mask is not None:
+            mask = mask.to(device, non_blocking=non_blocking)
         return replace(self, positions=positions, mask=mask)
 
 

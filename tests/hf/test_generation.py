@@ -49,7 +49,9 @@ def test_images_equal_the_pipelines(hf, pipeline, ours, theirs):
 
 def test_images_of_the_first_generation_equal_the_pipelines(oracle_v1_checkpoint):
     folder = oracle_v1_checkpoint("image")
-    model, processor = (one.from_pretrained(folder) for one in (LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor))
+    model, processor = (
+        one.from_pretrained(folder) for one in (LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor)
+    )
     (expected,) = Pipeline.from_pretrained(folder, text=True).generate("a cat", 64, 32, seed=5)
     ids = model.generate(**_prompt(processor, "a cat"), generation_mode="image", seed=5)
     assert ids.tolist() == [expected.ids]
@@ -122,7 +124,9 @@ def test_answers_in_text_equal_the_pipelines(hf, pipeline, side):
 
 def test_answers_in_text_and_images_equal_the_pipelines(oracle_v1_checkpoint):
     folder = oracle_v1_checkpoint("mixed")
-    model, processor = (one.from_pretrained(folder) for one in (LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor))
+    model, processor = (
+        one.from_pretrained(folder) for one in (LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor)
+    )
     pipeline = Pipeline.from_pretrained(folder)
     settings = {"seed": 4, "max_new_tokens": 60}
     inputs = processor(PROMPTS)

@@ -66,7 +66,11 @@ def test_pictures_come_from_paths_arrays_and_base64(processor, pictures, codes, 
     expected = _ids(processor, [codes[0]])[0]
     for picture in (str(tmp_path / "a.png"), tmp_path / "a.png", np.asarray(pictures[0])):
         assert processor("<|image|>", picture)["input_ids"][0].tolist() == expected
-    for key, value in (("base64", encoded), ("path", str(tmp_path / "a.png")), ("url", f"data:image/png;base64,{encoded}")):
+    for key, value in (
+        ("base64", encoded),
+        ("path", str(tmp_path / "a.png")),
+        ("url", f"data:image/png;base64,{encoded}"),
+    ):
         message = {"role": "user", "content": [{"type": "image", key: value}]}
         assert processor.apply_chat_template([message], tokenize=True)["input_ids"][0].tolist() == expected
 
@@ -93,7 +97,9 @@ def test_a_conversation_and_its_labels(processor, pictures, codes):
     assert processor.decode(ids) == text.replace(TURN_END, "")
     # a batch, an answer that goes on, and labels that pads leave out
     batch = processor.apply_chat_template([messages[:1], messages[:2]], tokenize=True, return_labels=True)
-    assert batch["labels"][0].eq(-100).all() and batch["labels"][1].tolist() == _ids(processor, ["Draw."], [codes[0]])[1]
+    assert (
+        batch["labels"][0].eq(-100).all() and batch["labels"][1].tolist() == _ids(processor, ["Draw."], [codes[0]])[1]
+    )
     going_on = [_user("Go"), {"role": "assistant", "content": "on"}]
     ids = processor.apply_chat_template(going_on, tokenize=True, continue_final_message=True, return_dict=False)
     assert ids[0].tolist() == _ids(processor, ["Go"], ["on"])[0][:-1]

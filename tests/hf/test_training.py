@@ -14,7 +14,10 @@ def _examples(processor) -> list[dict]:
     chats = [
         [
             {"role": "user", "content": f"a cat {index}"},
-            {"role": "assistant", "content": [{"type": "image", "image": torch.randint(0, 64, (4, 4), generator=random)}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "image", "image": torch.randint(0, 64, (4, 4), generator=random)}],
+            },
         ]
         for index in range(4)
     ]
