@@ -184,7 +184,7 @@ def test_documented_commands_run(words, tmp_path):
         Image.open(path).verify()
 
 
-# The blocks of docs/transformers.md need each other; tests/hf/test_documents.py runs them.
+# The blocks of docs/transformers.md need each other; tests/hf/test_transformers_document.py runs them.
 BLOCKS = documents.blocks(
     "".join(path.read_text(encoding="utf-8") for path in documents.GUIDE if path.stem != "transformers"), "python"
 )

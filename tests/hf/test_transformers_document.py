@@ -1,11 +1,13 @@
 """The code of docs/transformers.md runs, block after block, and its training lowers the loss."""
 
+import pytest
 import torch
 from documents import ROOT, blocks
 
 from lumina_mgpt import Pipeline
 
 
+@pytest.mark.slow
 def test_code_of_the_document_runs(tmp_path, monkeypatch):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)
