@@ -2,8 +2,6 @@
 
 import copy
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from lumina_mgpt.checks import require
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.devices import resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
@@ -33,10 +32,7 @@ from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 class Body(Transformer):
     """The transformer inside the model for transformers, which owns the head, as the names on disk say.
 
-    Where accelerate put layers on several devices, their inputs and outputs move as they need to.
-
-    Args:
-        owner: returns the model around it.
+    Where accelerate put layers on several devices, hidden states and logits return to the device of the ids.
     """
 
     def __init__(self, config: ModelConfig, attn: str) -> None:
@@ -164,11 +160,17 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.checkpoint = checkpoint
         return (model, info) if with_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Writes config.json, weights, and copies of tokenizer and image tokenizer, in the released layout.
 
         The folder loads here, by the Auto classes, and with `--model_path` of the commands.
+
+        Raises:
+            InputError: a file cannot be written, or `push_to_hub` is set.
         """
+        require(not push_to_hub, "push_to_hub", True, "must be False; call push_to_hub(), which uploads all files")
         self.config.auto_map = dict(files.AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
@@ -270,10 +272,19 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **settings: Any
     ) -> Tensor:
-        """Returns ids of images or answers, sampled by the project's samplers. Arguments: see `generation.generate`."""
-        load: Callable[[], ImageTokenizer] = partial(LuminaMGPTForConditionalGeneration.image_tokenizer, self)
+        """Returns ids of images or answers, sampled by the project's samplers, without dropout.
+
+        Arguments and errors: see `generation.generate`.
+        """
         input_ids = settings.pop("inputs", None) if input_ids is None else input_ids
-        return generate(self.transformer, self.require_checkpoint(), load, input_ids, attention_mask, **settings)
+        checkpoint, training = self.require_checkpoint(), [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            return generate(self.transformer, checkpoint, self.image_tokenizer, input_ids, attention_mask, **settings)
+        finally:
+            for module in training:
+                module.training = True
 
     @torch.no_grad()
     def decode_image_tokens(self, image_tokens: Tensor, panels: int = 1) -> Tensor:

@@ -105,6 +105,19 @@ def test_a_new_generator_gives_the_image_of_its_seed_and_then_others(hf, pipelin
     assert model.generate(**inputs, generation_mode="image").equal(second)
 
 
+def test_generation_has_no_dropout_and_keeps_the_mode_of_training(hf):
+    model, inputs = hf[0], _prompt(hf[1], "a cat")
+    expected = model.generate(**inputs, generation_mode="image", seed=5)
+    model.model.dropout = 0.5
+    model.train().model.layers[1].eval()
+    try:
+        assert model.generate(**inputs, generation_mode="image", seed=5).equal(expected)
+        assert model.training and model.model.layers[0].training and not model.model.layers[1].training
+    finally:
+        model.model.dropout = 0.0
+        model.eval()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_answers_in_text_equal_the_pipelines(hf, pipeline, side):
     model, processor = hf

@@ -239,6 +239,26 @@ def test_a_missing_folder_is_refused(tmp_path):
         assert error.value.parameter == "pretrained_model_name_or_path"
 
 
+def test_a_hub_id_is_fetched_with_the_options_of_the_hub(tiny_checkpoint, monkeypatch):
+    calls = []
+
+    def fetch(name, **options):
+        calls.append((name, options.get("revision"), options.get("cache_dir")))
+        return str(tiny_checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    LuminaMGPTForConditionalGeneration.from_pretrained("some/one", revision="v2", cache_dir="cache")
+    LuminaMGPTProcessor.from_pretrained("some/one")
+    assert calls == [("some/one", "v2", "cache"), ("some/one", None, None)]
+
+
+def test_uploads_are_left_to_the_method_that_uploads_all_files(hf, tmp_path):
+    for one in hf:
+        with pytest.raises(InputError, match="must be False"):
+            one.save_pretrained(tmp_path, push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_config_json_names_all_fields(hf, tmp_path):
     hf[0].config.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
