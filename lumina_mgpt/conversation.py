@@ -13,23 +13,21 @@ The ids hold the codes of all images, so no image is encoded twice. A turn costs
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.answers import AnswerReader, read_answer
-from lumina_mgpt.checks import excerpt, require, whole_number
+from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward, cuda_width
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
+from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures, turn_parts
 from lumina_mgpt.preparation import Checkpoint
-from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.results import Answer, End, Event
 from lumina_mgpt.sampling.interleaved import AnswerSampler, Plan
 from lumina_mgpt.unirep import (
@@ -44,6 +42,9 @@ from lumina_mgpt.unirep import (
     status,
 )
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
+
+if TYPE_CHECKING:
+    from lumina_mgpt.model.parallel import Parallel
 
 WANTS = ("any", "text", "image", "images")
 MAX_NEW_TOKENS = 8192  # as in the released examples
@@ -60,6 +61,8 @@ class Host(Protocol):
     device: torch.device
     cache_dtype: torch.dtype
     compiled: Forward | None
+    cuda_graphs: bool
+    parallel: "Parallel | None"
 
     @property
     def writes_text(self) -> bool: ...
@@ -223,15 +226,19 @@ class Conversation:
         rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
         length = min(plan.context, len(prompt) + plan.limit)
         self._cache.reserve(rows, length, self._spare(plan, speculation), self._held)
-        steps = self._cache.text_step(), partial(self._cache.image_step, rows)
+        window = 0 if speculation is None or speculation.window is None else speculation.window
+        steps = self._cache.text_step(), partial(self._cache.image_step, rows, self._window_ids(window))
         return AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
 
     def _spare(self, plan: Plan, speculation: Speculation | None) -> int:
         """Number of cache slots after the answer's end, for pads and drafts."""
         if speculation is None or speculation.window is None or plan.text_only:
             return _PADS
-        cells = self.host.checkpoint.vocabulary.cells
-        return _PADS + speculation.window + speculation.window // cells + 1  # the narrowest images: most row ends
+        return _PADS + self._window_ids(speculation.window)
+
+    def _window_ids(self, window: int) -> int:
+        """Largest number of ids of a window, 0 for no window. In the narrowest images it has most row ends."""
+        return window + window // self.host.checkpoint.vocabulary.cells + 1 if window else 0
 
     def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
         """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
@@ -307,7 +314,7 @@ class _Cache:
         self._host = host
         self._cache: KVCache | None = None
         self._rows = 0
-        self._steps: dict[int, CachedStep] = {}  # by number of rows; 0: the text step
+        self._steps: dict[tuple[int, int], CachedStep] = {}  # by number of rows and width; no rows: the text step
 
     def reserve(self, rows: int, length: int, spare: int, held: int) -> None:
         """Makes room for `rows` rows of `length` ids, and keeps the first `held` ids of the conditional row.
@@ -333,16 +340,21 @@ class _Cache:
 
     def text_step(self) -> CachedStep:
         """Returns the step that feeds the conditional row alone, for a new answer."""
-        return self._step(0, None)
+        return self._step(0, 1, None)
 
-    def image_step(self, rows: int) -> CachedStep:
-        """Returns the step that feeds this number of rows, for a new image."""
-        return self._step(rows, self._host.checkpoint.vocabulary.code_slice)
+    def image_step(self, rows: int, window: int) -> CachedStep:
+        """Returns the step that feeds this number of rows, for a new image.
 
-    def _step(self, key: int, columns: slice | None) -> CachedStep:
+        Args:
+            window: largest number of ids of a window of drafts, 0 without drafts.
+        """
+        return self._step(rows, cuda_width(window), self._host.checkpoint.vocabulary.code_slice)
+
+    def _step(self, rows: int, width: int, columns: slice | None) -> CachedStep:
         assert self._cache is not None
+        key = rows, width
         if key not in self._steps:
-            self._steps[key] = CachedStep(self._host.model, self._cache, columns, self._host.compiled)
+            self._steps[key] = conversation_step(self._host, self._cache, columns, width)
         self._steps[key].calls = 0  # the first call may be a prefill, which is never compiled
         return self._steps[key]
 
@@ -354,33 +366,10 @@ def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
     return cache
 
 
-def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
-    """Returns a turn as texts and pictures: each `<|image|>` of the text stands for the next picture.
-
-    Pictures without marks come before the text, each followed by a space, as in the released code.
-
-    Raises:
-        InputError: there are marks, but not one for each picture.
-    """
-    if isinstance(pictures, str):
-        raise InputError(
-            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
-        )
-    marks = text.count(PICTURE)
-    if not marks:
-        text = f"{PICTURE} " * len(pictures) + text
-    elif marks != len(pictures):
-        rule = f"must be as many as the text has marks {PICTURE}: {marks}"
-        raise InputError(f"{rule}, got {len(pictures)}; write one mark for each, or none", "pictures")
-    texts, parts = text.split(PICTURE), list["str | Panel"]()
-    for index, piece in enumerate(texts):
-        parts += [piece] if piece else []
-        parts += [_as_path(pictures[index])] if index < len(pictures) else []
-    return parts
-
-
-def _as_path(picture: Panel) -> Panel:
-    return Path(picture) if isinstance(picture, str) else picture
+def conversation_step(host: Host, cache: KVCache, columns: slice | None, width: int = 1) -> CachedStep:
+    """Returns a step on a cache. Arguments: as `CachedStep`."""
+    graphs = host.cuda_graphs and not host.parallel
+    return CachedStep(host.model, cache, columns, host.compiled, width=width, graphs=graphs)
 
 
 def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingConfig:

@@ -8,11 +8,11 @@ from torch import Tensor
 from lumina_mgpt.answers import read_answer
 from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig
-from lumina_mgpt.conversation import Host, conversation_cache, sampling_config
-from lumina_mgpt.devices import cache_bytes
+from lumina_mgpt.conversation import Host, conversation_cache, conversation_step, sampling_config
+from lumina_mgpt.devices import LARGEST_AUTO_BATCH, batch_limit, cache_bytes
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep
+from lumina_mgpt.model.step import COMPILED_SPARE
 from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
 from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.request import image_count
@@ -21,8 +21,6 @@ from lumina_mgpt.sampling.interleaved import sample_texts
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 
 MAX_NEW_TOKENS = 1024
-_CACHE_LIMIT = 1 << 30  # bytes of keys and values of an automatic batch
-_LARGEST_AUTO_BATCH = 8
 
 
 def describe(
@@ -41,7 +39,7 @@ def describe(
     Args:
         pictures: pictures (PIL), paths, or codes (rows, cols). Each is opened when its batch begins.
         question: text of the turn. The picture comes after it and a space, or in the place of `<|image|>` in it.
-        batch_size: number of pictures of a batch (default: as many as fit 1 GiB of cache, at most 8).
+        batch_size: number of pictures of a batch (default: as many as fit into memory, at most 8).
         max_new_tokens: largest number of ids of an answer.
         sampling: fields of `SamplingConfig`; the defaults are those of the checkpoint's family.
 
@@ -69,7 +67,7 @@ def _auto_batch(host: Host, words: int, limit: int) -> int:
     sizes = candidate_sizes(config.base_size)
     picture = max(ImageLayout.from_pixels(vocabulary, *size).length for size in sizes)
     row = cache_bytes(config, min(config.context, words + picture + limit), host.cache_dtype)
-    return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_LIMIT // row))
+    return max(1, min(LARGEST_AUTO_BATCH, batch_limit(host.device) // row))
 
 
 def _batch(
@@ -103,7 +101,7 @@ def answer_prompts(
     if longest >= context:
         raise InputError(f"takes {longest} ids, but this model sees {context}; shorten it", "prompt")
     slots = min(context, longest + limit) + (COMPILED_SPARE if host.compiled else 0)
-    step = CachedStep(host.model, conversation_cache(host, len(prompts), slots), None, host.compiled)
+    step = conversation_step(host, conversation_cache(host, len(prompts), slots), None)
     limits = [min(limit, context - len(prompt)) for prompt in prompts]
     return sample_texts(step, prompts, vocabulary, settings, [(settings.seed, repeat) for repeat in repeats], limits)
 

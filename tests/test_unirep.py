@@ -290,6 +290,35 @@ def test_context_is_dropped_only_before_a_single_final_image(vocabulary):
     assert kept(("human", [image]))
 
 
+def test_context_before_the_last_of_several_images_is_dropped_on_request(vocabulary):
+    """Hand-made ids: B bos, T text, < image start, > image end, / turn end. Small letters are codes."""
+    ids_of = dict(
+        B=vocabulary.bos_id,
+        T=vocabulary.encode_text("a")[0],
+        **{"<": vocabulary.image_start_id, ">": vocabulary.image_end_id, "/": vocabulary.turn_end_id},
+    )
+
+    def dropped(human: str, *others: str) -> str | None:
+        """What remains of turns without their ends; None if all of it does."""
+        turns = [f"B{human}/", *(f"{turn}/" for turn in others)]
+        text = "".join(turns)
+        ids = [ids_of.get(letter, vocabulary.code_slice.start + ord(letter)) for letter in text]
+        answers = [n % 2 == 1 for n, turn in enumerate(turns) for _ in turn]
+        labels = [id_ if answer else -100 for id_, answer in zip(ids, answers, strict=True)]
+        assert drop_context(ids, labels, vocabulary) == (ids, labels)
+        kept, targets = drop_context(ids, labels, vocabulary, several=True)
+        assert kept == targets or kept == ids
+        return None if kept == ids and targets == labels else text[text.rindex("<") : len(text) - 1]
+
+    assert dropped("T<ab>", "<cd>") == "<cd>"  # an edit
+    assert dropped("T", "<ab><cd><ef>") == "<ef>"  # views
+    assert dropped("T<ab>T", "<cd>", "T<ef>", "TT<gh>") == "<gh>"  # text before the last image
+    assert dropped("T<ab>", "<cd>", "T", "T") is None  # ends in text
+    assert dropped("T<ab>", "<cd>T") is None
+    assert dropped("T<ab>", "T<cd>", "T<ef>") is None  # ends in an image of the human
+    assert dropped("T<ab><cd>", "T") is None
+
+
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 

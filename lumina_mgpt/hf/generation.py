@@ -13,8 +13,8 @@ from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.conversation import MAX_NEW_TOKENS, Conversation
 from lumina_mgpt.describing import answer_prompts
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.hf.body import Body
 from lumina_mgpt.hf.ids import begun_image, begun_layout, padded, unpadded
-from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.request import image_count
@@ -28,7 +28,7 @@ _WITHOUT_EFFECT = {"transformers_version", "bos_token_id", "eos_token_id", "pad_
 
 
 def generate(
-    transformer: Transformer,
+    transformer: Body,
     checkpoint: Checkpoint,
     load: Callable[[], ImageTokenizer],
     input_ids: Tensor | None,
@@ -45,7 +45,7 @@ def generate(
     """Returns ids that the model samples.
 
     Args:
-        load: returns the image tokenizer. Only the mode "any" needs it.
+        load: returns the image tokenizer. The mode "text" needs none.
         input_ids, attention_mask: prompts, with pads at either side.
         generation_mode: "text" answers without images, "image" draws one image, "any" lets the model choose.
         height, width: size of the image in pixels, where the ids do not end with an image's start and size (default:
@@ -69,15 +69,16 @@ def generate(
     rows = unpadded(input_ids, attention_mask, checkpoint.vocabulary)
     settings = _from_config(generation_config) | {name: value for name, value in settings.items() if value is not None}
     wanted = _wanted(generation_mode, settings, batch_size, speculative, checkpoint)
+    tokenizer: Any = None if wanted.mode == "text" else load()
+    # A graph would replay addresses of weights that accelerate has moved.
+    pipeline = Pipeline(checkpoint, transformer, tokenizer, cuda_graphs=not transformer.dispatched)
     if wanted.mode == "image":
-        pipeline = Pipeline(checkpoint, transformer, None)  # type: ignore[arg-type]  # sampling codes needs no pixels
         return _images(pipeline, rows, (width, height), wanted).to(input_ids.device)
     for name, side in (("height", height), ("width", width)):
         require(side is None, name, side, f"must be left out with generation_mode={generation_mode}")
     if any(begun_image(row, checkpoint.vocabulary)[1] for row in rows):
         raise InputError(f"must not end inside an image with generation_mode={generation_mode}", "input_ids")
-    tokenizer: Any = load() if wanted.mode == "any" else None
-    answers = _answers(Pipeline(checkpoint, transformer, tokenizer), rows, wanted)
+    answers = _answers(pipeline, rows, wanted)
     prompts = torch.atleast_2d(input_ids).repeat_interleave(wanted.count, 0)
     return torch.cat([prompts, padded(answers, checkpoint.vocabulary.bos_id).to(prompts)], 1)
 

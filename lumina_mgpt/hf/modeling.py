@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
 from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from lumina_mgpt.checks import require
-from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.devices import resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.hf import files
+from lumina_mgpt.hf.body import Body
 from lumina_mgpt.hf.configuration import LuminaMGPTConfig
 from lumina_mgpt.hf.generation import generate
 from lumina_mgpt.hf.ids import decode_last_image
@@ -27,45 +26,6 @@ from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.training.loss import WHOLE_LOGITS, ChunkedLoss, token_losses
 from lumina_mgpt.unirep import IGNORED
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
-
-
-class Body(Transformer):
-    """The transformer inside the model for transformers, which owns the head, as the names on disk say.
-
-    Where accelerate put layers on several devices, hidden states and logits return to the device of the ids.
-    """
-
-    def __init__(self, config: ModelConfig, attn: str) -> None:
-        super().__init__(config, attn)
-        if not self.lm_head.weight.is_meta:
-            self.init_weights()
-
-    def give_head(self) -> Head:
-        """Removes the head from this module's own parameters, and returns it."""
-        return self._modules.pop("lm_head")  # type: ignore[return-value]
-
-    def see_head(self, head: nn.Module) -> None:
-        """Uses a head that another module owns; peft may have replaced the first one."""
-        if not isinstance(head, Head):
-            head.columns = None  # type: ignore[assignment]
-        self.__dict__["lm_head"] = head
-
-    @property
-    def device(self) -> torch.device:
-        return _device(self.embed_tokens)
-
-    @property
-    def layer_devices(self) -> list[torch.device]:
-        return [_device(layer) for layer in self.layers]
-
-    def forward(self, ids: Tensor, **arguments: Any) -> Tensor:
-        return super().forward(ids, **arguments).to(self.device)
-
-    def project(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
-        if isinstance(self.lm_head, Head):
-            return self.lm_head(hidden, columns).to(hidden.device)
-        logits = self.lm_head(hidden).to(hidden.device)
-        return logits if columns is None else logits[..., columns]
 
 
 class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -314,16 +274,6 @@ def _real_first(mask: Tensor) -> Tensor | None:
     if bool((real[:, :-1] >= real[:, 1:]).all()):
         return None
     return real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Returns the device on which a module runs. accelerate may keep its weights elsewhere."""
-    for part in module.modules():
-        hook = getattr(part, "_hf_hook", None)
-        for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
-            if isinstance(one, AlignDevicesHook) and one.execution_device is not None:
-                return torch.device(one.execution_device)
-    return next(module.parameters()).device
 
 
 def _has_norms_per_head(folder: Path, config: LuminaMGPTConfig) -> bool:

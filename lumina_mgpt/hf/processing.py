@@ -14,7 +14,6 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from lumina_mgpt.answers import read_answer
 from lumina_mgpt.checks import excerpt, require
-from lumina_mgpt.conversation import turn_parts
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.hf import files
@@ -22,7 +21,7 @@ from lumina_mgpt.hf.configuration import LuminaMGPTConfig
 from lumina_mgpt.hf.ids import decode_last_image, padded, text_of
 from lumina_mgpt.hf.inputs import flat, picture_of, shares, texts_of
 from lumina_mgpt.hf.messages import pictures_of, render
-from lumina_mgpt.panels import encode_panels, encode_pictures, fit_pictures
+from lumina_mgpt.panels import encode_panels, encode_pictures, fit_pictures, turn_parts
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.prompts import PICTURE

@@ -151,13 +151,14 @@ def _documented_commands() -> list[list[str]]:
         ["lumina-mgpt", "generate-with-image"],
         ["lumina-mgpt", "edit"],
         ["lumina-mgpt", "reconstruct"],
+        ["lumina-mgpt", "attention"],
         ["python", "generate_examples/generate.py"],
     )
     found = {tuple(sorted(words)): words for words in documents.commands(documents.guide_text())}
     return [
         words
         for words in found.values()
-        if words[:2] in makers and "--movqgan_path" not in words and "Alpha-VLLM/Lumina-mGPT-2.0" not in words
+        if words[:2] in makers and "--movqgan_path" not in words and not any("Alpha-VLLM/" in word for word in words)
     ]
 
 

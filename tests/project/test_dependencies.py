@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 # Import name -> name for pip, where they differ in more than "_" and "-".
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
 SCRIPTS = ("generate_examples", "scripts")
-LOCAL = {"lumina_mgpt"} | {path.stem for folder in (*SCRIPTS, "tests") for path in (ROOT / folder).rglob("*.py")}
+OWN_FILES = [path for folder in (*SCRIPTS, "tests") for path in (ROOT / folder).rglob("*.py")]
+LOCAL = {"lumina_mgpt"} | {name for path in OWN_FILES for name in (path.stem, path.parent.name)}
 
 
 def imported(folder: str, top: bool = False) -> set[str]:

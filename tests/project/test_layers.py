@@ -17,6 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "resources": set(),
     "measure": set(),
     "console": set(),
+    "cuda": set(),
     "prompts": set(),
     "io": {"errors"},
     "checks": {"errors"},
@@ -25,28 +26,42 @@ LAYERS: dict[str, set[str]] = {
     "outputs": FOUNDATIONS,
     "images": FOUNDATIONS,
     "maps": {"errors", "images"},
+    "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
     "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},
     "unirep": {"errors", "checks", "vocabulary"},
-    "vqgan": FOUNDATIONS | {"checks", "config", "images"},
-    "panels": {"errors", "checks", "images", "vqgan", "unirep", "vocabulary"},
+    "vqgan": FOUNDATIONS | {"checks", "config", "cuda", "families", "images"},
+    "panels": {"errors", "checks", "images", "prompts", "vqgan", "unirep", "vocabulary"},
     "kernels": {"config"},
-    "model": FOUNDATIONS | {"checks", "config", "kernels", "launcher"},
+    "model": FOUNDATIONS | {"checks", "config", "cuda", "families", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
     "sampling": {"errors", "checks", "config", "unirep", "vocabulary"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"prompts", "request", "unirep"},
-    "preparation": FOUNDATIONS | {"config", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
+    "attention_map": {"model", "unirep", "vocabulary"},
 }
+LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request"}
+LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
+LAYERS["loading"] = {"errors", "model", "preparation", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
-LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
-LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
+LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
+LAYERS["data"] = FOUNDATIONS | {
+    "checks",
+    "config",
+    "devices",
+    "families",
+    "images",
+    "vqgan",
+    "prompts",
+    "unirep",
+    "vocabulary",
+}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
 LAYERS["hf"] = set(LAYERS) - {"console", "launcher", "outputs"}

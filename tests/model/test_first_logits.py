@@ -59,6 +59,7 @@ def test_logits_equal_the_released_code(models, name, kind):
             torch.testing.assert_close(logits[-1, : len(wanted["last"])], wanted["last"], **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_logits_of_the_34b_layout_equal_transformers(oracle_v1_checkpoint, oracle_v1_dir):
     """Norms after the branches, 8 heads, 4 key and value heads and 4 rows of head norms, which transformers repeats."""
