@@ -16,7 +16,6 @@ TORCH = "torch>=2.10,<2.14"
 SCENES = ["opencv-python-headless>=4.10"]  # edge and distance maps of the demo checkpoint's training scenes
 LORA = ["peft>=0.17"]
 PLOT = ["matplotlib>=3.8"]
-CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
 
 class BuildWithFiles(build_py):
@@ -58,7 +57,7 @@ setup(
     entry_points={"console_scripts": ["lumina-mgpt = lumina_mgpt.cli.main:main"]},
     install_requires=requirements(),
     extras_require={
-        "benchmarks": [*CHAMELEON, *PLOT],
+        "benchmarks": PLOT,
         "canny": SCENES,  # --extract
         "demo": SCENES,
         "dev": ["pre-commit>=4"],
@@ -70,7 +69,6 @@ setup(
             *SCENES,
             *LORA,
             *PLOT,
-            *CHAMELEON,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
             "hypothesis>=6.100",  # property tests of the image sequences
             "mypy>=2.4,<3",

@@ -74,8 +74,7 @@ class Pipeline:
         self.model = model
         self.image_tokenizer = image_tokenizer
         self.parallel = parallel
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = model.device, next(model.parameters()).dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
         self.cuda_graphs = cuda_graphs
@@ -369,7 +368,7 @@ class Pipeline:
         if self.device.type == "cuda":
             return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def _cuda_step(self, rows: int, length: int, spare: int, width: int) -> CachedStep:
@@ -385,7 +384,7 @@ class Pipeline:
             self._kept[1].restart()
             return self._kept[1]
         self._kept = None  # frees its cache before another one is made
-        cache = KVCache(config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         columns = self.checkpoint.vocabulary.code_slice
         step = CachedStep(
             self.model, cache, columns, self.compiled, width=width, graphs=self.cuda_graphs and not self.parallel
