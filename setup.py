@@ -25,7 +25,6 @@ SERVER = [
     "uvicorn>=0.32",
 ]
 RAY = [*SERVER, "ray[serve]>=2.60"]
-CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
 
 class BuildWithFiles(build_py):
@@ -67,7 +66,7 @@ setup(
     entry_points={"console_scripts": ["lumina-mgpt = lumina_mgpt.cli.main:main"]},
     install_requires=requirements(),
     extras_require={
-        "benchmarks": [*CHAMELEON, *PLOT],
+        "benchmarks": PLOT,
         "canny": SCENES,  # --extract
         "demo": SCENES,
         "dev": ["pre-commit>=4"],
@@ -81,7 +80,6 @@ setup(
             *SCENES,
             *LORA,
             *PLOT,
-            *CHAMELEON,
             *RAY,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
             "hypothesis>=6.100",  # property tests of the image sequences

@@ -13,7 +13,6 @@ The ids hold the codes of all images, so no image is encoded twice. A turn costs
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,15 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.answers import AnswerReader, read_answer
-from lumina_mgpt.checks import excerpt, require, whole_number
+from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward, cuda_width
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
+from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures, turn_parts
 from lumina_mgpt.preparation import Checkpoint
-from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.results import Answer, End, Event
 from lumina_mgpt.sampling.interleaved import AnswerSampler, Plan
 from lumina_mgpt.unirep import (
@@ -198,21 +196,48 @@ class Conversation:
         """
         if self._stream is not None:
             self._stream.close()
-        host, vocabulary = self.host, self.host.checkpoint.vocabulary
-        settings = sampling_config(host.checkpoint, sampling)
+        vocabulary = self.host.checkpoint.vocabulary
+        settings = sampling_config(self.host.checkpoint, sampling)
         parts = turn_parts(text, pictures) if isinstance(text, str) else list(text)
         require(isinstance(text, str) or not pictures, "pictures", pictures, "must be left out if the turn has parts")
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
         plan = self._plan(prompt, want, size, views, max_new_tokens)
-        speculation = host.with_window(speculation)
+        self._stream = AnswerStream(self, self._sampler(prompt, plan, settings, speculation))
+        return self._stream
+
+    def answer_ids(
+        self,
+        prompt: Sequence[int],
+        settings: SamplingConfig,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        speculation: Speculation | None = None,
+    ) -> list[int]:
+        """Returns the ids of the model's answer, in texts and images, to a prompt. The history stays unchanged.
+
+        Args:
+            prompt: ids of a conversation, bos first, up to the answer. The answer may have begun with text.
+
+        Raises:
+            InputError: as for `say`.
+        """
+        plan = self._plan(list(prompt), "any", None, 1, max_new_tokens)
+        self._held = 0  # the cache gets this prompt
+        sampler = self._sampler(list(prompt), plan, settings, speculation)
+        for _ in sampler.run():
+            pass
+        return sampler.answer
+
+    def _sampler(
+        self, prompt: list[int], plan: Plan, settings: SamplingConfig, speculation: Speculation | None
+    ) -> AnswerSampler:
+        """Returns the sampler of the answer to a prompt, and makes room for both in the cache."""
+        vocabulary, speculation = self.host.checkpoint.vocabulary, self.host.with_window(speculation)
         rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
         length = min(plan.context, len(prompt) + plan.limit)
         self._cache.reserve(rows, length, self._spare(plan, speculation), self._held)
         window = 0 if speculation is None or speculation.window is None else speculation.window
         steps = self._cache.text_step(), partial(self._cache.image_step, rows, self._window_ids(window))
-        sampler = AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
-        self._stream = AnswerStream(self, sampler)
-        return self._stream
+        return AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
 
     def _spare(self, plan: Plan, speculation: Speculation | None) -> int:
         """Number of cache slots after the answer's end, for pads and drafts."""
@@ -345,7 +370,7 @@ class _Cache:
 
 def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
     """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is."""
-    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.device)
+    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.model.layer_devices)
     cache.length = host.checkpoint.config.context
     return cache
 
@@ -354,35 +379,6 @@ def conversation_step(host: Host, cache: KVCache, columns: slice | None, width: 
     """Returns a step on a cache. Arguments: as `CachedStep`."""
     graphs = host.cuda_graphs and not host.parallel
     return CachedStep(host.model, cache, columns, host.compiled, width=width, graphs=graphs)
-
-
-def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
-    """Returns a turn as texts and pictures: each `<|image|>` of the text stands for the next picture.
-
-    Pictures without marks come before the text, each followed by a space, as in the released code.
-
-    Raises:
-        InputError: there are marks, but not one for each picture.
-    """
-    if isinstance(pictures, str):
-        raise InputError(
-            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
-        )
-    marks = text.count(PICTURE)
-    if not marks:
-        text = f"{PICTURE} " * len(pictures) + text
-    elif marks != len(pictures):
-        rule = f"must be as many as the text has marks {PICTURE}: {marks}"
-        raise InputError(f"{rule}, got {len(pictures)}; write one mark for each, or none", "pictures")
-    texts, parts = text.split(PICTURE), list["str | Panel"]()
-    for index, piece in enumerate(texts):
-        parts += [piece] if piece else []
-        parts += [_as_path(pictures[index])] if index < len(pictures) else []
-    return parts
-
-
-def _as_path(picture: Panel) -> Panel:
-    return Path(picture) if isinstance(picture, str) else picture
 
 
 def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingConfig:

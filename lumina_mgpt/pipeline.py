@@ -76,8 +76,7 @@ class Pipeline:
         self.model = model
         self.image_tokenizer = image_tokenizer
         self.parallel = parallel
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = model.device, next(model.parameters()).dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
         self.cuda_graphs = cuda_graphs
@@ -164,11 +163,17 @@ class Pipeline:
         """
         return list(self.stream(GenerationRequest.of(prompts, width, height, **settings), on_row))
 
-    def stream(self, request: GenerationRequest | PreparedRequest, on_row: OnRow | None = None) -> Iterator[Result]:
+    def stream(
+        self,
+        request: GenerationRequest | PreparedRequest,
+        on_row: OnRow | None = None,
+        jobs: Sequence[ImageJob] | None = None,
+    ) -> Iterator[Result]:
         """Returns an iterator over the images of a request, which samples a batch at a time.
 
         Args:
             on_row: called with a `RowsDone` each time a row of a batch is final.
+            jobs: the images to make, of the request's prompts and any repeats (default: `request.jobs`).
 
         Raises:
             InputError: the request does not fit the checkpoint. The call itself raises it, before any sampling.
@@ -182,16 +187,12 @@ class Pipeline:
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
         prepared, given = self.encode(prepared)
-        jobs = request.jobs
+        jobs = request.jobs if jobs is None else jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return self._batches(batches, prepared, given, on_row)
 
     def _batches(
-        self,
-        batches: Sequence[Sequence[ImageJob]],
-        prepared: PreparedRequest,
-        given: Tensor,
-        on_row: OnRow | None,
+        self, batches: Sequence[Sequence[ImageJob]], prepared: PreparedRequest, given: Tensor, on_row: OnRow | None
     ) -> Iterator[Result]:
         """Yields the images of all batches. Meanwhile, the step of the last batch is kept for batches of its shape."""
         self._streams += 1
@@ -262,8 +263,7 @@ class Pipeline:
             on_row=None if on_row is None else lambda row, rows: on_row(RowsDone(tuple(jobs), rows, layout)),
             speculation=prepared.request.speculation,
         )
-        for job, grid in zip(jobs, codes, strict=True):
-            yield self.result(job, sampling.seed, grid, layout)
+        yield from (self.result(job, sampling.seed, grid, layout) for job, grid in zip(jobs, codes, strict=True))
 
     def result(self, job: ImageJob, seed: int, codes: Tensor, layout: ImageLayout) -> Result:
         """Decodes one image alone, as decoding has the highest peak of memory. Shapes: codes (rows, cols)."""
@@ -370,7 +370,7 @@ class Pipeline:
         if self.device.type == "cuda":
             return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def _cuda_step(self, rows: int, length: int, spare: int, width: int) -> CachedStep:
@@ -386,7 +386,7 @@ class Pipeline:
             self._kept[1].restart()
             return self._kept[1]
         self._kept = None  # frees its cache before another one is made
-        cache = KVCache(config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         columns = self.checkpoint.vocabulary.code_slice
         step = CachedStep(
             self.model, cache, columns, self.compiled, width=width, graphs=self.cuda_graphs and not self.parallel

@@ -23,9 +23,10 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from lumina_mgpt import __version__, cli, launcher, prompt_files
-from lumina_mgpt.cli import multiview, tasks
+from lumina_mgpt.cli import best_of, multiview, rewrite, tasks
 from lumina_mgpt.cli.tasks import OutputPlan, preview_file, result_file
 from lumina_mgpt.console import stops_delayed
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def add_options(parser: cli.Parser) -> None:
     add_size_options(group)
     cli.add_sampling_options(parser)
     cli.add_speculation_options(parser)
+    best_of.add_best_of(parser)
+    rewrite.add_rewrite(parser)
     cli.add_output_options(parser)
     group.add_argument(
         "--preview", action="store_true", help="write each image as {name}.preview.png while its rows are sampled"
@@ -100,7 +103,9 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
         read_plan: makes the plan from `args`.
     """
     cli.quant_group(args)
-    plan = read_plan(args)
+    plan, rewriter, best = read_plan(args), rewrite.read_rewriter(args), best_of.read_best_of(args)
+    plan = plan.with_candidates(best.count) if best and best.keep else plan
+    _check_extras(args, plan)
     follows = launcher.follows(args.tensor_parallel)
     shared = plan.request.share[1] > 1 or args.tensor_parallel > 1
     output = OutputFolder(args.save_path, args.overwrite, shared)
@@ -109,6 +114,7 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
 
     from lumina_mgpt import autotune  # imports torch, which takes seconds
     from lumina_mgpt.devices import own_device
+    from lumina_mgpt.scoring import check_scorer
 
     device = own_device(args.device)
     checkpoint = cli.open_checkpoint(args)
@@ -117,27 +123,51 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
         prompts = prompt_files.example_prompts(checkpoint.folder)
         plan = plan.with_prompts(prompts, str(checkpoint.folder / prompt_files.PROMPTS_FILE))
     output.claim(plan.file_names(), plan.keep, plan.preview_names())
+    if best:
+        check_scorer(best.scorer, plan.request.prompts[0])
+    if rewriter:
+        plan = plan.rewritten(rewriter)
+        best = replace(best, prompts=plan.originals) if best else None
     prepared = checkpoint.prepare(plan.request, plan.prompts_from)
     checkpoint.require_decoder()
     if plan.extract and prepared.picture:
         prepared = replace(prepared, panels=(plan.extract(prepared.picture),))
     if prepared.request.task.views > 1:
         cli.refuse_tensor_parallel(args, "images of one answer")
+        if best:
+            raise InputError("must be left out for several images of one answer; leave it out", "best_of")
     if not follows:
         print_hints(prepared, checkpoint)
     with cli.model_processes(args, checkpoint, device) as parallel:
-        pipeline = cli.load_pipeline(args, checkpoint, device, parallel)
+        text = best.text(checkpoint.config.family) if best else None
+        pipeline = cli.load_pipeline(args, checkpoint, device, parallel, text)
         if args.fast:
             prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
         if follows:
             for _ in pipeline.stream(prepared):  # only the first process of a model writes and reports
                 pass
             return
-        described = plan.described() | describe(pipeline, prepared, loading_text(args))
+        described = plan.described() | describe(pipeline, prepared, loading_text(args)) | rewrite.described(args)
+        described |= best.described(checkpoint.config.family) if best else {}
         if prepared.request.task.views > 1:
             multiview.make(pipeline, prepared, plan, output, described)
             return
-        make(pipeline, prepared, plan, output, described)
+        make(pipeline, prepared, plan, output, described, best)
+
+
+def _check_extras(args: argparse.Namespace, plan: OutputPlan) -> None:
+    """Raises InputError if --best_of or --rewrite does not fit the other options."""
+    if args.best_of is not None:
+        cli.refuse_tensor_parallel(args, "the best of several candidates")
+    if args.rewrite is None:
+        return
+    if plan.request.instruction is not None:
+        raise InputError("expands --prompt, and --instruction replaces that; leave one of them out", "rewrite")
+    if not plan.examples and not all(plan.request.prompts):
+        raise InputError("expands --prompt, which is not given; give one, or leave it out", "rewrite")
+    if plan.request.share[1] > 1 or args.tensor_parallel > 1:
+        rule = "must be used in one process, as each process would get other words"
+        raise InputError(f"{rule}; rewrite the prompts to a file first, for --prompt_file", "rewrite")
 
 
 def print_hints(prepared: "PreparedRequest", checkpoint: "Checkpoint") -> None:
@@ -158,6 +188,7 @@ def make(
     plan: OutputPlan,
     output: OutputFolder,
     described: Mapping[str, object],
+    best: best_of.BestOf | None = None,
 ) -> None:
     """Generates the images and saves each when it is finished.
 
@@ -168,12 +199,14 @@ def make(
         plan: names of the files.
         output: folder to save to.
         described: settings for the text of the saved pictures.
+        best: how to choose the best of several candidates; None to draw each image once.
     """
     request, layout = prepared.request, prepared.layout
     rank = request.share[0]
     total, saved, previews = len(request.jobs), 0, set()
     print_plan(pipeline, request, described)
-    bar = cli.codes_bar(total, total * (layout.num_codes - layout.given), shown=rank == 0)
+    drawn = total * (best.count if best else 1)
+    bar = cli.codes_bar(total, drawn * (layout.num_codes - layout.given), shown=rank == 0)
     box_finder = BoxFinder(pipeline.image_tokenizer, prepared.picture) if request.task.box else None
 
     def on_row(done: "RowsDone") -> None:
@@ -184,12 +217,14 @@ def make(
                 output.save(name, picture, again=True)
 
     try:
-        for result in pipeline.stream(prepared, on_row):
+        for chosen in best_of.chosen_images(pipeline, prepared, best, on_row):
+            result = chosen.result
             if prepared.picture and not saved and rank == 0:
                 output.save(plan.panel_file, prepared.picture)
             with stops_delayed():  # else a picture could be saved and not counted
                 box = box_finder.found_in(result.image) if box_finder else {}
-                path = save_result(result, plan, output, {**described, **box})
+                path = save_result(result, plan, output, {**described, **chosen.text, **box})
+                save_candidates(chosen, plan, output, described)
                 saved += 1
             bar.write(f"{path}: {result.job.prompt}" + "".join(f"; {key} {value}" for key, value in box.items()))
     except KeyboardInterrupt:
@@ -237,13 +272,22 @@ class BoxFinder:
 def save_result(result: "Result", plan: OutputPlan, output: OutputFolder, described: Mapping[str, object]) -> object:
     """Saves an image, and its lowest panel if it has several, and removes its preview. Returns the image's path."""
     job, stem = result.job, plan.stem(result.job)
-    text = {"prompt": job.prompt, "repeat": job.repeat} | dict(described)
+    text = plan.prompt_text(job) | dict(described)
     if result.panels > 1:
         output.save(result_file(stem), result.panel, text)
     path = output.save(f"{stem}.png", result.image, text)
     if plan.preview:
         output.discard(preview_file(stem))
     return path
+
+
+def save_candidates(
+    chosen: best_of.Chosen, plan: OutputPlan, output: OutputFolder, described: Mapping[str, object]
+) -> None:
+    """Saves the candidates of an image that are to be kept, beside it."""
+    for candidate, text in chosen.candidates:
+        name = best_of.candidate_file(plan.stem(chosen.result.job), candidate.job.repeat)
+        output.save(name, candidate.image, plan.prompt_text(candidate.job) | dict(described) | text)
 
 
 def loading_text(args: argparse.Namespace) -> dict[str, str | None]:

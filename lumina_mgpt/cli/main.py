@@ -15,6 +15,7 @@ COMMANDS = {
     "describe": ("describe", "describe pictures, or answer a question about each"),
     "chat": ("chat", "talk with the model, in text and images"),
     "attention": ("attention", "show what the last code of an image attends to"),
+    "benchmark": ("benchmark", "make the images of a public benchmark, as its scorer reads them"),
     "reconstruct": ("reconstruct", "show what the image tokenizer preserves of pictures"),
     "pre-tokenize": ("pre_tokenize", "encode records as token shards"),
     "concat-records": ("concat_records", "check token shards and list them in one record file"),

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import prompt_files
+from lumina_mgpt.cli.best_of import candidate_files
 from lumina_mgpt.cli.options import sampling_settings, speculation_settings, unset_sampling
 from lumina_mgpt.cli.parser import whole
+from lumina_mgpt.cli.rewrite import original
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import FIRST, SECOND, Family, task_names
 from lumina_mgpt.launcher import image_share
 from lumina_mgpt.prompts import Task
 from lumina_mgpt.request import GenerationRequest, ImageJob
+from lumina_mgpt.rewriting import Rewriter, rewritten
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +38,8 @@ class OutputPlan:
         image_path: file of the given picture; None if the task has none.
         extract: function that computes the panel from the cropped picture; None: the cropped picture is the panel.
         preview: whether to save previews of unfinished images.
+        originals: the user's prompts, if those of `request` were rewritten.
+        candidates: number of candidates of each image that are saved, too.
     """
 
     request: GenerationRequest
@@ -46,6 +51,8 @@ class OutputPlan:
     image_path: str | None = None
     extract: "Callable[[Image.Image], Image.Image] | None" = None
     preview: bool = False
+    originals: tuple[str, ...] = ()
+    candidates: int = 0
 
     @property
     def label(self) -> str:
@@ -75,6 +82,24 @@ class OutputPlan:
         request = replace(self.request, prompts=prompts)
         return replace(self, request=request, prompts_from=prompts_from, examples=False)
 
+    def with_candidates(self, count: int) -> "OutputPlan":
+        """Returns a copy of the plan that saves the `count` candidates of each image, too."""
+        return replace(self, candidates=count)
+
+    def rewritten(self, rewriter: Rewriter) -> "OutputPlan":
+        """Returns a copy of the plan with expanded prompts.
+
+        Raises:
+            InputError: a prompt cannot be expanded.
+        """
+        prompts = tuple(self.request.prompts)
+        return replace(self.with_prompts(rewritten(prompts, rewriter), "rewrite"), originals=prompts)
+
+    def prompt_text(self, job: ImageJob) -> dict[str, object]:
+        """Returns that part of a picture's text which tells its prompt and repeat."""
+        text: dict[str, object] = {"prompt": job.prompt, "repeat": job.repeat}
+        return text | original(self.originals, job.prompt_index)
+
     def described(self) -> dict[str, object]:
         """Returns that part of a picture's text which describes the task."""
         shown, path = self.request.shown, self.image_path
@@ -103,6 +128,8 @@ class OutputPlan:
         """Returns those names of files of this process that do not depend on the family: without parts of images."""
         first = self.request.share[0] == 0
         names = [f"{stem}.png" for stem in map(self.stem, self.request.jobs)]
+        for job in self.request.jobs if self.candidates else ():
+            names += candidate_files(self.stem(job), job, self.candidates)
         return names + [self.panel_file] * (self.image_path is not None and first)
 
     def file_names(self) -> list[str]:

@@ -61,7 +61,7 @@ class CachedStep:
         graphs: bool = True,
     ) -> None:
         self.model, self.cache, self.columns, self.compiled, self.width = model, cache, columns, compiled, width
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.graphs = Graphs(self.device) if graphs and self.device.type == "cuda" else None
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # number of ids -> ids and positions that graphs read
         self.calls = 0

@@ -9,8 +9,8 @@ from PIL import Image
 
 from lumina_mgpt import Checkpoint, Pipeline
 from lumina_mgpt.config import Speculation
-from lumina_mgpt.conversation import turn_parts
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.panels import turn_parts
 from lumina_mgpt.results import End, ImageBegun, ImageDone, RowDone
 from lumina_mgpt.unirep import generation_prompt, split
 
