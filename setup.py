@@ -26,7 +26,6 @@ SERVER = [
 ]
 PAGE = [*SERVER, "gradio>=6"]  # takes Pillow 12
 RAY = [*SERVER, "ray[serve]>=2.60"]
-CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
 
 
 class BuildWithFiles(build_py):
@@ -68,7 +67,7 @@ setup(
     entry_points={"console_scripts": ["lumina-mgpt = lumina_mgpt.cli.main:main"]},
     install_requires=requirements(),
     extras_require={
-        "benchmarks": [*CHAMELEON, *PLOT],
+        "benchmarks": PLOT,
         "canny": SCENES,  # --extract
         "demo": SCENES,
         "dev": ["pre-commit>=4"],
@@ -83,7 +82,6 @@ setup(
             *SCENES,
             *LORA,
             *PLOT,
-            *CHAMELEON,
             *PAGE,
             *RAY,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with

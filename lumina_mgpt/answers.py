@@ -12,6 +12,8 @@ from lumina_mgpt.results import Answer, AnswerImage, Event, ImageBegun, ImageDon
 from lumina_mgpt.unirep import HEADER, ImageLayout
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
+_UNKNOWN = (128, 128, 128)  # color where no codes are sampled yet
+
 
 class Painter(Protocol):
     """What reading needs of a `Pipeline`."""
@@ -116,3 +118,20 @@ def read_answer(
     for _ in reader.end():
         pass
     return Answer(tuple(reader.parts), list(ids), reason)
+
+
+def unfinished(codes: Tensor, layout: ImageLayout, image_tokenizer: ImageTokenizer, parts: int) -> list[Image.Image]:
+    """Returns pictures of unfinished images, at full size; rows without codes are grey.
+
+    Args:
+        parts: number of parts of an image that are decoded separately: `config.parts(layout.panels)`.
+
+    Shapes: codes (B, rows so far, cols).
+    """
+    pictures, part_rows = [], layout.rows // parts
+    for grid in codes:
+        picture = Image.new("RGB", layout.size, _UNKNOWN)
+        for part, rows in enumerate(grid.split(part_rows) if len(grid) else ()):
+            picture.paste(image_tokenizer.decode(rows[None])[0], (0, part * part_rows * layout.vocabulary.cell))
+        pictures.append(picture)
+    return pictures

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.measure import wait
 from lumina_mgpt.model.step import compile_forward, has_compiler
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import PreparedRequest
@@ -66,8 +67,8 @@ def fastest(pipeline: Pipeline, prepared: PreparedRequest) -> Speculation | None
     seconds = _seconds_per_code(pipeline, trial, CODES)
     choice = min(seconds, key=seconds.__getitem__)
     whole = seconds[choice] * (layout.num_codes - layout.given) * batches
-    may_compile = pipeline.compiled is None and pipeline.parallel is None and has_compiler(pipeline.device)
-    if may_compile and whole > _COMPILING_MAY_PAY:
+    may_pay = pipeline.compiled is None and whole > _COMPILING_MAY_PAY and pipeline.model.attn != "flash"
+    if may_pay and pipeline.parallel is None and has_compiler(pipeline.device):
         _compile_if_faster(pipeline, trial, choice, seconds[choice], whole)
     return choice
 
@@ -122,6 +123,7 @@ def _forward_seconds(
     began: list[float] = []
 
     def timed(ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
+        wait(ids.device)  # a GPU is behind the host, which does not wait for it in each step
         began.append(time.perf_counter())
         if len(began) > 2 + _TIMED:
             raise _Enough

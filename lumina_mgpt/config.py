@@ -25,6 +25,7 @@ from lumina_mgpt.model_config_checks import (
 
 INT4_GROUPS = (32, 64, 128)
 DEFAULT_INT4_GROUP = 128
+MODEL_TYPES = ("chameleon", "lumina_mgpt")  # of released files, and of files that `lumina_mgpt.hf` saves
 
 
 def int4_recipe(group: int) -> dict[str, object]:
@@ -146,9 +147,9 @@ class ModelConfig:
             rule = "a checkpoint folder holds config.json, safetensors and a tokenizer"
             raise InputError(f"{path} is missing; {rule}")
         raw = read_json(path)
-        if raw.get("model_type") != "chameleon":
-            kind = excerpt(raw.get("model_type"))
-            raise InputError(f"{path}: model_type must be chameleon, got {kind}; give a checkpoint of this model")
+        if raw.get("model_type") not in MODEL_TYPES:
+            rule = f"model_type must be {' or '.join(MODEL_TYPES)}, got {excerpt(raw.get('model_type'))}"
+            raise InputError(f"{path}: {rule}; give a checkpoint of this model")
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in raw.items() if key in known and value is not None}
         values.setdefault("num_key_value_heads", raw.get("num_attention_heads"))

@@ -10,25 +10,24 @@
 The ids hold the codes of all images, so no image is encoded twice. A turn costs the prefill of the new turn alone.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.answers import AnswerReader, read_answer
-from lumina_mgpt.checks import excerpt, require, whole_number
+from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward, cuda_width
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
+from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures, turn_parts
 from lumina_mgpt.preparation import Checkpoint
-from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.results import Answer, End, Event
 from lumina_mgpt.sampling.interleaved import AnswerSampler, Plan
 from lumina_mgpt.unirep import (
@@ -43,6 +42,9 @@ from lumina_mgpt.unirep import (
     status,
 )
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
+
+if TYPE_CHECKING:
+    from lumina_mgpt.model.parallel import Parallel
 
 WANTS = ("any", "text", "image", "images")
 MAX_NEW_TOKENS = 8192  # as in the released examples
@@ -59,6 +61,8 @@ class Host(Protocol):
     device: torch.device
     cache_dtype: torch.dtype
     compiled: Forward | None
+    cuda_graphs: bool
+    parallel: "Parallel | None"
 
     @property
     def writes_text(self) -> bool: ...
@@ -86,6 +90,10 @@ class AnswerStream(Iterator[Event]):
     def close(self) -> None:
         """Ends the answer here. Does nothing after its end."""
         self._events.close()
+
+    def before_each_step(self, check: Callable[[], None]) -> None:
+        """Calls `check` before each step inside an image. An exception that it raises ends the answer here."""
+        self._sampler.before_step = check
 
     @property
     def prompt_length(self) -> int:
@@ -188,32 +196,58 @@ class Conversation:
         """
         if self._stream is not None:
             self._stream.close()
-        host, vocabulary = self.host, self.host.checkpoint.vocabulary
-        settings = sampling_config(host.checkpoint, sampling)
+        vocabulary = self.host.checkpoint.vocabulary
+        settings = sampling_config(self.host.checkpoint, sampling)
         parts = turn_parts(text, pictures) if isinstance(text, str) else list(text)
         require(isinstance(text, str) or not pictures, "pictures", pictures, "must be left out if the turn has parts")
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
         plan = self._plan(prompt, want, size, views, max_new_tokens)
-        speculation = host.with_window(speculation)
-        rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
-        slots = min(plan.context, len(prompt) + plan.limit) + _PADS
-        if speculation and speculation.window and not plan.text_only:
-            slots += speculation.window + speculation.window // vocabulary.cells + 1  # narrow images: many row ends
-        self._cache.reserve(rows, slots, self._held)
-        self._cache.restart()
-        sampler = AnswerSampler(
-            self._cache.text_step,
-            self._cache.image_step,
-            vocabulary,
-            prompt,
-            self._held,
-            plan,
-            settings,
-            self.answers,
-            speculation,
-        )
-        self._stream = AnswerStream(self, sampler)
+        self._stream = AnswerStream(self, self._sampler(prompt, plan, settings, speculation))
         return self._stream
+
+    def answer_ids(
+        self,
+        prompt: Sequence[int],
+        settings: SamplingConfig,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        speculation: Speculation | None = None,
+    ) -> list[int]:
+        """Returns the ids of the model's answer, in texts and images, to a prompt. The history stays unchanged.
+
+        Args:
+            prompt: ids of a conversation, bos first, up to the answer. The answer may have begun with text.
+
+        Raises:
+            InputError: as for `say`.
+        """
+        plan = self._plan(list(prompt), "any", None, 1, max_new_tokens)
+        self._held = 0  # the cache gets this prompt
+        sampler = self._sampler(list(prompt), plan, settings, speculation)
+        for _ in sampler.run():
+            pass
+        return sampler.answer
+
+    def _sampler(
+        self, prompt: list[int], plan: Plan, settings: SamplingConfig, speculation: Speculation | None
+    ) -> AnswerSampler:
+        """Returns the sampler of the answer to a prompt, and makes room for both in the cache."""
+        vocabulary, speculation = self.host.checkpoint.vocabulary, self.host.with_window(speculation)
+        rows = 1 if settings.cfg == 1.0 or plan.text_only else 2
+        length = min(plan.context, len(prompt) + plan.limit)
+        self._cache.reserve(rows, length, self._spare(plan, speculation), self._held)
+        window = 0 if speculation is None or speculation.window is None else speculation.window
+        steps = self._cache.text_step(), partial(self._cache.image_step, rows, self._window_ids(window))
+        return AnswerSampler(*steps, vocabulary, prompt, self._held, plan, settings, self.answers, speculation)
+
+    def _spare(self, plan: Plan, speculation: Speculation | None) -> int:
+        """Number of cache slots after the answer's end, for pads and drafts."""
+        if speculation is None or speculation.window is None or plan.text_only:
+            return _PADS
+        return _PADS + self._window_ids(speculation.window)
+
+    def _window_ids(self, window: int) -> int:
+        """Largest number of ids of a window, 0 for no window. In the narrowest images it has most row ends."""
+        return window + window // self.host.checkpoint.vocabulary.cells + 1 if window else 0
 
     def _encode(self, parts: Sequence["str | Panel"]) -> list[str | Tensor]:
         """Returns texts and code grids: fits and encodes the pictures. A `str` is a text; a path must be a `Path`."""
@@ -283,78 +317,68 @@ class Conversation:
 
 
 class _Cache:
-    """The KV cache of a conversation, and the two steps on it."""
+    """The KV cache of a conversation, and the steps on it."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._cache: KVCache | None = None
         self._rows = 0
+        self._steps: dict[tuple[int, int], CachedStep] = {}  # by number of rows and width; no rows: the text step
 
-    def reserve(self, rows: int, slots: int, held: int) -> None:
-        """Makes room for `rows` rows of `slots` slots, and keeps the first `held` slots of the conditional row.
+    def reserve(self, rows: int, length: int, spare: int, held: int) -> None:
+        """Makes room for `rows` rows of `length` ids, and keeps the first `held` ids of the conditional row.
 
         Without guidance there is no second row, so a cache may grow in both directions.
+
+        Args:
+            spare: number of further slots, for pads and drafts.
         """
         host, old = self._host, self._cache
-        slots += COMPILED_SPARE if host.compiled else 0
-        if old is not None and rows <= self._rows and slots <= old.slots:
+        spare += COMPILED_SPARE if host.compiled else 0
+        if old is not None and rows <= self._rows and length + spare <= old.slots:
             return
         if old is not None:
             rows = max(rows, self._rows)
-            slots = max(slots, old.slots if slots <= old.slots else int(_GROWTH * old.slots))
-        new = conversation_cache(host, rows, slots)
+            grown = old.slots if length + spare <= old.slots else int(_GROWTH * old.slots)
+            length = max(length, min(host.checkpoint.config.context, grown - spare))
+        new = conversation_cache(host, rows, length + spare)
         if old is not None:
             for target, source in zip(new.tensors(), old.tensors(), strict=True):
                 target[:1, :, :held] = source[:1, :, :held]
-        self._cache, self._rows = new, rows
-        vocabulary = host.checkpoint.vocabulary
-        self.text_step = CachedStep(host.model, new, None, host.compiled)
-        self._image_step = CachedStep(host.model, new, vocabulary.code_slice, host.compiled)
+        self._cache, self._rows, self._steps = new, rows, {}
 
-    def restart(self) -> None:
-        """Marks the next call of the text step as the first of a turn, which is never compiled."""
-        self.text_step.calls = 0
+    def text_step(self) -> CachedStep:
+        """Returns the step that feeds the conditional row alone, for a new answer."""
+        return self._step(0, 1, None)
 
-    def image_step(self) -> CachedStep:
-        """Returns the step for a new image."""
-        self._image_step.calls = 0
-        return self._image_step
+    def image_step(self, rows: int, window: int) -> CachedStep:
+        """Returns the step that feeds this number of rows, for a new image.
+
+        Args:
+            window: largest number of ids of a window of drafts, 0 without drafts.
+        """
+        return self._step(rows, cuda_width(window), self._host.checkpoint.vocabulary.code_slice)
+
+    def _step(self, rows: int, width: int, columns: slice | None) -> CachedStep:
+        assert self._cache is not None
+        key = rows, width
+        if key not in self._steps:
+            self._steps[key] = conversation_step(self._host, self._cache, columns, width)
+        self._steps[key].calls = 0  # the first call may be a prefill, which is never compiled
+        return self._steps[key]
 
 
 def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
     """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is."""
-    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.device)
+    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.model.layer_devices)
     cache.length = host.checkpoint.config.context
     return cache
 
 
-def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
-    """Returns a turn as texts and pictures: each `<|image|>` of the text stands for the next picture.
-
-    Pictures without marks come before the text, each followed by a space, as in the released code.
-
-    Raises:
-        InputError: there are marks, but not one for each picture.
-    """
-    if isinstance(pictures, str):
-        raise InputError(
-            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
-        )
-    marks = text.count(PICTURE)
-    if not marks:
-        text = f"{PICTURE} " * len(pictures) + text
-    elif marks != len(pictures):
-        rule = f"must be as many as the text has marks {PICTURE}: {marks}"
-        raise InputError(f"{rule}, got {len(pictures)}; write one mark for each, or none", "pictures")
-    texts, parts = text.split(PICTURE), list["str | Panel"]()
-    for index, piece in enumerate(texts):
-        parts += [piece] if piece else []
-        parts += [_as_path(pictures[index])] if index < len(pictures) else []
-    return parts
-
-
-def _as_path(picture: Panel) -> Panel:
-    return Path(picture) if isinstance(picture, str) else picture
+def conversation_step(host: Host, cache: KVCache, columns: slice | None, width: int = 1) -> CachedStep:
+    """Returns a step on a cache. Arguments: as `CachedStep`."""
+    graphs = host.cuda_graphs and not host.parallel
+    return CachedStep(host.model, cache, columns, host.compiled, width=width, graphs=graphs)
 
 
 def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingConfig:

@@ -8,11 +8,11 @@ from torch import Tensor
 from lumina_mgpt.answers import read_answer
 from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig
-from lumina_mgpt.conversation import Host, conversation_cache, sampling_config
-from lumina_mgpt.devices import cache_bytes
+from lumina_mgpt.conversation import Host, conversation_cache, conversation_step, sampling_config
+from lumina_mgpt.devices import LARGEST_AUTO_BATCH, batch_limit, cache_bytes
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep
+from lumina_mgpt.model.step import COMPILED_SPARE
 from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
 from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.request import image_count
@@ -21,8 +21,6 @@ from lumina_mgpt.sampling.interleaved import sample_texts
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 
 MAX_NEW_TOKENS = 1024
-_CACHE_LIMIT = 1 << 30  # bytes of keys and values of an automatic batch
-_LARGEST_AUTO_BATCH = 8
 
 
 def describe(
@@ -41,7 +39,7 @@ def describe(
     Args:
         pictures: pictures (PIL), paths, or codes (rows, cols). Each is opened when its batch begins.
         question: text of the turn. The picture comes after it and a space, or in the place of `<|image|>` in it.
-        batch_size: number of pictures of a batch (default: as many as fit 1 GiB of cache, at most 8).
+        batch_size: number of pictures of a batch (default: as many as fit into memory, at most 8).
         max_new_tokens: largest number of ids of an answer.
         sampling: fields of `SamplingConfig`; the defaults are those of the checkpoint's family.
 
@@ -69,7 +67,7 @@ def _auto_batch(host: Host, words: int, limit: int) -> int:
     sizes = candidate_sizes(config.base_size)
     picture = max(ImageLayout.from_pixels(vocabulary, *size).length for size in sizes)
     row = cache_bytes(config, min(config.context, words + picture + limit), host.cache_dtype)
-    return max(1, min(_LARGEST_AUTO_BATCH, _CACHE_LIMIT // row))
+    return max(1, min(LARGEST_AUTO_BATCH, batch_limit(host.device) // row))
 
 
 def _batch(
@@ -79,16 +77,33 @@ def _batch(
     with caused_by("pictures"):
         fitted = fit_pictures(pictures, vocabulary, len(pictures), checkpoint.config.base_size)
     prompts = [_prompt(question, codes, host) for codes in encode_pictures(fitted, host.image_tokenizer)]
-    context = checkpoint.config.context
-    longest = max(map(len, prompts))
-    if longest >= context:
-        raise InputError(f"takes {longest} ids with its picture, but this model sees {context}; shorten it", "question")
-    slots = min(context, longest + limit) + (COMPILED_SPARE if host.compiled else 0)
-    step = CachedStep(host.model, conversation_cache(host, len(prompts), slots), None, host.compiled)
-    limits = [min(limit, context - len(prompt)) for prompt in prompts]
-    answers = sample_texts(step, prompts, vocabulary, settings, [(settings.seed, 0)] * len(prompts), limits)
+    with caused_by("question"):
+        answers = answer_prompts(host, prompts, settings, limit, [0] * len(prompts))
     for ids in answers:
         yield read_answer(ids, "turn end" if ids[-1] == vocabulary.turn_end_id else "length", host)
+
+
+def answer_prompts(
+    host: Host, prompts: Sequence[Sequence[int]], settings: SamplingConfig, limit: int, repeats: Sequence[int]
+) -> list[list[int]]:
+    """Returns the ids of one answer in text for each prompt, sampled in one batch.
+
+    Args:
+        prompts: ids of each conversation, bos first, up to its answer.
+        limit: largest number of ids of an answer.
+        repeats: for each prompt, a number that determines the noise of its answer together with the seed.
+
+    Raises:
+        InputError: a prompt leaves no room for an answer.
+    """
+    context, vocabulary = host.checkpoint.config.context, host.checkpoint.vocabulary
+    longest = max(map(len, prompts))
+    if longest >= context:
+        raise InputError(f"takes {longest} ids, but this model sees {context}; shorten it", "prompt")
+    slots = min(context, longest + limit) + (COMPILED_SPARE if host.compiled else 0)
+    step = conversation_step(host, conversation_cache(host, len(prompts), slots), None)
+    limits = [min(limit, context - len(prompt)) for prompt in prompts]
+    return sample_texts(step, prompts, vocabulary, settings, [(settings.seed, repeat) for repeat in repeats], limits)
 
 
 def _prompt(question: str, codes: Tensor, host: Host) -> list[int]:

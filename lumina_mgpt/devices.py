@@ -10,6 +10,10 @@ from lumina_mgpt.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+_CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch on a CPU
+LARGEST_AUTO_BATCH = 8
+_FREE_SHARE = 0.9  # of a GPU's free memory that a batch may take; the rest is for fragments and kernels' workspaces
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,10 +44,22 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
-def own_device(name: str) -> torch.device:
-    """Returns the device of a name; for a CUDA GPU, the one that the launcher assigned to this process, if any."""
+def own_device(name: str, rank: int | None = None) -> torch.device:
+    """Returns the device of a name; for a CUDA GPU, the one that the launcher assigned to this process, if any.
+
+    Args:
+        rank: index of this process among several that were started without a launcher. They take the GPUs in turn,
+            unless `name` has the index of one.
+
+    Raises:
+        InputError: as `resolve_device`.
+    """
     device, local = resolve_device(name), os.environ.get("LOCAL_RANK", "")
-    return resolve_device(f"cuda:{local}") if device.type == "cuda" and local.isdecimal() else device
+    if device.type == "cuda" and local.isdecimal():
+        return resolve_device(f"cuda:{local}")
+    if device.type == "cuda" and device.index is None and rank is not None:
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return device
 
 
 def resolve_dtype(
@@ -58,24 +74,27 @@ def resolve_dtype(
     - bf16 with int4 weights. torch's int4 kernel is 40 times slower with fp32 inputs (measured by
       `scripts/benchmarks/bench_large.py floor`).
 
+    The last layer of a first-generation model overflows fp16. Its `auto` is fp32 where it would be fp16.
+
     Args:
         quant: group size if the weights are quantized to int4 while loading, else None.
 
     Raises:
-        InputError: the name is unknown or not a floating-point format.
+        InputError: the name is unknown or not a floating-point format, or the model overflows the format.
     """
     if isinstance(name, torch.dtype):
         if not name.is_floating_point:
             raise InputError(f"must be a floating-point format, got {name}; try fp32", "dtype")
-        return name
+        return _checked(name, config)
     if name in DTYPES:
-        return DTYPES[name]
+        return _checked(DTYPES[name], config)
     if name != "auto":
         raise InputError(f"must be auto, fp32, bf16 or fp16, got {name!r}; try auto", "dtype")
+    narrow = torch.float16 if config.family.fits_fp16 else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else narrow
     if device.type == "mps":
-        return torch.float16
+        return narrow
     if quant or config.int4_group:
         return torch.bfloat16
     needed, memory = 4 * config.weight_count, _physical_memory()
@@ -83,6 +102,14 @@ def resolve_dtype(
         logger.info("weights in bf16: fp32 would take %.1f of %.1f GB of memory", needed / 1e9, memory / 1e9)
         return torch.bfloat16
     return torch.float32
+
+
+def _checked(dtype: torch.dtype, config: ModelConfig) -> torch.dtype:
+    """Returns `dtype`; raises InputError if activations of the model overflow it."""
+    if dtype == torch.float16 and not config.family.fits_fp16:
+        rule = f"must be bf16 or fp32 for {config.family.name}, whose last layer overflows fp16"
+        raise InputError(f"{rule} (its activations reach 270,000, fp16 ends at 65,504); try bf16", "dtype")
+    return dtype
 
 
 def default_window(device: torch.device, int4: bool) -> int:
@@ -99,10 +126,14 @@ def default_window(device: torch.device, int4: bool) -> int:
     | 32 | 0.57 | 0.37 | 0.45 | 0.57 | 0.19 |
     | 64 | 0.67 | 0.41 | 0.66 | 0.77 | 0.22 |
 
-    The value for GPUs is an estimate. An A100 in bf16 (312 TFLOP/s, 2.0 TB/s) multiplies about 150 rows in the time
+    The values for GPUs are estimates. An A100 in bf16 (312 TFLOP/s, 2.0 TB/s) multiplies about 150 rows in the time
     that it takes to read the weights, so 64 drafts with guidance (128 rows) cost about as much as one code. Wider
-    windows accept hardly more codes.
+    windows accept hardly more codes. With int4 weights on CUDA, 8 drafts with guidance are the 16 rows of one pass of
+    torch's kernel. 16 drafts take two passes. From 33 rows on, the weights are dequantized for each forward, which
+    moves over ten times the bytes of a pass, and 64 drafts accept only 2.3 times the codes of 8.
     """
+    if device.type == "cuda":
+        return 8 if int4 else 64
     if device.type != "cpu":
         return 64
     return 16 if int4 else 32
@@ -117,6 +148,26 @@ def cache_bytes(config: ModelConfig, slots: int, dtype: torch.dtype) -> int:
     """
     vector = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
     return 2 * config.num_hidden_layers * slots * config.num_key_value_heads * vector
+
+
+def activation_bytes(config: ModelConfig, ids: int, dtype: torch.dtype) -> int:
+    """Returns the bytes of temporaries of a forward over `ids` ids: eight vectors of the model's width, three inner."""
+    return ids * (8 * config.hidden_size + 3 * config.intermediate_size) * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes of a CUDA device that torch can still allocate: free ones, and those that its cache holds."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def batch_limit(device: torch.device, reserve: int = 0) -> int:
+    """Returns the bytes that an automatic batch may take: 1 GiB; on a CUDA GPU, 90 % of the free memory.
+
+    Args:
+        reserve: bytes of a GPU that other work needs meanwhile.
+    """
+    return int(_FREE_SHARE * (free_memory(device) - reserve)) if device.type == "cuda" else _CACHE_LIMIT
 
 
 def _physical_memory() -> int | None:

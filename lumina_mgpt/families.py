@@ -15,6 +15,8 @@ from typing import Literal
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
 
+# File with the encoder of a VQGAN alone, in copies of checkpoints that have no other file of it.
+VQGAN_ENCODER = "vqgan_encoder.safetensors"
 FIRST_CODE_NAME = "IMGIMGAZ"  # name of image code 0 in the tokenizers of the first generation
 
 
@@ -33,9 +35,13 @@ class Family:
         context: length of the longest training sequences. It replaces a smaller `max_position_embeddings`, which the
             released code of the first generation does not enforce.
         answers_in_text: whether the model is trained to write text.
+        fits_fp16: whether all activations are within the range of fp16.
         tasks: name -> task whose images are all generated.
         i2i_tasks: name -> task with a given picture.
         sampling: default values of `SamplingConfig`, where they differ from those of the class.
+        plain_share: share of text-to-image training records whose instruction does not name the size of the image.
+        drops_earlier_images: whether training also drops the context of sequences with several images; see
+            `unirep.drop_context`.
     """
 
     generation: int
@@ -47,9 +53,17 @@ class Family:
     image_tokenizer: Literal["vqgan", "movqgan"]
     context: int
     answers_in_text: bool
+    fits_fp16: bool
     tasks: Mapping[str, Task]
     i2i_tasks: Mapping[str, Task]
     sampling: Mapping[str, float] = field(default_factory=dict)
+    plain_share: float = 0.0
+    drops_earlier_images: bool = False
+
+    @property
+    def has_panels(self) -> bool:
+        """Whether an image of some task consists of several panels, one above the other."""
+        return any(task.panels > 1 for task in (*self.tasks.values(), *self.i2i_tasks.values()))
 
     def task(self, name: str, i2i: bool = False) -> Task:
         """Returns the task of this name.
@@ -81,9 +95,11 @@ FIRST = Family(
     image_tokenizer="vqgan",
     context=10240,
     answers_in_text=True,
+    fits_fp16=False,
     tasks=FIRST_TASKS,
     i2i_tasks=FIRST_I2I_TASKS,
     sampling=MappingProxyType({"top_k": 2000}),
+    drops_earlier_images=True,  # as the paper says; the released code drops no context
 )
 SECOND = Family(
     generation=2,
@@ -95,10 +111,22 @@ SECOND = Family(
     image_tokenizer="movqgan",
     context=0,
     answers_in_text=False,
+    fits_fp16=True,
     tasks=TASKS,
     i2i_tasks=I2I_TASKS,
+    plain_share=0.1,
 )
 FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
+
+
+def task_names(i2i: bool = False) -> tuple[str, ...]:
+    """Returns the names of the tasks of all families.
+
+    Args:
+        i2i: whether a picture is given.
+    """
+    tables = [family.i2i_tasks if i2i else family.tasks for family in (SECOND, FIRST)]
+    return tuple(dict.fromkeys(name for table in tables for name in table))
 
 
 def family_of(folder: Path) -> Family:

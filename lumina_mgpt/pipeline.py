@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,33 +10,40 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lumina_mgpt.answers import unfinished
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.conversation import AnswerStream, Conversation
 from lumina_mgpt.describing import describe
-from lumina_mgpt.devices import cache_bytes, default_window, resolve_device, resolve_dtype
+from lumina_mgpt.devices import (
+    LARGEST_AUTO_BATCH,
+    activation_bytes,
+    batch_limit,
+    cache_bytes,
+    default_window,
+    resolve_device,
+    resolve_dtype,
+)
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.image_tokenizer import load_image_tokenizer
-from lumina_mgpt.model import attention
-from lumina_mgpt.model.kv_cache import KVCache
+from lumina_mgpt.loading import check_backend, check_flash, check_format, kept_columns, opened
+from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, require_compiler
+from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import Panel, encode_panels, encode_pictures
+from lumina_mgpt.panels import Panel
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
 from lumina_mgpt.results import Answer, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import Kept, sample
-from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots
+from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots, window_ids
 from lumina_mgpt.sampling.noise import Key
 from lumina_mgpt.unirep import ImageLayout, encode_image
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer, find_image_tokenizer
+from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 if TYPE_CHECKING:
     from lumina_mgpt.model.parallel import Parallel
 
-_CACHE_LIMIT = 1 << 30  # bytes of keys and values in an automatic batch: one image of the 7B fits
-_LARGEST_AUTO_BATCH = 8
-_UNKNOWN = (128, 128, 128)  # color of a preview where no codes are sampled yet
+_LOGIT_COPIES = 8  # float32 numbers of the sampler for each logit of a forward
 
 OnRow = Callable[[RowsDone], None]
 
@@ -49,6 +57,7 @@ class Pipeline:
 
     Attributes:
         compiled: the compiled forward of the model, None if the model runs eagerly.
+        cuda_graphs: on CUDA, whether steps are captured as graphs.
         parallel: this process among those that hold the model together, None if the process holds all of it.
         forwards: number of forwards in the last call of `sample`.
     """
@@ -60,17 +69,20 @@ class Pipeline:
         image_tokenizer: ImageTokenizer,
         cache_dtype: torch.dtype | None = None,
         compile: bool = False,
+        cuda_graphs: bool = True,
         parallel: "Parallel | None" = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.image_tokenizer = image_tokenizer
         self.parallel = parallel
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = model.device, next(model.parameters()).dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
+        self.cuda_graphs = cuda_graphs
         self.forwards = 0
+        self._streams = 0  # iterators of `stream` that have begun and not ended
+        self._kept: tuple[tuple, CachedStep] | None = None  # shape and step of the last batch of a stream, on CUDA
 
     @classmethod
     def from_pretrained(
@@ -84,6 +96,7 @@ class Pipeline:
         cache_dtype: torch.dtype | None = None,
         movqgan_dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        cuda_graphs: bool = True,
         on_read: Callable[[int, int], None] | None = None,
         parallel: "Parallel | None" = None,
         text: bool | None = None,
@@ -98,8 +111,10 @@ class Pipeline:
             cache_dtype: type of cached keys and values (default: the model's). torch.int8 takes half of bf16's memory.
             movqgan_dtype: type of the image tokenizer's decoder. With float32 the image is a function of its codes
                 alone; bf16 and fp16 take half the memory. Encoder and codebook are at least float32.
-            compile: compile the model's forward at the first use of each shape, which takes a minute or more. On
-                CUDA, the forwards are also captured as graphs.
+            compile: compile the model's forward at the first use of each shape, which takes a minute or more. The
+                flash backend cannot be compiled.
+            cuda_graphs: on CUDA, capture each shape of a step as a graph at its second use. Later steps of the shape
+                start with one launch. A model in several processes is not captured.
             on_read: called with the number of weights read so far and their total.
             parallel: this process among those that hold the model together, as `model.parallel.Parallel.start` gives
                 it. `device` is then `parallel.device`. All these processes make the same calls with the same arguments
@@ -113,38 +128,23 @@ class Pipeline:
                 weights cannot be quantized or split with these settings.
         """
         device = resolve_device(device)
-        attention.backend(attn)  # raises before any weights are read
-        _check_format("cache_dtype", cache_dtype or torch.float32, torch.int8)
-        _check_format("movqgan_dtype", movqgan_dtype)
-        if compile:
-            require_compiler(device)
-        if not isinstance(model_path, Checkpoint):
-            checkpoint = Checkpoint.open(model_path, movqgan_path)
-        else:
-            checkpoint = model_path
-            if movqgan_path is not None:
-                kind = checkpoint.config.family.image_tokenizer
-                checkpoint = replace(
-                    checkpoint, movqgan_path=find_image_tokenizer(model_path.folder, movqgan_path, kind)
-                )
+        check_backend(attn, device, compile)
+        check_format("cache_dtype", cache_dtype or torch.float32, torch.int8)
+        check_format("movqgan_dtype", movqgan_dtype)
+        checkpoint = opened(model_path, movqgan_path)
         config = checkpoint.config
         dtype = resolve_dtype(dtype, device, config, quant)
         if parallel:
             parallel.require_fit(config, quant, compile)
         if attn == "flash":
-            _check_flash(device, dtype, cache_dtype)
+            check_flash(device, dtype, cache_dtype)
         kind = config.family.image_tokenizer
         image_tokenizer = load_image_tokenizer(checkpoint.folder, checkpoint.movqgan_path, device, movqgan_dtype, kind)
         image_tokenizer.require_codes(config, image_tokenizer.source)
         model = load_model(checkpoint.folder, dtype, device, attn, quant, on_read, config=config, parallel=parallel)
         if not config.tie_word_embeddings:
-            if text and parallel:
-                raise InputError("cannot be True for a model that several processes hold; leave it out", "text")
-            codes = checkpoint.vocabulary.code_slice
-            whole = text or (text is None and parallel is None and config.family.answers_in_text)
-            columns = None if whole else parallel.code_part(codes) if parallel else codes
-            model.lm_head.slice_columns(columns, int8=bool(model.config.int4_group))
-        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, parallel)
+            model.lm_head.slice_columns(kept_columns(checkpoint, text, parallel), bool(model.config.int4_group))
+        return cls(checkpoint, model.eval(), image_tokenizer, cache_dtype, compile, cuda_graphs, parallel)
 
     def generate(
         self,
@@ -163,35 +163,49 @@ class Pipeline:
         """
         return list(self.stream(GenerationRequest.of(prompts, width, height, **settings), on_row))
 
-    def stream(self, request: GenerationRequest | PreparedRequest, on_row: OnRow | None = None) -> Iterator[Result]:
+    def stream(
+        self,
+        request: GenerationRequest | PreparedRequest,
+        on_row: OnRow | None = None,
+        jobs: Sequence[ImageJob] | None = None,
+    ) -> Iterator[Result]:
         """Returns an iterator over the images of a request, which samples a batch at a time.
 
         Args:
             on_row: called with a `RowsDone` each time a row of a batch is final.
+            jobs: the images to make, of the request's prompts and any repeats (default: `request.jobs`).
 
         Raises:
             InputError: the request does not fit the checkpoint. The call itself raises it, before any sampling.
         """
         prepared = request if isinstance(request, PreparedRequest) else self.checkpoint.prepare(request)
         request = prepared.request
+        if request.task.views > 1:
+            rule = "must make one image here, but this one makes several in one answer"
+            raise InputError(f"{rule}; use Pipeline.chat with want='images'", "task")
         size = request.batch_size or self.batch_size(
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
         prepared, given = self.encode(prepared)
-        jobs = request.jobs
+        jobs = request.jobs if jobs is None else jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-        return (result for batch in batches for result in self._batch(batch, prepared, given, on_row))
+        return self._batches(batches, prepared, given, on_row)
+
+    def _batches(
+        self, batches: Sequence[Sequence[ImageJob]], prepared: PreparedRequest, given: Tensor, on_row: OnRow | None
+    ) -> Iterator[Result]:
+        """Yields the images of all batches. Meanwhile, the step of the last batch is kept for batches of its shape."""
+        self._streams += 1
+        try:
+            for batch in batches:
+                yield from self._batch(batch, prepared, given, on_row)
+        finally:
+            self._streams -= 1
+            self._kept = None
 
     def encode(self, prepared: PreparedRequest) -> tuple[PreparedRequest, Tensor]:
-        """Encodes the given pictures of a request.
-
-        Returns the request, whose prompts hold the codes of the pictures in the instructions, and the codes of each
-        prompt's given panel. Shapes: -> (prompts, layout.given).
-        """
-        if prepared.pictures:
-            prepared = self._with_pictures(prepared)
-        count = len(prepared.request.prompts)
-        given = encode_panels(prepared.panels, prepared.layout, count, self.image_tokenizer)
+        """Encodes the given pictures of a request: `Checkpoint.encode`."""
+        prepared, given = self.checkpoint.encode(prepared, self.image_tokenizer)
         return prepared, self.parallel.of_first(given) if self.parallel else given
 
     @property
@@ -234,18 +248,6 @@ class Pipeline:
         """
         return describe(self, pictures, question, **settings)
 
-    def _with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
-        """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
-        codes = encode_pictures(prepared.pictures, self.image_tokenizer)
-        request = prepared.request
-        return replace(
-            prepared,
-            starts=self.checkpoint.prompt_ids(
-                request.prompts, prepared.layout, request.task, request.shown, pictures=codes
-            ),
-            pictures=codes,
-        )
-
     def _batch(
         self, jobs: Sequence[ImageJob], prepared: PreparedRequest, given: Tensor, on_row: OnRow | None
     ) -> Iterator[Result]:
@@ -261,12 +263,10 @@ class Pipeline:
             on_row=None if on_row is None else lambda row, rows: on_row(RowsDone(tuple(jobs), rows, layout)),
             speculation=prepared.request.speculation,
         )
-        for job, grid in zip(jobs, codes, strict=True):
-            # One image at a time: decoding has the highest peak of memory, and results stay independent of the batch.
-            yield self.result(job, sampling.seed, grid, layout)
+        yield from (self.result(job, sampling.seed, grid, layout) for job, grid in zip(jobs, codes, strict=True))
 
     def result(self, job: ImageJob, seed: int, codes: Tensor, layout: ImageLayout) -> Result:
-        """Decodes one image and returns its result. Shapes: codes (rows, cols)."""
+        """Decodes one image alone, as decoding has the highest peak of memory. Shapes: codes (rows, cols)."""
         image = self.image_tokenizer.decode(codes[None], self.checkpoint.config.parts(layout.panels))[0]
         return Result(job, seed, image, codes, encode_image(codes, self.checkpoint.vocabulary), layout.panels)
 
@@ -282,20 +282,34 @@ class Pipeline:
         layout: ImageLayout,
         settings: SamplingConfig,
         speculation: Speculation | None = None,
-        largest: int = _LARGEST_AUTO_BATCH,
+        largest: int = LARGEST_AUTO_BATCH,
     ) -> int:
-        """Returns the automatic batch size: as many images as fit the cache limit, at most `largest`.
+        """Returns the automatic batch size: as many images as fit into memory, at most `largest` and at least 1.
+
+        On a CUDA GPU, an image takes its part of the cache and of a forward's temporaries. The images may take 90 % of
+        the free memory, less what the image tokenizer needs to decode one image. Elsewhere, only the cache counts, and
+        its limit is 1 GiB.
 
         Args:
             start: number of ids of the longest prompt, up to image start.
         """
         config, slots = self.checkpoint.config, start + layout.length
-        image = (1 if settings.cfg == 1.0 else 2) * cache_bytes(config, slots, self.cache_dtype)
+        rows = 1 if settings.cfg == 1.0 else 2
+        image = rows * cache_bytes(config, slots, self.cache_dtype)
         image //= self.parallel.size if self.parallel else 1
         speculation = self.with_window(speculation)
         if speculation:
             image += ring_bytes(layout, speculation)
-        return max(1, min(largest, _CACHE_LIMIT // image))
+        if self.device.type == "cuda":
+            drafts = (speculation and speculation.window) or 1
+            ids = max(start + layout.given + layout.rows, drafts)  # of the first forward, or of a later one
+            image += rows * activation_bytes(config, ids, self.dtype)
+            image += rows * 4 * _LOGIT_COPIES * drafts * config.num_image_codes
+        width, height = layout.size
+        limit = batch_limit(self.device, self.image_tokenizer.working_bytes(width * height))
+        if self.parallel:  # all processes need the same batches
+            limit = self.parallel.least(limit)
+        return max(1, min(largest, limit // image))
 
     def sample(
         self,
@@ -325,11 +339,10 @@ class Pipeline:
         speculation = self.with_window(speculation)
         step = self.make_step(starts, layout, settings, speculation)
         keys = [(settings.seed, repeat) for repeat in repeats] if keys is None else keys
-        kept = None if kept is None else step.dropping(len(starts), kept)
-        if speculation:
-            codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given, kept=kept)
-        else:
-            codes = sample(step, starts, layout, settings, keys, on_row, given=given, kept=kept)
+        if kept is not None:
+            self._kept, kept = None, step.dropping(len(starts), kept)  # such a step is not used again
+        sampler = partial(sample_jacobi, speculation=speculation) if speculation else sample
+        codes = sampler(step, starts, layout, settings, keys, on_row=on_row, given=given, kept=kept)
         self.forwards, codes = step.calls, codes.cpu()
         if self.parallel:
             self.parallel.require_same(codes)
@@ -344,44 +357,44 @@ class Pipeline:
     ) -> CachedStep:
         """Returns a callable that runs the model for one batch, with an empty KV cache.
 
+        On CUDA, a stream of several batches uses one step with its cache and its graphs for all batches of one shape.
+
         Args:
             starts: the prompt's ids of each image, up to image start.
             speculation: None, or settings whose `window` is a number.
         """
         rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
         length = max(map(len, starts)) + layout.length
-        spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
+        window = speculation.window if speculation and speculation.window else 0
+        spare = spare_slots(layout, window) if window else 0
+        if self.device.type == "cuda":
+            return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
-    def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
-        """Returns pictures of unfinished images, at full size; rows without codes are grey.
+    def _cuda_step(self, rows: int, length: int, spare: int, width: int) -> CachedStep:
+        """Returns the kept step if it has this shape, with an empty cache, else a new step.
 
-        Shapes: codes (B, rows so far, cols).
+        A new step captures its graphs again, about ten of them, and each takes a few steps' time.
         """
-        pictures, panel_rows = [], layout.rows // self.checkpoint.config.parts(layout.panels)
-        for grid in codes:
-            picture = Image.new("RGB", layout.size, _UNKNOWN)
-            for part, rows in enumerate(grid.split(panel_rows) if len(grid) else ()):
-                top = part * panel_rows * layout.vocabulary.cell
-                picture.paste(self.image_tokenizer.decode(rows[None])[0], (0, top))
-            pictures.append(picture)
-        return pictures
-
-
-def _check_format(name: str, dtype: object, *others: torch.dtype) -> None:
-    """Raises InputError unless `dtype` is a floating-point format or one of `others`."""
-    if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype in others):
-        choices = " or ".join(["a floating-point torch.dtype", *map(str, others)])
-        raise InputError(f"must be {choices}, got {dtype!r}", name)
-
-
-def _check_flash(device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
-    """Raises InputError where flash attention cannot run."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        raise InputError(
-            f"flash needs device=cuda and dtype=bf16 or dtype=fp16, got {device} and {dtype}; use attn=sdpa", "attn"
+        config, spare = self.model.config, max(spare, width)
+        # Rotary angles that are scaled depend on the length itself.
+        slots = -(-(length + spare) // CUDA_SLOTS) if config.rope_scaling is None else length
+        shape = (rows, slots, width, self.compiled)
+        if self._kept is not None and self._kept[0] == shape:
+            self._kept[1].restart()
+            return self._kept[1]
+        self._kept = None  # frees its cache before another one is made
+        cache = KVCache(config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
+        columns = self.checkpoint.vocabulary.code_slice
+        step = CachedStep(
+            self.model, cache, columns, self.compiled, width=width, graphs=self.cuda_graphs and not self.parallel
         )
-    if cache_dtype == torch.int8:
-        raise InputError("flash does not read an int8 cache; use attn=sdpa, or leave cache_dtype out", "attn")
+        if self._streams:
+            self._kept = shape, step
+        return step
+
+    def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
+        """Returns pictures of unfinished images, as `answers.unfinished` draws them."""
+        return unfinished(codes, layout, self.image_tokenizer, self.checkpoint.config.parts(layout.panels))

@@ -12,13 +12,19 @@ from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.images import candidate_sizes
 from lumina_mgpt.model.hub import resolve
-from lumina_mgpt.panels import fit_panels, fit_pictures
+from lumina_mgpt.panels import encode_panels, encode_pictures, fit_panels, fit_pictures
 from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
-from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer, look_for_image_tokenizer
+from lumina_mgpt.vqgan.tokenizer import (
+    ImageTokenizer,
+    find_image_tokenizer,
+    look_for_image_tokenizer,
+    missing_file,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class PreparedRequest:
         return replace(self, request=replace(self.request, **settings))
 
     def single(self, index: int, panel: Image.Image | Tensor, **settings: Any) -> "PreparedRequest":
-        """Returns a copy for one prompt alone, with `panel` as its given panel.
+        """Returns a copy for one prompt alone, with `panel` as its given panel or the picture of its instruction.
 
         Args:
             index: index of the prompt.
@@ -63,7 +69,8 @@ class PreparedRequest:
             settings: as in `changed`.
         """
         request = replace(self.request, prompts=self.request.prompts[index : index + 1], panels=(panel,), **settings)
-        return replace(self, request=request, starts=self.starts[index : index + 1], panels=(panel,))
+        copy = replace(self, request=request, starts=self.starts[index : index + 1])
+        return replace(copy, pictures=(panel,)) if self.pictures else replace(copy, panels=(panel,))
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,18 @@ class Checkpoint:
     movqgan_path: Path | None
 
     @classmethod
-    def open(cls, model_path: str | Path, movqgan_path: str | Path | None = None) -> "Checkpoint":
+    def open(
+        cls, model_path: str | Path, movqgan_path: str | Path | None = None, target_size: int | None = None
+    ) -> "Checkpoint":
         """Opens a local folder, or downloads a hub id.
 
+        Args:
+            target_size: side in pixels of the square images that the weights were trained on (default: `base_size` of
+                `config.json`). The released files do not hold it.
+
         Raises:
-            InputError: there is no checkpoint of that name, it is incomplete, or MoVQGAN weights are missing.
+            InputError: there is no checkpoint of that name, it is incomplete, weights of a MoVQGAN are missing, or
+                `target_size` is not a multiple of 32.
         """
         _require_utf8("model_path", model_path)
         with caused_by("model_path"):
@@ -97,7 +111,15 @@ class Checkpoint:
         movqgan = find(folder, movqgan_path, kind)
         if movqgan is not None and movqgan.suffix == ".safetensors":
             _require_utf8("movqgan_path", movqgan)
+        if target_size is not None:
+            candidate_sizes(target_size)  # raises for a wrong size
+            config = replace(config, base_size=target_size)
         return cls(folder, config, vocabulary, movqgan)
+
+    def require_decoder(self) -> None:
+        """Raises InputError if there is no file of the image tokenizer, without which no image can be made."""
+        if self.movqgan_path is None:
+            raise InputError(missing_file(self.folder, self.config.family.image_tokenizer))
 
     def base_size(self, panels: int = 1) -> tuple[int, int]:
         """Returns the default width and height in pixels of an image: square panels, one above the other.
@@ -121,6 +143,8 @@ class Checkpoint:
             InputError: a side is not a multiple of 32 (the height: of 32 · panels), or too long.
         """
         base = self.base_size(task.panels)
+        if task.side is not None:
+            base = min(base[0], task.side), min(base[1], task.side)
         width = base[0] if width is None else width
         height = base[1] if height is None else height
         return ImageLayout.from_pixels(
@@ -162,45 +186,82 @@ class Checkpoint:
                 ids = generation_prompt([("human", [part for part in turn if part is not None])], self.vocabulary)
             except InputError as error:
                 raise InputError(f"(number {index}): {error}", parameter) from None
-            limit = self.config.context
-            if len(ids) + layout.length > limit:
+            limit, length = self.config.context, task.views * layout.length
+            if len(ids) + length > limit:
+                each = f"views={task.views} of width={width}" if task.views > 1 else f"width={width}"
+                fewer = "ask for fewer, make them" if task.views > 1 else "make the image"
                 raise InputError(
-                    f"width={width} height={height} take {layout.length} ids and the prompt (number {index}{source}) "
-                    f"{len(ids)}, but this model sees {limit}; make the image smaller or the prompt shorter"
+                    f"{each} height={height} take {length} ids and the prompt (number {index}{source}) "
+                    f"{len(ids)}, but this model sees {limit}; {fewer} smaller or the prompt shorter"
                 )
             encoded.append(ids)
         return encoded
 
-    def prepare(self, request: GenerationRequest, parameter: str = "prompts") -> PreparedRequest:
+    def prepare(self, request: GenerationRequest, parameter: str = "prompts", crop: bool = True) -> PreparedRequest:
         """Returns the request with its layout, prompt ids and panels.
 
         Args:
             parameter: name of the prompts' parameter, for errors.
+            crop: whether to check and crop the given pictures. Without, they fit the task already.
 
         Raises:
             InputError: the size does not fit the model, a prompt cannot be encoded, or a panel cannot be used.
         """
-        family, task, count = self.config.family, request.task, len(request.prompts)
-        if task not in (*family.tasks.values(), *family.i2i_tasks.values()):
-            names = ", ".join(dict.fromkeys((*family.tasks, *family.i2i_tasks)))
-            raise InputError(f"must be a task of {family.name} ({names}), got {task.template!r}", "task")
-        defaults: Any = {name: value for name, value in family.sampling_of(task).items() if name in request.unset}
-        if defaults:
-            request = replace(request, sampling=replace(request.sampling, **defaults))
+        request = self._for_family(request)
+        task, count = request.task, len(request.prompts)
+        parameter = parameter if request.instruction is None else "instruction"
+        given: Any = request.panels
         if not task.takes_picture:
             layout = self.layout(request.width, request.height, task)
-            panels = fit_panels(request.panels, layout, count, self.config.num_image_codes)
+            panels = fit_panels(given, layout, count, self.config.num_image_codes) if crop else given
             starts = self.prompt_ids(request.prompts, layout, task, request.shown, parameter)
             return PreparedRequest(request, layout, starts, panels)
-        pictures = fit_pictures(request.panels, self.vocabulary, count, self.config.base_size)
-        grids = [_blank_grid(picture, self.vocabulary.cell) for picture in pictures]
+        pictures = fit_pictures(given, self.vocabulary, count, self.config.base_size) if crop else given
+        grids = [blank_grid(picture, self.vocabulary.cell) for picture in pictures]
         width, height = (cells * self.vocabulary.cell for cells in reversed(grids[0].shape))
         layout = self.layout(request.width or width, request.height or height, task)
         starts = self.prompt_ids(request.prompts, layout, task, request.shown, parameter, grids)
         return PreparedRequest(request, layout, starts, (), pictures)
 
+    def encode(self, prepared: PreparedRequest, tokenizer: ImageTokenizer) -> tuple[PreparedRequest, Tensor]:
+        """Encodes the given pictures of a request.
 
-def _blank_grid(picture: Image.Image | Tensor, cell: int) -> Tensor:
+        Returns the request, whose prompts hold the codes of the pictures in the instructions, and the codes of each
+        prompt's given panel.
+
+        Shapes: -> (prompts, layout.given).
+        """
+        request, layout = prepared.request, prepared.layout
+        if prepared.pictures:
+            codes = encode_pictures(prepared.pictures, tokenizer)
+            starts = self.prompt_ids(request.prompts, layout, request.task, request.shown, pictures=codes)
+            prepared = replace(prepared, starts=starts, pictures=codes)
+        return prepared, encode_panels(prepared.panels, layout, len(request.prompts), tokenizer)
+
+    def _for_family(self, request: GenerationRequest) -> GenerationRequest:
+        """Returns the request with its worded task and the sampling defaults of the task and the family.
+
+        Raises:
+            InputError: the family does not have the task, or the task makes one image and `views` asks for several.
+        """
+        family, task = self.config.family, request.task
+        if task not in (*family.tasks.values(), *family.i2i_tasks.values()):
+            names = ", ".join(dict.fromkeys((*family.tasks, *family.i2i_tasks)))
+            raise InputError(f"must be a task of {family.name} ({names}), got {task.template!r}", "task")
+        if request.views is not None and request.views > 1 and task.views == 1:
+            rule = "must be left out for a task that makes one image"
+            raise InputError(f"{rule}, got {request.views}; use n={request.views}", "views")
+        if request.shown is not None and task.panels == 1:
+            rule = "must be left out for a task without panels"
+            raise InputError(f"{rule}, got {request.shown!r}; give instruction=TEXT", "shown")
+        sampling: Any = {name: value for name, value in family.sampling_of(task).items() if name in request.unset}
+        changed: dict[str, Any] = {"sampling": replace(request.sampling, **sampling)} if sampling else {}
+        if request.worded_task != task:
+            changed["task"] = request.worded_task
+        return replace(request, **changed) if changed else request
+
+
+def blank_grid(picture: Image.Image | Tensor, cell: int) -> Tensor:
     """Returns codes 0 in the shape (rows, cols) of a picture's codes."""
     shape = picture.shape if isinstance(picture, Tensor) else (picture.height // cell, picture.width // cell)
     return torch.zeros(shape, dtype=torch.long)

@@ -46,7 +46,9 @@ class Task:
         panels: number of panels of the image, one above the other; the height is a multiple of 32 · panels.
         given_panels: number of panels that the user gives, counted from the top.
         wordless: whether the prompt may be empty.
-        views: default number of images of one answer.
+        views: number of images of one answer.
+        side: default side of an image in pixels, if the checkpoint's base size is larger.
+        box: whether the image is the given picture with a box drawn in.
         sampling: default values of `SamplingConfig`, where they differ from those of the family.
     """
 
@@ -56,6 +58,8 @@ class Task:
     given_panels: int = 0
     wordless: bool = False
     views: int = 1
+    side: int | None = None
+    box: bool = False
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
@@ -67,6 +71,18 @@ class Task:
     def given(self) -> bool:
         """Whether the user gives a picture: a panel of the image, or a picture in the instruction."""
         return self.given_panels > 0 or self.takes_picture
+
+    def worded(self, instruction: str) -> "Task":
+        """Returns a copy of the task whose instruction is this text.
+
+        Args:
+            instruction: text with PICTURE where a given picture belongs. Without it, the picture comes last, after a
+                space.
+        """
+        template = instruction.replace("{", "{{").replace("}", "}}")
+        if self.takes_picture and PICTURE not in template:
+            template = f"{template} {PICTURE}"
+        return replace(self, template=template)
 
     def parts(self, prompt: str, width: int, height: int, shown: str | None = None) -> list[str | None]:
         """Returns the instruction as its texts, with None for the picture in it. Arguments: as `instruction`."""
@@ -126,7 +142,7 @@ FIRST_MAPS: Mapping[str, str] = MappingProxyType(
 FIRST_TASKS: Mapping[str, Task] = MappingProxyType(
     {
         "t2i": TASKS["t2i"],
-        "multiview": Task(_MULTIVIEW, views=16),
+        "multiview": Task(_MULTIVIEW, views=16, side=384),  # both numbers from the paper
     }
 )
 FIRST_I2I_TASKS: Mapping[str, Task] = MappingProxyType(
@@ -134,7 +150,7 @@ FIRST_I2I_TASKS: Mapping[str, Task] = MappingProxyType(
         **dict.fromkeys(FIRST_MAPS, _FROM_MAP),  # the instruction does not say which map is given
         "edit": Task("{prompt} " + PICTURE),
         "no_edit": Task("no edit " + PICTURE, wordless=True),
-        "detect": Task("Detect: {prompt} " + PICTURE, sampling=_MAP),
+        "detect": Task("Detect: {prompt} " + PICTURE, box=True, sampling=_MAP),
         **{
             f"predict_{name}": Task(f"{text} {PICTURE}", wordless=True, sampling=_MAP)
             for name, text in FIRST_MAPS.items()

@@ -1,7 +1,7 @@
 """One request for images, validated when it is made. Importing this module does not import torch."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Union
 
 from lumina_mgpt.checks import excerpt, require, whole_number
@@ -51,6 +51,8 @@ class GenerationRequest:
             instructions. Pictures, also those read from paths, are cropped to the panel's size, or to the fitting one
             of the checkpoint's sizes. Codes are used unmodified.
         shown: what the panel that the instruction describes displays (default: `task.shown`).
+        instruction: whole instruction, in place of the task's own, see `Task.worded`; prompts have no effect on it.
+        views: number of images of one answer (default: `task.views`). Only tasks with several images take another.
         batch_size: images sampled together; None: as many as fit the cache limit, at most 8.
         share: (rank, count): this process is number `rank` (from 0) of `count` processes. It makes every count-th
             image, starting with index `rank`.
@@ -70,6 +72,8 @@ class GenerationRequest:
     task: Task = TASKS["t2i"]
     panels: Sequence["Panel"] = ()
     shown: str | None = None
+    instruction: str | None = None
+    views: int | None = None
     batch_size: int | None = None
     share: tuple[int, int] = (0, 1)
 
@@ -77,7 +81,8 @@ class GenerationRequest:
         prompts = (self.prompts,) if isinstance(self.prompts, str | bytes) else _several(self.prompts)
         if not prompts:
             raise InputError("must hold at least one text, got none", "prompts")
-        for name, text in (*(("prompts", text) for text in prompts), ("shown", self.shown or "")):
+        others = ("shown", self.shown or ""), ("instruction", self.instruction or "")
+        for name, text in (*(("prompts", text) for text in prompts), *others):
             if not isinstance(text, str):
                 raise InputError(f"must be text, got {type(text).__name__}; give a str", name)
         known = isinstance(self.sampling, SamplingConfig)
@@ -93,6 +98,7 @@ class GenerationRequest:
             "width": _pixels("width", self.width),
             "height": _pixels("height", self.height),
             "n": image_count("n", self.n),
+            "views": None if self.views is None else image_count("views", self.views),
             "batch_size": None if self.batch_size is None else image_count("batch_size", self.batch_size),
             "share": _share(self.share),
         }
@@ -123,6 +129,12 @@ class GenerationRequest:
             settings.setdefault("unset", tuple(sorted(every - names)))
         panels = () if panel is None else panel if isinstance(panel, list | tuple) else (panel,)
         return cls(prompts, width, height, panels=panels, **settings)
+
+    @property
+    def worded_task(self) -> Task:
+        """The task with the request's own instruction and number of images, where they are given."""
+        task = self.task if self.instruction is None else self.task.worded(self.instruction)
+        return task if self.views is None else replace(task, views=self.views)
 
     @property
     def jobs(self) -> list[ImageJob]:

@@ -55,7 +55,7 @@ class RowsDone:
     layout: ImageLayout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnswerImage:
     """One image of an answer.
 
@@ -90,7 +90,10 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All texts, with `<|image|>` in the place of each of `images`."""
+        """All texts, with `<|image|>` in the place of each of `images`, an incomplete one included.
+
+        Differs from the reference: the released decoder drops an incomplete image, and writes the names of control ids.
+        """
         return "".join(part if isinstance(part, str) else PICTURE for part in self.parts)
 
     @property
@@ -118,9 +121,14 @@ class ImageBegun:
     index: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowDone:
-    """The first rows of an image are final. Attributes: codes of these rows, (rows so far, cols)."""
+    """The first rows of an image are final.
+
+    Attributes:
+        codes: codes of these rows, (rows so far, cols).
+        layout: layout of the whole image.
+    """
 
     codes: Tensor
     layout: ImageLayout

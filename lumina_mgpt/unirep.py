@@ -258,18 +258,31 @@ def generation_prompt(text: str | Sequence[Turn], vocabulary: Vocabulary) -> lis
     return encode_conversation(turns, vocabulary)[0]
 
 
-def drop_context(ids: list[int], labels: list[int], vocabulary: Vocabulary) -> tuple[list[int], list[int]]:
+def drop_context(
+    ids: list[int], labels: list[int], vocabulary: Vocabulary, several: bool = False
+) -> tuple[list[int], list[int]]:
     """Ids and labels of an unconditional training sample: the answer's image alone, without prompt and turn end.
 
-    Sequences with several images, or with text in the answer, are returned unmodified. Training drops the context of
-    10 % of the sequences, because classifier-free guidance needs a model that also samples without a prompt.
+    A sequence is returned unmodified unless the assistant's last turn ends in an image. One with a single image is also
+    returned unmodified if that turn begins with text. Training drops the context of 10 % of the sequences, because
+    classifier-free guidance needs a model that also samples without a prompt.
 
     Args:
         ids, labels: what `encode_conversation` returns.
+        several: whether to drop the context of a sequence with several images too, which is then everything before the
+            start of the last image. If not, such a sequence is returned unmodified.
+
+    Source: Lumina-mGPT (arXiv 2408.02657) for several images; the
+        released code of Lumina-mGPT 2.0 for a single one.
     """
     ends_in_image = ids[-2:] == [vocabulary.image_end_id, vocabulary.turn_end_id]
-    if not ends_in_image or ids.count(vocabulary.image_end_id) != 1:
+    images = ids.count(vocabulary.image_end_id)
+    if not ends_in_image or (images > 1 and not several):
         return ids, labels
+    if images > 1:
+        start = len(ids) - 1 - ids[::-1].index(vocabulary.image_start_id)
+        answered = labels[start] != IGNORED
+        return (ids[start:-1], labels[start:-1]) if answered else (ids, labels)
     kept = [(id_, label) for id_, label in zip(ids[:-1], labels[:-1], strict=True) if label != IGNORED]
     if not kept or kept[0][0] != vocabulary.image_start_id:  # the answer has text before its image
         return ids, labels

@@ -2,9 +2,10 @@
 
     python tests/forked_runs.py    # reads jobs as lines of JSON, prints one line of JSON for each
 
-A job is {"settings": {...}, "world": 1, "until": 0, "kills": 0, "chunks": false}. `until` stops after that step, as
-SIGTERM does; `kills` is the number of times that the run is killed by SIGKILL first, half of them while it writes a
-checkpoint.
+A job is {"settings": {...}, "world": 1, "until": 0, "kills": 0, "chunks": false, "timeout": 0, "slow": 0}. `until`
+stops after that step, as SIGTERM does; `kills` is the number of times that the run is killed by SIGKILL first, half of
+them while it writes a checkpoint; `timeout` is that of collective operations, in seconds; `slow` is the number of
+seconds that the last process takes longer to generate samples.
 """
 
 import importlib
@@ -16,10 +17,12 @@ import socket
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.training import loss, run_folder
+from lumina_mgpt.pipeline import Pipeline
+from lumina_mgpt.training import distributed, loss, run_folder
 from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.trainer import Trainer
@@ -27,8 +30,13 @@ from lumina_mgpt.training.trainer import Trainer
 
 def train(job: dict) -> int:
     loss.WHOLE_LOGITS = 0 if job.get("chunks") else loss.WHOLE_LOGITS
+    if job.get("timeout"):
+        distributed.TIMEOUT = timedelta(seconds=job["timeout"])
     processes = Processes.start("cpu")
     trainer = Trainer(TrainingConfig.of(**job["settings"]), processes)
+    if job.get("slow") and processes.rank == processes.world - 1:
+        generate = Pipeline.generate
+        Pipeline.generate = lambda *given, **options: (time.sleep(job["slow"]), generate(*given, **options))[1]
     step = trainer._step
 
     def step_and_leave(began: float) -> None:

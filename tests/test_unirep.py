@@ -12,12 +12,16 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import text_to_image
 from lumina_mgpt.unirep import (
     ImageLayout,
+    Status,
     UniRepError,
     decode_image,
     drop_context,
     encode_conversation,
     encode_image,
     generation_prompt,
+    image_length,
+    split,
+    status,
 )
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -284,3 +288,62 @@ def test_context_is_dropped_only_before_a_single_final_image(vocabulary):
     assert kept(("human", ["a cat"]), ("assistant", ["here: ", image]))
     assert kept(("human", ["a cat"]), ("assistant", [image]), ("human", ["thanks"]))
     assert kept(("human", [image]))
+
+
+def test_context_before_the_last_of_several_images_is_dropped_on_request(vocabulary):
+    """Hand-made ids: B bos, T text, < image start, > image end, / turn end. Small letters are codes."""
+    ids_of = dict(
+        B=vocabulary.bos_id,
+        T=vocabulary.encode_text("a")[0],
+        **{"<": vocabulary.image_start_id, ">": vocabulary.image_end_id, "/": vocabulary.turn_end_id},
+    )
+
+    def dropped(human: str, *others: str) -> str | None:
+        """What remains of turns without their ends; None if all of it does."""
+        turns = [f"B{human}/", *(f"{turn}/" for turn in others)]
+        text = "".join(turns)
+        ids = [ids_of.get(letter, vocabulary.code_slice.start + ord(letter)) for letter in text]
+        answers = [n % 2 == 1 for n, turn in enumerate(turns) for _ in turn]
+        labels = [id_ if answer else -100 for id_, answer in zip(ids, answers, strict=True)]
+        assert drop_context(ids, labels, vocabulary) == (ids, labels)
+        kept, targets = drop_context(ids, labels, vocabulary, several=True)
+        assert kept == targets or kept == ids
+        return None if kept == ids and targets == labels else text[text.rindex("<") : len(text) - 1]
+
+    assert dropped("T<ab>", "<cd>") == "<cd>"  # an edit
+    assert dropped("T", "<ab><cd><ef>") == "<ef>"  # views
+    assert dropped("T<ab>T", "<cd>", "T<ef>", "TT<gh>") == "<gh>"  # text before the last image
+    assert dropped("T<ab>", "<cd>", "T", "T") is None  # ends in text
+    assert dropped("T<ab>", "<cd>T") is None
+    assert dropped("T<ab>", "T<cd>", "T<ef>") is None  # ends in an image of the human
+    assert dropped("T<ab><cd>", "T") is None
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_status_of_each_id_of_an_answer(vocabulary):
+    image, text = encode_image(random_codes(1, 1), vocabulary), vocabulary.encode_text("a hedgehog")
+    answer = [*text, *image, *image, *text, vocabulary.turn_end_id]
+    found = [status(answer[:length], vocabulary) for length in range(len(answer) + 1)]
+    of_image = [Status.HEADER] * 2 + [Status.IMAGE] * (len(image) - 3) + [Status.TEXT]
+    assert found == [Status.TEXT] * (len(text) + 1) + of_image * 2 + [Status.TEXT] * (len(text) + 1)
+
+
+def test_answers_split_into_texts_and_code_grids(vocabulary):
+    one, two = random_codes(1, 2, 1), random_codes(2, 1, 2)
+    text, ends = vocabulary.encode_text("a hedgehog"), [vocabulary.turn_end_id]
+    images = [encode_image(codes, vocabulary) for codes in (one, two)]
+    parts = split([*images[0], *text, *images[1], *ends], vocabulary)
+    assert torch.equal(parts[0], one) and torch.equal(parts[2], two) and parts[1::2] == [text, ends]
+    assert split([], vocabulary) == [] and split(text, vocabulary) == [text]
+    with pytest.raises(UniRepError) as caught:
+        split([*text, *images[0][:-1]], vocabulary)
+    assert caught.value.position == len(text) + len(images[0]) - 1
+    with pytest.raises(UniRepError, match=f"position {len(text) + 1}: expected grid rows"):
+        split([*text, images[0][0], *images[0][3:]], vocabulary)
+
+
+def test_the_length_of_an_image_is_that_of_its_ids(vocabulary):
+    for rows, cols in ((1, 1), (2, 3)):
+        assert image_length(rows, cols, vocabulary) == len(encode_image(random_codes(rows, cols), vocabulary))

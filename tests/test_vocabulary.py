@@ -7,6 +7,8 @@ import unicodedata
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lumina_mgpt.config import ModelConfig
@@ -202,3 +204,46 @@ def test_folder_without_tokenizer_is_refused(tmp_path, oracle_dir):
     shutil.copy(oracle_dir / "tokenizer" / "tokenizer_config.json", tmp_path)
     with pytest.raises(InputError, match="tokenizer.json is missing"):
         Vocabulary.from_folder(tmp_path, RELEASED)
+
+
+# -- generated text ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(st.text(), st.binary().map(lambda some: some.decode("latin-1"))), st.data())
+def test_streamed_text_has_whole_characters_and_is_the_decoded_text(released, text, data):
+    """Of ids that encode a text: each piece is whole. Of any ids: the pieces together are the text of all ids."""
+    text = "".join(char for char in text if not "\ud800" <= char <= "\udfff" and char != "\ufffd")
+    ids = released._tokenizer.encode(text, add_special_tokens=False).ids
+    stream = released.text_stream()
+    pieces = [stream.feed(id_) for id_ in ids]
+    assert "\ufffd" not in "".join(pieces) and stream.end() == "" == stream.end()
+    assert "".join(pieces) == released.decode_text(ids)
+    shuffled = data.draw(st.permutations(ids + [ids[0]] if ids else ids))
+    stream = released.text_stream()
+    assert "".join(stream.feed(id_) for id_ in shuffled) + stream.end() == released.decode_text(shuffled)
+
+
+def test_a_character_over_several_ids_is_given_out_once_it_is_complete(tmp_path):
+    vocabulary = Vocabulary.from_folder(own_folder(tmp_path), own_config())
+    ids = vocabulary.encode_text("aé🦔")  # one id a byte
+    assert len(ids) == 7
+    stream = vocabulary.text_stream()
+    assert [stream.feed(id_) for id_ in ids] == ["a", "", "é", "", "", "", "🦔"] and stream.end() == ""
+    broken = vocabulary.text_stream()
+    assert [broken.feed(id_) for id_ in ids[:5]] == ["a", "", "é", "", ""]
+    assert broken.end() == "\ufffd"
+    control = vocabulary.text_stream()
+    assert [control.feed(id_) for id_ in (ids[0], vocabulary.turn_end_id, ids[0])] == ["a", "", "a"]
+
+
+def test_ids_of_texts_and_of_grids(released):
+    v = released
+    allowed = v.text_mask(images=True)
+    banned = {v.bos_id, v.image_end_id, v.row_end_id, *map(v.grid_id, range(1, v.max_grid + 1))}
+    banned |= set(range(v.code_slice.start, v.code_slice.stop))
+    assert set((~allowed).nonzero().flatten().tolist()) == banned
+    without = v.text_mask(images=False)
+    assert (allowed ^ without).nonzero().flatten().tolist() == [v.image_start_id]
+    assert allowed[v.turn_end_id] and len(allowed) == v.vocab_size
+    assert v.grid_mask([2, 5]).nonzero().flatten().tolist() == sorted([v.grid_id(2), v.grid_id(5)])

@@ -4,25 +4,33 @@
         --instruction "make the background red" --instruction "replace the penguin with a snowman"
 
 Each turn edits the codes of the previous result, so that no error of decoding and encoding accumulates. Turn t, counted
-from 1, writes edit_{t}.png with both panels, and edit_{t}_result.png with the result alone. The cropped picture is
-saved as edit_ref_center_crop.png. edit_strip.png shows the cropped picture and all results side by side.
+from 1, writes edit_{t}.png. The cropped picture is saved as edit_ref_center_crop.png. edit_strip.png shows the cropped
+picture and all results side by side.
+
+With Lumina-mGPT 2.0, edit_{t}.png has two panels, and edit_{t}_result.png is the result alone. With Lumina-mGPT, the
+turns are those of one conversation, and the model sees all earlier pictures and instructions.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from lumina_mgpt import cli, launcher
 from lumina_mgpt.cli import generate, tasks
+from lumina_mgpt.cli.answers import images_of
 from lumina_mgpt.cli.tasks import OutputPlan, result_file
+from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lumina_mgpt.pipeline import Pipeline
-    from lumina_mgpt.preparation import PreparedRequest
+    from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 
 _STRIP = "edit_strip.png"
 
@@ -34,7 +42,7 @@ def build_parser() -> cli.Parser:
         description="Edits a picture in several turns.",
     )
     group = parser.add_argument_group("picture and instructions")
-    group.add_argument("--image_path", required=True, help="picture to edit; its center is cropped to the panel's size")
+    group.add_argument("--image_path", required=True, help="picture to edit; its center is cropped")
     group.add_argument("--instruction", action="append", required=True, help="what to change; one for each turn")
     generate.add_size_options(group)
     cli.add_sampling_options(parser)
@@ -51,15 +59,20 @@ def edit(args: argparse.Namespace) -> None:
     cli.quant_group(args)
     follows = launcher.follows(args.tensor_parallel)
     output = OutputFolder(args.save_path, args.overwrite, shared=args.tensor_parallel > 1)
-    output.claim(file_names(plan), plan.keep)
+    output.claim(whole_files(plan), plan.keep)  # before a download
 
     from lumina_mgpt import autotune  # imports torch, which takes seconds
     from lumina_mgpt.devices import own_device
-    from lumina_mgpt.preparation import Checkpoint
 
     device = own_device(args.device)
-    checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+    checkpoint = cli.open_checkpoint(args)
+    plan = plan.of_family(checkpoint.config.family)
+    output.claim(file_names(plan), plan.keep)
     prepared = checkpoint.prepare(plan.request, plan.prompts_from)
+    checkpoint.require_decoder()
+    if prepared.pictures:
+        cli.refuse_tensor_parallel(args, "turns of a conversation")
+        require_context(checkpoint, prepared)
     with cli.model_processes(args, checkpoint, device) as parallel:
         pipeline = cli.load_pipeline(args, checkpoint, device, parallel)
         if args.fast:
@@ -80,13 +93,41 @@ def read_plan(args: argparse.Namespace) -> OutputPlan:
     sampling.with_seeds(len(args.instruction))  # raises for the last one
     settings = {
         "sampling": sampling,
+        "unset": cli.unset_sampling(args),
         "speculation": cli.speculation_settings(args),
         "width": args.width,
         "height": args.height,
         "batch_size": 1,
     }
     source = ("image_path", args.image_path)
-    return tasks.panel_plan("edit", args.instruction, source, None, settings)
+    return tasks.picture_plan("edit", args.instruction, source, None, settings)
+
+
+def require_context(checkpoint: "Checkpoint", prepared: "PreparedRequest") -> None:
+    """Raises InputError if the turns of one conversation exceed the model's context, before any is sampled."""
+    from lumina_mgpt.unirep import ImageLayout
+
+    turns, limit = len(prepared.starts), checkpoint.config.context
+    picture = prepared.picture
+    assert picture is not None
+    given = ImageLayout.from_pixels(checkpoint.vocabulary, *picture.size).length
+    total = sum(map(len, prepared.starts)) - (turns - 1) * given + turns * (prepared.layout.length + 1)
+    if total > limit:
+        rule = f"{turns} turns at {prepared.layout.length} ids an image take {total} ids, but this model sees {limit}"
+        raise InputError(f"{rule}; give fewer, or make the image smaller", "prompts")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The result of one turn.
+
+    Attributes:
+        image: the whole image.
+        result: the edited picture alone.
+    """
+
+    image: "Image.Image"
+    result: "Image.Image"
 
 
 def make(
@@ -101,49 +142,98 @@ def make(
     Turn t, counted from 1, samples with the seed of the request plus t - 1.
 
     Args:
-        prepared: the request, with one prompt per turn and the given panel.
+        prepared: the request, with one prompt per turn and the given picture.
         plan: names of the files.
         output: folder to save to; None to neither save nor report, as another process of the model does.
         described: settings for the text of the saved pictures.
     """
     from lumina_mgpt.images import side_by_side
 
-    layout, turns = prepared.layout, len(prepared.request.prompts)
-    panel, picture = prepared.panels[0], prepared.picture
+    layout, instructions = prepared.layout, prepared.request.prompts
+    picture, turns = prepared.picture, len(instructions)
     assert picture is not None
-    strip = [picture]
+    strip, seeds = [picture], prepared.request.sampling.with_seeds(turns)
     total = turns * (layout.num_codes - layout.given)
+    edits = conversation_turns if prepared.pictures else panel_turns
     try:
         interval, silent = cli.bar_interval(), output is None
         with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=interval, disable=silent) as bar:
-
-            def on_row(_: object) -> None:
-                bar.update(layout.cols)
-
-            for turn, sampling in enumerate(prepared.request.sampling.with_seeds(turns), start=1):
-                request = prepared.single(turn - 1, panel, sampling=sampling)
-                (result,) = pipeline.stream(request, on_row)
-                panel = result.panel_codes
+            for number, edited in enumerate(edits(pipeline, prepared, seeds, bar), start=1):
                 if output is None:
                     continue
-                if turn == 1:
+                instruction = instructions[number - 1]
+                if number == 1:
                     output.save(plan.panel_file, picture)
-                strip.append(result.panel)
-                instruction = result.job.prompt
-                text = dict(described) | {"instruction": instruction, "turn": turn, "seed": sampling.seed}
-                output.save(result_file(f"edit_{turn}"), result.panel, text)
-                path = output.save(f"edit_{turn}.png", result.image, text)
-                output.save(_STRIP, side_by_side(strip), again=turn > 1)
+                strip.append(edited.result)
+                text = dict(described) | {"instruction": instruction, "turn": number, "seed": seeds[number - 1].seed}
+                if layout.panels > 1:
+                    output.save(result_file(f"edit_{number}"), edited.result, text)
+                path = output.save(f"edit_{number}.png", edited.image, text)
+                output.save(_STRIP, side_by_side(of_height(strip, picture.height)), again=number > 1)
                 bar.write(f"{path}: {instruction}")
     except KeyboardInterrupt:
         saved = f"{len(strip) - 1} of {turns} turns are in {output.folder}" if output else ""
         raise KeyboardInterrupt(saved) from None
 
 
+def panel_turns(
+    pipeline: "Pipeline", prepared: "PreparedRequest", seeds: Sequence[SamplingConfig], bar: tqdm
+) -> Iterator[Turn]:
+    """Yields the turns of a checkpoint that edits an upper panel: each is given the last turn's lower panel.
+
+    Args:
+        seeds: sampling settings of each turn.
+        bar: bar that counts codes.
+    """
+    panel, cols = prepared.panels[0], prepared.layout.cols
+
+    def on_row(_: object) -> None:
+        bar.update(cols)
+
+    for index, sampling in enumerate(seeds):
+        (result,) = pipeline.stream(prepared.single(index, panel, sampling=sampling), on_row)
+        panel = result.panel_codes
+        yield Turn(result.image, result.panel)
+
+
+def conversation_turns(
+    pipeline: "Pipeline", prepared: "PreparedRequest", seeds: Sequence[SamplingConfig], bar: tqdm
+) -> Iterator[Turn]:
+    """Yields the turns of a conversation: the picture is in the first instruction, and later ones have none.
+
+    Arguments: as `panel_turns`.
+    """
+    request, layout = prepared.request, prepared.layout
+    conversation = pipeline.conversation()
+    for index, sampling in enumerate(seeds):
+        first = index == 0
+        events = conversation.say(
+            request.task.instruction(request.prompts[0], *layout.size) if first else request.prompts[index],
+            prepared.pictures if first else (),
+            want="image",
+            size=layout.size,
+            speculation=request.speculation,
+            **asdict(sampling),
+        )
+        for made in images_of(events, bar):
+            yield Turn(made.image, made.image)
+
+
+def of_height(images: "Sequence[Image.Image]", height: int) -> "list[Image.Image]":
+    """Returns the images scaled to one height in pixels. Those of this height are not changed."""
+    sizes = [(max(1, round(image.width * height / image.height)), height) for image in images]
+    return [image if image.size == size else image.resize(size) for image, size in zip(images, sizes, strict=True)]
+
+
+def whole_files(plan: OutputPlan) -> list[str]:
+    """Returns those names of files of a run that do not depend on the family."""
+    return [plan.panel_file, _STRIP, *(f"edit_{turn}.png" for turn in range(1, len(plan.request.prompts) + 1))]
+
+
 def file_names(plan: OutputPlan) -> list[str]:
     """Returns the names of all files that a run of the plan writes."""
     stems = [f"edit_{turn}" for turn in range(1, len(plan.request.prompts) + 1)]
-    return [plan.panel_file, _STRIP, *(f"{stem}.png" for stem in stems), *map(result_file, stems)]
+    return whole_files(plan) + (list(map(result_file, stems)) if plan.request.task.panels > 1 else [])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

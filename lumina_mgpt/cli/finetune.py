@@ -21,10 +21,15 @@ TITLES = {
     "logging": "logging and sample pictures",
     "runtime": "precision, memory and device",
 }
+# Option -> its other names on the command line.
+ALSO = {"movqgan_path": ("--vqgan_path",)}
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="lumina-mgpt finetune", description=__doc__.split(". ")[0] + ".")
+    # Errors name the option of the model's kind of image tokenizer.
+    parser = cli.Parser(
+        {"vqgan_path": "--vqgan_path"}, prog="lumina-mgpt finetune", description=__doc__.split(". ")[0] + "."
+    )
     _add_options(parser, TrainingConfig)
     for name, group in groups().items():
         _add_options(parser.add_argument_group(TITLES[name]), group)
@@ -53,7 +58,7 @@ def _add_options(target: argparse._ActionsContainer, group: type[Options]) -> No
             arguments["required"] = item.name == "output_dir"
         if item.metadata["choices"]:
             arguments["choices"] = item.metadata["choices"]
-        target.add_argument(f"--{item.name}", **arguments)
+        target.add_argument(f"--{item.name}", *ALSO.get(item.name, ()), **arguments)
 
 
 def config_of(args: argparse.Namespace) -> TrainingConfig:

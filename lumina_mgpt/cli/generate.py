@@ -6,12 +6,14 @@
         --image_prompt "a hedgehog on a sky blue background" --save_path controlled
 
 Files are named {prompt index}_{repeat}.png, both counted from 0. They contain the prompt and the settings as PNG text.
-With a given panel, a single image is named {i2i_task}.png. Several images are named
-{i2i_task}_{prompt index}_{repeat}.png. The given panel is saved as {i2i_task}_ref_center_crop.png.
+With a given picture, a single image is named {i2i_task}.png. Several images are named
+{i2i_task}_{prompt index}_{repeat}.png. The picture is saved as {i2i_task}_ref_center_crop.png.
 
-If an image NAME.png has two panels, its lower panel is also saved alone, as NAME_result.png. Under `accelerate launch`
-or torchrun, each process generates its share of the images. With --tensor_parallel N, N processes have the same share,
-and the first of them writes the files and reports.
+If an image NAME.png has two panels, its lower panel is also saved alone, as NAME_result.png. With --task multiview,
+NAME.png is a contact sheet, and each image is also saved alone, as NAME_view_00.png and so on.
+
+Under `accelerate launch` or torchrun, each process generates its share of the images. With --tensor_parallel N, N
+processes have the same share, and the first of them writes the files and reports.
 """
 
 import argparse
@@ -20,20 +22,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from lumina_mgpt import __version__, cli, launcher, prompt_files
-from lumina_mgpt.cli import tasks
+from lumina_mgpt.cli import best_of, multiview, rewrite, tasks
 from lumina_mgpt.cli.tasks import OutputPlan, preview_file, result_file
 from lumina_mgpt.console import stops_delayed
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lumina_mgpt.pipeline import Pipeline
     from lumina_mgpt.preparation import Checkpoint, PreparedRequest
+    from lumina_mgpt.request import GenerationRequest
     from lumina_mgpt.results import Result, RowsDone
-
-_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} codes, {rate_noinv_fmt}, {elapsed} elapsed, {remaining} left"
+    from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 
 def build_parser() -> cli.Parser:
@@ -60,6 +63,8 @@ def add_options(parser: cli.Parser) -> None:
     add_size_options(group)
     cli.add_sampling_options(parser)
     cli.add_speculation_options(parser)
+    best_of.add_best_of(parser)
+    rewrite.add_rewrite(parser)
     cli.add_output_options(parser)
     group.add_argument(
         "--preview", action="store_true", help="write each image as {name}.preview.png while its rows are sampled"
@@ -69,15 +74,20 @@ def add_options(parser: cli.Parser) -> None:
 
 
 def add_size_options(group: argparse._ActionsContainer) -> None:
-    """Adds --width and --height."""
+    """Adds --width, --height and --target_size."""
     group.add_argument(
-        "--width", type=cli.whole, help="width in pixels, a multiple of 32 (default: the checkpoint's base size)"
+        "--width",
+        type=cli.whole,
+        help="width in pixels, a multiple of 32 (default: the checkpoint's base size; Lumina-mGPT: that of the given "
+        "picture after its crop; multiview: 384)",
     )
     group.add_argument(
         "--height",
         type=cli.whole,
-        help="height in pixels of all panels together, a multiple of 32 per panel (default: square panels)",
+        help="height in pixels of all panels together, a multiple of 32 per panel (default: square panels; for "
+        "Lumina-mGPT as the width)",
     )
+    cli.add_target_size(group)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -93,46 +103,79 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
         read_plan: makes the plan from `args`.
     """
     cli.quant_group(args)
-    plan = read_plan(args)
+    plan, rewriter, best = read_plan(args), rewrite.read_rewriter(args), best_of.read_best_of(args)
+    plan = plan.with_candidates(best.count) if best and best.keep else plan
+    _check_extras(args, plan)
     follows = launcher.follows(args.tensor_parallel)
     shared = plan.request.share[1] > 1 or args.tensor_parallel > 1
     output = OutputFolder(args.save_path, args.overwrite, shared)
     if not plan.examples:
-        output.claim(plan.file_names(), plan.keep, plan.preview_names())
+        output.claim(plan.whole_files(), plan.keep, plan.preview_names())  # before a download
 
     from lumina_mgpt import autotune  # imports torch, which takes seconds
     from lumina_mgpt.devices import own_device
-    from lumina_mgpt.preparation import Checkpoint
+    from lumina_mgpt.scoring import check_scorer
 
     device = own_device(args.device)
-    checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+    checkpoint = cli.open_checkpoint(args)
+    plan = plan.of_family(checkpoint.config.family)
     if plan.examples:
         prompts = prompt_files.example_prompts(checkpoint.folder)
         plan = plan.with_prompts(prompts, str(checkpoint.folder / prompt_files.PROMPTS_FILE))
-        output.claim(plan.file_names(), temporary=plan.preview_names())
+    output.claim(plan.file_names(), plan.keep, plan.preview_names())
+    if best:
+        check_scorer(best.scorer, plan.request.prompts[0])
+    if rewriter:
+        plan = plan.rewritten(rewriter)
+        best = replace(best, prompts=plan.originals) if best else None
     prepared = checkpoint.prepare(plan.request, plan.prompts_from)
+    checkpoint.require_decoder()
     if plan.extract and prepared.picture:
         prepared = replace(prepared, panels=(plan.extract(prepared.picture),))
+    if prepared.request.task.views > 1:
+        cli.refuse_tensor_parallel(args, "images of one answer")
+        if best:
+            raise InputError("must be left out for several images of one answer; leave it out", "best_of")
     if not follows:
         print_hints(prepared, checkpoint)
     with cli.model_processes(args, checkpoint, device) as parallel:
-        pipeline = cli.load_pipeline(args, checkpoint, device, parallel)
+        text = best.text(checkpoint.config.family) if best else None
+        pipeline = cli.load_pipeline(args, checkpoint, device, parallel, text)
         if args.fast:
             prepared = prepared.changed(speculation=autotune.fastest(pipeline, prepared))
         if follows:
             for _ in pipeline.stream(prepared):  # only the first process of a model writes and reports
                 pass
             return
-        described = plan.described() | describe(pipeline, prepared, loading_text(args))
-        make(pipeline, prepared, plan, output, described)
+        described = plan.described() | describe(pipeline, prepared, loading_text(args)) | rewrite.described(args)
+        described |= best.described(checkpoint.config.family) if best else {}
+        if prepared.request.task.views > 1:
+            multiview.make(pipeline, prepared, plan, output, described)
+            return
+        make(pipeline, prepared, plan, output, described, best)
+
+
+def _check_extras(args: argparse.Namespace, plan: OutputPlan) -> None:
+    """Raises InputError if --best_of or --rewrite does not fit the other options."""
+    if args.best_of is not None:
+        cli.refuse_tensor_parallel(args, "the best of several candidates")
+    if args.rewrite is None:
+        return
+    if plan.request.instruction is not None:
+        raise InputError("expands --prompt, and --instruction replaces that; leave one of them out", "rewrite")
+    if not plan.examples and not all(plan.request.prompts):
+        raise InputError("expands --prompt, which is not given; give one, or leave it out", "rewrite")
+    if plan.request.share[1] > 1 or args.tensor_parallel > 1:
+        rule = "must be used in one process, as each process would get other words"
+        raise InputError(f"{rule}; rewrite the prompts to a file first, for --prompt_file", "rewrite")
 
 
 def print_hints(prepared: "PreparedRequest", checkpoint: "Checkpoint") -> None:
     """Prints a hint for each prompt that contains none of the names that a small checkpoint knows.
 
-    With a given panel, the function prints no hint.
+    With a given picture, the function prints no hint.
     """
-    names = [] if prepared.panels else prompt_files.known_names(checkpoint.folder)
+    names = [] if prepared.picture else prompt_files.known_names(checkpoint.folder)
     for prompt in filter(None, prepared.request.prompts):
         hint = prompt_files.unknown_hint(prompt, names)
         if hint:
@@ -145,6 +188,7 @@ def make(
     plan: OutputPlan,
     output: OutputFolder,
     described: Mapping[str, object],
+    best: best_of.BestOf | None = None,
 ) -> None:
     """Generates the images and saves each when it is finished.
 
@@ -155,18 +199,15 @@ def make(
         plan: names of the files.
         output: folder to save to.
         described: settings for the text of the saved pictures.
+        best: how to choose the best of several candidates; None to draw each image once.
     """
     request, layout = prepared.request, prepared.layout
-    rank, processes = request.share
+    rank = request.share[0]
     total, saved, previews = len(request.jobs), 0, set()
-    if rank == 0:
-        print(", ".join(f"{key} {value}" for key, value in described.items()))
-        if processes > 1:
-            numbers = f"0, {processes}, {2 * processes} and so on"
-            everything = len(request.prompts) * request.n
-            maker = "model" if pipeline.parallel else "process"
-            print(f"{maker} 0 of {processes} makes {total} of {everything} images: numbers {numbers}")
-    bar = _progress_bar(total, total * (layout.num_codes - layout.given), shown=rank == 0)
+    print_plan(pipeline, request, described)
+    drawn = total * (best.count if best else 1)
+    bar = cli.codes_bar(total, drawn * (layout.num_codes - layout.given), shown=rank == 0)
+    box_finder = BoxFinder(pipeline.image_tokenizer, prepared.picture) if request.task.box else None
 
     def on_row(done: "RowsDone") -> None:
         bar.update(len(done.jobs) * layout.cols)
@@ -176,13 +217,16 @@ def make(
                 output.save(name, picture, again=True)
 
     try:
-        for result in pipeline.stream(prepared, on_row):
+        for chosen in best_of.chosen_images(pipeline, prepared, best, on_row):
+            result = chosen.result
             if prepared.picture and not saved and rank == 0:
                 output.save(plan.panel_file, prepared.picture)
             with stops_delayed():  # else a picture could be saved and not counted
-                path = save_result(result, plan, output, described)
+                box = box_finder.found_in(result.image) if box_finder else {}
+                path = save_result(result, plan, output, {**described, **chosen.text, **box})
+                save_candidates(chosen, plan, output, described)
                 saved += 1
-            bar.write(f"{path}: {result.job.prompt}")
+            bar.write(f"{path}: {result.job.prompt}" + "".join(f"; {key} {value}" for key, value in box.items()))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{saved} of {total} images are in {output.folder}") from None
     finally:
@@ -191,10 +235,44 @@ def make(
             output.discard(name)
 
 
+def print_plan(pipeline: "Pipeline", request: "GenerationRequest", described: Mapping[str, object]) -> None:
+    """Prints the settings, and which of the images this process makes. Only the first of several processes prints."""
+    rank, processes = request.share
+    if rank:
+        return
+    print(", ".join(f"{key} {value}" for key, value in described.items()))
+    if processes > 1:
+        numbers = f"0, {processes}, {2 * processes} and so on"
+        everything = len(request.prompts) * request.n
+        maker = "model" if pipeline.parallel else "process"
+        print(f"{maker} 0 of {processes} makes {len(request.jobs)} of {everything} images: numbers {numbers}")
+
+
+class BoxFinder:
+    """Finds the box that the model drew into a picture.
+
+    Args:
+        images: image tokenizer that decoded the image with the box.
+        picture: the given picture. It is encoded and decoded, too, so that only the box differs.
+    """
+
+    def __init__(self, images: "ImageTokenizer", picture: "Image.Image | None") -> None:
+        self.reference = None if picture is None else images.decode(images.encode([picture]))[0]
+
+    def found_in(self, image: "Image.Image") -> dict[str, str]:
+        """Returns what to report of an image: its box as left, top, right and bottom in pixels, or "not found"."""
+        from lumina_mgpt.boxes import find_box
+
+        if self.reference is None or image.size != self.reference.size:
+            return {"box": "not looked for, because the picture has another size"}
+        box = find_box(image, self.reference)
+        return {"box": "not found" if box is None else " ".join(map(str, box))}
+
+
 def save_result(result: "Result", plan: OutputPlan, output: OutputFolder, described: Mapping[str, object]) -> object:
     """Saves an image, and its lowest panel if it has several, and removes its preview. Returns the image's path."""
     job, stem = result.job, plan.stem(result.job)
-    text = {"prompt": job.prompt, "repeat": job.repeat} | dict(described)
+    text = plan.prompt_text(job) | dict(described)
     if result.panels > 1:
         output.save(result_file(stem), result.panel, text)
     path = output.save(f"{stem}.png", result.image, text)
@@ -203,17 +281,13 @@ def save_result(result: "Result", plan: OutputPlan, output: OutputFolder, descri
     return path
 
 
-def _progress_bar(images: int, codes: int, shown: bool) -> tqdm:
-    """Returns a bar that counts codes. Only the first of several processes shows one."""
-    return tqdm(
-        total=codes,
-        unit=" codes",
-        desc=f"{images} image{'s' * (images > 1)}",
-        dynamic_ncols=True,
-        bar_format=_BAR,
-        disable=not shown,
-        mininterval=cli.bar_interval(),
-    )
+def save_candidates(
+    chosen: best_of.Chosen, plan: OutputPlan, output: OutputFolder, described: Mapping[str, object]
+) -> None:
+    """Saves the candidates of an image that are to be kept, beside it."""
+    for candidate, text in chosen.candidates:
+        name = best_of.candidate_file(plan.stem(chosen.result.job), candidate.job.repeat)
+        output.save(name, candidate.image, plan.prompt_text(candidate.job) | dict(described) | text)
 
 
 def loading_text(args: argparse.Namespace) -> dict[str, str | None]:
@@ -235,7 +309,17 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     speculation = pipeline.with_window(request.speculation)
     if speculation is not None:
         sampling |= {"coupling": speculation.coupling, "window": speculation.window}
-    movqgan = loading["movqgan_path"] or pipeline.checkpoint.movqgan_path.name
+    return {"width": width, "height": height} | sampling | describe_pipeline(pipeline, loading)
+
+
+def describe_pipeline(pipeline: "Pipeline", loading: Mapping[str, str | None]) -> dict[str, object]:
+    """Returns the settings of a loaded checkpoint, for the text of the saved pictures.
+
+    Args:
+        loading: the result of `loading_text`.
+    """
+    file = pipeline.checkpoint.movqgan_path
+    movqgan = loading["movqgan_path"] or (file.name if file else None)
     weights = {"model_path": loading["model_path"], "movqgan_path": movqgan}
     running: dict[str, object] = {"device": pipeline.device, "dtype": str(pipeline.dtype).removeprefix("torch.")}
     running["attn"] = loading["attn"]
@@ -251,7 +335,7 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     if group is not None:
         running |= {"quant": "int4", "quant_group": group}
     software = {"software": f"lumina_mgpt {__version__}"}
-    return {"width": width, "height": height} | sampling | weights | running | software
+    return weights | running | software
 
 
 def main(argv: Sequence[str] | None = None) -> int:

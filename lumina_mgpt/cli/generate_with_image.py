@@ -3,8 +3,8 @@
     lumina-mgpt generate-with-image --task canny --extract --input_image_path assets/subject.png \\
         --prompt "a penguin on a yellow background" --save_path controlled
 
-This command does the same as `lumina-mgpt generate --task i2i` and names its files in the same way. The size is that of
-both panels together: `--width 768 --height 768` gives two panels of 768 x 384 pixels.
+This command does the same as `lumina-mgpt generate --task i2i` and names its files in the same way. With Lumina-mGPT
+2.0, the size is that of both panels together: `--width 768 --height 768` gives two panels of 768 x 384 pixels.
 """
 
 import argparse
@@ -13,24 +13,26 @@ from dataclasses import replace
 
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.cli import generate, tasks
+from lumina_mgpt.families import task_names
 from lumina_mgpt.maps import EXTRACTORS
-from lumina_mgpt.prompts import I2I_TASKS
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(
-        cli.ALIASES | {"panel": "--input_image_path"},
+        cli.ALIASES | {"panel": "--input_image_path", "i2i_task": "--task"},
         prog="lumina-mgpt generate-with-image",
         description="Generates an image from one prompt and a control picture.",
     )
     group = parser.add_argument_group("prompt and picture")
-    group.add_argument("--task", required=True, choices=tuple(I2I_TASKS), help="as --i2i_task of lumina-mgpt generate")
+    group.add_argument(
+        "--task", required=True, choices=task_names(i2i=True), help="as --i2i_task of lumina-mgpt generate"
+    )
     group.add_argument(
         "--input_image_path",
         required=True,
-        help="picture for the upper panel; its center is cropped to the panel's size",
+        help="given picture, cropped at its center; Lumina-mGPT 2.0: the upper panel",
     )
-    group.add_argument("--prompt", help="what the lower panel shows; optional for predict_...")
+    group.add_argument("--prompt", help="what the image shows; optional for predict_... and no_edit")
     group.add_argument(
         "--extract",
         action="store_true",
@@ -46,7 +48,7 @@ def read_plan(args: argparse.Namespace) -> tasks.OutputPlan:
     settings = tasks.request_settings(args)
     prompts = prompt_files.read_prompts(None if args.prompt is None else [args.prompt], None)
     source = ("input_image_path", args.input_image_path)
-    plan = tasks.panel_plan(args.task, prompts, source, args.panel_prompt, settings, args.extract)
+    plan = tasks.picture_plan(args.task, prompts, source, args.panel_prompt, settings, args.extract)
     return replace(plan, preview=args.preview)
 
 

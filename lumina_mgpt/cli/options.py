@@ -2,11 +2,13 @@
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import resources
+from lumina_mgpt.checks import whole_number
 from lumina_mgpt.cli.parser import Parser, number, whole
 from lumina_mgpt.cli.progress import ReadingBar
 from lumina_mgpt.config import (
@@ -27,14 +29,20 @@ if TYPE_CHECKING:
 DEMO = "assets/demo"
 # Parameter of GenerationRequest -> option, where the names differ.
 ALIASES = {"prompts": "--prompt", "panel": "--image_path", "shown": "--panel_prompt"}
+_SAMPLING = ("cfg", "top_k", "temperature", "text_top_k", "text_temperature")
 
 
 def add_checkpoint_options(parser: Parser) -> None:
     """Adds the options that select weights, device and number formats."""
-    parser.aliases["quant"] = "--quant_group"
+    parser.aliases |= {"quant": "--quant_group", "vqgan_path": "--vqgan_path"}
     group = parser.add_argument_group("checkpoint and device")
     group.add_argument("--model_path", default=DEMO, help="checkpoint folder or hub id")
-    group.add_argument("--movqgan_path", help="MoVQGAN weights (default: those in the checkpoint folder)")
+    group.add_argument(
+        "--movqgan_path",
+        "--vqgan_path",
+        help="weights of the image tokenizer: a MoVQGAN for Lumina-mGPT 2.0, Chameleon's VQGAN for Lumina-mGPT "
+        "(default: those in the checkpoint folder)",
+    )
     group.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: a GPU if there is one"
     )
@@ -43,7 +51,7 @@ def add_checkpoint_options(parser: Parser) -> None:
         default="auto",
         choices=("auto", "fp32", "bf16", "fp16"),
         help="number format of the transformer; auto: bf16 on CUDA, fp16 on Apple GPUs, fp32 on a CPU (bf16 with "
-        "--quant, or if fp32 weights exceed half of the memory)",
+        "--quant, or if fp32 weights exceed half of the memory); Lumina-mGPT overflows fp16",
     )
     group.add_argument(
         "--attn", default="sdpa", choices=("sdpa", "flash"), help="attention; flash needs flash-attn and CUDA"
@@ -70,11 +78,38 @@ def add_checkpoint_options(parser: Parser) -> None:
         help="compile the model; takes minutes before the first image, then each image is faster",
     )
     group.add_argument(
+        "--no_cuda_graphs",
+        action="store_true",
+        help="on CUDA, start the kernels of each step one by one; without it, a graph starts them all at once",
+    )
+    group.add_argument(
         "--movqgan_dtype",
         default="fp32",
         choices=("fp32", "bf16", "fp16"),
         help="number format of the image tokenizer's decoder; images are encoded in fp32",
     )
+
+
+def open_checkpoint(args: argparse.Namespace) -> "Checkpoint":
+    """Opens the checkpoint that the command line names. Loads no weights.
+
+    Args:
+        args: parsed command line, with the options of `add_checkpoint_options`.
+    """
+    from lumina_mgpt.preparation import Checkpoint
+
+    path = checkpoint_path(args.model_path)
+    return Checkpoint.open(path, args.movqgan_path, getattr(args, "target_size", None))
+
+
+def warn_without_text(checkpoint: "Checkpoint") -> None:
+    """Prints a warning if the checkpoint is not trained to write text."""
+    family = checkpoint.config.family
+    if not family.answers_in_text:
+        print(
+            f"warning: {family.name} is not trained to write text, so expect none that makes sense; Lumina-mGPT is",
+            file=sys.stderr,
+        )
 
 
 def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +121,12 @@ def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="N processes, started by torchrun, hold the model together, each a part of it on its own GPU",
     )
+
+
+def refuse_tensor_parallel(args: argparse.Namespace, what: str) -> None:
+    """Raises InputError for --tensor_parallel above 1. `what` names what one process alone can make."""
+    if args.tensor_parallel > 1:
+        raise InputError(f"must be 1 for {what}, got {args.tensor_parallel}; leave it out", "tensor_parallel")
 
 
 @contextlib.contextmanager
@@ -127,13 +168,18 @@ def load_pipeline(
         checkpoint: the opened checkpoint.
         device: device to load the weights to.
         parallel: this process among those that hold the model together, None if it is alone.
-        text: as for `Pipeline.from_pretrained`.
+        text: whether text will be sampled (default: by the family).
+
+    Raises:
+        InputError: --no_cuda_graphs is given without a CUDA device, or an error of `Pipeline.from_pretrained`.
     """
     import torch
 
     from lumina_mgpt.devices import DTYPES
     from lumina_mgpt.pipeline import Pipeline
 
+    if args.no_cuda_graphs and device.type != "cuda":
+        raise InputError(f"--no_cuda_graphs has no effect on device {device}; leave it out, or use --device cuda")
     stored = checkpoint.config.int4_group
     with ReadingBar("int4 while loading" if args.quant and not stored else "loading", delay=3) as bar:
         return Pipeline.from_pretrained(
@@ -146,6 +192,7 @@ def load_pipeline(
             cache_dtype=torch.int8 if args.cache_dtype == "int8" else None,
             movqgan_dtype=DTYPES[args.movqgan_dtype],
             compile=args.compile,
+            cuda_graphs=not args.no_cuda_graphs,
             parallel=parallel,
             text=text,
         )
@@ -168,25 +215,51 @@ def quant_group(args: argparse.Namespace, stored: int | None = None) -> int | No
     return None
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that set the fields of SamplingConfig."""
+def add_target_size(group: argparse._ActionsContainer) -> None:
+    """Adds --target_size."""
+    group.add_argument(
+        "--target_size",
+        type=whole,
+        metavar="SIZE",
+        help="the checkpoint is trained on images of about SIZE x SIZE pixels: the size of images by default, and to "
+        "which given pictures are cropped (default: base_size of its config.json, else 768)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, text: bool = False) -> None:
+    """Adds the options that set the fields of SamplingConfig for images.
+
+    Args:
+        text: whether text is sampled, too: adds the options for it.
+    """
     group = parser.add_argument_group("sampling")
-    group.add_argument("--cfg", type=number, default=SamplingConfig.cfg, help="guidance scale; 1 disables guidance")
+    group.add_argument(
+        "--cfg",
+        type=number,
+        help="guidance scale; 1 disables guidance (default: 4; 1 for maps and detection of Lumina-mGPT)",
+    )
     group.add_argument(
         "--top_k",
         type=whole,
-        default=SamplingConfig.top_k,
-        help="sample from this many most probable codes; 1: always the most probable",
+        help="sample from this many most probable codes; 1: always the most probable (default: 4096; 2000 for "
+        "Lumina-mGPT, 200 for its maps and detection)",
     )
+    group.add_argument("--temperature", type=number, help="above 0; lower values prefer probable codes (default: 1)")
+    if text:
+        add_text_sampling(group)
     group.add_argument(
-        "--temperature",
-        type=number,
-        default=SamplingConfig.temperature,
-        help="above 0; lower values prefer probable codes",
+        "--seed", type=whole, default=SamplingConfig.seed, help="the same seed and prompt give the same result"
     )
+
+
+def add_text_sampling(group: argparse._ActionsContainer) -> None:
+    """Adds the options that set the fields of SamplingConfig for text."""
     group.add_argument(
-        "--seed", type=whole, default=SamplingConfig.seed, help="the same seed and prompt give the same image"
+        "--text_top_k",
+        type=whole,
+        help="sample text from this many most probable pieces; 1: always the most probable (default: 10)",
     )
+    group.add_argument("--text_temperature", type=number, help="the same as --temperature, for text (default: 1)")
 
 
 def add_batch_size(group: argparse._ActionsContainer) -> None:
@@ -196,8 +269,12 @@ def add_batch_size(group: argparse._ActionsContainer) -> None:
     )
 
 
-def add_speculation_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of speculative Jacobi sampling."""
+def add_speculation_options(parser: argparse.ArgumentParser, fast: bool = True) -> None:
+    """Adds the options of speculative Jacobi sampling.
+
+    Args:
+        fast: whether to add --fast, too, which needs the size of all images in advance.
+    """
     group = parser.add_argument_group("speculative sampling")
     group.add_argument(
         "--speculative_jacobi",
@@ -205,11 +282,12 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
         help="accept several codes per forward; exact: the same image, or with --coupling maximal another image from "
         "the same distribution",
     )
-    group.add_argument(
-        "--fast",
-        action="store_true",
-        help="time a few forwards and use the fastest window and coupling, for long runs also --compile; exact",
-    )
+    if fast:
+        group.add_argument(
+            "--fast",
+            action="store_true",
+            help="time a few forwards and use the fastest window and coupling, for long runs also --compile; exact",
+        )
     group.add_argument(
         "--coupling", choices=COUPLINGS, help=f"how drafts are verified (default: {Speculation.coupling})"
     )
@@ -228,7 +306,7 @@ def speculation_settings(args: argparse.Namespace) -> Speculation | None:
         InputError: options do not fit each other.
     """
     given = {name: getattr(args, name) for name in ("coupling", "window") if getattr(args, name) is not None}
-    if args.fast and (args.speculative_jacobi or given):
+    if getattr(args, "fast", False) and (args.speculative_jacobi or given):
         raise InputError("--fast chooses --speculative_jacobi, --coupling and --window itself; leave those out, or it")
     if args.speculative_jacobi:
         return Speculation(**given)
@@ -253,6 +331,35 @@ def checkpoint_path(text: str) -> str | Path:
     return resources.demo_checkpoint() if text == DEMO and not Path(DEMO).exists() else text
 
 
+def add_max_new_tokens(group: argparse._ActionsContainer, default: int) -> None:
+    """Adds --max_new_tokens. `default` is that of the function that samples."""
+    group.add_argument("--max_new_tokens", type=whole, help=f"largest number of ids of an answer (default: {default})")
+
+
+def answer_limit(args: argparse.Namespace) -> dict[str, int]:
+    """Returns the argument that --max_new_tokens gives; none without the option.
+
+    Raises:
+        InputError: the value is below 1.
+    """
+    limit = args.max_new_tokens
+    if limit is None:
+        return {}
+    rule = "must be a whole number of at least 1; try 1024"
+    return {"max_new_tokens": whole_number("max_new_tokens", limit, 1, None, rule)}
+
+
 def sampling_settings(args: argparse.Namespace) -> SamplingConfig:
-    """Returns the settings that the options of `add_sampling_options` give."""
-    return SamplingConfig(cfg=args.cfg, top_k=args.top_k, temperature=args.temperature, seed=args.seed)
+    """Returns the settings that the options of `add_sampling_options` give. `unset_sampling` names the others."""
+    given: dict[str, Any] = given_sampling(args)
+    return SamplingConfig(seed=args.seed, **given)
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, float]:
+    """Returns the fields of SamplingConfig that the command line gives, without the seed."""
+    return {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+
+
+def unset_sampling(args: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the fields of SamplingConfig that the command line does not give. The task and the family set them."""
+    return tuple(name for name in _SAMPLING if getattr(args, name, None) is None)

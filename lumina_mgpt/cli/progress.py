@@ -9,9 +9,27 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} codes, {rate_noinv_fmt}, {elapsed} elapsed, {remaining} left"
+
+
 def bar_interval() -> float:
     """Returns the time between updates of a progress bar in seconds: 0.1 on a terminal, 10 in a log file."""
     return 0.1 if sys.stderr.isatty() else 10
+
+
+def codes_bar(images: int, codes: int, shown: bool) -> "tqdm":
+    """Returns a bar that counts codes. Only the first of several processes shows one."""
+    from tqdm import tqdm
+
+    return tqdm(
+        total=codes,
+        unit=" codes",
+        desc=f"{images} image{'s' * (images > 1)}",
+        dynamic_ncols=True,
+        bar_format=_BAR,
+        disable=not shown,
+        mininterval=bar_interval(),
+    )
 
 
 class ReadingBar(contextlib.AbstractContextManager):

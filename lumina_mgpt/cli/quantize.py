@@ -2,7 +2,7 @@
 
     lumina-mgpt quantize --model_path assets/demo --save_path work/demo-int4
 
-The new folder also holds the tokenizer and MoVQGAN files. The folder is written completely or not at all.
+The new folder also holds the tokenizer and image tokenizer files. The folder is written completely or not at all.
 """
 
 import argparse

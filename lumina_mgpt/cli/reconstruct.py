@@ -6,7 +6,7 @@ For each picture, this command writes two files. {name}_reconstruction.png is th
 holds the codes as 16-bit grey, one pixel per code. It also prints a line with the PSNR of the reconstruction.
 
 --through_model adds {name}_no_edit.png: the model edits the picture with the instruction "no edit". The result shows
-what the model preserves of the picture (Lumina-mGPT, arXiv 2408.02657).
+what the model preserves of the picture (Lumina-mGPT, arXiv 2408.02657, appendix C).
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
-from lumina_mgpt.prompts import I2I_TASKS
 from lumina_mgpt.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     Copy = Callable[[str, Tensor], tuple[Result, dict[str, object]]]
 
-_TASK, _INSTRUCTION = I2I_TASKS["edit"], "no edit"
+_INSTRUCTION = "no edit"
 _OF_MODEL = (
     "cfg",
     "top_k",
@@ -47,6 +46,7 @@ _OF_MODEL = (
     "quant",
     "cache_dtype",
     "compile",
+    "no_cuda_graphs",
 )
 
 
@@ -74,7 +74,11 @@ def build_parser() -> cli.Parser:
 
 def reconstruct(args: argparse.Namespace) -> None:
     """Checks everything that needs no weights, then encodes and decodes the pictures."""
-    settings = {"sampling": cli.sampling_settings(args), "speculation": cli.speculation_settings(args)}
+    settings = {
+        "sampling": cli.sampling_settings(args),
+        "unset": cli.unset_sampling(args),
+        "speculation": cli.speculation_settings(args),
+    }
     cli.quant_group(args)
     check_options(args)
     stems = [Path(path).stem for path in args.images]
@@ -84,19 +88,19 @@ def reconstruct(args: argparse.Namespace) -> None:
     output = OutputFolder(args.save_path, args.overwrite)
 
     from lumina_mgpt.devices import DTYPES, resolve_device  # imports torch, which takes seconds
-    from lumina_mgpt.preparation import Checkpoint
     from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
     device = resolve_device(args.device)
-    checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
-    target = checkpoint.config.base_size if args.target_size is None else args.target_size
-    crops = dict(zip(stems, crop_pictures(args.images, target, args.keep_size), strict=True))
+    checkpoint = cli.open_checkpoint(args)
+    checkpoint.require_decoder()
+    crops = dict(zip(stems, crop_pictures(args.images, checkpoint.config.base_size, args.keep_size), strict=True))
     prepared = {}
     if args.through_model:
         for (stem, crop), path in zip(crops.items(), args.images, strict=True):
             prepared[stem] = prepare(checkpoint, crop, path, settings)
     output.claim(file_names(stems, args.through_model), [Path(path) for path in args.images])
     if not args.through_model:
+        assert checkpoint.movqgan_path is not None
         images = ImageTokenizer.from_checkpoint(checkpoint.movqgan_path, device, DTYPES[args.movqgan_dtype])
         show(crops, images, None, output)
         return
@@ -146,18 +150,17 @@ def prepare(checkpoint: "Checkpoint", crop: "Image.Image", path: str, settings: 
         settings: sampling and speculation of the request.
 
     Raises:
-        InputError: two panels of the crop's size exceed the model's context.
+        InputError: the copy exceeds the model's context.
     """
-    from lumina_mgpt.preparation import PreparedRequest
-
-    width, height = crop.width, _TASK.panels * crop.height
-    request = GenerationRequest([_INSTRUCTION], width, height, task=_TASK, panels=(crop,), **settings)
+    family = checkpoint.config.family
+    task = family.i2i_tasks.get("no_edit", family.i2i_tasks["edit"])
+    request = GenerationRequest(
+        [_INSTRUCTION], crop.width, task.panels * crop.height, task=task, panels=(crop,), **settings
+    )
     try:
-        layout = checkpoint.layout(width, height, _TASK)
-        starts = checkpoint.prompt_ids(request.prompts, layout, _TASK)
+        return checkpoint.prepare(request, crop=False)
     except InputError as error:
         raise InputError(f"--through_model, {path}: {error} (--target_size)") from None
-    return PreparedRequest(request, layout, starts, (crop,))
 
 
 def through_model(

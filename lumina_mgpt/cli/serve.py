@@ -54,6 +54,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--max_pixels", type=cli.whole, default=4096 * 4096, help="pixels of a picture")
     group.add_argument("--max_body", type=cli.whole, default=20, help="MiB of a request")
     cli.add_checkpoint_options(parser)
+    cli.add_target_size(parser)
     return parser
 
 
@@ -74,10 +75,11 @@ def serve(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise package_error(error, "lumina-mgpt serve", "'lumina-mgpt[server]'", _MODULES) from None
     from lumina_mgpt.devices import own_device
-    from lumina_mgpt.preparation import Checkpoint
 
     with open_socket(args.host, args.port) as listener:
-        checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+        checkpoint = cli.open_checkpoint(args)
+        if args.text:
+            cli.warn_without_text(checkpoint)
         pipeline = cli.load_pipeline(args, checkpoint, own_device(args.device), text=args.text or None)
         name = args.model_name or Path(args.model_path).name or "lumina-mgpt"
         engine = Engine(pipeline, name, args.batch_size, args.max_queue)

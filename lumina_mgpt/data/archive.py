@@ -50,7 +50,8 @@ class Archive:
       value of `prompt`, `caption` or `text` in the `.json` member. The picture is the one with a plain extension
       (`0.png`, not `0.depth.png`), or the only picture of the sample.
     - Conversation. The `.json` member holds `conversations`. The pictures are those that its key `image` names. Without
-      `image`, they are those with plain extensions. If no picture has one, they are all pictures of the sample.
+      `image`, they are those with plain extensions. If no picture has one, they are all pictures of the sample. A
+      conversation in words alone needs no picture.
 
     Args:
         path: tar file.
@@ -113,7 +114,8 @@ class Archive:
             texts[kind] = file.read(sample.members[kind].size)
         content = parse_json(decode_text(texts["json"], where["json"]), where["json"]) if "json" in texts else {}
         paths = {kind: self._locate(member) for kind, member in sample.pictures.items()}
-        if not paths:
+        in_words = isinstance(content, dict) and "conversations" in content and not content.get("image")
+        if not paths and not in_words:
             raise InputError(f"{self.path}/{sample.name} has no picture; it has {', '.join(sample.members) or 'none'}")
         plain = [kind for kind in paths if "." not in kind] or list(paths)
         if isinstance(content, dict) and "conversations" in content:

@@ -38,6 +38,7 @@ class TokenDataset:
         sources: record files, with their ratios or weights.
         vocabulary: vocabulary of the model.
         seed: selects the records of fractional ratios, and the samples without context.
+        several: whether dropped contexts include those of sequences with several images, see `unirep.drop_context`.
         longest: largest number of ids in a sequence. Longer sequences are left out, and the log counts them. 0 keeps
             all sequences, and `check` then raises an error for those that are too long.
 
@@ -52,8 +53,10 @@ class TokenDataset:
         InputError: a record file is missing, damaged or empty, or the ratios are too small.
     """
 
-    def __init__(self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0, longest: int = 0) -> None:
-        self.vocabulary, self.seed, self.longest = vocabulary, seed, longest
+    def __init__(
+        self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0, longest: int = 0, several: bool = False
+    ) -> None:
+        self.vocabulary, self.seed, self.longest, self.several = vocabulary, seed, longest, several
         self.files: list[str] = []
         types = sorted({source.type for source in sources})
         columns: list[np.ndarray] = []
@@ -127,6 +130,8 @@ class TokenDataset:
             ends = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_end_id]
             begins = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_start_id]
             try:
+                if (ids[0], ids[-1]) != (self.vocabulary.bos_id, self.vocabulary.turn_end_id):
+                    raise ValueError(f"a sequence begins with id {ids[0]} and ends with {ids[-1]}")
                 for begin, end in zip(begins, ends, strict=True):
                     decode_image(torch.tensor(ids[begin : end + 1]), self.vocabulary)
             except ValueError as error:
@@ -196,7 +201,7 @@ class TokenDataset:
         sequence = self.sequence(sample)
         ids, labels = sequence.ids, sequence.labels
         if uniform(self.seed, "context", epoch, sample) < CONTEXT_DROPOUT:
-            ids, labels = map(torch.tensor, drop_context(ids.tolist(), labels.tolist(), self.vocabulary))
+            ids, labels = map(torch.tensor, drop_context(ids.tolist(), labels.tolist(), self.vocabulary, self.several))
         return ids, self._lower(labels) if self.given[sample % len(self.lengths)] else labels
 
     def _lower(self, labels: torch.Tensor) -> torch.Tensor:

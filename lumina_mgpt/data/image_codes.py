@@ -13,6 +13,7 @@ from PIL import Image
 from lumina_mgpt.data.inputs import Input
 from lumina_mgpt.data.job import PreTokenizeConfig
 from lumina_mgpt.data.records import Panels, Record
+from lumina_mgpt.devices import batch_limit
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, center_crop, open_image, stacked
 from lumina_mgpt.unirep import GRID_UNIT
@@ -40,7 +41,10 @@ class ImageCodes:
         self._uses = Counter(part for record in records for part in self._parts(record))
 
     def encode(self, records: Iterable[Record]) -> None:
-        """Encodes those images of `records` that are not encoded yet. All images of a batch have the same size."""
+        """Encodes those images of `records` that are not encoded yet. All images of a batch have the same size.
+
+        On a CUDA GPU, a batch has at most as many images as fit into 90 % of the free memory.
+        """
         new = [part for record in records for part in self._parts(record) if part not in self._codes]
         waiting: dict[Size, list[tuple[Panels, Image.Image]]] = {}
         for part, image in self._read(list(dict.fromkeys(new))):
@@ -49,7 +53,7 @@ class ImageCodes:
                 continue
             batch = waiting.setdefault(image.size, [])
             batch.append((part, image))
-            if len(batch) == self.config.batch_size:
+            if len(batch) >= self._batch_size(image.size):
                 self._encode_batch(waiting.pop(image.size))
         for batch in waiting.values():
             self._encode_batch(batch)
@@ -82,6 +86,14 @@ class ImageCodes:
         for part in [part for part in self._codes if not self._uses[part]]:
             del self._codes[part]
 
+    def _batch_size(self, size: Size) -> int:
+        """Returns the number of images of a size that are encoded at once."""
+        device = self.tokenizer.device
+        if device.type != "cuda":
+            return self.config.batch_size
+        fitting = batch_limit(device) // self.tokenizer.working_bytes(size[0] * size[1])
+        return max(1, min(self.config.batch_size, fitting))
+
     def _split(self, image: Panels) -> list[Panels]:
         """The parts of an image that are encoded separately."""
         return [(panel,) for panel in image] if self.config.panels_apart else [image]
@@ -113,7 +125,7 @@ class ImageCodes:
             return image
         return center_crop(image, best_size(image.size, self._sizes))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode_batch(self, batch: list[tuple[Panels, Image.Image]]) -> None:
         codes = self.tokenizer.encode([image for _, image in batch])  # (B, rows, cols)
         for (part, image), grid in zip(batch, codes, strict=True):

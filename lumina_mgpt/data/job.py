@@ -26,7 +26,7 @@ class PreTokenizeConfig:
         block: number of input rows per shard.
         workers: number of threads that read and crop images.
         panels_apart: encode each panel of an image separately; the value of `panels_apart` in ModelConfig.
-        models: one hash over the text tokenizer's file and the MoVQGAN file.
+        models: one hash over the text tokenizer's file and the weights of the image tokenizer.
 
     Raises:
         InputError: a value is out of range.

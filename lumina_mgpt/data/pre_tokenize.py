@@ -16,9 +16,10 @@ import torch
 from lumina_mgpt.data.image_codes import ImageCodes
 from lumina_mgpt.data.inputs import Input
 from lumina_mgpt.data.job import PreTokenizeConfig
-from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record
+from lumina_mgpt.data.records import Record, conversation, is_plain, parse_record, require_no_panels
 from lumina_mgpt.data.shards import Sequence, ShardIndex, read_index, write_shard
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import SECOND, Family
 from lumina_mgpt.io import alone_in, append_lines, cause, read_json, remedy, write_atomic
 from lumina_mgpt.unirep import UniRepError, encode_conversation
 from lumina_mgpt.vocabulary import Vocabulary
@@ -35,6 +36,7 @@ class PreTokenizer:
         source: the whole input.
         vocabulary: vocabulary of the model.
         images: image tokenizer.
+        family: family of the model.
 
     Attributes:
         files: the rank's part of the input, and the files that it writes.
@@ -45,9 +47,15 @@ class PreTokenizer:
     """
 
     def __init__(
-        self, config: PreTokenizeConfig, source: Input, vocabulary: Vocabulary, images: ImageTokenizer
+        self,
+        config: PreTokenizeConfig,
+        source: Input,
+        vocabulary: Vocabulary,
+        images: ImageTokenizer,
+        family: Family = SECOND,
     ) -> None:
         self.config, self.source, self.vocabulary, self.images = config, source, vocabulary, images
+        self.family = family
         self.files = config.files(source)
         self.good = self.bad = 0
 
@@ -85,7 +93,9 @@ class PreTokenizer:
 
     def _parse(self, number: int) -> Record | InputError:
         try:
-            return parse_record(self.source.rows[number])
+            record = parse_record(self.source.rows[number])
+            require_no_panels(record, self.family)
+            return record
         except InputError as error:
             return error
 
@@ -142,7 +152,7 @@ class PreTokenizer:
             raise record
         found = [codes.of(image) for image in record.images]
         grids, sizes = [grid for grid, _ in found], [size for _, size in found]
-        turns = conversation(record, grids, sizes, is_plain(self.config.seed, number))
+        turns = conversation(record, grids, sizes, is_plain(self.config.seed, number, self.family))
         ids, labels = encode_conversation(turns, self.vocabulary)
         return Sequence(number, torch.as_tensor(ids, dtype=torch.long), torch.as_tensor(labels, dtype=torch.long))
 

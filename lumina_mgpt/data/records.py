@@ -16,12 +16,12 @@ from torch import Tensor
 from lumina_mgpt import prompts
 from lumina_mgpt.data.seeding import uniform
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import SECOND, Family
 
 Panels = tuple[Path, ...]  # files of one image's panels, from the top; most images have one panel
 
 IMAGE_MARK = "<|image|>"
 LLAVA_MARK = "<image>"
-PLAIN_SHARE = 0.1  # share of text-to-image instructions that do not name the size, from the released training
 ROLES = {"human": "human", "gpt": "assistant", "assistant": "assistant"}
 _TURNS = ("human", "assistant")
 _FORMS = {"conversations", "image"}, {"image_path", "prompt"}
@@ -58,8 +58,9 @@ class Record:
 def parse_record(raw: object) -> Record:
     """Parses a row of an input into a Record.
 
-    A row has the keys `image_path` and `prompt` (text to image), or `conversations` and `image`. Relative paths start
-    at the working directory. The image mark is `<|image|>`; in conversations, LLaVA's mark `<image>` means the same.
+    A row has the keys `image_path` and `prompt` (text to image), or `conversations` and `image`. A conversation in
+    words alone needs no `image`. Relative paths start at the working directory. The image mark is `<|image|>`; in
+    conversations, LLaVA's mark `<image>` means the same.
 
     Args:
         raw: the row, or an InputError that says why there is no row.
@@ -125,9 +126,34 @@ def _unicode(text: str, where: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _parse_conversation(raw: dict) -> Record:
+def parse_prompt(raw: object) -> Record:
+    """Parses a conversation whose last turn is the human's, which the model is to answer.
+
+    It has the keys `conversations` and `image` as a record, and no others. Each image has one file.
+
+    Raises:
+        InputError: `raw` has another form, or its image marks do not match its images.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"a conversation must be a mapping, got a {type(raw).__name__}")
+    if unknown := set(raw) - _FORMS[0]:
+        raise InputError(f"a conversation has the keys conversations and image only, got {_shown(unknown)}; remove it")
+    if "conversations" not in raw:
+        raise InputError(f"a conversation must have the key conversations, got {_shown(raw)}; add it")
+    record = _parse_conversation(raw, fewest=1)
+    if len(record.turns) % 2 == 0:
+        raise InputError(f"the last turn must be the human's, got {len(record.turns)} turns; remove the answer")
+    for number, turn in enumerate(raw["conversations"]):
+        if unknown := set(turn) - {"from", "value"}:
+            raise InputError(f"turn {number} has the keys from and value only, got {_shown(unknown)}; remove it")
+    if any(len(panels) > 1 for panels in record.images):
+        raise InputError("an entry of image must be a path here, got a list of panels; give one file an image")
+    return record
+
+
+def _parse_conversation(raw: dict, fewest: int = 2) -> Record:
     images = _image_paths(raw.get("image", []))
-    texts = _turn_texts(raw["conversations"])
+    texts = _turn_texts(raw["conversations"], fewest)
     marks = sum(text.count(IMAGE_MARK) for text in texts)
     if marks == 0 and images:  # as in the released code, images without marks precede the first human text
         texts[0] = f"{IMAGE_MARK} " * len(images) + texts[0]
@@ -141,8 +167,8 @@ def _parse_conversation(raw: dict) -> Record:
 
 
 def _image_paths(image: object) -> tuple[Panels, ...]:
-    """Files of the images in `image` of a row: a path, or a list of paths and of lists of panels."""
-    images = [image] if isinstance(image, str) else image
+    """Files of the images in `image` of a row: a path, a list of paths and of lists of panels, or null for none."""
+    images = [image] if isinstance(image, str) else [] if image is None else image
     if not isinstance(images, list):
         raise InputError("image must be a path or a list, in which a list of paths is one picture's panels from above")
     stacks = [[entry] if isinstance(entry, str) else entry for entry in images]
@@ -153,10 +179,10 @@ def _image_paths(image: object) -> tuple[Panels, ...]:
     return tuple(tuple(map(Path, stack)) for stack in stacks)
 
 
-def _turn_texts(turns: object) -> list[str]:
+def _turn_texts(turns: object, fewest: int) -> list[str]:
     """Texts of the turns, human and assistant in turn, with `<|image|>` as the only image mark."""
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise InputError("conversations must be a list of at least two turns")
+    if not isinstance(turns, list) or len(turns) < fewest:
+        raise InputError(f"conversations must be a list of at least {'two turns' if fewest == 2 else 'one turn'}")
     texts = []
     for n, turn in enumerate(turns):
         role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
@@ -175,14 +201,31 @@ def _parts(text: str, counter) -> list[str | int]:
     return [next(counter) if piece == IMAGE_MARK else piece for piece in pieces if piece]
 
 
-def is_plain(seed: int, record: int) -> bool:
-    """Whether the instruction of a text-to-image record leaves out the image size, as one in ten does.
+def is_plain(seed: int, record: int, family: Family = SECOND) -> bool:
+    """Whether the instruction of a text-to-image record leaves out the image size.
+
+    One in ten does so in the second generation, none in the first.
 
     Args:
         seed: seed of the pre-tokenization. Seed and record determine the result.
         record: index of the record in the input.
+        family: family of the checkpoint.
     """
-    return uniform(seed, "plain", record) < PLAIN_SHARE
+    return uniform(seed, "plain", record) < family.plain_share
+
+
+def require_no_panels(record: Record, family: Family) -> None:
+    """Raises an error if an image of a record has several panels, and the model's images have none.
+
+    Raises:
+        InputError: as above.
+    """
+    stack = next((image for image in record.images if len(image) > 1), None)
+    if stack and not family.has_panels:
+        raise InputError(
+            f"an image of {family.name} has no panels, got a list of {len(stack)} files for one image; list them as "
+            f"images of their own, with one {IMAGE_MARK} each"
+        )
 
 
 def conversation(

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lumina_mgpt.checks import is_number
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import Family
 from lumina_mgpt.io import cause, read_text
 
 _RATIO_LIMIT = 1000  # bounds the size of an epoch
@@ -76,6 +77,20 @@ def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
                 f"of {total!r}, a ratio of {ratio:.3g}; change the weights"
             )
     return [replace(source, ratio=ratio) for source, ratio in zip(sources, ratios, strict=True)]
+
+
+def require_known_panels(sources: list[Source], family: Family) -> None:
+    """Raises an error if a source trains on the lower panel only, and the model's images have no panels.
+
+    Raises:
+        InputError: as above.
+    """
+    for source in sources:
+        if source.given and not family.has_panels:
+            raise InputError(
+                f"given of {source.path} must be false for {family.name}, whose images have no panels; remove it",
+                "data_config",
+            )
 
 
 def read_sources(data_config: str | Path) -> list[Source]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from lumina_mgpt.cuda import torch_attention
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.kernels import dispatch
 from lumina_mgpt.model.kv_cache import Cached, KVCache, Scaled
@@ -15,7 +16,8 @@ from lumina_mgpt.model.kv_cache import Cached, KVCache, Scaled
 QUERY_BLOCK = 128  # queries of one block of `_causal_blocks`
 MAX_CAUSAL_BLOCKS = 1024  # longest sequence of `_causal_blocks`
 HALVES = (torch.bfloat16, torch.float16)
-INT8_QUERIES = 256  # up to this many queries attention reads int8 integers; above, a layer's cache is dequantized
+# Except on CUDA: up to this many queries attention reads int8 integers; above, a layer's cache is dequantized.
+INT8_QUERIES = 256
 # On a CPU: how many numbers of a cache are converted to float32 at once (4 MB: 1024 slots, 8 heads of width 128), and
 # how many heads one block has.
 BLOCK, BLOCK_HEADS = 1 << 20, 8
@@ -68,9 +70,24 @@ class Span:
             filled = cache.slots if filled is None else filled
             seen = positions
         assert 0 < filled <= cache.slots, f"filled = {filled} of {cache.slots} slots"
-        hidden = torch.arange(filled, device=device) > seen[:, None, :, None]  # (B or 1, 1, T, S)
+        hidden = cache.index[:filled] > seen[:, None, :, None]  # (B or 1, 1, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return cls(positions, filled, mask, False)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Number of slots up to each row's last position, (B,) int32; for positions that are a tensor."""
+        assert isinstance(self.positions, Tensor)
+        return (self.positions[:, -1] + 1).to(torch.int32)
+
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Span":
+        """Returns the span on a device. accelerate calls it where the layers of a model are on several devices."""
+        positions, mask = self.positions, self.mask
+        if isinstance(positions, Tensor):
+            positions = positions.to(device, non_blocking=non_blocking)
+        if mask is not None:
+            mask = mask.to(device, non_blocking=non_blocking)
+        return replace(self, positions=positions, mask=mask)
 
 
 Backend = Callable[..., Tensor]  # of (q, k, v, span, cached)
@@ -121,8 +138,23 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not grouped:
         return _causal_blocks(q, k, v).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=grouped)
+    if grouped and span.mask is not None and q.device.type == "cuda":
+        return _grouped(q, k, v, span.mask).transpose(1, 2)
+    mixed = torch_attention(q, k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=grouped)
     return mixed.transpose(1, 2)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of grouped heads with a mask, for CUDA: the queries of a group become queries of one head.
+
+    No fused kernel of torch takes grouped heads together with a mask. torch would repeat keys and values in memory.
+
+    Shapes: q (B, N, T, H); k, v (B, K, S, H); mask (B or 1, 1, T, S); returns (B, N, T, H).
+    """
+    K, groups = k.shape[1], q.shape[1] // k.shape[1]
+    queries = rearrange(q, "B (K G) T H -> B K (G T) H", K=K)
+    mixed = torch_attention(queries, k, v, attn_mask=mask.repeat(1, 1, groups, 1))
+    return rearrange(mixed, "B K (G T) H -> B (K G) T H", G=groups)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:
@@ -141,7 +173,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, span: Span, cached: bool) -> Tensor:
     if isinstance(span.positions, int):
         lengths = torch.full((B,), span.positions + T, dtype=torch.int32, device=q.device)
     else:
-        lengths = (span.positions[:, -1] + 1).to(torch.int32)
+        lengths = span.lengths
     # flash-attn aligns the causal mask to the end of the keys: query t of T sees all but the last T - 1 - t slots.
     return flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
 
@@ -173,7 +205,7 @@ def _causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     T, H = q.shape[-2:]
     if T > MAX_CAUSAL_BLOCKS:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch_attention(q, k, v, is_causal=True)
     mixed = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
@@ -184,7 +216,12 @@ def _causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _outside_torch_kernel(q: Tensor, k: Cached, cached: bool) -> bool:
-    """Returns whether torch's kernel is slow here: few queries on int8, or one in half precision on a CPU cache."""
+    """Returns whether torch's kernel is slow here: few queries on int8, or one in half precision on a cache.
+
+    On CUDA it never is: to convert an int8 cache takes four kernels a layer, and plain products take several a row.
+    """
+    if q.device.type == "cuda":
+        return False
     if isinstance(k, Scaled):
         return q.shape[1] <= INT8_QUERIES
     return cached and q.shape[1] == 1 and q.device.type == "cpu" and q.dtype in HALVES and not q.requires_grad

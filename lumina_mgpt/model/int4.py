@@ -2,6 +2,8 @@
 
 A weight is `(q - 8) · scale + zero` with an integer q in 0 ... 15. In each row of a matrix, `group` neighbouring
 weights share one bf16 scale and one bf16 zero. Groups of 128 take 4.25 bits per weight.
+
+`dequantize_packed` reads the other form that a GPU holds: the one that torch's CUDA kernel multiplies by.
 """
 
 from typing import NamedTuple
@@ -15,7 +17,9 @@ from lumina_mgpt.errors import InputError
 _STARTS = ((1.0, 1.0), (0.9, 1.0), (1.0, 0.9), (0.9, 0.9))
 _FITS = 2  # least-squares fits from each start
 TINY = 1e-30  # scales below this come from groups of equal weights
-CHUNK = 1 << 18  # weights processed at once, so that temporaries stay in the processor's cache
+CHUNK = 1 << 18  # weights processed at once on a CPU, so that temporaries stay in the processor's cache
+GPU_CHUNK = 1 << 24  # the same on a GPU, where a chunk of any size takes 260 kernel launches; 4096 rows of 4096
+_TEMPORARY = 32  # bytes of temporaries for each weight of a chunk, rounded up
 
 
 class Int4(NamedTuple):
@@ -57,14 +61,25 @@ def quantize(weight: Tensor, group: int) -> Int4:
     N, K = weight.shape
     scale, zero = (torch.empty(N, K // group, dtype=torch.bfloat16, device=weight.device) for _ in range(2))
     packed = torch.empty(N, K // 2, dtype=torch.uint8, device=weight.device)
-    rows = max(1, CHUNK // K)
+    finite = torch.ones((), dtype=torch.bool, device=weight.device)
+    rows = max(1, _chunk(weight.device) // K)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         groups = weight[part].float().unflatten(1, (-1, group))  # (rows, K/group, group)
-        s, z = _search(groups)
-        scale[part], zero[part] = s.squeeze(-1), z.squeeze(-1)
+        s, z, valid = _search(groups)
+        scale[part], zero[part], finite = s.squeeze(-1), z.squeeze(-1), finite & valid
         packed[part] = pack_nibbles((_round(groups, s, z) + 8).flatten(1).to(torch.uint8))
+    if not finite:  # read once for the whole matrix: on a GPU the host waits for it
+        raise InputError("holds weights that are infinite or not a number")
     return Int4(packed, scale, zero)
+
+
+def _chunk(device: torch.device) -> int:
+    """Returns how many weights `quantize` processes at once: on a GPU as many as half of its free memory allows."""
+    if device.type != "cuda":
+        return CHUNK
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(CHUNK, min(GPU_CHUNK, free // (2 * _TEMPORARY)))
 
 
 def dequantize(matrix: Int4, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,6 +88,39 @@ def dequantize(matrix: Int4, dtype: torch.dtype = torch.float32) -> Tensor:
     scale, zero = (tensor.to(wide).unsqueeze(-1) for tensor in matrix[1:])  # (N, K/group, 1)
     numbers = unpack_nibbles(matrix.packed).to(wide).unflatten(1, (scale.shape[1], -1))  # (N, K/group, group)
     return torch.addcmul(zero, numbers - 8, scale).flatten(1).to(dtype)
+
+
+def dequantize_packed(packed: Tensor, pairs: Tensor, group: int) -> Tensor:
+    """Returns the weights (N, K) in bfloat16 of a matrix in the form of torch's CUDA kernel.
+
+    The weights are those of `dequantize` in float32, rounded to bfloat16. Six kernels run, without a host
+    synchronization. Two of them read the packed numbers: one takes the low four bits of each byte, one the high ones.
+    Temporaries take at most half as many bytes as the result.
+
+    Each byte holds two numbers of one row. The axes of a packed matrix, seen as bytes, are: group of eight rows, outer
+    block of 32·P columns, row in the group, lane 0 ... 3, inner block of 32 columns, odd 0 ... 1, half 0 ... 1. In its
+    inner block, the number in the low bits has the column 16·half + 2·lane + odd, the one in the high bits 8 more.
+
+    Args:
+        packed: what `aten::_convert_weight_to_int4pack` returns on CUDA.
+        pairs: scale and zero of each group.
+        group: number of neighbouring weights that share a pair, a multiple of 32.
+
+    Shapes: packed (N/8, K/(32·P), 32, P) int32 with P in 1, 2, 4; pairs (K/group, N, 2) bfloat16.
+    Source: `matrix_to_m16n8k16_Bint4_layout` in aten/src/ATen/native/cuda/int4mm.cu.
+    """
+    eighths, outer, _, P = packed.shape
+    out = torch.empty(8 * eighths, 32 * outer * P, dtype=torch.bfloat16, device=packed.device)
+    numbers = packed.view(torch.uint8).view(eighths, outer, 8, 4, P, 2, 2)  # as above
+    places = out.view(eighths, 8, outer, P, 2, 2, 4, 2).permute(5, 0, 2, 1, 6, 3, 7, 4)  # bits, `numbers`
+    spread = pairs.transpose(0, 1)[:, :, None].expand(-1, -1, group // 32, -1)  # (N, K/group, group/32, 2)
+    spread = spread.to(torch.float32, memory_format=torch.contiguous_format)
+    spread = spread.view(eighths, 8, outer, P, 2).transpose(1, 2)[:, :, :, None, :, None, None]
+    scale, zero = spread.unbind(-1)
+    zero = zero.sub(scale, alpha=8)  # the numbers are 0 ... 15 here, and those of the portable form less 8
+    torch.addcmul(zero, numbers & 15, scale, out=places[0])
+    torch.addcmul(zero, numbers >> 4, scale, out=places[1])
+    return out
 
 
 def pack_nibbles(numbers: Tensor) -> Tensor:
@@ -88,11 +136,13 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed >> 4, packed & 15), -1).flatten(1)
 
 
-def _search(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero of each group, rounded to bf16. Shapes: weights (..., group) -> two (..., 1) float32."""
+def _search(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns scale and zero of each group, rounded to bf16, and whether all weights are finite.
+
+    Shapes: weights (..., group) -> two (..., 1) float32, and a scalar bool.
+    """
     low, high = weights.aminmax(dim=-1, keepdim=True)
-    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise InputError("holds weights that are infinite or not a number")
+    finite = torch.isfinite(low).all() & torch.isfinite(high).all()
     middle, half = (low + high) / 2, (high - low) / 2
     least, best_scale, best_zero = torch.full_like(low, torch.inf), low, low
     for below, above in _STARTS:
@@ -106,7 +156,7 @@ def _search(weights: Tensor) -> tuple[Tensor, Tensor]:
         better = error < least
         least = torch.where(better, error, least)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    return best_scale, best_zero, finite
 
 
 def _round(weights: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

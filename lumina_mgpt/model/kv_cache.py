@@ -1,5 +1,6 @@
 """The KV cache: preallocated keys and values of every layer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,9 @@ class Scaled(NamedTuple):
         return (self.integers * self.scales[..., None]).to(dtype)
 
 
+CUDA_SLOTS = 128  # on CUDA, a cache has a multiple of this many slots, and attention reads a multiple of it
+_CUDA_SPARE = 2  # on CUDA, spare slots that every cache has: a step of one id is padded to two
+
 Cached = Tensor | Scaled  # keys or values as attention reads them
 
 
@@ -47,7 +51,9 @@ class KVCache:
     Args:
         rows: number of sequences.
         length: largest number of ids in one sequence.
+        device: device of all layers, or one device for each layer.
         spare: number of additional slots after `length`, for the pads of short rows. No query attends to them.
+            On CUDA there are at least two, and up to 127 more: the number of slots is a multiple of 128.
     """
 
     def __init__(
@@ -56,29 +62,42 @@ class KVCache:
         rows: int,
         length: int,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str | Sequence[torch.device],
         spare: int = 0,
     ) -> None:
+        if isinstance(device, torch.device | str):
+            devices = [torch.device(device)] * config.num_hidden_layers
+        else:
+            devices = list(device)
         self.length, self.slots = length, length + spare
+        if devices[0].type == "cuda":
+            self.slots = length + max(spare, _CUDA_SPARE)
+            self.slots += -self.slots % CUDA_SLOTS
         shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)
-        row = torch.arange(rows, device=device)[:, None]  # (B, 1)
+        self.index = torch.arange(self.slots, device=devices[0])  # of each slot
+        index = {one: torch.arange(rows, device=one)[:, None] for one in devices}  # (B, 1)
         self.layers: list[LayerCache] = []
-        for _ in range(config.num_hidden_layers):
+        for one in devices:
             # Separate tensors: for a slice of a larger one, a compiled step would write back the whole tensor.
-            stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+            stores = [torch.zeros(shape, dtype=dtype, device=one) for _ in range(2)]
             scales = None
             if dtype == torch.int8:
-                scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
-            self.layers.append(LayerCache(stores, scales, row))
+                scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=one) for _ in range(2)]
+            self.layers.append(LayerCache(stores, scales, index[one]))
 
     def tensors(self) -> list[Tensor]:
         """Returns the tensors of all layers: keys, values and, in int8, their scales."""
         return [tensor for layer in self.layers for tensor in (*layer.stores, *(layer.scales or ()))]
 
+    def clear(self) -> None:
+        """Sets all slots to zero, for other sequences: what is not a number in one would reach the next."""
+        for tensor in self.tensors():
+            tensor.zero_()
+
     def copy_rows(self, source: Tensor, filled: int) -> None:
         """Copies the first `filled` slots of row `source[r]` to row r, for every row r. Shapes: source (rows,)."""
         for tensor in self.tensors():
-            tensor[:, :, :filled] = tensor[source, :, :filled]
+            tensor[:, :, :filled] = tensor[source.to(tensor.device), :, :filled]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Drops all rows but `rows`, and frees their memory. Row `rows[r]` becomes row r.

@@ -7,6 +7,7 @@ UNUSED_PREFIX = "model.vqmodel."
 HEAD = "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLE_INDEX, SINGLE_PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_INNER_VQGAN = "original_tokenizers/vqgan.ckpt"  # as in the hub's Alpha-VLLM/Chameleon_7B_mGPT
 # Files of a checkpoint besides config.json and weights. generation_config.json is for other programs: this project
 # does not read it, and samples with the settings of the request.
 COMPANIONS = (
@@ -22,7 +23,7 @@ COMPANIONS = (
     "*movqgan*.ckpt",
     "vqgan*.safetensors",
     "vqgan*.ckpt",
-    "original_tokenizers/vqgan.ckpt",  # as in the hub's Alpha-VLLM/Chameleon_7B_mGPT
+    _INNER_VQGAN,
 )
 
 _SHOWN = 5
@@ -34,8 +35,20 @@ def disk_name(name: str) -> str:
 
 
 def companions_of(folder: Path) -> list[Path]:
-    """Returns the files of a checkpoint folder that accompany config and weights: COMPANIONS, sorted by path."""
-    return sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)})
+    """Returns the files of a checkpoint folder that accompany config and weights: COMPANIONS, sorted by path.
+
+    A VQGAN in a subfolder is left out if the folder itself holds one, which readers prefer. A copy of the folder has
+    all these files beside each other.
+    """
+    found = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
+    if any(is_vqgan(file) and file.parent == folder for file in found):
+        found.discard(folder / _INNER_VQGAN)
+    return sorted(found)
+
+
+def is_vqgan(file: Path) -> bool:
+    """Returns whether a file of `companions_of` holds an image tokenizer, a VQGAN or a MoVQGAN."""
+    return "vqgan" in file.name
 
 
 def listed(names: list[str]) -> str:

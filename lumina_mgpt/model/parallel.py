@@ -189,6 +189,12 @@ class Parallel:
         dist.broadcast(shared, group=self.mesh.get_group(), group_src=0)
         return shared.cpu()
 
+    def least(self, number: int) -> int:
+        """Returns the least of the numbers that the processes give."""
+        shared = torch.tensor(number, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self.mesh.get_group())
+        return int(shared)
+
     def require_same(self, codes: Tensor) -> None:
         """Checks that all processes have the same codes.
 

@@ -4,8 +4,9 @@ Embeddings, norms and biases keep their dtype. The head keeps its dtype on disk.
 computes logits of image codes becomes int8 after loading, unless the head is tied to the embedding.
 
 An int4 matrix has one of three forms: the portable form of int4.py, or the packed form of torch's CPU or CUDA kernel.
-The CUDA form follows torch's documentation and was never run. On a CPU with AMX, a native kernel of this project
-multiplies by the CPU form; `kernels.dispatch` decides where.
+The CUDA form follows torch's source and was never run on a GPU. torch's CUDA kernel reads all weights again for every
+16 rows of its input; for many rows the weights are therefore dequantized once, one matrix at a time, and multiplied in
+bf16. On a CPU with AMX, a native kernel of this project multiplies by the CPU form; `kernels.dispatch` decides where.
 """
 
 import logging
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.kernels import dispatch, ops
-from lumina_mgpt.model.int4 import CHUNK, TINY, Int4, dequantize, quantize, unpack_nibbles
+from lumina_mgpt.model.int4 import CHUNK, TINY, Int4, dequantize, dequantize_packed, quantize, unpack_nibbles
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 _CPU_OPS = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")
 _CUDA_OPS = ("_convert_weight_to_int4pack", "_weight_int4pack_mm")
 _INT8_OP = "_weight_int8pack_mm"  # CPU only
+# Up to so many rows torch's CUDA kernel multiplies: it reads the weights at most twice, as dequantizing them does.
+KERNEL_ROWS = 32
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the inputs of torch's CPU kernels
 
 
@@ -145,6 +148,8 @@ class Int4Linear(nn.Module):
             return _native(x, [self])[0]
         multiply = getattr(torch.ops.aten, (_CPU_OPS if self.kernel == "cpu" else _CUDA_OPS)[1])
         rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if self.kernel == "cuda" and len(rows) > KERNEL_ROWS:
+            return F.linear(x, dequantize_packed(self.packed, self.scale_and_zero, self.group), self.bias)
         out = multiply(rows, self.packed, self.group, self.scale_and_zero).unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias
 

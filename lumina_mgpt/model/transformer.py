@@ -91,8 +91,9 @@ def rope_angles(config: ModelConfig, positions: Tensor, length: int, dtype: torc
             stretch = factor * length / config.max_position_embeddings - (factor - 1)
             base *= stretch ** (H / (H - 2))
     dtype = torch.promote_types(dtype, torch.float32)
-    inverse = 1.0 / (base ** (torch.arange(0, H, 2, device=positions.device, dtype=dtype) / H)) / scale
-    angles = positions[..., None, None].to(dtype) * inverse  # (..., T, 1, H/2)
+    inverse = (base ** (torch.arange(0, H, 2, device=positions.device, dtype=dtype) / H)).reciprocal()
+    inverse = inverse if scale == 1.0 else inverse / scale
+    angles = positions[..., None, None] * inverse  # (..., T, 1, H/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -223,6 +224,7 @@ class Transformer(nn.Module):
     """Embedding, layers, final norm and head. A parameter has its name on disk without the leading `model.`.
 
     Attributes:
+        attn: name of the attention backend.
         dropout: dropout rate in training mode.
         gradient_checkpointing: whether the backward pass recomputes each layer instead of storing its activations.
 
@@ -233,7 +235,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, attn: str = "sdpa") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attn = config, attn
         self.dropout = config.dropout
         self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -289,6 +291,16 @@ class Transformer(nn.Module):
             else:
                 hidden = layer(hidden, rope, span, layer_cache, rate)
         return self.norm(hidden)
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which ids go in, and hidden states and logits come out."""
+        return next(self.parameters()).device
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Device on which each layer runs, and keeps its keys and values."""
+        return [self.device] * len(self.layers)
 
     def project(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         """Returns the logits of the vocabulary ids in `columns`; None for all ids.

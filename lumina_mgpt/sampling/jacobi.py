@@ -44,6 +44,12 @@ def spare_slots(layout: ImageLayout, window: int) -> int:
     return window + window // layout.cols + 1
 
 
+def window_ids(layout: ImageLayout, window: int) -> int:
+    """Returns the largest number of ids that a round feeds: a final code, drafts, and forced ids between them."""
+    ahead = min(window, layout.num_codes - 1)
+    return int((layout.code_offsets[ahead:] - layout.code_offsets[: layout.num_codes - ahead]).max())
+
+
 def ring_bytes(layout: ImageLayout, speculation: Speculation) -> int:
     """Returns the bytes of the float32 ring buffers that hold the proposals and the noise of one image."""
     window = window_size(layout, speculation)

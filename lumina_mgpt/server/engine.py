@@ -15,8 +15,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from lumina_mgpt.conversation import AnswerStream
 from lumina_mgpt.errors import InputError
@@ -25,7 +26,7 @@ from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.results import End, ImageBegun, Result, RowDone
-from lumina_mgpt.server.batch import Batch, Order, Work, preview_rows
+from lumina_mgpt.server.batch import AllLeft, Batch, Order, Work, preview_rows
 from lumina_mgpt.server.tickets import Busy, Closing, Finished, Progress, Ticket
 
 logger = logging.getLogger(__name__)
@@ -35,37 +36,23 @@ QUEUE_LIMIT = 256  # images and answers that wait
 GATHER_SECONDS = 0.02  # an idle engine waits this long for requests that arrive together
 
 
-class Observer(Protocol):
-    """What wants to know about the engine's work, such as metrics. Its methods must be fast and must not raise."""
-
-    def batch(self, images: int) -> None: ...
-
-    def image(self, seconds: float, codes: int) -> None: ...
-
-    def answer(self, seconds: float, ids: int) -> None: ...
-
-    def cancelled(self) -> None: ...
-
-    def refused(self) -> None: ...
-
-
-class Silent:
-    """An observer that ignores everything."""
+class Observer:
+    """Is told about the engine's work, and ignores it. Methods of a subclass must be fast and must not raise."""
 
     def batch(self, images: int) -> None:
-        pass
+        """A batch of images begins."""
 
     def image(self, seconds: float, codes: int) -> None:
-        pass
+        """An image is finished, so many seconds after its request."""
 
     def answer(self, seconds: float, ids: int) -> None:
-        pass
+        """An answer is finished."""
 
     def cancelled(self) -> None:
-        pass
+        """A request is cancelled before its end."""
 
     def refused(self) -> None:
-        pass
+        """A request is refused because the queue is full."""
 
 
 @dataclass
@@ -100,7 +87,7 @@ class Engine:
     ) -> None:
         self.pipeline, self.checkpoint, self.name = pipeline, pipeline.checkpoint, name
         self.queue_limit = queue_limit
-        self.observer: Observer = Silent()
+        self.observer = Observer()
         self._batch_size, self._gather = batch_size, gather
         self._changed = threading.Condition()
         self._queue: deque[Work | _Chat] = deque()
@@ -265,21 +252,24 @@ class Engine:
             work.ticket.end()
 
     def _answer(self, chat: _Chat) -> None:
-        if chat.ticket.ended:
-            return
-        stream = chat.start()
-        chat.ticket.prompt_length = stream.prompt_length
-        image = 0
-        for event in stream:
-            chat.ticket.post(event)
-            if isinstance(event, ImageBegun):
-                image = event.index
-            elif isinstance(event, RowDone) and len(event.codes) in preview_rows(event.layout, chat.previews):
-                picture = self.pipeline.preview(event.codes[None], event.layout)[0]
-                chat.ticket.post(Progress(image, len(event.codes), event.layout.rows, picture))
-            if isinstance(event, End):
-                self.observer.answer(time.monotonic() - chat.arrived, len(event.answer.ids))
-            elif chat.ticket.ended:
-                stream.close()
-                return
-        chat.ticket.end()
+        def check() -> None:
+            if chat.ticket.ended:
+                raise AllLeft
+
+        with suppress(AllLeft):
+            check()
+            stream = chat.start()
+            stream.before_each_step(check)
+            chat.ticket.prompt_length = stream.prompt_length
+            image = 0
+            for event in stream:
+                check()
+                chat.ticket.post(event)
+                if isinstance(event, ImageBegun):
+                    image = event.index
+                elif isinstance(event, RowDone) and len(event.codes) in preview_rows(event.layout, chat.previews):
+                    picture = self.pipeline.preview(event.codes[None], event.layout)[0]
+                    chat.ticket.post(Progress(image, len(event.codes), event.layout.rows, picture))
+                if isinstance(event, End):
+                    self.observer.answer(time.monotonic() - chat.arrived, len(event.answer.ids))
+            chat.ticket.end()

@@ -14,14 +14,14 @@ from prometheus_client import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lumina_mgpt.server.engine import Engine
+from lumina_mgpt.server.engine import Engine, Observer
 
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _BATCH = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics:
-    """Counts the work of an engine: an `engine.Observer` with a registry of its own."""
+class Metrics(Observer):
+    """Counts the work of an engine, in a registry of its own."""
 
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = CollectorRegistry()

@@ -55,14 +55,14 @@ def _lora(options: ModelOptions) -> dict[str, Any]:
     return {"r": options.lora_rank, "lora_alpha": options.alpha, "target_modules": list(TARGETS)}
 
 
-def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | str, first: bool = True) -> Transformer:
+def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | str, keep: bool = True) -> Transformer:
     """Returns a copy of the model with adapters merged and weights unsharded, made one tensor at a time.
 
-    All processes call the function together. Only the copy of the first process has weights.
+    All processes call the function together.
 
     Args:
         dtype, device: those of the copy.
-        first: whether this is the first process.
+        keep: whether the copy of this process has weights. It needs the memory for them.
     """
     with torch.device("meta"):
         copy = Transformer(model.config)
@@ -74,7 +74,7 @@ def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | st
             layer: Any = model.get_submodule(owner)
             down, up = (full_tensor(part[_ADAPTER].weight.detach()).float() for part in (layer.lora_A, layer.lora_B))
             weight = weight.float() + layer.scaling[_ADAPTER] * (up @ down)
-        if first:
+        if keep:
             owner, _, leaf = name.replace(".base_layer.", ".").rpartition(".")
             setattr(copy.get_submodule(owner), leaf, torch.nn.Parameter(weight.to(device, dtype, copy=True)))
     if copy.config.tie_word_embeddings:

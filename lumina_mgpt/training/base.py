@@ -13,6 +13,7 @@ from torch import Tensor
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.io import read_json, write_atomic
 from lumina_mgpt.model.hub import resolve
+from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.options import TrainingConfig
 
 _BESIDE_ADAPTER = "base_weights.json"
@@ -56,6 +57,26 @@ def find(init_from: str) -> Path:
     """
     with caused_by("init_from"):
         return resolve(init_from)
+
+
+def zero_image_head(model: Transformer) -> None:
+    """Sets the rows of image codes in the head to zero, in place. All codes are then equally likely.
+
+    A model that has not learned to draw has no use for these rows, and their values would disturb the first steps.
+
+    Raises:
+        InputError: the model has no head of its own.
+
+    Source: `finetune_solver.py` of the released code of Lumina-mGPT.
+    """
+    config = model.config
+    if config.tie_word_embeddings:
+        raise InputError(
+            "needs a head of its own, but tie_word_embeddings makes the embedding the head of this model; leave it out",
+            "zero_image_head",
+        )
+    with torch.no_grad():
+        model.lm_head.weight[config.image_code_offset : config.image_code_offset + config.num_image_codes] = 0
 
 
 def locate(settings: TrainingConfig, described: dict | None) -> Path:

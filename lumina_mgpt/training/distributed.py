@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +21,9 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.launcher import connect, meeting_point, process_share
 from lumina_mgpt.training.loss import LossModel
 
+TIMEOUT = timedelta(minutes=30)  # of a collective operation: then a process is lost, and the run ends
+LONG_TIMEOUT = timedelta(days=1)  # for work that one process may have more of, such as the generation of samples
+_HASH = 64  # characters of a fingerprint
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _SEPARATE_BYTES = 1 << 20  # blocks of at least this size are mapped and unmapped individually
 
@@ -65,7 +70,7 @@ class Processes:
             if index >= count:
                 raise InputError(f"LOCAL_RANK must be below {count}, the number of GPUs; start fewer processes")
             found = torch.device("cuda", index)
-        connect(found, timedelta(minutes=30))
+        connect(found, TIMEOUT)
         return cls(rank, world, found)
 
     def stop(self) -> None:
@@ -79,17 +84,58 @@ class Processes:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Returns the sum of each value over all processes, in the order of the arguments."""
+        """Returns the sum of each value over all processes, in the order of the arguments.
+
+        The processes exchange the values over the network, not over their GPUs, so that none waits for its GPU.
+        """
         if self.world == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def of_first(self, fingerprint: str | None) -> str | None:
+        """Returns the fingerprint that the first process passes, on all processes. None stays None."""
+        if self.world == 1:
+            return fingerprint
+        letters = torch.tensor(list((fingerprint or "").encode().ljust(_HASH)), dtype=torch.uint8)
+        dist.broadcast(letters, 0)
+        return bytes(letters.tolist()).decode().strip() or None
+
+    @contextmanager
+    def together(self, action: str) -> Iterator[None]:
+        """Ends on all processes with an error if the block ends on one of them with InputError.
+
+        Args:
+            action: what the block does, for the message of the others.
+
+        Raises:
+            InputError: that of the block, or one that says that another process has one.
+        """
+        fault: InputError | None = None
+        try:
+            yield
+        except InputError as error:
+            fault = error
+        if self.sum(fault is not None)[0]:
+            raise fault or InputError(f"another process cannot {action}; it names the reason")
+
+    def long_timeout_group(self) -> dist.ProcessGroup | None:
+        """Returns a group of all processes that wait for each other for a day; None for a single process.
+
+        All processes call this method together. Its operations take tensors on the CPU.
+        """
+        return dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if self.world > 1 else None
+
+    def upload(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Returns copies of CPU tensors on the device. For a GPU, the host does not wait: it pins them first."""
+        if self.device.type != "cuda":
+            return [tensor.to(self.device) for tensor in tensors]
+        return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+
     def barrier(self) -> None:
         """Waits until all processes have called this method."""
-        if self.world > 1:
-            dist.barrier()
+        self.sum(0)
 
 
 def return_freed_memory() -> None:
@@ -111,6 +157,9 @@ def place(module: LossModel, processes: Processes, cpu_offload: bool = False, na
     Parameters, gradients and optimizer state are sharded. FSDP gathers the parameters one layer at a time. A device
     therefore holds its shard, the whole head, and either the whole embedding or at most two whole layers.
 
+    Only the first process has weights before. The others receive each layer right before it is sharded, so that they
+    never hold the whole model.
+
     Args:
         cpu_offload: whether the shards are in the CPU's memory.
         narrow: whether parameters are gathered and multiplied in bfloat16. Shards and sums of gradients stay float32.
@@ -125,8 +174,34 @@ def place(module: LossModel, processes: Processes, cpu_offload: bool = False, na
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     model = module.model
     for part in model.layers if model.config.tie_word_embeddings else (model.embed_tokens, *model.layers):
+        _receive(part, processes)
         fully_shard(part, mesh=mesh, **options)
+    _receive(module, processes)
     fully_shard(module, mesh=mesh, **options)
+
+
+def _receive(module: nn.Module, processes: Processes) -> None:
+    """Copies the parameters that are not sharded yet from the first process to the devices of all.
+
+    A parameter of another process may be on the meta device, and may have another number of rows.
+    """
+    if processes.world == 1:
+        return
+    copies: dict[nn.Parameter, nn.Parameter] = {}  # several modules may share one
+    for owner in module.modules():
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                continue
+            if parameter not in copies:
+                shape = torch.tensor(parameter.shape)
+                dist.broadcast(shape, 0)
+                if processes.first:
+                    value = parameter.detach().to(processes.device).contiguous()
+                else:
+                    value = torch.empty(shape.tolist(), dtype=parameter.dtype, device=processes.device)
+                dist.broadcast(value, 0)
+                copies[parameter] = nn.Parameter(value, parameter.requires_grad)
+            setattr(owner, leaf, copies[parameter])
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:
@@ -134,11 +209,20 @@ def full_tensor(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def clip_gradients(module: nn.Module, limit: float) -> float:
-    """Scales the gradients down to a global norm of at most `limit`; returns the norm before that.
+def clip_gradients(module: nn.Module, limit: float) -> torch.Tensor:
+    """Scales the gradients down to a global norm of at most `limit`; returns the norm before that, a scalar.
 
     Args:
         limit: largest norm; 0 for no limit.
     """
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit if limit > 0 else float("inf"))
-    return float(full_tensor(norm))
+    return full_tensor(norm)
+
+
+def read(device: torch.device, *scalars: torch.Tensor) -> list[float]:
+    """Returns the values of float32 scalars. The host waits once for a GPU, not once for each.
+
+    Args:
+        device: device of most scalars; the others may be on the CPU.
+    """
+    return torch.stack([scalar.detach().to(device, torch.float32, non_blocking=True) for scalar in scalars]).tolist()

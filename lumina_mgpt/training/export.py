@@ -9,8 +9,10 @@ from pathlib import Path
 
 from lumina_mgpt.devices import DTYPES
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import Family
 from lumina_mgpt.io import cause, new_folder, remedy, require_new, write_atomic
-from lumina_mgpt.model.names import companions_of
+from lumina_mgpt.model.convert import keep_encoder
+from lumina_mgpt.model.names import companions_of, is_vqgan
 from lumina_mgpt.model.writing import save_model
 from lumina_mgpt.training import base
 from lumina_mgpt.training.adapters import plain_copy
@@ -18,6 +20,7 @@ from lumina_mgpt.training.loading import trained_model
 from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.run_folder import find
 from lumina_mgpt.training.state import read_state
+from lumina_mgpt.vqgan.tokenizer import KINDS, Names
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +53,15 @@ def export_checkpoint(
     checkpoint = checkpoint or find(output_dir)
     model, settings = trained_model(checkpoint)
     require_export_folder(folder, settings, parameter)
-    companions = _all_companions(output_dir, settings, read_state(checkpoint).get("base"))
+    sources = _sources(settings, read_state(checkpoint).get("base"))
+    companions = _all_companions(output_dir, settings, sources, KINDS[model.config.family.image_tokenizer])
     model = plain_copy(model, DTYPES[dtype], "cpu") if settings.model.lora_rank else model
     with _new_or_renewed(folder, parameter) as part:
         save_model(model, part, DTYPES[dtype])
-        for file in companions:
-            shutil.copyfile(file, part / file.name)
+        for file, name in companions.items():
+            shutil.copyfile(file, part / name)
+        if not any(is_vqgan(part / name) for name in companions.values()):
+            _without_image_tokenizer(model.config.family, sources, part)
     return folder
 
 
@@ -95,7 +101,7 @@ def keep_companions(source: str | Path, output_dir: Path) -> None:
         source: folder of the tokenizer that the run uses.
     """
     for file in companions_of(Path(source)):
-        if "vqgan" not in file.name:
+        if not is_vqgan(file):
             (output_dir / "tokenizer").mkdir(parents=True, exist_ok=True)
             write_atomic(output_dir / "tokenizer" / file.name, file.read_bytes())
 
@@ -109,20 +115,24 @@ def _new_or_renewed(folder: Path, parameter: str) -> Iterator[Path]:
         yield part
     if former:
         names = {file.name for file in target.iterdir()}
+        stale = set(folder.glob("model*.safetensors*"))  # a loader would read old shards or an old index
+        if any(is_vqgan(file) for file in target.iterdir()):  # a loader would refuse two image tokenizers
+            stale |= set(filter(is_vqgan, companions_of(folder)))
         for name in names:
             os.replace(target / name, folder / name)
         target.rmdir()
-        for stale in folder.glob("model*.safetensors*"):  # a loader would read old shards or an old index
-            if stale.name not in names:
-                stale.unlink()
+        for file in stale:
+            if file.name not in names:
+                file.unlink()
 
 
-def _all_companions(output_dir: Path, settings: TrainingConfig, described: dict | None) -> list[Path]:
-    """Returns the tokenizer's files and the image tokenizer; logs what is missing."""
-    found = companions_of(output_dir / "tokenizer")
-    if not any(file.name == "tokenizer.json" for file in found):
-        logger.warning("%s holds no tokenizer: add one to the export before it is used", output_dir / "tokenizer")
-    named, sources = settings.logging.movqgan_path, []
+def _sources(settings: TrainingConfig, described: dict | None) -> list[Path]:
+    """Returns the folders in which the image tokenizer of a run may be: those of its base and of its tokenizer.
+
+    Args:
+        described: what `base.describe` returned when the run started.
+    """
+    sources = []
     if settings.model.init_from:
         try:
             sources.append(base.locate(settings, described))
@@ -130,14 +140,38 @@ def _all_companions(output_dir: Path, settings: TrainingConfig, described: dict 
             logger.warning("%s", error)
     if settings.model.tokenizer_path:
         sources.append(Path(settings.model.tokenizer_path))
+    return sources
+
+
+def _all_companions(output_dir: Path, settings: TrainingConfig, sources: list[Path], names: Names) -> dict[Path, str]:
+    """Returns the tokenizer's files and the image tokenizer, with their names in the export.
+
+    An image tokenizer that `movqgan_path` names gets a name by which it is found. The function logs if there is no
+    tokenizer.
+    """
+    found = companions_of(output_dir / "tokenizer")
+    if not any(file.name == "tokenizer.json" for file in found):
+        logger.warning("%s holds no tokenizer: add one to the export before it is used", output_dir / "tokenizer")
+    named = settings.logging.movqgan_path
     image_tokenizer = [Path(named)] if named else []
     for source in sources:
         if not any(file.is_file() for file in image_tokenizer):
-            image_tokenizer = [file for file in companions_of(source) if "vqgan" in file.name]
-    image_tokenizer = [file for file in image_tokenizer if file.is_file()]
-    if not image_tokenizer:
-        logger.warning(
-            "no MoVQGAN beside %s: the export holds none; generation needs movqgan_path then",
-            " or ".join(map(str, sources)) or output_dir,
-        )
-    return found + image_tokenizer
+            image_tokenizer = [file for file in companions_of(source) if is_vqgan(file)]
+    copies = {file: file.name for file in (*found, *image_tokenizer) if file.is_file()}
+    for file in image_tokenizer:
+        if file in copies and not any(file.match(pattern) for pattern in names.patterns):
+            copies[file] = f"{names.title.lower()}{file.suffix}"
+    return copies
+
+
+def _without_image_tokenizer(family: Family, sources: list[Path], part: Path) -> None:
+    """Writes what a base without a file of the image tokenizer has of it, and logs what the export lacks."""
+    names = KINDS[family.image_tokenizer]
+    kept = any(keep_encoder(source, part) for source in sources if (source / "config.json").is_file())
+    logger.warning(
+        "no %s beside %s: the export holds %s; generation needs %s then",
+        names.title,
+        " or ".join(map(str, sources)) or "the run",
+        "its encoder only" if kept else "none",
+        names.option,
+    )

@@ -1,14 +1,16 @@
-"""Loads the checkpoints of a run, to resume the training or to use the model."""
+"""Builds the model of a run, and loads the checkpoints of a run, to resume the training or to use the model."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 from torch.optim import Optimizer
 
-from lumina_mgpt.errors import InputError
-from lumina_mgpt.model.reading import load_model
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base
 from lumina_mgpt.training.adapters import choose_trained
@@ -20,6 +22,54 @@ from lumina_mgpt.training.state import configs_of, read_state
 from lumina_mgpt.training.tensors import read_tensors, tensors_of
 
 logger = logging.getLogger(__name__)
+
+
+def build_model(settings: TrainingConfig, weights: bool = True) -> tuple[Transformer, Path, dict]:
+    """Returns the model to train, the folder of its tokenizer, and what `base.describe` returns for its base.
+
+    The model is on the CPU in float32. With adapters and precision bf16, it is in bfloat16, since no product uses its
+    frozen weights in a wider format.
+
+    Args:
+        weights: whether to load or draw the weights. Otherwise the parameters are on the meta device; those of a head
+            norm may have another number of rows than in the checkpoint.
+
+    Raises:
+        InputError: the model cannot be loaded or has int4 weights, or an option does not apply to it.
+    """
+    options = settings.model
+    if options.init_from:
+        folder = base.find(options.init_from)
+        require_plain_weights(folder, "init_from", "trained")
+        narrow = options.lora_rank and settings.runtime.precision == "bf16"
+        dtype = torch.bfloat16 if narrow else torch.float32
+        if weights:
+            model = load_model(folder, dtype, torch.device("cpu"), "sdpa")
+        else:
+            model = _without_weights(ModelConfig.from_json(folder / "config.json")).to(dtype)
+    else:
+        path = str(options.model_config)
+        with caused_by("model_config"):
+            config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
+        folder = Path(str(options.tokenizer_path))
+        model = Transformer(config) if weights else _without_weights(config)
+        if weights:
+            model.init_weights(torch.Generator().manual_seed(settings.runtime.seed))
+    if options.zero_image_head and weights:
+        base.zero_image_head(model)
+    if settings.regularization.spare_panel and not model.config.family.has_panels:
+        raise InputError(f"must be 0 for {model.config.family.name}, whose images have no panels", "spare_panel")
+    described = base.describe(settings, folder)
+    folder = Path(options.tokenizer_path) if options.tokenizer_path else folder
+    dropout, z_loss_weight = settings.regularization.dropout, settings.regularization.z_loss_weight
+    model.config = replace(model.config, dropout=dropout, z_loss_weight=z_loss_weight)
+    model.dropout, model.gradient_checkpointing = dropout, settings.runtime.checkpointing
+    return model, folder, described
+
+
+def _without_weights(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
 
 
 def verified_state(checkpoint: Path, processes: Processes | None = None) -> dict:

@@ -144,6 +144,9 @@ class ModelOptions(Options):
         0.0, "adapters are scaled by this over their rank (default: twice the rank)", NOT_NEGATIVE
     )
     freeze_embeddings: bool = option(False, "do not train embedding and head")
+    zero_image_head: bool = option(
+        False, "start with zeros in the head's rows of image codes; for a model that has not learned to draw yet"
+    )
 
     @property
     def freezes(self) -> bool:
@@ -168,6 +171,11 @@ class ModelOptions(Options):
                 f"is not needed with lora_rank={self.lora_rank}, which trains adapters only; leave it out",
                 "freeze_embeddings",
             )
+        if self.zero_image_head and (self.freezes or not self.init_from):
+            reason = "the head is not trained then" if self.freezes else "new weights are random"
+            names = {"lora_rank": self.lora_rank, "freeze_embeddings": self.freeze_embeddings}
+            other = next((f"{name}={value}" for name, value in names.items() if value), "model_config=FILE")
+            raise InputError(f"cannot be used with {other}: {reason}; leave one of them out", "zero_image_head")
         if self.lora_alpha and not self.lora_rank:
             raise InputError(f"{self.lora_alpha} means nothing without lora_rank=R; add that", "lora_alpha")
 
@@ -267,7 +275,9 @@ class LoggingOptions(Options):
     sample_prompts: str | None = option(
         None, "their prompts, one a line (default: prompts.txt of the checkpoint, or five built-in ones)"
     )
-    movqgan_path: str | None = option(None, "MoVQGAN weights for them (default: looked for beside the checkpoint)")
+    movqgan_path: str | None = option(
+        None, "MoVQGAN or VQGAN weights for them and the export (default: looked for beside the checkpoint)"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from lumina_mgpt.errors import InputError
@@ -24,9 +26,9 @@ logger = logging.getLogger(__name__)
 class SampleImages:
     """Generates pictures of the same prompts with the same seed at each call of `draw`.
 
-    All processes call the methods together, and the first process generates. It uses a copy of the weights, which is
-    bfloat16 on a GPU. It therefore needs memory for the copy, but does not change the sharding, the compilation or the
-    random numbers of the training.
+    All processes call the methods together, and each generates its share of the pictures. It uses a copy of the whole
+    weights, which is bfloat16 on a GPU. It therefore needs memory for the copy, but does not change the sharding, the
+    compilation or the random numbers of the training.
 
     Args:
         settings: training configuration; `sample_prompts` and `movqgan_path` name the files to use.
@@ -46,13 +48,15 @@ class SampleImages:
         self.prompts, named = read_prompts(None, options.sample_prompts, "sample_prompts"), "sample_prompts"
         if not self.prompts:
             self.prompts, named = example_prompts(folder), str(folder / PROMPTS_FILE)
-        self.checkpoint = Checkpoint(
-            folder, model.config, vocabulary, find_image_tokenizer(folder, options.movqgan_path)
-        )
-        self.images = None
-        if processes.first:
-            self.images = ImageTokenizer.from_checkpoint(self.checkpoint.movqgan_path, processes.device)
-            self.images.require_codes(model.config, self.checkpoint.movqgan_path)
+        kind = model.config.family.image_tokenizer
+        path = find_image_tokenizer(folder, options.movqgan_path, kind)
+        self.checkpoint = Checkpoint(folder, model.config, vocabulary, path)
+        self.group, self.images = processes.long_timeout_group(), None
+        self.own_prompts = self.prompts[processes.rank :: processes.world]
+        if self.own_prompts:
+            self.images = ImageTokenizer.from_checkpoint(path, processes.device)
+            self.images.require_codes(model.config, path)
+            self.images.require_decoder()
         self.checkpoint.prompt_ids(self.prompts, self.checkpoint.layout(), parameter=named)
 
     @torch.no_grad()
@@ -65,19 +69,37 @@ class SampleImages:
         Args:
             step: number N of the current step.
         """
-        device = self.processes.device
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        copy = plain_copy(self.model, dtype, device, self.processes.first)
+        results = self._generate()
+        pictures = self._gathered(results)
         if not self.processes.first:
-            self.processes.barrier()
             return []
-        assert self.images is not None
-        results = Pipeline(self.checkpoint, copy, self.images).generate(self.prompts, seed=self.seed)
         target = OutputFolder(self.folder / name_of(step), overwrite=True, parameter="output_dir")
         try:
-            for n, result in enumerate(results):
-                target.save(f"{n}.png", result.image)
+            for n, picture in enumerate(pictures):
+                target.save(f"{n}.png", picture)
         except InputError as error:
             logger.warning("the samples of step %d are not all written: %s", step, error)
-        self.processes.barrier()
+        return pictures
+
+    def _generate(self) -> list[Image.Image]:
+        """Returns the pictures of this process's prompts."""
+        device = self.processes.device
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        copy = plain_copy(self.model, dtype, device, bool(self.own_prompts))
+        if self.images is None:
+            return []
+        results = Pipeline(self.checkpoint, copy, self.images).generate(self.own_prompts, seed=self.seed)
         return [result.image for result in results]
+
+    def _gathered(self, own: list[Image.Image]) -> list[Image.Image]:
+        """Returns the pictures of all prompts in order. Waits until all processes have generated theirs."""
+        if self.processes.world == 1:
+            return own
+        width, height = self.checkpoint.layout().size
+        world, count = self.processes.world, len(self.prompts)
+        pixels = torch.zeros(-(-count // world), height, width, 3, dtype=torch.uint8)
+        for n, picture in enumerate(own):
+            pixels[n] = torch.from_numpy(np.array(picture))
+        parts = [torch.empty_like(pixels) for _ in range(world)]
+        dist.all_gather(parts, pixels, group=self.group)
+        return [Image.fromarray(parts[n % world][n // world].numpy()) for n in range(count)]

@@ -9,21 +9,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
 from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.seeding import seed_of
-from lumina_mgpt.data.sources import read_sources
-from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.data.sources import read_sources, require_known_panels
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import Family
 from lumina_mgpt.io import alone_in
-from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.training import base, loading, run_folder
+from lumina_mgpt.training import base, identity, loading, run_folder
 from lumina_mgpt.training.adapters import choose_trained
-from lumina_mgpt.training.distributed import Processes, clip_gradients, place
+from lumina_mgpt.training.distributed import Processes, clip_gradients, place, read
 from lumina_mgpt.training.export import keep_companions
 from lumina_mgpt.training.guard import Guard
+from lumina_mgpt.training.loading import build_model
 from lumina_mgpt.training.loss import LossModel
 from lumina_mgpt.training.metrics import Metrics, batch_flops, peak_flops
 from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
@@ -34,49 +35,6 @@ from lumina_mgpt.training.tensors import tensors_of
 from lumina_mgpt.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-# Options that must not change when a run resumes: with them, a position means the same data and weights.
-_IDENTITY = (
-    "seed",
-    "batch_size",
-    "max_tokens",
-    "pad_multiple",
-    "pack",
-    "optimizer",
-    "lora_rank",
-    "lora_alpha",
-    "freeze_embeddings",
-)
-
-
-def build_model(settings: TrainingConfig) -> tuple[Transformer, Path, dict]:
-    """Returns the model to train, the folder of its tokenizer, and what `base.describe` returns for its base.
-
-    The model is on the CPU in float32. With adapters and precision bf16, it is in bfloat16, since no product uses its
-    frozen weights in a wider format.
-
-    Raises:
-        InputError: the model cannot be loaded or has int4 weights.
-    """
-    options = settings.model
-    if options.init_from:
-        folder = base.find(options.init_from)
-        require_plain_weights(folder, "init_from", "trained")
-        narrow = options.lora_rank and settings.runtime.precision == "bf16"
-        model = load_model(folder, torch.bfloat16 if narrow else torch.float32, torch.device("cpu"), "sdpa")
-    else:
-        path = str(options.model_config)
-        with caused_by("model_config"):
-            config = ModelConfig.from_json(path) if path.endswith(".json") else ModelConfig.from_yaml(path)
-        folder = Path(str(options.tokenizer_path))
-        model = Transformer(config)
-        model.init_weights(torch.Generator().manual_seed(settings.runtime.seed))
-    described = base.describe(settings, folder)
-    folder = Path(options.tokenizer_path) if options.tokenizer_path else folder
-    dropout, z_loss_weight = settings.regularization.dropout, settings.regularization.z_loss_weight
-    model.config = replace(model.config, dropout=dropout, z_loss_weight=z_loss_weight)
-    model.dropout, model.gradient_checkpointing = dropout, settings.runtime.checkpointing
-    return model, folder, described
 
 
 class Trainer:
@@ -92,10 +50,12 @@ class Trainer:
         if settings.runtime.threads:
             torch.set_num_threads(settings.runtime.threads)
         self.start, sources = self._checkpoint_to_resume(), read_sources(settings.data.data_config)
-        model, self.tokenizer_folder, self.base = build_model(settings)
+        # The other processes get the weights in `place`: only the first holds a whole copy in the CPU's memory.
+        with processes.together("load the model"):
+            model, self.tokenizer_folder, self.base = build_model(settings, weights=processes.first)
         vocabulary = Vocabulary.from_folder(self.tokenizer_folder, model.config)
-        self.dataset, self.feed = self._read_data(sources, vocabulary)
-        longer = self.dataset.lengths.max() > model.config.max_position_embeddings
+        self.dataset, self.feed = self._read_data(sources, vocabulary, model.config.family)
+        longer = self.dataset.lengths.max() > model.config.context
         if longer and not model.config.rope_scaling:  # the exported model must accept the lengths it was trained on
             model.config = replace(model.config, max_position_embeddings=settings.data.max_seq_len)
         self._prepare_model(model)
@@ -113,10 +73,12 @@ class Trainer:
             self._resume(self.start)
         self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, logs.tensorboard)
 
-    def _read_data(self, sources: list, vocabulary: Vocabulary) -> tuple[TokenDataset, Feed]:
+    def _read_data(self, sources: list, vocabulary: Vocabulary, family: Family) -> tuple[TokenDataset, Feed]:
         data, processes = self.settings.data, self.processes
+        require_known_panels(sources, family)
         longest = data.max_seq_len if data.overlong == "drop" else 0
-        dataset = TokenDataset(sources, vocabulary, self.settings.runtime.seed, longest)
+        seed, several = self.settings.runtime.seed, family.drops_earlier_images
+        dataset = TokenDataset(sources, vocabulary, seed, longest, several)
         dataset.check(data.max_seq_len)
         size = BatchSize(data.batch_size, data.max_tokens, data.pad_multiple, data.pack)
         size.check(int(dataset.lengths.max()))
@@ -126,7 +88,7 @@ class Trainer:
         """Freezes, compiles and places the model, and makes its optimizers."""
         settings, regularization, runtime = self.settings, self.settings.regularization, self.settings.runtime
         choose_trained(model, settings.model, settings.runtime.seed)
-        self.frozen = base.frozen(model)
+        self.frozen = self.processes.of_first(base.frozen(model) if self.processes.first else None)
         self.module = LossModel(model, regularization.z_loss_weight, regularization.tail_weight)
         self.model = model.train()
         if runtime.compile:
@@ -176,13 +138,7 @@ class Trainer:
         return found
 
     def _identity(self) -> dict:
-        options, model = self.settings.flat(), asdict(self.model.config) | {"dropout": 0, "z_loss_weight": 0}
-        return {name: options[name] for name in _IDENTITY} | {
-            "data_config": self.dataset.fingerprint(),
-            "ema": self.ema is not None,
-            "model_config": model,
-            "frozen": self.frozen,
-        }
+        return identity.of(self.settings, self.model.config, self.dataset.fingerprint(), self.frozen)
 
     def _state(self) -> dict:
         return {
@@ -222,16 +178,7 @@ class Trainer:
         wanted = stored.get("frozen")
         if self.frozen and not wanted and self.processes.first:
             logger.warning("%s does not say what its frozen weights were: they cannot be compared", path)
-        defaults = {name: item.default for name, item in TrainingConfig.options().items()}
-        stored = defaults | stored  # earlier versions lack some options
-        own = self._identity()
-        differs = [name for name in own if name != "frozen" and stored.get(name) != own[name]]
-        if differs:
-            named = [f"{name}={stored[name]}" if name in _IDENTITY else name for name in differs]
-            raise InputError(
-                f"{path} is of a run with another value: {', '.join(named)}; use the same, or a new output folder",
-                "resume",
-            )
+        identity.require_same(path, stored, self._identity())
         base.check(self.frozen, wanted, self.settings.model.init_from)
 
     def save(self) -> None:
@@ -300,10 +247,11 @@ class Trainer:
         batches = self._next_batches()
         counts = [(batch.labelled, batch.tokens, batch_flops(self.model.config, batch)) for batch in batches]
         labelled, tokens, flops = processes.sum(*map(sum, zip(*counts, strict=True)))
-        losses = [self._backward(batch, max(1.0, labelled)) for batch in batches]
-        norm = clip_gradients(self.module, self.settings.optimizer.clip_grad)
+        losses = [part for batch in batches for part in self._backward(batch, max(1.0, labelled))]
+        clipped = clip_gradients(self.module, self.settings.optimizer.clip_grad)
+        *parts, norm = read(processes.device, *losses, clipped)  # the only time that the host waits for a GPU
         elapsed = time.monotonic() - began if processes.first else 0.0
-        sums = *(sum(loss) for loss in zip(*losses, strict=True)), self.stop, self.saver.poll(), elapsed
+        sums = sum(parts[::2]), sum(parts[1::2]), self.stop, self.saver.poll(), elapsed
         cross, z, stop, failed, elapsed = processes.sum(*sums)
         if failed:  # on every process; raises the error on the one that writes
             self.saver.finish()
@@ -359,20 +307,19 @@ class Trainer:
         if self.ema:
             self.ema.update(self.model)
 
-    def _backward(self, batch: MicroBatch, labelled: float) -> tuple[float, float]:
-        """Adds the gradient of one micro-batch; returns its sums of cross-entropy and z-loss.
+    def _backward(self, batch: MicroBatch, labelled: float) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of one micro-batch; returns its sums of cross-entropy and z-loss, on the device.
 
         Args:
             labelled: number of labels of the step, over all micro-batches and processes; the loss is their mean.
         """
-        device = self.processes.device
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.runtime.precision == "bf16")
-        with autocast:
-            parts = (part.to(device) for part in (batch.ids, batch.index, batch.targets))
+        kind, narrow = self.processes.device.type, self.settings.runtime.precision == "bf16"
+        with torch.autocast(kind, torch.bfloat16, enabled=narrow):
+            parts = self.processes.upload(batch.ids, batch.index, batch.targets)
             total, cross, z = self.module(*parts, batch.documents)
         # FSDP averages gradients over the processes; the factor `world` makes that a sum.
         (total * (self.processes.world / labelled)).backward()
-        return cross.item(), z.item()
+        return cross, z
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lumina_mgpt.cuda import torch_attention
+
 _GROUPS = 32  # of all group norms
 
 
@@ -118,5 +120,5 @@ class AttentionBlock(nn.Module):
         # For head widths without a fused kernel (512 and 1024 here) SDPA computes the full matrix, so queries are
         # split into chunks, and the matrix has at most chunk x cells entries.
         if q.shape[-2] <= queries:
-            return F.scaled_dot_product_attention(q, k, v)
-        return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, -2)], -2)
+            return torch_attention(q, k, v)
+        return torch.cat([torch_attention(part, k, v) for part in q.split(queries, -2)], -2)

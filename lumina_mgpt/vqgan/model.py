@@ -298,8 +298,9 @@ class VQGAN(nn.Module):
         Raises:
             InputError: a code is outside the codebook, or the model has no decoder.
         """
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.num_codes:
-            raise InputError(f"codes must be in 0 ... {self.config.num_codes - 1}, got {codes.min()} ... {codes.max()}")
+        least, most = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # one wait for a GPU
+        if not 0 <= least <= most < self.config.num_codes:
+            raise InputError(f"codes must be in 0 ... {self.config.num_codes - 1}, got {least} ... {most}")
         latent = rearrange(self.quantize.embedding(codes), "B h w Z -> B Z h w")
         latent = latent.to(self.post_quant_conv.weight.dtype)
         return self.decode_latent(latent.contiguous()).float().clamp_(-1, 1)

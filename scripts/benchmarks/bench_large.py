@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lumina_mgpt import cli
-from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
+from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, int4_recipe
 from lumina_mgpt.devices import DTYPES, cache_bytes
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_tensors
-from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds
+from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds, wait
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.names import disk_name
@@ -82,24 +83,32 @@ def bench(args: argparse.Namespace) -> None:
     print(json.dumps({"bench": args.what, "threads": args.threads, **figures}))
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, group: int | None = None) -> Transformer:
-    """A model with random weights. With `group`, the layers' matrices are int4, made and quantized one at a time."""
-    generator = torch.Generator().manual_seed(0)
+def random_model(
+    config: ModelConfig, dtype: torch.dtype, group: int | None = None, device: torch.device | str = "cpu"
+) -> Transformer:
+    """A model with random weights, made on the device. With `group`, the layers' matrices are int4, without a search.
+
+    Weights have a standard deviation of 0.02, norms are 1.
+    """
+    generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = Transformer(config)
+    if group:
+        quantization.replace_linears(model, group)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fresh = torch.full(parameter.shape, float(name == "weight"), dtype=dtype)
+            fresh = torch.full(parameter.shape, float(name == "weight"), dtype=dtype, device=device)
             if isinstance(module, nn.Linear | nn.Embedding):
                 fresh.normal_(0, 0.02, generator=generator)
             setattr(module, name, nn.Parameter(fresh, requires_grad=False))
+        if isinstance(module, quantization.Int4Linear):
+            shape, scale = module.weight_int4.shape, 0.02 / 4.61  # numbers 0 ... 15 have a standard deviation of 4.61
+            bytes_ = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+            scales = torch.full(module.weight_scale.shape, scale, dtype=torch.bfloat16, device=device)
+            for leaf, tensor in (("int4", bytes_), ("scale", scales), ("zero", scales / 2)):  # zero: a mean of 0
+                module.load(f"weight_{leaf}", tensor, device)
     if group:
-        plain = {name: module for name, module in model.layers.named_modules() if isinstance(module, nn.Linear)}
-        quantization.replace_linears(model, group)
-        for name, linear in plain.items():
-            quantized = model.layers.get_submodule(name)
-            assert isinstance(quantized, quantization.Int4Linear)
-            quantized.load("weight", linear.weight, "cpu")
+        model.config = replace(config, quantization_config=int4_recipe(group))
         quantization.pack_weights(model, dtype)
     return model.eval()
 
@@ -257,16 +266,19 @@ def whole(args: argparse.Namespace) -> dict:
     with peak_anonymous() as running:
         for end in ("first", "last"):
             given = 0 if end == "first" else layout.num_codes - args.codes - 1
-            ends[end] = run_codes(model, replace(layout, given=given), prompt, args.codes)
-    step = (ends["first"] + ends["last"]) / 2
-    hours = step * layout.num_codes / 3600  # the time of a step grows linearly with the cache
-    cache = 2 * cache_bytes(config, len(prompt) + layout.length, torch.int8)
+            cache = KVCache(model.config, 2, len(prompt) + layout.length, torch.int8, "cpu")
+            step = CachedStep(model, cache, vocabulary.code_slice)
+            ends[end] = run_codes(step, replace(layout, given=given), [prompt], args.codes)
+    hours = (
+        (ends["first"] + ends["last"]) / 2 * layout.num_codes / 3600
+    )  # the time of a step grows linearly with the cache
+    cached = 2 * cache_bytes(config, len(prompt) + layout.length, torch.int8)
     print_header("what", "measured")
     print_row("loading, with quantization", f"{taken:.0f} s")
     print_row("peak anonymous memory, loading", f"{loading[0] / 1e9:.2f} GB")
     print_row("peak anonymous memory, an image of 768 x 768", f"{running[0] / 1e9:.2f} GB")
     print_row("of it int4 weights, embeddings, int8 head", f"{stored_bytes(model) / 1e9:.2f} GB")
-    print_row("of it the int8 cache", f"{cache / 1e9:.2f} GB")
+    print_row("of it the int8 cache", f"{cached / 1e9:.2f} GB")
     print_row(f"s a code, the first and the last {args.codes}", f"{ends['first']:.2f}, {ends['last']:.2f}")
     print_row("a whole image, extrapolated", f"{hours:.1f} h")
     return {
@@ -275,7 +287,7 @@ def whole(args: argparse.Namespace) -> dict:
         "peak_loading_gb": loading[0] / 1e9,
         "weights_gb": stored_bytes(model) / 1e9,
         "peak_running_gb": running[0] / 1e9,
-        "cache_gb": cache / 1e9,
+        "cache_gb": cached / 1e9,
         "first_s": ends["first"],
         "last_s": ends["last"],
         "image_hours": hours,
@@ -286,36 +298,54 @@ class _Enough(Exception):
     """Ends sampling before the image is complete."""
 
 
-def run_codes(model: Transformer, layout: ImageLayout, prompt: list[int], codes: int) -> float:
-    """Mean seconds a code over `codes` steps. Given codes are not fed; the cache contains random numbers instead."""
-    vocabulary, length = layout.vocabulary, len(prompt) + layout.length
-    cache = KVCache(model.config, 2, length, torch.int8, "cpu")
-    inner, bar = CachedStep(model, cache, vocabulary.code_slice), tqdm(total=codes, unit="code")
-    began: list[float] = []
+def fill_cache(cache: KVCache) -> None:
+    """Fills the cache with random numbers, as if all its slots were written."""
+    for tensor in cache.tensors():
+        if tensor.dtype == torch.int8:
+            tensor.random_(-127, 128)
+        elif cache.layers[0].scales is not None:  # the scales of int8 numbers
+            tensor.fill_(0.02)
+        else:
+            tensor.normal_()
+
+
+def run_codes(inner: CachedStep, layout: ImageLayout, prompts: list[list[int]], codes: int, untimed: int = 1) -> float:
+    """Mean seconds a step over `codes` steps of an image a prompt. Given codes are not fed: the cache is random.
+
+    Args:
+        untimed: number of steps before these, at least 1: the first one has the prompts, others may capture a graph.
+    """
+    vocabulary, bar, began, done = (
+        layout.vocabulary,
+        tqdm(total=codes, unit="code", leave=False, disable=None),
+        [0.0],
+        [0],
+    )
     if layout.given:
-        for tensor in cache.tensors():
-            tensor.random_(-127, 128) if tensor.dtype == torch.int8 else tensor.fill_(0.02)
+        fill_cache(inner.cache)
         inner.calls = 1
 
     def step(ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        if began:
-            bar.update()
-        elif layout.given:
-            began.append(time.perf_counter())
-            return torch.randn(2, 1, vocabulary.num_image_codes)
-        if len(began) > codes:
+        if done[0] == untimed + codes:
             raise _Enough
-        logits = inner(ids, positions, read)
-        began.append(time.perf_counter())  # the first call, with the prompt, is not counted
+        if done[0] >= untimed:
+            bar.update()
+        if layout.given and not done[0]:
+            logits = torch.randn(len(ids), 1, vocabulary.num_image_codes, device=inner.device)
+        else:
+            logits = inner(ids, positions, read)
+        done[0] += 1
+        if done[0] == untimed:
+            wait(inner.device)
+            began[0] = time.perf_counter()
         return logits
 
-    try:
-        given = torch.zeros(1, layout.given, dtype=torch.long)
-        sample(step, [prompt], layout, SamplingConfig(), [(0, 0)], given=given)
-    except _Enough:
-        pass
+    with suppress(_Enough):
+        given = torch.zeros(len(prompts), layout.given, dtype=torch.long)
+        sample(step, prompts, layout, SamplingConfig(), [(0, repeat) for repeat in range(len(prompts))], given=given)
+    wait(inner.device)
     bar.close()
-    return (time.perf_counter() - began[0]) / codes
+    return (time.perf_counter() - began[0]) / (done[0] - untimed)
 
 
 def write_random(config: ModelConfig, folder: Path) -> None:

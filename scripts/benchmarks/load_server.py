@@ -7,8 +7,10 @@ for pairs of a prompt and a seed; its pictures are the references. Then all clie
 time. Each answer must be the picture of its pair.
 
 A picture that differs in a few codes is a near tie of float32: a batch of another size rounds differently. `other`
-counts answers that are closer to the picture of another pair, which must not happen. `memory` is the resident memory of
-the server. The last line is JSON. The exit status is 1 if an answer is lost or mixed up.
+counts answers that are closer to the picture of another pair, which must not happen. `cpu_ratio` compares the
+processor time of the server for an image, alone and under load; unlike `ratio`, it does not depend on other programs.
+`memory_mib` is the resident memory of the server: median of the second quarter and of the second half, and the largest
+of the latter. The last line is JSON. The exit status is 1 if an answer is lost or mixed up.
 """
 
 import argparse
@@ -75,9 +77,13 @@ def load(args: argparse.Namespace) -> int:
     pairs = list(itertools.product(example_prompts(demo_checkpoint()), range(_SEEDS)))
     with contextlib.nullcontext(args.url) if args.url else running_server(args.batch_size) as url:
         ask(url, pairs[0])  # loads what a first request loads
+        cpu = [metric(url, "process_cpu_seconds_total")]
         references, alone = baseline(url, pairs, args.seconds * _BASELINE)
+        cpu.append(metric(url, "process_cpu_seconds_total"))
         counts, memory, elapsed = storm(url, references, args)
-    return report(counts, memory, elapsed, alone, args)
+        cpu.append(metric(url, "process_cpu_seconds_total"))
+    cpu_ratio = (cpu[1] - cpu[0]) / len(references) / ((cpu[2] - cpu[1]) / max(1, len(counts.seconds)))
+    return report(counts, memory, elapsed, alone, cpu_ratio, args)
 
 
 @contextlib.contextmanager
@@ -139,7 +145,7 @@ def storm(
     for thread in clients:
         thread.start()
     while any(thread.is_alive() for thread in clients):
-        memory.append((time.monotonic() - begun, resident(url)))
+        memory.append((time.monotonic() - begun, metric(url, "process_resident_memory_bytes") / 2**20))
         time.sleep(1)
     return counts, memory, time.monotonic() - begun
 
@@ -174,18 +180,23 @@ def judge(pair: Pair, picture: np.ndarray, references: dict[Pair, np.ndarray], c
     (counts.near if closest == pair else counts.other).append(pair)
 
 
-def resident(url: str) -> float:
-    """Returns the resident memory of the server in MiB."""
+def metric(url: str, name: str) -> float:
+    """Returns the value of a metric of the server."""
     parts = urlsplit(url)
     with contextlib.closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)) as connection:
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
-    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
-    return float(found[1]) / 2**20 if found else float("nan")
+    found = re.search(rf"^{name} (\S+)", text, re.MULTILINE)
+    return float(found[1]) if found else float("nan")
 
 
 def report(
-    counts: Counts, memory: list[tuple[float, float]], elapsed: float, alone: float, args: argparse.Namespace
+    counts: Counts,
+    memory: list[tuple[float, float]],
+    elapsed: float,
+    alone: float,
+    cpu_ratio: float,
+    args: argparse.Namespace,
 ) -> int:
     """Prints the results and returns the exit status."""
     if not counts.seconds:
@@ -201,6 +212,7 @@ def report(
         "images_a_second": round(rate, 3),
         "alone_images_a_second": round(alone, 3),
         "ratio": round(rate / alone, 2),
+        "cpu_ratio": round(cpu_ratio, 2),
         **percentiles,
         "lost": len(counts.lost),
         "other": len(counts.other),

@@ -77,3 +77,21 @@ def test_number_of_prompts_must_be_positive(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["measure_error.py", "--prompts", "0"])
     assert script.main() == cli.REFUSED
     assert "--prompts must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_conversation_is_timed_turn_by_turn(capsys):
+    script = module_of("bench_chat")
+    sizes = {"width": 64, "inner": 128, "heads": 2, "layers": 1, "turns": 3, "answer": 3, "side": 32, "repeats": 2}
+    options = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert cli.run(script.bench, script.build_parser(), [*options, *threads]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    printed = json.loads(lines[-1])
+    rows = printed["rows"]
+    assert printed["ratio"] == rows[2]["seconds"] / rows[1]["seconds"] and sizes.items() <= printed.items()
+    picture = 3 + 4 * 5 + 1
+    assert [row["turn"] for row in rows] == [1, 2, 3] and all(row["new"] > picture for row in rows)
+    assert [row["before"] for row in rows[1:]] == [rows[0]["new"], rows[0]["new"] + rows[1]["new"]]
+    assert min(row["seconds"] for row in rows) > 0
+    assert cli.run(script.bench, script.build_parser(), ["--turns", "1", *threads]) == cli.REFUSED
+    assert "--turns must be at least 2, got 1" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def test_instruction_names_the_size_after_the_crop(tools, tmp_path):
 
 def test_picture_of_several_records_is_encoded_once(tools, tmp_path):
     class Counting:
-        num_codes, seen = 64, 0
+        num_codes, seen, device = 64, 0, torch.device("cpu")
 
         def encode(self, images):
             self.seen += len(images)

@@ -151,19 +151,27 @@ def _documented_commands() -> list[list[str]]:
         ["lumina-mgpt", "generate-with-image"],
         ["lumina-mgpt", "edit"],
         ["lumina-mgpt", "reconstruct"],
+        ["lumina-mgpt", "attention"],
         ["python", "generate_examples/generate.py"],
     )
     found = {tuple(sorted(words)): words for words in documents.commands(documents.guide_text())}
     return [
         words
         for words in found.values()
-        if words[:2] in makers and "--movqgan_path" not in words and "Alpha-VLLM/Lumina-mGPT-2.0" not in words
+        if words[:2] in makers
+        and not {"--movqgan_path", "--rewrite"} & set(words)
+        and not any("Alpha-VLLM/" in word for word in words)
     ]
 
 
 def _documented_python() -> list[str]:
-    """The Python of README.md and docs/, without the clients of a server, which `tests/server/test_command.py` runs."""
-    return [block for block in documents.blocks(documents.guide_text(), "python") if "openai" not in block]
+    """The Python of README.md and docs/ that runs by itself.
+
+    The blocks of docs/transformers.md need each other, and those of docs/server.md a server;
+    tests/hf/test_transformers_document.py and tests/server/test_command.py run them.
+    """
+    paths = (path for path in documents.GUIDE if path.stem not in ("transformers", "server"))
+    return documents.blocks("".join(path.read_text(encoding="utf-8") for path in paths), "python")
 
 
 def test_the_documents_have_commands_and_python():

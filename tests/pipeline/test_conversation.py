@@ -9,8 +9,8 @@ from PIL import Image
 
 from lumina_mgpt import Checkpoint, Pipeline
 from lumina_mgpt.config import Speculation
-from lumina_mgpt.conversation import turn_parts
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.panels import turn_parts
 from lumina_mgpt.results import End, ImageBegun, ImageDone, RowDone
 from lumina_mgpt.unirep import generation_prompt, split
 
@@ -63,7 +63,7 @@ def test_continuing_equals_starting_anew(exact, picture, speculation):
     """Three turns in one conversation, and each of them after a fresh prefill; speculative ones equal plain ones."""
     pipeline, going_on = exact("mixed"), exact("mixed").conversation()
     turns = [("Add a cat.", [picture]), ("Again.", []), ("And now?", [picture])]
-    settings = RANDOM | dict(text_temperature=10.0, max_new_tokens=90)
+    settings = RANDOM | dict(text_temperature=10.0, max_new_tokens=60)
     for text, pictures in turns:
         history = going_on.ids
         stream = going_on.say(text, pictures, speculation=speculation, **settings)
@@ -115,6 +115,18 @@ def test_a_small_cache_grows_and_keeps_its_ids(exact):
         assert ids_of(pipeline.conversation(ids=history).say("More.", **settings)) == answer
 
 
+def test_padded_steps_change_nothing(exact, monkeypatch):
+    """Compiled steps are padded to few shapes; here with the forward that they compile."""
+    pipeline, settings = exact("mixed"), RANDOM | dict(text_temperature=10.0, max_new_tokens=50)
+    settings["speculation"] = Speculation("noise", 16)
+    plain, padded = pipeline.conversation(), pipeline.conversation()
+    for text in ("Add a cat.", "Again."):
+        expected = ids_of(plain.say(text, **settings))
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "compiled", pipeline.model.forward)
+            assert ids_of(padded.say(text, **settings)) == expected
+
+
 @pytest.mark.parametrize("dtype, cache", [("fp32", torch.int8), ("bf16", None)])
 def test_conversations_run_in_other_formats(oracle_v1_checkpoint, dtype, cache):
     pipeline = Pipeline.from_pretrained(oracle_v1_checkpoint("mixed"), "cpu", dtype, cache_dtype=cache)
@@ -155,6 +167,15 @@ def test_wanted_text_has_no_image(exact):
     pipeline = exact("image")
     answer = pipeline.answer([("human", ["A cat."])], want="text", max_new_tokens=30, **RANDOM)
     assert not answer.images and pipeline.checkpoint.vocabulary.image_start_id not in answer.ids
+
+
+def test_without_a_decoder_of_images_answers_are_texts(exact, monkeypatch):
+    pipeline = exact("image")
+    monkeypatch.setattr(type(pipeline.image_tokenizer), "can_decode", property(lambda self: False))
+    answer = pipeline.answer([("human", ["A cat."])], max_new_tokens=9, **RANDOM)
+    assert answer.ids and not answer.images
+    with pytest.raises(InputError, match="must name a VQGAN file to make images"):
+        pipeline.chat([("human", ["A cat."])], want="image")
 
 
 # -- endings -----------------------------------------------------------------------------------------------------------
@@ -216,7 +237,7 @@ def test_a_new_turn_ends_the_one_before(exact):
 def test_describing_many_equals_one_at_a_time(exact, oracle_v1_dir):
     pipeline = exact("text")
     pictures = sorted(oracle_v1_dir.glob("[a-e]_*.png"))
-    settings = dict(max_new_tokens=25, **RANDOM)
+    settings = dict(max_new_tokens=15, **RANDOM)
     together = list(pipeline.describe(pictures, "What is it?", batch_size=3, **settings))
     assert len(together) == 5 and len({tuple(answer.ids) for answer in together}) > 3
     for picture, answer in zip(pictures, together, strict=True):

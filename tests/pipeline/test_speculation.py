@@ -94,5 +94,6 @@ def test_default_window_depends_on_device_and_precision(exact, monkeypatch):
     assert fast.ids == plain.ids and set(asked) == {(torch.device("cpu"), False)}
     assert exact.with_window(Speculation("maximal")) == Speculation("maximal", 5)
     assert exact.with_window(Speculation(window=7)).window == 7 and exact.with_window(None) is None
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert default_window(cpu, int4=True) < default_window(cpu, int4=False) < default_window(cuda, int4=True)
+    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    assert default_window(cpu, int4=True) < default_window(cpu, int4=False) < default_window(cuda, int4=False)
+    assert default_window(cuda, int4=True) < default_window(mps, int4=True) == default_window(mps, int4=False)

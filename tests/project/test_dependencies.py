@@ -15,7 +15,8 @@ DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyya
 SCRIPTS = ("generate_examples", "scripts")
 # Part of the package that only works with an extra -> the extra.
 PARTS = {"page": "page", "server": "ray"}
-LOCAL = {"lumina_mgpt"} | {path.stem for folder in (*SCRIPTS, "tests") for path in (ROOT / folder).rglob("*.py")}
+OWN_FILES = [path for folder in (*SCRIPTS, "tests") for path in (ROOT / folder).rglob("*.py")]
+LOCAL = {"lumina_mgpt"} | {name for path in OWN_FILES for name in (path.stem, path.parent.name)}
 
 
 def imported(folder: str, top: bool = False, without: Collection[str] = ()) -> set[str]:

@@ -17,41 +17,74 @@ LAYERS: dict[str, set[str]] = {
     "resources": set(),
     "measure": set(),
     "console": set(),
+    "cuda": set(),
     "prompts": set(),
     "io": {"errors"},
     "checks": {"errors"},
     "launcher": FOUNDATIONS,
     "prompt_files": FOUNDATIONS,
     "outputs": FOUNDATIONS,
+    "benchmarks": FOUNDATIONS | {"outputs"},
+    "user_functions": {"errors"},
+    "rewriting": FOUNDATIONS | {"user_functions"},
     "images": FOUNDATIONS,
     "maps": {"errors", "images"},
+    "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
     "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},
     "unirep": {"errors", "checks", "vocabulary"},
-    "vqgan": FOUNDATIONS | {"checks", "config", "images"},
-    "panels": {"errors", "checks", "images", "vqgan", "unirep", "vocabulary"},
+    "vqgan": FOUNDATIONS | {"checks", "config", "cuda", "families", "images"},
+    "panels": {"errors", "checks", "images", "prompts", "vqgan", "unirep", "vocabulary"},
     "kernels": {"config"},
-    "model": FOUNDATIONS | {"checks", "config", "kernels", "launcher"},
+    "model": FOUNDATIONS | {"checks", "config", "cuda", "families", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
-    "sampling": {"errors", "checks", "config", "unirep"},
+    "sampling": {"errors", "checks", "config", "unirep", "vocabulary"},
     "request": {"errors", "checks", "config", "panels", "prompts"},
     "results": {"prompts", "request", "unirep"},
-    "preparation": FOUNDATIONS | {"config", "model", "vqgan", "panels", "prompts", "request", "unirep", "vocabulary"},
+    "attention_map": {"model", "unirep", "vocabulary"},
 }
+LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "panels", "prompts", "request"}
+LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
+LAYERS["loading"] = {"errors", "model", "preparation", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
-LAYERS["autotune"] = {"config", "model", "pipeline", "preparation", "sampling", "unirep"}
-LAYERS["data"] = FOUNDATIONS | {"checks", "config", "images", "vqgan", "prompts", "unirep", "vocabulary"}
+LAYERS["scoring"] = {"errors", "checks", "families", "request", "results", "unirep", "user_functions"}
+LAYERS["scoring"] |= {"pipeline", "preparation"}
+LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
+LAYERS["data"] = FOUNDATIONS | {
+    "checks",
+    "config",
+    "devices",
+    "families",
+    "images",
+    "vqgan",
+    "prompts",
+    "unirep",
+    "vocabulary",
+}
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
 LAYERS["server"] = set(LAYERS) - {"console", "launcher", "autotune", "data", "training"}
-LAYERS["page"] = set(LAYERS) - {"autotune", "console", "data", "launcher", "model", "sampling", "training", "vqgan"}
-LAYERS["cli"] = set(LAYERS)
+LAYERS["comfyui"] = set(LAYERS) - {"console", "data", "launcher", "outputs", "server", "training"}
+LAYERS["hf"] = set(LAYERS) - {"comfyui", "console", "launcher", "outputs", "server"}
+LAYERS["page"] = set(LAYERS) - {
+    "autotune",
+    "comfyui",
+    "console",
+    "data",
+    "hf",
+    "launcher",
+    "model",
+    "sampling",
+    "training",
+    "vqgan",
+}
+LAYERS["cli"] = set(LAYERS) - {"comfyui", "hf"}
 LAYERS["__main__"] = {"cli"}
 PRINTERS = {"cli", "__main__"}
 EXITS = {"print", "exit", "quit", "sys.exit", "os._exit"}
@@ -109,6 +142,18 @@ def test_imports_go_to_layers_above():
         assert name in LAYERS, f"add {name} to LAYERS"
         wrong += [f"{module} -> {other}" for other in imports(path) if layer(other) not in LAYERS[name] | {name}]
     assert not wrong
+
+
+def test_only_the_adapters_import_transformers():
+    """The import takes seconds, which a command would wait."""
+    found = set()
+    for module, path in modules().items():
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.partition(".")[0] in ("accelerate", "transformers") for name in names):
+                found.add(layer(module))
+    assert found == {"hf"}
 
 
 def test_imports_form_no_cycle():

@@ -135,7 +135,7 @@ def test_answers_equal_the_reference(vocabulary, name, cfg):
     assert ("text" == name) != (True in found) and reasons in found
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**63 - 1), st.booleans(), st.sampled_from([1, 3, 1000]), st.sampled_from([0.3, 1.0, 9.0]))
 def test_banned_ids_are_never_drawn(vocabulary, seed, text_only, top_k, temperature):
     """Whatever the logits, an answer splits into text without control ids and whole images; only the last may break."""
@@ -154,7 +154,7 @@ def test_banned_ids_are_never_drawn(vocabulary, seed, text_only, top_k, temperat
             assert not text_only
 
 
-@pytest.mark.parametrize("window", [1, 4, 16])
+@pytest.mark.parametrize("window", [4, 16])
 @pytest.mark.parametrize("name", ["any", "images", "cut in an image"])
 def test_speculation_gives_the_plain_answer(vocabulary, window, name):
     """The remembering model raises if a slot that an earlier window left is read; ids are equal over two turns."""

@@ -13,7 +13,7 @@ from lumina_mgpt.config import ModelConfig, SamplingConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.sampling import sample
 from lumina_mgpt.sampling.logits import code_log_probs, guide, log_probs, truncate
-from lumina_mgpt.sampling.noise import gumbel, gumbel_rows
+from lumina_mgpt.sampling.noise import CODES, IDS, gumbel, gumbel_rows, stream
 from lumina_mgpt.unirep import ImageLayout, decode_image, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -235,6 +235,16 @@ def test_noise_is_philox_at_its_counter(seed, repeat, position):
     expected = [-math.log(-math.log(((word >> 12) + 0.5) / 2**52)) for word in bits]
     np.testing.assert_allclose(gumbel(seed, repeat, position, 8).numpy(), expected, rtol=1e-12)
     assert torch.equal(gumbel(seed, repeat, position, 3), gumbel(seed, repeat, position, 8)[:3])
+
+
+@pytest.mark.parametrize("answer, image, purpose", [(0, 1, CODES), (3, 2, CODES), (3, 0, IDS)])
+def test_images_and_texts_of_a_conversation_have_counters_of_their_own(answer, image, purpose):
+    key = (7, 1, stream(answer, image))
+    bits = philox((7, 1), (1, answer * 2**32 + image, 5, purpose))
+    expected = [-math.log(-math.log(((word >> 12) + 0.5) / 2**52)) for word in bits]
+    (noise,) = gumbel_rows([key], [5], 4, purpose)
+    np.testing.assert_allclose(noise.numpy(), expected, rtol=1e-12)
+    assert IDS == 2**64 - 1  # more than 1 + round of any verification
 
 
 def test_philox_of_this_module_gives_the_published_answer():

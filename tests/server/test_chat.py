@@ -2,6 +2,7 @@
 
 import base64
 import io
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 from server_runs import PATIENCE, serving
 
 from lumina_mgpt import Checkpoint, Pipeline
+from lumina_mgpt.config import Speculation
+from lumina_mgpt.results import ImageDone
 from lumina_mgpt.server.engine import Engine
 from lumina_mgpt.server.limits import Limits
 
@@ -156,6 +159,30 @@ def test_a_client_that_leaves_ends_its_answer(chats, picture, monkeypatch):
         time.sleep(0.02)
     assert not served.engine.running
     assert (count("lumina_answer_seconds_count"), count("lumina_cancelled_total")) == (before[0], before[1] + 1)
+
+
+@pytest.mark.parametrize("speculation", [None, Speculation("noise", 4)])
+def test_a_cancelled_answer_ends_inside_an_image_at_the_next_step(chats, monkeypatch, speculation):
+    engine = chats("mixed").engine
+    forward, calls = engine.pipeline.model.forward, []
+
+    def counted(ids, **arguments):
+        calls.append(len(ids))
+        if len(calls) == 3:
+            ticket.cancel()
+        return forward(ids, **arguments)
+
+    monkeypatch.setattr(engine.pipeline.model, "forward", counted)
+    started = threading.Event()
+    monkeypatch.setattr(engine.pipeline, "chat", lambda *a, **k: (started.wait(PATIENCE), chat(*a, **k))[1])
+    chat = type(engine.pipeline).chat.__get__(engine.pipeline)
+    ticket = engine.chat([("human", ["A cat."])], want="image", size=(64, 64), speculation=speculation)
+    started.set()
+    assert not any(isinstance(event, ImageDone) for event in ticket)
+    end = time.monotonic() + PATIENCE
+    while engine.running and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(calls) == 3
 
 
 USER = {"role": "user", "content": "Hello"}

@@ -53,6 +53,8 @@ def run_example(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("serve")  # one process for all of them
 @pytest.mark.parametrize("number", range(2))
 def test_the_examples_with_curl(process, tmp_path, number):
     assert len(CURL) == 2
@@ -60,6 +62,8 @@ def test_the_examples_with_curl(process, tmp_path, number):
     assert "PNG" in run_example(["bash", "-euo", "pipefail", "-c", script], tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("serve")
 @pytest.mark.parametrize(
     ("number", "files"),
     [(0, ["hedgehog_0", "hedgehog_1"]), (1, ["owl", "owl_0", "owl_1", "owl_2"]), (2, ["depth"]), (3, [])],
@@ -76,6 +80,8 @@ def test_the_examples_with_the_client(process, chat_url, tmp_path, number, files
     assert "chat." not in PYTHON[number] or output.endswith("data:image/png;base64,iVBORw0K\n")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("serve")
 def test_a_signal_ends_the_server(process):
     """The last test of this process."""
     url, running = process

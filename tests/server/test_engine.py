@@ -9,7 +9,7 @@ from server_runs import PATIENCE
 from lumina_mgpt.config import Speculation
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.request import GenerationRequest
-from lumina_mgpt.server.engine import Silent
+from lumina_mgpt.server.engine import Observer
 from lumina_mgpt.server.tickets import Busy, Closing, Finished, Progress
 
 REQUESTS = [
@@ -19,7 +19,7 @@ REQUESTS = [
 ]
 
 
-class Noted(Silent):
+class Noted(Observer):
     """Remembers the sizes of batches."""
 
     def __init__(self) -> None:

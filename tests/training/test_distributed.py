@@ -6,9 +6,14 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from training_runs import ONE, ROOT, environment
 
+from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.reading import load_model
+from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.training import distributed
 from lumina_mgpt.training.distributed import place
 from lumina_mgpt.training.loss import LossModel
 
@@ -45,6 +50,58 @@ def test_products_are_narrow_and_shards_are_float32(group, tiny_checkpoint, narr
         gradient = other.grad.full_tensor()
         assert other.dtype == gradient.dtype == torch.float32
         assert (gradient - one.grad).norm() <= (0.05 if narrow else 1e-5) * one.grad.norm(), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_processes_receive_the_weights_of_the_first(monkeypatch, tied):
+    """From the meta device, with another number of rows in the head norms, and with a head that may be tied."""
+    config = ModelConfig(48, 32, 64, 1, 4, 4, image_code_offset=32, num_image_codes=16, tie_word_embeddings=tied)
+    sent: list[torch.Tensor] = []
+    models = {rank: LossModel(Transformer(config)) for rank in (0, 1)}
+    attention = models[0].model.layers[0].self_attn
+    attention.q_norm.weight = nn.Parameter(torch.rand(4, 8))
+    models[0].model.embed_tokens.weight.requires_grad_(False)
+    models[1].to("meta")
+    if tied:
+        models[1].model.lm_head.weight = models[1].model.embed_tokens.weight
+    models[1].model.embed_tokens.weight.requires_grad_(False)
+
+    def broadcast(tensor: torch.Tensor, source: int) -> None:
+        assert source == 0
+        sent.append(tensor.clone()) if rank == 0 else tensor.copy_(sent.pop(0))
+
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    for rank, module in models.items():
+        distributed._receive(module, distributed.Processes(rank, 2, torch.device("cpu")))
+    assert not sent
+    first, second = (dict(module.named_parameters()) for module in models.values())
+    assert first.keys() == second.keys() and second["model.layers.0.self_attn.q_norm.weight"].shape == (4, 8)
+    for name, parameter in first.items():
+        assert torch.equal(parameter, second[name]) and parameter.requires_grad == second[name].requires_grad
+    assert (models[1].model.lm_head.weight is models[1].model.embed_tokens.weight) == tied
+
+
+def test_an_error_of_one_process_ends_all(monkeypatch):
+    """Else the others would wait for its weights."""
+    here, elsewhere = distributed.Processes(1, 2, torch.device("cpu")), [1]
+    monkeypatch.setattr(dist, "all_reduce", lambda faults: faults.add_(elsewhere[0]))
+    with pytest.raises(InputError, match="another process cannot load; it names the reason"), here.together("load"):
+        pass
+    elsewhere[0] = 0
+    with pytest.raises(InputError, match="^no weights$"), here.together("load"):
+        raise InputError("no weights")
+    with here.together("load"):
+        pass
+
+
+@pytest.mark.parametrize("fingerprint", [None, "0123456789abcdef" * 4])
+def test_the_fingerprint_of_the_first_process_is_that_of_all(monkeypatch, fingerprint):
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        dist, "broadcast", lambda tensor, source: tensor.copy_(sent[0]) if sent else sent.append(tensor)
+    )
+    first, second = (distributed.Processes(rank, 2, torch.device("cpu")) for rank in (0, 1))
+    assert first.of_first(fingerprint) == fingerprint and second.of_first(None) == fingerprint
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

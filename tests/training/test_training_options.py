@@ -27,6 +27,7 @@ OPTIONS = {
         "lora_rank": 0,
         "lora_alpha": 0.0,
         "freeze_embeddings": False,
+        "zero_image_head": False,
     },
     "optimizer": {
         "optimizer": "adamw",

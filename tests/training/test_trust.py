@@ -104,6 +104,19 @@ def test_from_two_processes_to_one_and_back(settings, tmp_path, run_forked):
     assert_same_run(whole.output_dir, parts.output_dir, 1e-4)
 
 
+def test_two_processes_share_the_sample_pictures(settings, tmp_path, run_forked):
+    """The pictures before the first step are those of one process. Bug: waiting for them ended the run after half an
+    hour; here other operations have 15 seconds, and one process takes 20 more than the other."""
+    one = changed(settings, max_steps=1, sample_every=1)
+    two = changed(one, output_dir=str(tmp_path / "two"))
+    run_forked(one)
+    run_forked(two, world=2, timeout=15, slow=20)
+    folders = [Path(run.output_dir) / "samples" / "step-00000000" for run in (one, two)]
+    pictures = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders]
+    assert pictures[0] == pictures[1] and sorted(pictures[0]) == [f"{n}.png" for n in range(5)]
+    assert len(set(pictures[0].values())) > 1
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
 def test_adapters_on_two_processes_equal_one(settings, tmp_path, run_forked):
     """Also in bfloat16, where one FSDP group holds frozen weights and adapters of two formats."""

@@ -1,0 +1,119 @@
+"""Training as on a GPU: how often the host waits, and which device each process takes."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from pretend_gpu import pretend
+from training_runs import ONE, changed, metrics_of
+
+from lumina_mgpt.errors import InputError
+from lumina_mgpt.training import distributed
+from lumina_mgpt.training.distributed import Processes
+from lumina_mgpt.training.sample_images import SampleImages
+from lumina_mgpt.training.trainer import Trainer
+
+PACKAGE = "lumina_mgpt/"
+VARIANTS = [
+    pytest.param(dict(optimizer="muon", ema=0.99, checkpointing=True), id="Muon and checkpointing"),
+    pytest.param(dict(lora_rank=4), id="adapters"),
+    pytest.param({}, id="AdamW", marks=pytest.mark.slow),
+    pytest.param(dict(batch_size=0, max_tokens=200, pack=True), id="packed", marks=pytest.mark.slow),
+    pytest.param(dict(freeze_embeddings=True), id="frozen embeddings", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_the_host_waits_once_a_step(settings, options):
+    """For the losses and the norm, which decide whether the gradient is used. Every upload is pinned, none waits."""
+    if "lora_rank" in options:
+        pytest.importorskip("peft")  # before torch.cuda is replaced
+    run = changed(settings, device="cuda", precision="bf16", accum_iter=2, max_steps=2, **options)
+    with pretend(PACKAGE, "h100") as seen:
+        trainer = Trainer(run, Processes.start("cuda"))
+        step, waits, uploads = trainer._step, [], []
+
+        def counted(began: float) -> None:
+            seen.reset()
+            step(began)
+            waits.append(dict(seen.syncs))
+            uploads.append(sum(n for (kind, *_), n in seen.copies.items() if kind == "pinned"))
+
+        trainer._step = counted
+        trainer.run()
+    assert [sum(count.values()) for count in waits] == [1, 1], waits
+    assert uploads == [6, 6], "ids, positions of labels and labels of two micro-batches"
+
+
+def test_losses_are_those_of_a_cpu(settings, tmp_path):
+    on_cpu = changed(settings, dropout=0.0, max_steps=3, accum_iter=2)
+    on_gpu = changed(on_cpu, device="cuda", output_dir=str(tmp_path / "gpu"))
+    Trainer(on_cpu, ONE).run()
+    with pretend(PACKAGE, "h100"):
+        Trainer(on_gpu, Processes.start("cuda")).run()
+    for one, other in zip(metrics_of(on_cpu.output_dir), metrics_of(on_gpu.output_dir), strict=True):
+        assert [one[key] for key in ("loss", "z_loss", "grad_norm")] == pytest.approx(
+            [other[key] for key in ("loss", "z_loss", "grad_norm")], rel=1e-5
+        )
+
+
+def test_a_bad_step_is_left_out_on_a_gpu(settings, monkeypatch):
+    """The guard sees the loss before the optimizers run, although it is read only once."""
+    run = changed(settings, device="cuda", max_steps=3, on_nonfinite="skip")
+    with pretend(PACKAGE, "h100"):
+        trainer = Trainer(run, Processes.start("cuda"))
+        backward, update, updates = trainer._backward, trainer._update, []
+
+        def damaged(batch, labelled):
+            cross, z = backward(batch, labelled)
+            return (cross * torch.nan if trainer.at == 1 else cross), z
+
+        monkeypatch.setattr(trainer, "_backward", damaged)
+        monkeypatch.setattr(trainer, "_update", lambda: (updates.append(trainer.at), update()))
+        trainer.run()
+    assert updates == [0, 2] and "skipped" in metrics_of(run.output_dir)[1]
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_each_process_takes_its_own_gpu(monkeypatch, local):
+    joined, chosen = [], []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: joined.append((backend, timeout)))
+    variables = dict(RANK=2 + local, LOCAL_RANK=local, WORLD_SIZE=4, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with pretend(PACKAGE, "h100", count=2):
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        processes = Processes.start("auto")
+        assert processes == Processes(2 + local, 4, torch.device("cuda", local)) and chosen == [processes.device]
+        assert joined == [("cpu:gloo,cuda:nccl", distributed.TIMEOUT)]
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(InputError, match="LOCAL_RANK must be below 2, the number of GPUs"):
+            Processes.start("auto")
+
+
+def test_samples_come_from_the_own_gpu_and_wait_for_a_day(settings, tiny_checkpoint, vocabulary, monkeypatch):
+    """The second of two processes: its share of the five prompts, a bf16 copy, and a group with its own timeout."""
+    groups, places, generated = [], [], []
+    monkeypatch.setattr(dist, "new_group", lambda **options: groups.append(options))
+    with pretend(PACKAGE, "h100", count=2):
+        model = Trainer(changed(settings, device="cuda"), Processes.start("cuda")).model
+        samples = SampleImages(settings, tiny_checkpoint, model, vocabulary, Processes(1, 2, torch.device("cuda", 1)))
+        monkeypatch.setattr(
+            "lumina_mgpt.training.sample_images.plain_copy",
+            lambda model, dtype, device, keep: places.append((dtype, device, keep)),
+        )
+
+        class Stub:
+            def __init__(self, *parts):
+                pass
+
+            def generate(self, prompts, seed):
+                generated.extend(prompts)
+                return []
+
+        monkeypatch.setattr("lumina_mgpt.training.sample_images.Pipeline", Stub)
+        samples._generate()
+    assert generated == samples.prompts[1::2] and len(samples.prompts) == 5
+    assert places == [(torch.bfloat16, torch.device("cuda", 1), True)]
+    assert groups == [{"backend": "gloo", "timeout": timedelta(days=1)}]
