@@ -1,17 +1,21 @@
-"""Middleware that refuses pictures by URL: Gradio would fetch them, and the server opens uploads alone."""
+"""Middleware that refuses pictures that are not uploads.
+
+Gradio would fetch a URL. In an app that it is mounted in, it would also open every path of the machine.
+"""
 
 import json
+import os
 
+from gradio.utils import get_upload_folder
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _PREFIX = "/gradio_api/"
 _UPLOAD = "/gradio_api/upload"
-_SCHEMES = ("http:", "https:", "//")
 
 
 class UploadsOnly:
-    """Refuses calls of the page whose arguments have a file with a remote path."""
+    """Refuses calls of the page whose arguments have a file outside the folder of uploads, or a URL."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -27,8 +31,8 @@ class UploadsOnly:
             messages.append(message := await receive())
             more = message.get("more_body", False)
         body = b"".join(message.get("body", b"") for message in messages)
-        if _names_url(body):
-            rule = "pictures must be uploads; this server opens no URL"
+        if _names_file(body):
+            rule = "pictures must be uploads; this server opens no URL and no other file"
             await JSONResponse({"detail": rule}, 400)(scope, receive, send)
             return
 
@@ -38,8 +42,8 @@ class UploadsOnly:
         await self._app(scope, again, send)
 
 
-def _names_url(body: bytes) -> bool:
-    """Returns whether a JSON body has an object whose `path` is a URL."""
+def _names_file(body: bytes) -> bool:
+    """Returns whether a JSON body has an object whose `path` is not that of an upload."""
     try:
         pending = [json.loads(body or b"null")]
     except (ValueError, RecursionError):
@@ -48,9 +52,17 @@ def _names_url(body: bytes) -> bool:
         value = pending.pop()
         if isinstance(value, dict):
             path = value.get("path")
-            if isinstance(path, str) and path.strip().lower().startswith(_SCHEMES):
+            if path is not None and not _uploaded(path):
                 return True
             pending += value.values()
         elif isinstance(value, list):
             pending += value
     return False
+
+
+def _uploaded(path: object) -> bool:
+    """Returns whether a path, with its links followed, is in Gradio's folder of uploads. A URL is not."""
+    if not isinstance(path, str) or "\0" in path:
+        return False
+    folder = os.path.realpath(get_upload_folder())
+    return os.path.realpath(path).startswith(os.path.join(folder, ""))

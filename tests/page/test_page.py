@@ -11,6 +11,7 @@ from contextlib import closing
 
 import pytest
 from commands import ROOT, main_of
+from gradio.utils import get_upload_folder
 from page_runs import PHONE, shown
 from PIL import Image, ImageChops
 from playwright.sync_api import expect
@@ -251,8 +252,21 @@ def test_nothing_comes_from_another_host(tiny):
     assert not foreign
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1/a.png", "HTTPS://example.org/a.png", "//example.org/a.png"])
-def test_pictures_by_url_are_refused(served_tiny, address):
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:1/a.png",
+        "HTTPS://example.org/a.png",
+        "//example.org/a.png",
+        "/etc/passwd",
+        "assets/subject.png",
+        f"{get_upload_folder()}/../a.png",
+        f"{get_upload_folder()}",
+        "a\0.png",
+        ["/etc/passwd"],
+    ],
+)
+def test_pictures_that_are_no_uploads_are_refused(served_tiny, address):
     body = json.dumps({"data": [{"path": address, "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}).encode()
     for place in ("queue/join", "run/predict", "call/predict"):
         request = urllib.request.Request(
