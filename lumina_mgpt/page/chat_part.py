@@ -168,7 +168,7 @@ class ChatPart:
             return (text,), shown
         pictures = sum(not isinstance(part, str) for turn in turns for part in turn.said + turn.answered)
         check_count(pictures + 1, self.frame.limits, self.frame.engine, "number of pictures")
-        picture = opened(path, self.frame.limits)
+        picture = self.frame.engine.fitted(opened(path, self.frame.limits))
         return (f"{text} ", picture), (message("user", {"path": saved_picture(self.chat, picture)}), *shown)
 
     def _answered(self, reply: Reply) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -22,6 +22,7 @@ from lumina_mgpt.server.tickets import Event as TicketEvent
 from lumina_mgpt.server.tickets import Ticket
 
 Part = str | Image.Image
+Opened = Callable[[str, str], Image.Image]  # data URL, name of its field -> picture
 _ROLES = {"user": "human", "assistant": "assistant"}
 
 
@@ -66,8 +67,12 @@ def _arguments(
     texts = [text for message in fields.messages for text in _texts(message)]
     values.check_length("".join(texts), limits, "messages")
     values.check_count(sum(map(_pictures, fields.messages)), limits, engine, "messages")  # before any is opened
+
+    def opened(url: str, param: str) -> Image.Image:
+        return engine.fitted(values.picture_of_url(url, limits, param))
+
     turns = [
-        (_ROLES[message.role], _parts(message, f"messages.{number}", limits))
+        (_ROLES[message.role], _parts(message, f"messages.{number}", opened))
         for number, message in enumerate(fields.messages)
     ]
     for number, (role, _) in enumerate(turns):
@@ -115,7 +120,7 @@ def _pictures(message: Message) -> int:
     return len(message.images) + sum(not isinstance(part, TextPart) for part in content)
 
 
-def _parts(message: Message, param: str, limits: Limits) -> list[Part]:
+def _parts(message: Message, param: str, opened: Opened) -> list[Part]:
     """Returns a message as texts and pictures in their order.
 
     The texts of a user's turn get a space towards a picture, as in the instructions that the models are trained on.
@@ -131,24 +136,24 @@ def _parts(message: Message, param: str, limits: Limits) -> list[Part]:
                 parts.append(part.text)
             else:
                 place = f"{param}.content.{number}.image_url"
-                parts.append(values.picture_of_url(part.image_url.url, limits, place))
+                parts.append(opened(part.image_url.url, place))
         parts = [part for part in parts if part != ""]
         parts = _spaced(parts) if message.role == "user" else parts
     else:
-        parts = _with_images(message, param, limits)
+        parts = _with_images(message, param, opened)
     if not parts:
         raise ApiError(f"{param}.content must not be empty; write a text or add a picture", f"{param}.content")
     return parts
 
 
-def _with_images(message: Message, param: str, limits: Limits) -> list[Part]:
+def _with_images(message: Message, param: str, opened: Opened) -> list[Part]:
     """Returns the text of a message with each of its `images` at its offset."""
     text, parts, begin = message.content or "", list[Part](), 0
     assert isinstance(text, str)
     for number, image in enumerate(message.images):
         end = min(max(image.offset, begin), len(text))
         place = f"{param}.images.{number}.image_url"
-        parts += [text[begin:end], values.picture_of_url(image.image_url.url, limits, place)]
+        parts += [text[begin:end], opened(image.image_url.url, place)]
         begin = end
     return [part for part in (*parts, text[begin:]) if part != ""]
 

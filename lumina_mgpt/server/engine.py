@@ -19,9 +19,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from lumina_mgpt.conversation import AnswerStream
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.panels import Panel
+from lumina_mgpt.panels import Panel, fit_pictures
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.request import GenerationRequest
@@ -139,6 +141,17 @@ class Engine:
         ticket = Ticket(self._remove)
         self._enqueue([_Chat(ticket, lambda: self.pipeline.chat(turns, **settings), previews)])
         return ticket
+
+    def fitted(self, picture: Image.Image) -> Image.Image:
+        """Returns a picture at the size at which `chat` reads it, so that it takes little memory while it waits.
+
+        Raises:
+            InputError: the picture cannot be cropped.
+        """
+        checkpoint = self.checkpoint
+        (fitted,) = fit_pictures([picture], checkpoint.vocabulary, 1, checkpoint.config.base_size)
+        assert isinstance(fitted, Image.Image)
+        return fitted
 
     def drain(self) -> None:
         """Takes no more requests and refuses those that wait. What runs goes on."""

@@ -1,7 +1,6 @@
 """Turns fields of the API into values of the library, and checks them against the limits."""
 
 import base64
-import binascii
 import re
 import secrets
 from io import BytesIO
@@ -100,7 +99,7 @@ def picture_of_url(url: str, limits: Limits, param: str) -> Image.Image:
         raise ApiError(f"{param} {rule}, got {excerpt(url[:60])}", param, code="invalid_image_url")
     try:
         content = base64.b64decode(url[found.end() :], validate=True)
-    except binascii.Error:
+    except ValueError:  # of letters outside ASCII, too
         raise ApiError(
             f"{param} must be base64 after the comma; encode it again", param, code="invalid_base64"
         ) from None

@@ -189,6 +189,14 @@ USER = {"role": "user", "content": "Hello"}
 BOT = {"role": "assistant", "content": "Hello"}
 
 
+IMAGE = "messages.0.content.0.image_url"
+
+
+def with_part(part: dict) -> dict:
+    """A turn of the user with one part."""
+    return {"role": "user", "content": [part]}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -199,6 +207,11 @@ BOT = {"role": "assistant", "content": "Hello"}
         ({"messages": [{"role": "system", "content": "x"}, USER]}, "messages.0.role", "'user' or 'assistant'"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages.0.content", "empty"),
         ({"messages": [{"role": "user", "content": "x" * 301}]}, "messages", "at most 300"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "got 5"),
+        ({"messages": [with_part({"type": "image_url", "image_url": "x"})]}, IMAGE, "must be an object, got 'x'"),
+        ({"messages": [with_part({"type": "image_url", "image_url": {"url": "x", "a": 1}})]}, f"{IMAGE}.a", "no field"),
+        ({"messages": [with_part({"type": "text", "text": 5})]}, "messages.0.content.0.text", "got 5"),
+        ({"messages": [with_part({"type": "file"})]}, "messages.0.content.0", "'text', 'image_url'"),
         ({"messages": [USER], "temperature": -1}, "temperature", "got -1"),
         ({"messages": [USER], "max_tokens": 401}, "max_tokens", "at most 400"),
         ({"messages": [USER], "n": 2}, "n", "must be 1"),
@@ -217,13 +230,29 @@ def test_refusals(chats, fields, param, message, stream):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1/a.png", "/etc/passwd", "data:image/png;base64,%%", "data:image/png;base64,AAAA"]
+    "url",
+    ["http://127.0.0.1/a.png", "/etc/passwd", *(f"data:image/png;base64,{text}" for text in ("%%", "AAAA", "\u00e9"))],
 )
 def test_pictures_that_are_no_data_url_of_a_picture(chats, url):
     content = [{"type": "image_url", "image_url": {"url": url}}]
     with pytest.raises(openai.BadRequestError) as refused:
         chats("mixed").client.chat.completions.create(model="mixed", messages=[{"role": "user", "content": content}])
     assert refused.value.param == "messages.0.content.0.image_url"
+
+
+def test_pictures_that_wait_are_small(chats, monkeypatch):
+    """A picture of few bytes may have many pixels, and hundreds of conversations can wait."""
+    served, waiting = chats("mixed"), []
+    chat = served.engine.chat
+    monkeypatch.setattr(
+        served.engine, "chat", lambda turns, **settings: (waiting.extend(turns), chat(turns, **settings))[1]
+    )
+    file = io.BytesIO()
+    Image.new("RGB", (100, 100), "red").save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    message = with_part({"type": "image_url", "image_url": {"url": url}})
+    served.client.chat.completions.create(model="mixed", messages=[message], max_completion_tokens=1)
+    assert [part.size for part in waiting[0][1]] == [(64, 64)]
 
 
 def test_too_many_pictures(chats, picture):
