@@ -24,7 +24,7 @@ _KEPT = 600, 24 * 3600  # seconds between two removals of temporary files, and t
 _FONT = ["system-ui", "sans-serif"]  # fonts of the system: none comes from the network
 _MONO = ["ui-monospace", "monospace"]
 _CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important; }
 .work { display: grid !important; grid-template: "ask made" auto "set made" 1fr / 1fr 1fr; }
 .work > * { min-width: 0 !important; }
 .ask { grid-area: ask; }

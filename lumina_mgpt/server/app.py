@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -49,6 +49,7 @@ def create_app(
     app.include_router(images.routes(engine, limits))
     app.include_router(chat.routes(engine, limits))
     _add_information(app, engine, metrics)
+    _refuse_other_paths(app)
     if page is not None:
         page(app, engine)
     else:
@@ -93,3 +94,14 @@ def _add_information(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         """Describes the model."""
         values.check_model(engine, name)
         return model
+
+
+def _refuse_other_paths(app: FastAPI) -> None:
+    """Answers all other paths of the API in OpenAI's form; the page would answer them in Gradio's."""
+
+    def refuse(request: Request) -> None:
+        rule = f"there is no {request.method} {request.url.path}; {request.base_url}docs lists what there is"
+        raise faults.ApiError(rule, None, 404, "not_found")
+
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+    app.add_api_route("/v1/{rest:path}", refuse, methods=methods, include_in_schema=False)

@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +27,10 @@ FIELDS = {
     "want": "modalities",
     "max_new_tokens": "max_completion_tokens",
 }
-_FIRST = "(number 0)"  # which of several prompts or pictures; the API has one
+_FIRST = " (number 0)"  # which of several prompts or pictures; the API has one
+_UNREADABLE = "There was an error parsing the body"  # FastAPI says so of bodies that json.loads fails for
+_NO_OBJECT = ("model_attributes_type", "model_type", "dict_type")  # pydantic's names for a value that is no object
+_FIELD = 4  # parts of a place that name a field: ("body", "messages", 0, "content")
 _RETRY_AFTER = 5  # seconds after which another process may have taken over
 
 
@@ -49,6 +54,7 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
+        code = "invalid_value" if code is None and status == 400 else code
         self.message, self.param, self.status, self.code, self.headers = message, param, status, code, headers
 
     @property
@@ -70,16 +76,17 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, InputError):
         param = FIELDS.get(error.parameter or "", error.parameter)
-        message = error.message.removeprefix(_FIRST)
-        between = " " if message == error.message else ""  # of "prompt: the text must ..."
-        return ApiError(f"{param}{between}{message}" if param else message, param, code="invalid_value")
+        message = f" {error.message}".replace(_FIRST, "", 1)  # leaves ": the text must ..." if it is first
+        return ApiError(f"{param}{message}" if param else message.lstrip(": "), param, code="invalid_value")
     if isinstance(error, RequestValidationError):
-        return invalid(error.errors()[0])
+        return invalid(error.errors())
     if isinstance(error, Busy):
         return ApiError(str(error), None, 429, "queue_full", {"Retry-After": str(error.retry_after)})
     if isinstance(error, Closing):
         return ApiError(str(error), None, 503, "shutting_down", {"Retry-After": str(_RETRY_AFTER)})
     if isinstance(error, HTTPException):
+        if error.detail == _UNREADABLE:
+            return _not_json()
         return ApiError(str(error.detail), None, error.status_code, headers=dict(error.headers or {}))
     if isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error)):
         return ApiError("the server is out of memory; ask for a smaller image, or later", None, 503, "out_of_memory")
@@ -87,25 +94,49 @@ def api_error(error: Exception) -> ApiError:
     return ApiError("the server failed because of a bug; its log has the details", None, 500, "internal_error")
 
 
-def invalid(fault: dict) -> ApiError:
-    """Returns the error for one fault that pydantic found.
+def _not_json() -> ApiError:
+    rule = "the body is not a JSON object; send one in UTF-8, with the header Content-Type: application/json"
+    return ApiError(rule, code="invalid_json")
+
+
+def invalid(faults: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Returns the error for the first field that pydantic refused.
 
     Args:
-        fault: an entry of `ValidationError.errors()`.
+        faults: `ValidationError.errors()`.
     """
-    place = [str(part) for part in fault["loc"] if part != "body"]
-    param = ".".join(place) or None
+    # A value of several types has a fault for each: the one that reaches deepest is of the type that was meant.
+    same = [fault for fault in faults if fault["loc"][:_FIELD] == faults[0]["loc"][:_FIELD]]
+    fault = max(same, key=lambda fault: len(fault["loc"]))
+    param = _param(fault["loc"])
     kind, message = fault["type"], fault["msg"]
     if kind == "extra_forbidden":
         rule = "is no field of this request; remove it, or correct its spelling"
     elif kind == "missing":
         rule = "is missing; add it"
-    elif kind == "json_invalid":
-        return ApiError("the body is not JSON; send a JSON object", code="invalid_json")
+    elif kind == "json_invalid" or (param is None and kind in _NO_OBJECT):
+        return _not_json()
+    elif kind in _NO_OBJECT:
+        rule = f"must be an object, got {excerpt(fault.get('input'))}"
+    elif kind == "too_short":
+        rule = f"must have at least {fault['ctx']['min_length']} entry, got {excerpt(fault.get('input'))}"
     else:
         message = message.removeprefix("Value error, ").replace("Input should", "must", 1)
         rule = f"{message}, got {excerpt(fault.get('input'))}"
     return ApiError(f"{param or 'the body'} {rule}", param, code="invalid_value")
+
+
+def _param(loc: Sequence[str | int]) -> str | None:
+    """Returns the name of a field, such as `messages.0.content`, without the types that pydantic puts into it."""
+    place: list[str] = []
+    parts = iter([part for part in loc if part != "body"])
+    for part in parts:
+        if isinstance(part, str) and part.startswith("list["):  # then come the number and the type of an entry
+            place += [str(number) for number in (next(parts, None),) if number is not None]
+            next(parts, None)
+        elif part != "str":
+            place.append(str(part))
+    return ".".join(place) or None
 
 
 def add_handlers(app: FastAPI) -> None:

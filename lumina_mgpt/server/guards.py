@@ -17,7 +17,7 @@ class KeyGuard:
     """
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._key = app, key.encode()
+        self._app, self._key = app, key.strip().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope.get("path") == "/health" or self._allows(Headers(scope=scope)):
@@ -32,15 +32,16 @@ class KeyGuard:
             await error.response(scope, receive, send)
 
     def _allows(self, headers: Headers) -> bool:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "basic":
+        sent = headers.get("authorization", "").encode("latin-1")  # the bytes that the client sent
+        scheme, _, given = sent.partition(b" ")
+        if scheme.lower() == b"basic":
             try:
-                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
                 return False
-        elif scheme.lower() != "bearer":
+        elif scheme.lower() != b"bearer":
             return False
-        return hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._key)
+        return hmac.compare_digest(given.strip(), self._key)
 
 
 class BodyGuard:

@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 
 from lumina_mgpt.checks import excerpt
 from lumina_mgpt.config import SamplingConfig
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.prompts import Task
 from lumina_mgpt.request import GenerationRequest
@@ -54,11 +55,11 @@ def routes(engine: Engine, limits: Limits) -> APIRouter:
                 else:
                     fields[param] = value
         if picture is None:
-            raise ApiError("image is missing; upload the picture to edit", "image")
+            raise ApiError("image is missing; upload the picture in a form (multipart/form-data)", "image")
         try:
             body = EditFields.model_validate(fields, strict=False)  # a form has texts alone
         except ValidationError as error:
-            raise invalid(dict(error.errors()[0])) from None
+            raise invalid(error.errors()) from None
         opened = values.picture_of_url if isinstance(picture, str) else values.picture_of
         given = await asyncio.to_thread(opened, picture, limits, "image")  # type: ignore[arg-type]
         return await _answer(engine, limits, request, body, "image_edit", given)
@@ -80,6 +81,9 @@ def request_of(
     values.check_model(engine, fields.model)
     values.check_length(fields.prompt, limits, "prompt")
     values.check_count(fields.n, limits, engine, "n")
+    if fields.partial_images and not fields.stream:
+        rule = f"has no effect without stream, got {fields.partial_images}; set stream to true"
+        raise InputError(rule, "partial_images")
     task = _task(engine, fields.task, picture is not None)
     if not fields.prompt.strip() and not task.wordless:
         raise ApiError("prompt must not be empty; say what the picture shows", "prompt")

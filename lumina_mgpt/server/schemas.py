@@ -1,16 +1,23 @@
 """The fields of requests in OpenAI's form, and the same sampling settings as on the command line as extra fields."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Seed = Annotated[int | None, Field(description="0 ... 2**63 - 1; default: a random seed, which the answer names")]
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields, and values of another JSON type."""
+    """Refuses unknown fields, and values of another JSON type. A null is the same as a field that is left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None or name not in cls.model_fields}
 
 
 class ImageFields(Strict):

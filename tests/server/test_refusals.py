@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from server_runs import PATIENCE, serving
 
+from lumina_mgpt.page.mount import mount
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.server.limits import Limits
 from lumina_mgpt.server.tickets import Finished
@@ -61,6 +62,7 @@ def post(url: str, body: bytes, kind: str = "application/json", **headers: str) 
         ({"size": "big"}, "size", "WIDTHxHEIGHT"),
         ({"response_format": "url"}, "response_format", "b64_json"),
         ({"partial_images": 4}, "partial_images", "got 4"),
+        ({"partial_images": 1}, "partial_images", "no effect without stream"),
         ({"seed": -1}, "seed", "got -1"),
         ({"seed": 2**63}, "seed", "2**63"),
         ({"seed": "1"}, "seed", "integer"),
@@ -87,10 +89,51 @@ def test_another_model(limited):
         limited.client.images.generate(prompt="a cat", model="gpt-image-1")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"[" * 100_000, b'{"prompt": NaN}', b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b"null", b'"text"', b"[" * 100_000, b'{"seed": %s}' % (b"9" * 5000), b"\xff"]
+)
 def test_bodies_that_are_no_request(limited, body):
     status, answer, _ = post(f"{limited.url}/v1/images/generations", body)
-    assert status == 400 and answer["error"]["message"]
+    assert status == 400 and answer["error"]["code"] == "invalid_json"
+    assert "send one in UTF-8" in answer["error"]["message"]
+
+
+def test_a_body_that_is_missing_or_of_another_kind(limited):
+    url = f"{limited.url}/v1/images/generations"
+    assert post(url, b"")[1]["error"]["message"] == "the body is missing; add it"
+    status, answer, _ = post(url, b'{"prompt": "a cat"}', "text/plain")
+    assert status == 400 and "Content-Type: application/json" in answer["error"]["message"]
+
+
+def test_a_null_is_the_same_as_no_field(limited):
+    fields = dict.fromkeys(("n", "size", "partial_images", "response_format", "quality", "output_format", "task"))
+    body = {"prompt": "a cat", "seed": 1, "size": "32x32"}
+    answers = [post(f"{limited.url}/v1/images/generations", json.dumps(one).encode()) for one in (body, fields | body)]
+    assert [answer[0] for answer in answers] == [200, 200]
+    assert answers[0][1]["data"] == answers[1][1]["data"]
+    status, answer, _ = post(f"{limited.url}/v1/images/generations", b'{"prompt": null}')
+    assert status == 400 and answer["error"]["message"] == "prompt is missing; add it"
+    status, answer, _ = post(f"{limited.url}/v1/images/generations", b'{"prompt": "a cat", "steps": null}')
+    assert status == 400 and answer["error"]["param"] == "steps"
+
+
+@pytest.mark.parametrize("page", [None, mount])
+def test_other_paths_and_methods(exact, engine_of, page):
+    with serving(engine_of(exact), page=page) as served:
+        for path in ("images/generations", "audio/speech", "models/a/b"):
+            request = urllib.request.Request(f"{served.url}/v1/{path}", method="DELETE")
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=PATIENCE)
+            assert refused.value.code == 404
+            assert f"there is no DELETE /v1/{path}" in json.loads(refused.value.read())["error"]["message"]
+
+
+def test_a_prompt_that_is_too_long_for_the_model(exact, engine_of):
+    with serving(engine_of(exact)) as served:
+        body = json.dumps({"prompt": "x " * 3900, "size": "32x32"}).encode()
+        status, answer, _ = post(f"{served.url}/v1/images/generations", body)
+        assert status == 400 and "but this model sees" in answer["error"]["message"]
+        assert "number" not in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +196,7 @@ def test_long_bodies(limited):
 
 
 def test_the_key(exact, engine_of):
-    with serving(engine_of(exact), key="s3cret ü") as served:
+    with serving(engine_of(exact), key=" s3cret ü\n") as served:
         with urllib.request.urlopen(f"{served.url}/health", timeout=PATIENCE) as answer:
             assert json.loads(answer.read())["status"] == "ok"
         for header in ("", "Bearer wrong", "Bearer", "Basic %%%", "Basic " + base64.b64encode(b"me:wrong").decode()):
@@ -162,9 +205,10 @@ def test_the_key(exact, engine_of):
                 assert status == 401 and answer["error"]["code"] == "invalid_api_key"
                 assert "s3cret" not in str(answer) and ("Basic" in headers["www-authenticate"]) == (path[:3] != "/v1")
         basic = base64.b64encode("me:s3cret ü".encode()).decode()
-        request = urllib.request.Request(f"{served.url}/v1/models", headers={"Authorization": f"Basic {basic}"})
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            assert answer.status == 200
+        for header in (f"Basic {basic}", "Bearer s3cret ü".encode()):
+            request = urllib.request.Request(f"{served.url}/v1/models", headers={"Authorization": header})
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                assert answer.status == 200
 
 
 def test_a_bug_is_an_error_500_without_a_traceback(served, exact, monkeypatch):
