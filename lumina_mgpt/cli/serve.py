@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "LUMINA_MGPT_API_KEY"
 _MODULES = ("fastapi", "uvicorn", "multipart", "python_multipart", "prometheus_client", "starlette", "pydantic")
 _MIB = 2**20
+_LARGEST = 10**9  # value of a limit
 
 
 def build_parser() -> cli.Parser:
@@ -63,7 +64,7 @@ def serve(args: argparse.Namespace) -> None:
     cli.quant_group(args)
     sizes = ("max_queue", "max_n", "max_prompt", "max_pixels", "max_body")
     for name in (*sizes, *(["batch_size"] if args.batch_size is not None else [])):
-        whole_number(name, getattr(args, name), 1, 2**40, "must be a whole number of at least 1")
+        whole_number(name, getattr(args, name), 1, _LARGEST, f"must be a whole number in 1 ... {_LARGEST}")
     key = os.environ.get(KEY_VARIABLE) if args.api_key is None else args.api_key
     if key is not None and not key.strip():
         raise InputError("must not be empty, got ''; give a key, or leave it out", "api_key")

@@ -63,7 +63,7 @@ class SettingsFields:
             )
             self.temperature = gr.Slider(0.05, 2, default.temperature, step=0.05, label="Temperature", buttons=[])
             self.faster = gr.Checkbox(
-                False, label="Speculative sampling", info="several codes a forward; the picture is the same"
+                False, label="Speculative sampling", info="faster; the picture is the same, but for near ties"
             )
 
     @property
@@ -138,7 +138,7 @@ def command_field(name: str, label: str = "The same on the command line") -> gr.
     """Returns the field for the command line of a run, with a button that copies it."""
     return gr.Code(
         label=label,
-        language="shell",
+        language=None,
         interactive=False,
         lines=1,
         wrap_lines=True,

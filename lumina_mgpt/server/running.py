@@ -1,6 +1,8 @@
 """Runs the app with uvicorn: opens the socket, reports the address, and shuts down in order."""
 
 import asyncio
+import errno
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from lumina_mgpt.io import cause
 from lumina_mgpt.server.engine import Engine
 
 _BACKLOG = 2048
+_LARGEST_PORT = 65535
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -25,13 +28,16 @@ def open_socket(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address cannot be used.
     """
+    if not 0 <= port <= _LARGEST_PORT:
+        raise InputError(f"must be a whole number in 0 ... {_LARGEST_PORT}; try 8000, got {port}", "port")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        name = "host" if isinstance(error, socket.gaierror) else "port"
-        value = host if name == "host" else port
-        reason = cause(error) if isinstance(error, OSError) else "out of range"
+    except OSError as error:
+        foreign = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        name, value = ("host", host) if foreign else ("port", str(port))
+        # Python adds the address to the text of the system.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else cause(error)
         raise InputError(f"{value} cannot be used ({reason}); choose another {name}", name) from None
 
 

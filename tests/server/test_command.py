@@ -105,10 +105,12 @@ def test_a_port_in_use(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "70000"], "--port 70000 cannot be used"),
+        (["--port", "70000"], "--port must be a whole number in 0 ... 65535"),
+        (["--port", "-1"], "--port must be a whole number in 0 ... 65535"),
+        (["--host", "192.0.2.1"], "--host 192.0.2.1 cannot be used (Cannot assign requested address); choose"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid cannot be used"),
         (["--api_key", " "], "--api_key must not be empty"),
-        (["--max_n", "0"], "--max_n must be a whole number of at least 1"),
+        (["--max_n", "0"], "--max_n must be a whole number in 1 ... 1000000000"),
         (["--batch_size", "-1"], "--batch_size must be"),
         (["--model_path", "no/such/folder", "--port", "0"], "--model_path"),
     ],
