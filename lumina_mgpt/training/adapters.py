@@ -1,5 +1,7 @@
 """Chooses the trained weights of a model: all, all but embedding and head, or low-rank adapters (LoRA, by peft)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,19 @@ def choose_trained(model: Transformer, options: ModelOptions, seed: int = 0) -> 
                 parameter.data = parameter.data.float()
         elif options.freeze_embeddings:
             parameter.requires_grad_(not name.startswith(("embed_tokens.", "lm_head.")))
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block, the model computes what its base computes. It needs no second copy of the weights."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "enable_adapters")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _lora(options: ModelOptions) -> dict[str, Any]:

@@ -34,15 +34,22 @@ class SampleImages:
         settings: training configuration; `sample_prompts` and `movqgan_path` name the files to use.
         folder: folder of the tokenizer, and of the prompts and the image tokenizer if `settings` does not name them.
         model: the model in training.
+        sampling: fields of SamplingConfig that differ from the defaults of the checkpoint's family.
 
     Raises:
         InputError: there is no image tokenizer, it does not fit the model, or a prompt cannot be used.
     """
 
     def __init__(
-        self, settings: TrainingConfig, folder: Path, model: Transformer, vocabulary: Vocabulary, processes: Processes
+        self,
+        settings: TrainingConfig,
+        folder: Path,
+        model: Transformer,
+        vocabulary: Vocabulary,
+        processes: Processes,
+        **sampling: float,
     ) -> None:
-        options = settings.logging
+        options, self.sampling = settings.logging, sampling
         self.processes, self.model, self.seed = processes, model, settings.runtime.seed
         self.folder = Path(settings.output_dir) / "samples"
         self.prompts, named = read_prompts(None, options.sample_prompts, "sample_prompts"), "sample_prompts"
@@ -88,7 +95,9 @@ class SampleImages:
         copy = plain_copy(self.model, dtype, device, bool(self.own_prompts))
         if self.images is None:
             return []
-        results = Pipeline(self.checkpoint, copy, self.images).generate(self.own_prompts, seed=self.seed)
+        results = Pipeline(self.checkpoint, copy, self.images).generate(
+            self.own_prompts, seed=self.seed, **self.sampling
+        )
         return [result.image for result in results]
 
     def _gathered(self, own: list[Image.Image]) -> list[Image.Image]:
