@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from lumina_mgpt import cli
 from lumina_mgpt.cli import finetune
 from lumina_mgpt.cli.options import add_speculation_options, speculation_settings
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.training.grpo_options import DEFAULTS, EXCLUDED, GrpoConfig, GrpoOptions
 from lumina_mgpt.training.options import TrainingConfig, groups, option_fields
 
@@ -45,7 +46,7 @@ def config_of(args: argparse.Namespace) -> GrpoConfig:
     values = {name: getattr(args, name) for name in names}
     finetune.require_movqgan(values["movqgan_path"])
     if values["prompt_file"] is None:
-        raise cli.InputError("is missing; give a text file with one prompt a line", "prompt_file")
+        raise InputError("is missing; give a text file with one prompt a line", "prompt_file")
     return GrpoConfig.of(args.reward or (), speculation_settings(args), **values)
 
 

@@ -127,9 +127,8 @@ class GrpoTrainer(Trainer):
         times.append(time.monotonic())
         size = self.grpo.group_size
         spread, equal = rewards.std(1).sum(), (rewards.amax(1) == rewards.amin(1)).sum()
-        sums = [*scores.sum(0).tolist(), float(rewards.sum()), float(spread), float(equal), float(groups.forwards)]
-        *means, forwards = self.processes.sum(*sums)
-        *means, total, spread, equal = (value / self.grpo.images for value in means)
+        sums = [*scores.sum(0).tolist(), float(rewards.sum()), float(spread), float(equal)]
+        *means, total, spread, equal = (value / self.grpo.images for value in self.processes.sum(*sums))
         self.at, self.tokens = self.at + 1, self.tokens + self.grpo.images * self.dataset.layout.num_codes
         row = {"step": self.at, "epoch": round(self.feed.epochs, 4), "progress": self.progress, "reward": total}
         if len(self.rewards.names) > 1:
@@ -139,7 +138,7 @@ class GrpoTrainer(Trainer):
         row |= {f"seconds_{name}": round(end - start, 3) for name, start, end in spans}
         codes = self.grpo.images * self.dataset.layout.num_codes
         row |= {
-            "codes_per_forward": codes / self.grpo.images * len(groups.codes) * self.processes.world / forwards,
+            "codes_per_forward": round(groups.codes_per_forward, 3),  # of the first process
             "lr": rate,
             "images": self.at * self.grpo.images,
             "elapsed": round(self.elapsed, 3),
@@ -234,9 +233,13 @@ class GrpoTrainer(Trainer):
         with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=narrow):
             return module(*self.processes.upload(*inputs), settings, columns)
 
-    @torch.no_grad()
     def _reference_log_probs(self, inputs: Inputs, columns: slice | None, settings: SamplingConfig) -> Tensor:
-        """Returns the log-probabilities that the frozen reference gives. Shapes: (L,)."""
+        """Returns the log-probabilities that the frozen reference gives. Shapes: (L,).
+
+        It has no gradient, since no weight in use is trained. It does not disable gradients: some products then round
+        otherwise, and the divergence of equal weights would not be exactly 0. AdamW turns the smallest gradient into a
+        whole step.
+        """
         if self.reference is not None:
             return self._log_probs(self.reference, inputs, columns, settings)[0]
         with without_adapters(self.module):

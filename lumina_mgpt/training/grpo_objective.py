@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 class PolicyModel(LossModel):
-    """Joins the transformer and the log-probabilities of given ids in one module, so that sharding includes the head."""
+    """Joins the transformer and the log-probabilities of given ids in one module: sharding includes the head."""
 
     def forward(  # type: ignore[override]  # another result than the loss
         self, ids: Tensor, index: Tensor, targets: Tensor, settings: SamplingConfig, columns: slice | None

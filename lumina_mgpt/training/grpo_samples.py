@@ -29,13 +29,13 @@ class Groups:
         prompts: the prompt of each image.
         starts: its ids, up to image start.
         codes: codes of the images, (B, rows, cols), on the CPU.
-        forwards: number of forwards that sampling took.
+        codes_per_forward: codes of an image that a forward gave, on average: 1 without speculation.
     """
 
     prompts: list[str]
     starts: list[Sequence[int]]
     codes: Tensor
-    forwards: int
+    codes_per_forward: float
 
 
 class GroupSampler:
@@ -87,7 +87,7 @@ class GroupSampler:
                 pipeline.sample(starts[span], layout, settings, numbers[span], speculation=options.speculation)
             )
             forwards += pipeline.forwards
-        return Groups(texts, starts, torch.cat(parts), forwards)
+        return Groups(texts, starts, torch.cat(parts), len(parts) * layout.num_codes / forwards)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Returns the pictures of codes. Shapes: codes (B, rows, cols)."""
