@@ -7,8 +7,10 @@ better than the mean of their group. Checkpoints, resuming, sharding and metrics
 import copy
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig, SamplingConfig
@@ -72,7 +74,9 @@ class GrpoTrainer(Trainer):
         images = ImageTokenizer.from_checkpoint(path, self.processes.device)
         images.require_codes(config, path)
         images.require_decoder()
-        task = config.family.task("t2i")
+        task = config.family.task(options.task)
+        if task.views > 1:
+            raise InputError(f"must be a task that makes one image, got {options.task}; try t2i", "task")
         layout = checkpoint.layout(options.width, options.height, task)
         prompts = Prompts(sources, checkpoint.prompt_ids(sources, layout, task, parameter="prompt_file"), layout)
         self.rewards.check(sources[0], layout.size)
@@ -97,8 +101,12 @@ class GrpoTrainer(Trainer):
             place(self.reference, self.processes, runtime.cpu_offload, runtime.precision == "bf16")
 
     def _sample_images(self, model: Transformer, vocabulary: Vocabulary) -> SampleImages:
-        policy = {name: getattr(self.policy, name) for name in ("cfg", "top_k", "temperature")}
-        return SampleImages(self.settings, self.tokenizer_folder, model, vocabulary, self.processes, **policy)
+        policy: dict[str, Any] = {name: getattr(self.policy, name) for name in ("cfg", "top_k", "temperature")}
+        width, height = self.dataset.layout.size
+        task = model.config.family.task(self.grpo.task)
+        return SampleImages(
+            self.settings, self.tokenizer_folder, model, vocabulary, self.processes, width, height, task, **policy
+        )
 
     def _identity(self) -> dict:
         return super()._identity() | self.grpo.identity() | {"reference": self.reference_print}
@@ -126,8 +134,8 @@ class GrpoTrainer(Trainer):
         self._draw_sheet(pictures, groups, rewards)
         times.append(time.monotonic())
         size = self.grpo.group_size
-        spread, equal = rewards.std(1).sum(), (rewards.amax(1) == rewards.amin(1)).sum()
-        sums = [*scores.sum(0).tolist(), float(rewards.sum()), float(spread), float(equal)]
+        alike = rewards.amax(1) == rewards.amin(1)
+        sums = [*scores.sum(0).tolist(), *(float(part.sum()) for part in (rewards, rewards.std(1), alike))]
         *means, total, spread, equal = (value / self.grpo.images for value in self.processes.sum(*sums))
         self.at, self.tokens = self.at + 1, self.tokens + self.grpo.images * self.dataset.layout.num_codes
         row = {"step": self.at, "epoch": round(self.feed.epochs, 4), "progress": self.progress, "reward": total}
@@ -148,18 +156,14 @@ class GrpoTrainer(Trainer):
 
     def _score(self, groups: Groups) -> tuple[Tensor, list]:
         """Returns the scores of this process's images, (B, rewards), and their pictures if they are needed."""
-        pictures = []
-        with self.processes.together("score its images"):
+        pictures: list[Image.Image] = []
+        with self.processes.together("score its images"):  # else the others would wait for it
             if self.rewards.need_pictures or self._sheet_due:
                 pictures = self.sampler.decode(groups.codes)
-        scores = self.rewards(
-            pictures,
-            groups.prompts,
-            groups.starts,
-            groups.codes,
-            self.dataset.layout,
-            self.model.config.family,
-            self._reference_log_probs,
+            found = self.rewards.of_functions(pictures, groups.prompts)
+        family, layout = self.model.config.family, self.dataset.layout
+        scores = self.rewards.with_own(
+            found, groups.prompts, groups.starts, groups.codes, layout, family, self._reference_log_probs
         )
         return scores, pictures
 
@@ -200,7 +204,7 @@ class GrpoTrainer(Trainer):
         codes, scale = options.images * layout.num_codes, self.processes.world
         kept, clipped, fault = [0.0] * 4, 0.0, None
         for update in range(options.updates):
-            sums = []
+            sums: list[Tensor] = []
             for part, span, frozen in zip(parts, weights.split(size * layout.num_codes), reference, strict=True):
                 number = len(sums)
                 now, entropy = self._log_probs(self.module, part, columns, self.policy)

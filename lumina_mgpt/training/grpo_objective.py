@@ -27,13 +27,13 @@ class Inputs(NamedTuple):
 
     Attributes:
         ids: ids of each row, padded on the right, (rows, T).
-        index: positions before the wanted ids, as indices into the flattened ids, (Q · L,). Q is 2 with guidance, the
+        places: positions before the wanted ids, as indices into the flattened ids, (Q · L,). Q is 2 with guidance, the
             conditional positions first, and 1 without.
         targets: the wanted ids, counted from the first of the possible ids, (L,).
     """
 
     ids: Tensor
-    index: Tensor
+    places: Tensor
     targets: Tensor
 
 
@@ -46,7 +46,7 @@ class PolicyModel(LossModel):
         """Returns the log-probability of each target, and the entropy of its distribution, without gradient, in nats.
 
         Args:
-            ids, index, targets: see `Inputs`.
+            ids, index, targets: the fields of `Inputs`.
             settings: guidance, temperature and top-k.
             columns: the possible ids; None for the whole vocabulary.
 
@@ -104,8 +104,8 @@ def padded(rows: Sequence[Sequence[int]], before: Sequence[Tensor], targets: Ten
     """
     T = max(map(len, rows))
     ids = torch.tensor([[*row, *[pad] * (T - len(row))] for row in rows])
-    index = torch.cat([number * T + places for number, places in enumerate(before)])
-    return Inputs(ids, index, targets)
+    indices = torch.cat([number * T + places for number, places in enumerate(before)])
+    return Inputs(ids, indices, targets)
 
 
 def advantages(rewards: Tensor, scale: str = "std") -> Tensor:

@@ -84,6 +84,7 @@ class GrpoOptions(Options):
     prompt_file: str = option(MISSING, "prompts to train on, one a line")
     group_size: int = option(8, "images of one prompt, which are compared with each other", _TWO)
     groups: int = option(8, "prompts a step, over all processes; a multiple of the number of processes", AT_LEAST_ONE)
+    task: str = option("t2i", "task of the images; one that makes one image from the prompt alone")
     width: int | None = option(None, "width of the images in pixels (default: the checkpoint's)")
     height: int | None = option(None, "height of the images in pixels (default: the checkpoint's)")
     cfg: float = option(

@@ -65,9 +65,24 @@ class Rewards:
             if scorer.function is not None:
                 _call(scorer, pictures, [prompt] * 2)
 
-    def __call__(
+    def of_functions(self, pictures: list[Image.Image], prompts: list[str]) -> list[Tensor | None]:
+        """Returns the scores (B,) of each reward that is a function, and None for each other reward.
+
+        Args:
+            pictures: the decoded images; may be empty if `need_pictures` is false.
+            prompts: the prompt of each image.
+
+        Raises:
+            InputError: a function fails, or does not return one finite number for each picture.
+        """
+        return [
+            None if scorer.function is None else torch.tensor(_call(scorer, pictures, prompts), dtype=torch.float64)
+            for scorer in self.scorers
+        ]
+
+    def with_own(
         self,
-        pictures: list[Image.Image],
+        found: list[Tensor | None],
         prompts: list[str],
         starts: Sequence[Sequence[int]],
         codes: Tensor,
@@ -75,26 +90,20 @@ class Rewards:
         family: Family,
         likelihood: Likelihood,
     ) -> Tensor:
-        """Returns the score of each reward for B images.
+        """Returns the scores of all rewards for B images, without weights. All processes call the method together.
 
         Args:
-            pictures: the decoded images; may be empty if `need_pictures` is false.
+            found: what `of_functions` returned.
             prompts: the prompt of each image.
-            starts: ids of the prompt of each image, up to image start.
+            starts: its ids, up to image start.
             codes: codes of the images, (B, rows, cols), on the CPU.
 
-        Shapes: -> (B, rewards), float64 on the CPU, without weights.
-
-        Raises:
-            InputError: a function fails, or does not return one finite number for each picture.
+        Shapes: -> (B, rewards), float64 on the CPU.
         """
         columns = []
-        for scorer in self.scorers:
-            if scorer.function is not None:
-                columns.append(torch.tensor(_call(scorer, pictures, prompts), dtype=torch.float64))
-                continue
-            parts = []
-            for at in range(0, len(codes), self.batch):
+        for scorer, scores in zip(self.scorers, found, strict=True):
+            parts = [] if scores is None else [scores]
+            for at in range(0, len(codes) if scores is None else 0, self.batch):
                 span = slice(at, at + self.batch)
                 if scorer.kind(family) == "reading":
                     parts.append(_reading(prompts[span], codes[span], layout.vocabulary, likelihood))
