@@ -91,7 +91,9 @@ class GrpoOptions(Options):
         1.0, "guidance of the policy; 1 for none. Else the guided distribution is trained, at twice the cost", POSITIVE
     )
     temperature: float = option(1.0, "temperature of the policy", POSITIVE)
-    sample_batch: int = option(32, "images sampled together; affects speed and memory only", AT_LEAST_ONE)
+    sample_batch: int = option(
+        0, "images sampled together; affects speed and memory only, 0 for 32, or on a GPU what fits, at most 8"
+    )
     advantage: str = option(
         "std",
         "reward minus the mean of the group; std: over its standard deviation, too",

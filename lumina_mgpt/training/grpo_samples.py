@@ -18,6 +18,7 @@ from lumina_mgpt.training.grpo_prompts import Prompts
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 _ROWS, _COLUMNS = 8, 8  # of a sheet
+_BATCH = 32  # images sampled together on a CPU
 _TEXT = 14  # pixels of a line of text
 
 
@@ -80,9 +81,11 @@ class GroupSampler:
         numbers = [slot * size + number for slot in slots for number in range(size)]
         settings = options.sampling(layout.vocabulary.num_image_codes, seed_of(*key))
         pipeline = Pipeline(self.checkpoint, plain_copy(model, self.dtype, self.processes.device), self.images)
-        parts, forwards = [], 0
-        for at in range(0, len(starts), options.sample_batch):  # equal prompts in a batch are read once
-            span = slice(at, at + options.sample_batch)
+        parts, forwards, batch = [], 0, options.sample_batch or _BATCH
+        if not options.sample_batch and pipeline.device.type == "cuda":
+            batch = pipeline.batch_size(max(map(len, starts)), layout, settings, options.speculation)
+        for at in range(0, len(starts), batch):  # equal prompts in a batch are read once
+            span = slice(at, at + batch)
             parts.append(
                 pipeline.sample(starts[span], layout, settings, numbers[span], speculation=options.speculation)
             )

@@ -33,6 +33,7 @@ from lumina_mgpt.pipeline import Checkpoint
 from lumina_mgpt.request import GenerationRequest
 
 _BATCH = 32  # images in a batch
+_MISSES = 200  # captions in a row that are there already, after which no more are searched for
 _SEED = 50_000  # of the noise, other than that of evaluate.py
 
 
@@ -45,12 +46,15 @@ def prompts_of(held_out: bool, count: int, seed: int) -> dict[str, Scene]:
     rng = random.Random(f"{seed} {held_out}")
     pool = [scene for scene in scenes.all_singles(known_names()) if scene.held_out == held_out]
     found: dict[str, Scene] = {}
-    for _ in range(20 * count):
+    misses = 0
+    while len(found) < count and misses < _MISSES:
         scene = rng.choice(pool)
-        found.setdefault(scenes.caption(scene, rng), scene)
-        if len(found) == count:
-            return found
-    raise InputError(f"must be at most about {len(found)}, the number of captions, got {count}", "prompts")
+        text = scenes.caption(scene, rng)
+        misses = misses + 1 if text in found else 0
+        found.setdefault(text, scene)
+    if len(found) < count:
+        raise InputError(f"must be at most about {len(found)}, the number of captions, got {count}", "prompts")
+    return found
 
 
 def write_prompts(args: argparse.Namespace) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -284,6 +286,22 @@ def test_own_rewards_are_those_of_the_frozen_reference(make, enumerable):
         result = Result(prepared.request.jobs[0], 0, None, grid, encode_image(grid, pipeline.checkpoint.vocabulary), 1)
         wanted = [score(pipeline, prepared, result) for score in (bayes_score, read_score)]
         assert scores[number].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_document_runs(tmp_path):
+    """With one step; on the demo, with its own reading as the reward."""
+    text = (ROOT / "TRAIN.md").read_text().split("## Learning from rewards")[1]
+    (block,) = [part for part in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "work/rewards" in part]
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "lumina-mgpt"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m lumina_mgpt "$@"\n')
+    program.chmod(0o755)
+    env = environment() | {"STEPS": "1", "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "work/rewards/run/export/model.safetensors").is_file()
 
 
 @pytest.mark.slow
