@@ -38,7 +38,7 @@ if [ ! -d "$work/run/export" ]; then
     # shellcheck disable=SC2086
     python -m lumina_mgpt grpo --init_from "$model" --prompt_file "$work/prompts.txt" --task "${tasks[$row]}" \
         --reward rewards:right --output_dir "$work/run" --resume auto --max_minutes "${MINUTES:-45}" \
-        --groups 16 --group_size 8 --batch_size 32 --sample_batch 64 --lr 1e-4 --warmup 0.05 --kl 0.02 --updates 2 \
+        --groups 8 --group_size 8 --batch_size 32 --sample_batch 64 --lr 1e-4 --warmup 0.05 --kl 0.02 --updates 2 \
         --precision fp32 --export_dtype fp32 --save_minutes 10 --save_iteration_interval 0 --sample_every 10 \
         ${OPTIONS:-}
 fi
