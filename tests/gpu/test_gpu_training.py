@@ -17,7 +17,7 @@ from lumina_mgpt.training.trainer import Trainer
 PACKAGE = "lumina_mgpt/"
 VARIANTS = [
     pytest.param(dict(optimizer="muon", ema=0.99, checkpointing=True), id="Muon and checkpointing"),
-    pytest.param(dict(lora_rank=4), id="adapters"),
+    pytest.param(dict(lora_rank=4), id="adapters", marks=pytest.mark.slow),
     pytest.param({}, id="AdamW", marks=pytest.mark.slow),
     pytest.param(dict(batch_size=0, max_tokens=200, pack=True), id="packed", marks=pytest.mark.slow),
     pytest.param(dict(freeze_embeddings=True), id="frozen embeddings", marks=pytest.mark.slow),
