@@ -85,8 +85,8 @@ def logits(device, dtype, attn="sdpa", quant=None, cache=None):
 
 @pytest.mark.parametrize(
     "kind",
-    [dict(), dict(attn="flash"), dict(cache=torch.int8)]
-    + [pytest.param(dict(quant=group), marks=pytest.mark.slow) for group in (32, 128)],
+    [dict(attn="flash"), dict(cache=torch.int8)]
+    + [pytest.param(kind, marks=pytest.mark.slow) for kind in (dict(), dict(quant=32), dict(quant=128))],
     ids=str,
 )
 @torch.no_grad()
