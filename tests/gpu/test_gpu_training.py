@@ -92,6 +92,18 @@ def test_each_process_takes_its_own_gpu(monkeypatch, local):
             Processes.start("auto")
 
 
+def test_offload_uses_the_named_gpu(monkeypatch):
+    """Bug: FSDP puts shards on torch's current GPU, which was the first one."""
+    chosen = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    with pretend(PACKAGE, "h100", count=2):
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        Processes.start("cuda", cpu_offload=True)
+        assert not chosen
+        assert Processes.start("cuda:1", cpu_offload=True).device == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
+
+
 def test_samples_come_from_the_own_gpu_and_wait_for_a_day(settings, tiny_checkpoint, vocabulary, monkeypatch):
     """The second of two processes: its share of the five prompts, a bf16 copy, and a group with its own timeout."""
     groups, places, generated = [], [], []
