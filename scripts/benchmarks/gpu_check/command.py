@@ -138,4 +138,4 @@ def require_target(name: str, path: Path | None) -> None:
 
 def main(argv: list[str] | None = None, began: float | None = None) -> int:
     stopped = "figures so far are above, and no file is written"
-    return cli.run(lambda args: check(args, began), build_parser(), argv, stopped)
+    return cli.run(lambda args: check(args, began), build_parser(), argv, stopped=stopped)
