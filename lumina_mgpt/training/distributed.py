@@ -62,6 +62,8 @@ class Processes:
             raise InputError(f"needs a CUDA GPU, got device={found}; leave it out", "cpu_offload")
         if world == 1:
             if cpu_offload:
+                if found.index is not None:
+                    torch.cuda.set_device(found)  # FSDP puts the shards on the current device
                 dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
             return cls(0, 1, found)
         meeting_point()
