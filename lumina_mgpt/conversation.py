@@ -249,7 +249,8 @@ class Conversation:
         needed = len(prompt) + (views * length if forced else 1)
         if needed > context:
             rule = f"the conversation has {len(prompt)} ids and the answer takes at least {needed - len(prompt)}"
-            raise InputError(f"{rule}, but this model sees {context}; start a new one, or ask for smaller images")
+            rule = f"{rule}, but this model sees {context}"
+            raise InputError(f"{rule}; begin a new conversation, or ask for fewer or smaller images")
         if forced:
             self.host.image_tokenizer.require_decoder()
         text_only = want == "text" or not self.host.image_tokenizer.can_decode

@@ -26,6 +26,7 @@ from lumina_mgpt import __version__, cli, launcher, prompt_files
 from lumina_mgpt.cli import multiview, tasks
 from lumina_mgpt.cli.tasks import OutputPlan, preview_file, result_file
 from lumina_mgpt.console import stops_delayed
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 
 if TYPE_CHECKING:
@@ -123,6 +124,9 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
         prepared = replace(prepared, panels=(plan.extract(prepared.picture),))
     if prepared.request.task.views > 1:
         cli.refuse_tensor_parallel(args, "images of one answer")
+        if args.batch_size is not None:
+            rule = f"--batch_size {args.batch_size} has no effect with --task {plan.task}"
+            raise InputError(f"{rule}, which samples one answer at a time; leave it out")
     if not follows:
         print_hints(prepared, checkpoint)
     with cli.model_processes(args, checkpoint, device) as parallel:
@@ -134,6 +138,7 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
                 pass
             return
         described = plan.described() | describe(pipeline, prepared, loading_text(args))
+        print_plan(pipeline, prepared.request, described)
         if prepared.request.task.views > 1:
             multiview.make(pipeline, prepared, plan, output, described)
             return
@@ -172,7 +177,6 @@ def make(
     request, layout = prepared.request, prepared.layout
     rank = request.share[0]
     total, saved, previews = len(request.jobs), 0, set()
-    print_plan(pipeline, request, described)
     bar = cli.codes_bar(total, total * (layout.num_codes - layout.given), shown=rank == 0)
     box_finder = BoxFinder(pipeline.image_tokenizer, prepared.picture) if request.task.box else None
 
