@@ -161,7 +161,7 @@ class Conversation:
         want: str = "any",
         size: tuple[int, int] | None = None,
         views: int = 1,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         speculation: Speculation | None = None,
         **sampling: Any,
     ) -> AnswerStream:
@@ -179,7 +179,8 @@ class Conversation:
             size: width and height in pixels of the images, for `want` "image" and "images". None: the model draws the
                 size of each.
             views: number of images for `want` "images".
-            max_new_tokens: largest number of ids of the answer.
+            max_new_tokens: largest number of ids of the answer (default: 8192, or what images of a known size need if
+                that is more).
             speculation: settings of speculative Jacobi sampling inside images; None for one code a forward.
             sampling: fields of `SamplingConfig`; the defaults are those of the checkpoint's family.
 
@@ -228,12 +229,13 @@ class Conversation:
                 encoded += encode_pictures(fitted, host.image_tokenizer)
         return encoded
 
-    def _plan(self, prompt: list[int], want: str, size: tuple[int, int] | None, views: int, limit: int) -> Plan:
+    def _plan(self, prompt: list[int], want: str, size: tuple[int, int] | None, views: int, limit: int | None) -> Plan:
         checkpoint = self.host.checkpoint
         vocabulary, context = checkpoint.vocabulary, checkpoint.config.context
         require(want in WANTS, "want", want, f"must be one of {', '.join(WANTS)}")
-        rule = "must be a whole number of at least 1"
-        limit = whole_number("max_new_tokens", limit, 1, None, f"{rule}; try {MAX_NEW_TOKENS}")
+        if limit is not None:
+            rule = f"must be a whole number of at least 1; try {MAX_NEW_TOKENS}"
+            limit = whole_number("max_new_tokens", limit, 1, None, rule)
         views = whole_number("views", views, 1, 1000, "must be a whole number in 1 ... 1000; try 16")
         require(views == 1 or want == "images", "views", views, "must be 1 unless want=images")
         forced = want in ("image", "images")
@@ -251,6 +253,8 @@ class Conversation:
             rule = f"the conversation has {len(prompt)} ids and the answer takes at least {needed - len(prompt)}"
             rule = f"{rule}, but this model sees {context}"
             raise InputError(f"{rule}; begin a new conversation, or ask for fewer or smaller images")
+        if limit is None:
+            limit = max(MAX_NEW_TOKENS, views * length + 1) if forced else MAX_NEW_TOKENS  # and the turn end
         if forced:
             self.host.image_tokenizer.require_decoder()
         text_only = want == "text" or not self.host.image_tokenizer.can_decode

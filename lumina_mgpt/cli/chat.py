@@ -62,7 +62,7 @@ def build_parser() -> cli.Parser:
             help="pixels of an image with --want image or images, a multiple of 32 (default: both sides are the "
             "model's choice; one of them alone: the checkpoint's base size)",
         )
-    cli.add_max_new_tokens(group, 8192)
+    cli.add_max_new_tokens(group, "8192, or what images of a known size need if that is more")
     cli.add_target_size(group)
     cli.add_sampling_options(parser, text=True)
     cli.add_speculation_options(parser, fast=False)

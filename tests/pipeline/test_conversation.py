@@ -152,6 +152,15 @@ def test_wanted_images_are_forced(exact):
     assert torch.equal(with_size.images[0].codes, answer.images[0].codes)  # the first image has the noise of a request
 
 
+def test_images_of_a_known_size_fit_the_default_limit(exact, monkeypatch):
+    monkeypatch.setattr("lumina_mgpt.conversation.MAX_NEW_TOKENS", 30)
+    wanted = dict(want="images", size=(64, 32), views=3, **RANDOM)  # 3 images of 14 ids
+    answer = exact("mixed").answer([("human", ["A cat."])], **wanted)
+    assert [image.whole for image in answer.images] == [True] * 3 and answer.reason == "turn end"
+    cut = exact("mixed").answer([("human", ["A cat."])], max_new_tokens=33, **wanted)
+    assert [image.whole for image in cut.images] == [True, True, False] and cut.reason == "length"
+
+
 def test_a_wanted_image_is_that_of_generate(exact):
     """The first image of a conversation draws with the noise of `generate`."""
     pipeline = exact("image")
