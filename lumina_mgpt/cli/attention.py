@@ -38,7 +38,8 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("prompt and image")
     group.add_argument("--prompt", required=True, help="what the image shows")
     group.add_argument(
-        "--image_path", help="the image itself, cropped at its center to --width and --height (default: generate it)"
+        "--image_path",
+        help="the image itself, cropped at its center to --width and --height; nothing is sampled (default: generate it)",
     )
     generate.add_size_options(group)
     cli.add_sampling_options(parser)

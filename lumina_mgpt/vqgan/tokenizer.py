@@ -117,7 +117,7 @@ def missing_file(model_folder: str | Path, kind: str) -> str:
     names = KINDS[kind]
     places = " and no ".join(dict.fromkeys(str(path) for path in names.elsewhere))
     download = names.download.format(folder=model_folder)
-    return f"no {names.title} weights in {model_folder} and no {places}: {download}, or set {names.option}"
+    return f"no {names.title} weights in {model_folder} and no {places}: {download}, or give {names.option}=FILE"
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
