@@ -17,7 +17,8 @@ def find_box(image: Image.Image, reference: Image.Image) -> Box | None:
     """Returns the rectangle whose outline differs between two images of the same size; None if there is none.
 
     Each of its four sides has at least 60 % changed pixels, and its middle has a share of at most half of that of the
-    outline. At most 30 % of the pixels of the image are changed. Of all such rectangles, it is the one with the most changed pixels on its outline, less the unchanged ones.
+    outline. At most 30 % of the pixels of the image are changed. Of all such rectangles, it is the one with the most
+    changed pixels on its outline, less the unchanged ones.
 
     Args:
         image: a picture with a box drawn in.

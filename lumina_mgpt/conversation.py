@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.answers import AnswerReader, read_answer
-from lumina_mgpt.checks import excerpt, require, whole_number
+from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.model.kv_cache import KVCache
@@ -42,6 +42,7 @@ from lumina_mgpt.unirep import (
     image_length,
     split,
     status,
+    turn_list,
 )
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
@@ -143,7 +144,7 @@ class Conversation:
         vocabulary = host.checkpoint.vocabulary
         if len(turns) % 2:
             raise InputError(f"must end with an answer, got {len(turns)} turns; give the last one to say()", "turns")
-        encoded: list[Turn] = [(role, self._encode(parts)) for role, parts in turns]
+        encoded: list[Turn] = [(role, self._encode(parts)) for role, parts in turn_list(turns)]
         self.ids = encode_conversation(encoded, vocabulary)[0] if encoded else list(ids)
         if ids:
             self._check_ids()
@@ -192,6 +193,9 @@ class Conversation:
             self._stream.close()
         host, vocabulary = self.host, self.host.checkpoint.vocabulary
         settings = sampling_config(host.checkpoint, sampling)
+        require(isinstance(text, Sequence), "text", text, "must be a text, or a sequence of texts and pictures")
+        known = speculation is None or isinstance(speculation, Speculation)
+        require(known, "speculation", speculation, "must be a config.Speculation or None")
         parts = turn_parts(text, pictures) if isinstance(text, str) else list(text)
         require(isinstance(text, str) or not pictures, "pictures", pictures, "must be left out if the turn has parts")
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
@@ -360,10 +364,8 @@ def turn_parts(text: str, pictures: Sequence[Panel]) -> list["str | Panel"]:
     Raises:
         InputError: there are marks, but not one for each picture.
     """
-    if isinstance(pictures, str):
-        raise InputError(
-            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
-        )
+    single = isinstance(pictures, str) or not isinstance(pictures, Sequence)
+    require(not single, "pictures", pictures, "must be a sequence of pictures; put it in a list")
     marks = text.count(PICTURE)
     if not marks:
         text = f"{PICTURE} " * len(pictures) + text

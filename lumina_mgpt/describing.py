@@ -53,6 +53,7 @@ def describe(
     limit = whole_number("max_new_tokens", max_new_tokens, 1, None, "must be a whole number of at least 1; try 1024")
     single = isinstance(pictures, str) or not isinstance(pictures, Sequence)
     require(not single, "pictures", type(pictures).__name__, "must be a sequence of pictures; put it in a list")
+    require(isinstance(question, str), "question", question, "must be a text")
     question = question if PICTURE in question else f"{question} {PICTURE}"
     require(question.count(PICTURE) == 1, "question", question, f"must have one mark {PICTURE} at most")
     with caused_by("question"):

@@ -39,7 +39,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--prompt", required=True, help="what the image shows")
     group.add_argument(
         "--image_path",
-        help="the image itself, cropped at its center to --width and --height; nothing is sampled (default: generate it)",
+        help="the image itself, cropped at its center to --width and --height (default: generate an image)",
     )
     generate.add_size_options(group)
     cli.add_sampling_options(parser)

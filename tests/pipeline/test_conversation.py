@@ -323,6 +323,8 @@ def test_marks_stand_for_pictures():
         (dict(want="image", size=(60, 64)), "width must be a multiple of 32"),
         (dict(want="images", size=(768, 768), views=9), "takes at least 21204.* this model sees 10240"),
         (dict(max_new_tokens=0), "max_new_tokens must be a whole number of at least 1"),
+        (dict(speculation="noise"), "speculation must be a config.Speculation"),
+        (dict(pictures=Image.new("RGB", (64, 64))), "pictures must be a sequence of pictures"),
         (dict(top_p=0.9), "top_p is no setting of an answer"),
         (dict(text_top_k=0), "text_top_k must be"),
         (dict(pictures=["nothing.png"]), "nothing.png"),
@@ -350,6 +352,21 @@ def test_wrong_histories_are_refused(exact):
         pipeline.conversation(ids=[v.bos_id, v.image_start_id, v.turn_end_id, v.turn_end_id])
     with pytest.raises(InputError, match="pictures must be a sequence"):
         pipeline.describe("cat.png", "What?")
+
+
+def test_a_text_alone_is_a_turn(exact):
+    pipeline = exact("text")
+    given = [("human", "A cat."), ("assistant", "Yes."), ("human", "What is this?")]
+    whole = pipeline.answer([(role, [text]) for role, text in given], **RANDOM)
+    assert pipeline.answer(given, **RANDOM).ids == whole.ids
+    prompt = generation_prompt([(role, [text]) for role, text in given], pipeline.checkpoint.vocabulary)
+    assert pipeline.chat(given)._sampler.prompt == prompt
+
+
+@pytest.mark.parametrize("turns", [None, 3, "hello", ["hello"], [("human",)], [{"from": "human"}], [("human", 3)]])
+def test_what_is_no_list_of_turns_is_refused(exact, turns):
+    with pytest.raises(InputError, match="turns must be a sequence of turns"):
+        exact("text").chat(turns)
 
 
 def test_images_begin_with_their_layout(exact):
