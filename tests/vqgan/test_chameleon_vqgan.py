@@ -158,7 +158,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, suffix):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(print), b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize("content", [pickle.dumps(print, protocol=2), b"\x89PNG\r\n\x1a\n"])
 def test_a_file_without_tensors_gives_no_unsafe_advice(tmp_path, content):
     """torch's own message advises to switch off `weights_only`."""
     path = tmp_path / "vqgan.ckpt"
