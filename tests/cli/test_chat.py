@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def test_the_second_generation_answers_with_a_warning(tiny_checkpoint, pictures,
         (["PICTURE", "--overwrite"], ["--overwrite has no effect without --save_path"]),
         (["PICTURE", "--save_path", "PICTURE", "--overwrite"], ["--save_path", "one of the pictures"]),
         (["PICTURE", "--save_path", "EMPTY", "--overwrite"], ["--save_path", "not a regular file"]),
-        (["PICTURE", "--save_path", "/dev/null", "--overwrite"], ["--save_path", "not a regular file"]),
+        (["PICTURE", "--save_path", "PIPE", "--overwrite"], ["--save_path", "not a regular file"]),
         (["PICTURE", "--save_path", "/dev/null/x"], ["--save_path", "cannot be written"]),
         (["PICTURE", "--question", "<|image|> <|image|>"], ["--question must have one mark"]),
         (["PICTURE", "--question", "a " * 20000], ["--question has", "this model sees 10240"]),
@@ -127,10 +128,13 @@ def test_the_second_generation_answers_with_a_warning(tiny_checkpoint, pictures,
 )
 def test_what_describe_refuses(given, pictures, tmp_path, capsys, no_weights, options, parts):
     (tmp_path / "empty").mkdir()
-    places = {"PICTURE": str(pictures / "a.png"), "EMPTY": str(tmp_path / "empty")}
+    pipe = tmp_path / "pipe"  # stands for a device, which a fault would remove
+    os.mkfifo(pipe)
+    places = {"PICTURE": str(pictures / "a.png"), "EMPTY": str(tmp_path / "empty"), "PIPE": str(pipe)}
     options = [places.get(option, option) for option in options]
     code = main_of("describe")(["--device", "cpu", *given("text")[:2], *options])
     refused(capsys, code, *parts)
+    assert pipe.exists()
 
 
 def test_earlier_answers_stay_until_there_is_a_new_one(given, pictures, tmp_path, capsys):
