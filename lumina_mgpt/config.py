@@ -232,9 +232,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         values: dict[str, float] = {"cfg": real_number(self.cfg)}
         require(0 <= values["cfg"] <= 1000, "cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
-        for name, other in (("temperature", "top_k"), ("text_temperature", "text_top_k")):
+        for name, other, what in (
+            ("temperature", "top_k", "code"),
+            ("text_temperature", "text_top_k", "piece of text"),
+        ):
             values[name] = temperature = real_number(getattr(self, name))
-            rule = f"must be a finite number > 0; try 1.0, or {other}=1 for the most probable codes"
+            rule = f"must be a finite number > 0; try 1.0, or {other}=1 for always the most probable {what}"
             require(math.isfinite(temperature) and temperature > 0, name, getattr(self, name), rule)
         for name, usual in (("top_k", 4096), ("text_top_k", 10)):
             rule = f"must be a whole number of at least 1; try {usual}"

@@ -15,7 +15,7 @@ from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.panels import encode_panels, encode_pictures, fit_panels, fit_pictures
-from lumina_mgpt.prompts import TASKS, Task
+from lumina_mgpt.prompts import PICTURE, TASKS, Task
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
@@ -242,7 +242,8 @@ class Checkpoint:
         """Returns the request with its worded task and the sampling defaults of the task and the family.
 
         Raises:
-            InputError: the family does not have the task, or the task makes one image and `views` asks for several.
+            InputError: the family does not have the task, the task makes one image and `views` asks for several, or
+                `instruction` has a mark of a picture that the task does not take.
         """
         family, task = self.config.family, request.task
         if task not in (*family.tasks.values(), *family.i2i_tasks.values()):
@@ -251,6 +252,11 @@ class Checkpoint:
         if request.views is not None and request.views > 1 and task.views == 1:
             rule = "must be left out for a task that makes one image"
             raise InputError(f"{rule}, got {request.views}; use n={request.views}", "views")
+        marks = 0 if request.instruction is None else request.instruction.count(PICTURE)
+        if marks > task.takes_picture:
+            rule = f"must have {'one mark' if task.takes_picture else 'no mark'} {PICTURE}"
+            takes = f"the task takes {'one picture' if task.takes_picture else 'no picture'} in its instruction"
+            raise InputError(f"{rule}, because {takes}, got {marks}; remove it", "instruction")
         if request.shown is not None and task.panels == 1:
             rule = "must be left out for a task without panels"
             raise InputError(f"{rule}, got {request.shown!r}; give instruction=TEXT", "shown")

@@ -331,7 +331,7 @@ def checkpoint_path(text: str) -> str | Path:
     return resources.demo_checkpoint() if text == DEMO and not Path(DEMO).exists() else text
 
 
-def add_max_new_tokens(group: argparse._ActionsContainer, default: int) -> None:
+def add_max_new_tokens(group: argparse._ActionsContainer, default: int | str) -> None:
     """Adds --max_new_tokens. `default` is that of the function that samples."""
     group.add_argument("--max_new_tokens", type=whole, help=f"largest number of ids of an answer (default: {default})")
 

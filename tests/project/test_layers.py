@@ -50,6 +50,7 @@ LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "pa
 LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
 LAYERS["loading"] = {"errors", "model", "preparation", "vqgan"}
+LAYERS["conversation_cache"] = {"config", "model", "preparation", "unirep", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
