@@ -57,6 +57,7 @@ def attend(args: argparse.Namespace) -> None:
         args.height,
         sampling=cli.sampling_settings(args),
         unset=cli.unset_sampling(args),
+        guide_again=args.cfg is not None,
         speculation=cli.speculation_settings(args),
     )
     output = OutputFolder(args.save_path, args.overwrite)

@@ -20,6 +20,7 @@ _OPTIONS = (
     "lora_rank",
     "lora_alpha",
     "freeze_embeddings",
+    "guidance_scale",
 )
 
 
