@@ -154,7 +154,9 @@ class GuidanceLoss(LossModel):
             span = slice(first, first + step)
             given = rows[span], head, guided[span], cond[span], teacher_head, targets[span]
             # With several chunks, the backward pass computes the logits again, so that memory holds those of one.
-            parts.append(checkpoint(divergences, *given, use_reentrant=False) if len(index) > step else divergences(*given))
+            parts.append(
+                checkpoint(divergences, *given, use_reentrant=False) if len(index) > step else divergences(*given)
+            )
         total, gap = (torch.stack(column).sum() for column in zip(*parts, strict=True))
         return total, total.detach(), gap
 

@@ -378,7 +378,9 @@ class TrainingConfig(Options):
         others |= {name: getattr(self.regularization, name) for name in ("z_loss_weight", "tail_weight")}
         for name, value in others.items():
             if value:
-                raise InputError(f"cannot be used with guidance_scale=S, got {value}; leave it out, or set it to 0", name)
+                raise InputError(
+                    f"cannot be used with guidance_scale=S, got {value}; leave it out, or set it to 0", name
+                )
         if self.data.pack and self.distillation.own_samples:
             raise InputError("cannot be used with own_samples=SHARE; leave one of them out", "pack")
 
