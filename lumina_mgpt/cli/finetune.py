@@ -81,7 +81,9 @@ def _add_options(target: argparse._ActionsContainer, group: type[Options], witho
 
 def config_of(args: argparse.Namespace) -> TrainingConfig:
     """Returns the training configuration that the parsed options describe."""
-    values = {name: getattr(args, name, item.default) for name, item in TrainingConfig.options().items()}
+    values: dict[str, Any] = {
+        name: getattr(args, name, item.default) for name, item in TrainingConfig.options().items()
+    }
     if values["data_config"] is None:
         raise InputError("is missing; give a YAML file such as configs/data/demo.yaml", "data_config")
     named = values["movqgan_path"]

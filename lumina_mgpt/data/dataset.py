@@ -195,7 +195,8 @@ class TokenDataset:
     def read(self, sample: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a sample for training.
 
-        The share `context_dropout` of all samples lose their context. The seed, the epoch and the sample's index select these samples.
+        The share `context_dropout` of all samples loses its context. The seed, the epoch and the sample's
+        index select these samples.
 
         Args:
             sample: index of the sample.

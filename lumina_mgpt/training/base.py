@@ -200,7 +200,8 @@ def write_beside_adapter(model: Transformer, folder: Path) -> None:
 def check_beside_adapter(model: Transformer, adapter: Path, source: str | Path) -> None:
     """Compares the weights of a model with those that an adapter was trained on.
 
-    If the adapter makes the model guided, the model's configuration then says so. The function does nothing if the adapter's folder holds no `base_weights.json`.
+    If the adapter makes the model guided, the model's configuration then says so. The function does nothing if the
+    adapter's folder holds no `base_weights.json`.
 
     Args:
         model: model without adapters.

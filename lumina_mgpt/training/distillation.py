@@ -36,13 +36,13 @@ class LoneImages(NamedTuple):
 
     Attributes:
         ids: one row for each image with labelled codes; after its end, a row goes on with any ids.
-        index: for each position in `MicroBatch.index`, the same position in the flattened `ids`; 0 without a label.
+        positions: where the flattened `ids` hold the ids at `MicroBatch.index`; 0 without a label.
 
-    Shapes: ids (R, U) for R images of at most U ids, index (L,).
+    Shapes: ids (R, U) for R images of at most U ids, positions (L,).
     """
 
     ids: Tensor
-    index: Tensor
+    positions: Tensor
 
 
 def image_starts(batch: MicroBatch, vocabulary: Vocabulary) -> Tensor:
@@ -62,15 +62,15 @@ def lone_images(batch: MicroBatch, vocabulary: Vocabulary) -> LoneImages:
         batch: what `codes_only` returns, on the CPU.
     """
     flat, counted = batch.ids.flatten(), batch.targets != IGNORED
-    starts, index = image_starts(batch, vocabulary), torch.zeros_like(batch.index)
+    starts, positions = image_starts(batch, vocabulary), torch.zeros_like(batch.index)
     used = starts[counted].unique()  # sorted
     if not len(used):  # a process without a batch: its forward passes must still match those of the others
-        return LoneImages(flat.new_full((1, 1), vocabulary.image_start_id), index)
+        return LoneImages(flat.new_full((1, 1), vocabulary.image_start_id), positions)
     offsets = (batch.index - starts)[counted]
     width = int(offsets.max()) + 1
-    index[counted] = torch.searchsorted(used, starts[counted]) * width + offsets
+    positions[counted] = torch.searchsorted(used, starts[counted]) * width + offsets
     columns = (used[:, None] + torch.arange(width)).clamp(max=len(flat) - 1)  # (R, U)
-    return LoneImages(flat[columns], index)
+    return LoneImages(flat[columns], positions)
 
 
 def frozen_teacher(model: Transformer, dtype: torch.dtype) -> Transformer:
@@ -129,7 +129,7 @@ class GuidanceLoss(LossModel):
         targets: Tensor,
         documents: tuple[int, ...] = (),
         lone_ids: Tensor | None = None,
-        lone_index: Tensor | None = None,
+        lone_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the divergence, the same without gradient, and that of the teacher without guidance.
 
@@ -138,14 +138,14 @@ class GuidanceLoss(LossModel):
 
         Args:
             index, targets, documents: as for `LossModel.forward`; a target only says that its position counts.
-            lone_ids, lone_index: what `lone_images` returns.
+            lone_ids, lone_positions: what `lone_images` returns.
 
-        Shapes: ids (B, T), index and targets (L,), lone_ids (R, U), lone_index (L,); returns three scalars.
+        Shapes: ids (B, T), index and targets (L,), lone_ids (R, U), lone_positions (L,); returns three scalars.
         """
-        assert lone_ids is not None and lone_index is not None
+        assert lone_ids is not None and lone_positions is not None
         with self._teaching() as (teacher, teacher_head):
             cond = teacher(ids, documents=documents).flatten(0, 1)[index].float()  # (L, D)
-            uncond = teacher(lone_ids).flatten(0, 1)[lone_index].float()  # (L, D)
+            uncond = teacher(lone_ids).flatten(0, 1)[lone_positions].float()  # (L, D)
             guided = uncond + self.scale * (cond - uncond)
         rows, head = self.model(ids, documents=documents).flatten(0, 1)[index], self.model.lm_head.weight[self.codes]
         step = max(1, CHUNK_LOGITS // (_LOGIT_TENSORS * len(head)))

@@ -63,8 +63,8 @@ class DistillationTrainer(Trainer):
 
     def _losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         lone = lone_images(batch, self.dataset.vocabulary)
-        *parts, lone_ids, lone_index = self.processes.upload(batch.ids, batch.index, batch.targets, *lone)
-        return self.module(*parts, batch.documents, lone_ids, lone_index)
+        *parts, lone_ids, lone_positions = self.processes.upload(batch.ids, batch.index, batch.targets, *lone)
+        return self.module(*parts, batch.documents, lone_ids, lone_positions)
 
 
 def trainer_of(settings: TrainingConfig) -> type[Trainer]:

@@ -13,8 +13,8 @@ from lumina_mgpt.data.batches import MicroBatch
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.training.adapters import plain_copy
-from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.distillation import image_starts
+from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.unirep import IGNORED, ImageLayout
 from lumina_mgpt.vocabulary import Vocabulary
 

@@ -166,7 +166,7 @@ def test_each_image_of_an_answer_has_a_row_of_its_own(vocabulary, tmp_path):
         assert [int(vocabulary.id_to_code(row[3])) for row in lone.ids] == [[1, 2, 3][n] for n in starts]
         counted = batch.targets != IGNORED
         assert batch.labelled == int(counted.sum()) == count
-        seen = lone.ids.flatten()[lone.index[counted]]
+        seen = lone.ids.flatten()[lone.positions[counted]]
         assert torch.equal(seen, batch.ids.flatten()[batch.index[counted]])
 
 
