@@ -297,7 +297,7 @@ class Conversation:
 
 
 def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingConfig:
-    """Returns the sampling settings of an answer; defaults are those of the checkpoint's family.
+    """Returns the sampling settings of an answer; defaults are those of the checkpoint.
 
     Raises:
         InputError: a name is unknown, or a value is out of range.
@@ -306,4 +306,4 @@ def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingC
     for name in values:
         if name not in known:
             raise InputError(f"is no setting of an answer; the sampling settings are {', '.join(known)}", name)
-    return SamplingConfig(**{**dict(checkpoint.config.family.sampling), **values})
+    return SamplingConfig(**{**checkpoint.config.sampling_of(), **values})

@@ -1,5 +1,6 @@
 """Opens a checkpoint's small files and prepares requests for it: layouts, prompt ids and panels. Loads no weights."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from lumina_mgpt.vqgan.tokenizer import (
     look_for_image_tokenizer,
     missing_file,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -260,11 +263,21 @@ class Checkpoint:
         if request.shown is not None and task.panels == 1:
             rule = "must be left out for a task without panels"
             raise InputError(f"{rule}, got {request.shown!r}; give instruction=TEXT", "shown")
-        sampling: Any = {name: value for name, value in family.sampling_of(task).items() if name in request.unset}
+        sampling: Any = {name: value for name, value in self.config.sampling_of(task).items() if name in request.unset}
         changed: dict[str, Any] = {"sampling": replace(request.sampling, **sampling)} if sampling else {}
+        self._check_guidance(changed.get("sampling", request.sampling).cfg, request.guide_again)
         if request.worded_task != task:
             changed["task"] = request.worded_task
         return replace(request, **changed) if changed else request
+
+    def _check_guidance(self, cfg: float, again: bool) -> None:
+        """Refuses to guide weights that are guided already; with `again`, logs a hint only."""
+        if not self.config.guided or cfg == 1.0:
+            return
+        twice = f"these weights give guidance {self.config.guided_scale:g} by themselves, so cfg={cfg:g} guides twice"
+        if not again:
+            raise InputError(f"must be 1, got {cfg:g}: {twice}; leave it out", "cfg")
+        logger.warning("hint: %s; leave it out, or give 1", twice)
 
 
 def blank_grid(picture: Image.Image | Tensor, cell: int) -> Tensor:

@@ -59,6 +59,7 @@ def attend(args: argparse.Namespace) -> None:
         args.height,
         sampling=cli.sampling_settings(args),
         unset=cli.unset_sampling(args),
+        guide_again=args.cfg is not None,
         speculation=cli.speculation_settings(args),
     )
     if args.image_path is not None:

@@ -236,7 +236,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, text: bool = False) ->
     group.add_argument(
         "--cfg",
         type=number,
-        help="guidance scale; 1 disables guidance (default: 4; 1 for maps and detection of Lumina-mGPT)",
+        help="guidance scale; 1 disables guidance (default: 4; 1 for maps and detection of Lumina-mGPT, and for "
+        "weights of distill-guidance)",
     )
     group.add_argument(
         "--top_k",

@@ -212,6 +212,7 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "sampling": sampling_settings(args),
         "unset": unset_sampling(args),
+        "guide_again": args.cfg is not None,
         "speculation": speculation_settings(args),
         "share": image_share(args.tensor_parallel),
         **{name: getattr(args, name) for name in ("width", "height", "n", "batch_size")},

@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
-    "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
+    "config": FOUNDATIONS | {"checks", "families", "model_config_checks", "prompts"},
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},
     "unirep": {"errors", "checks", "vocabulary"},
