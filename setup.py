@@ -16,7 +16,16 @@ TORCH = "torch>=2.10,<2.14"
 SCENES = ["opencv-python-headless>=4.10"]  # edge and distance maps of the demo checkpoint's training scenes
 LORA = ["peft>=0.17"]
 PLOT = ["matplotlib>=3.8"]
-CHAMELEON = ["transformers>=5.0"]  # an independent Chameleon, for comparisons of logits and of speed
+SERVER = [
+    "fastapi>=0.115",
+    "prometheus_client>=0.21",
+    "pydantic>=2.7",
+    "python-multipart>=0.0.18",  # fastapi reads uploads with it
+    "starlette>=0.40",
+    "uvicorn>=0.32",
+]
+PAGE = [*SERVER, "gradio>=6"]  # takes Pillow 12
+RAY = [*SERVER, "ray[serve]>=2.60"]
 
 
 class BuildWithFiles(build_py):
@@ -58,23 +67,29 @@ setup(
     entry_points={"console_scripts": ["lumina-mgpt = lumina_mgpt.cli.main:main"]},
     install_requires=requirements(),
     extras_require={
-        "benchmarks": [*CHAMELEON, *PLOT],
+        "benchmarks": PLOT,
         "canny": SCENES,  # --extract
         "demo": SCENES,
         "dev": ["pre-commit>=4"],
         "flash": ["flash-attn>=2.6"],
         "lora": LORA,
+        "page": PAGE,
         "plot": PLOT,
+        "ray": RAY,
+        "server": SERVER,
         "tensorboard": ["tensorboard>=2.18"],
         "test": [
             *SCENES,
             *LORA,
             *PLOT,
-            *CHAMELEON,
+            *PAGE,
+            *RAY,
             "diffusers>=0.35",  # an independent MoVQ to compare pixels with
             "hypothesis>=6.100",  # property tests of the image sequences
             "mypy>=2.4,<3",
+            "openai>=1.100",  # the client of the server's tests
             "packaging>=24",  # reads version ranges
+            "playwright>=1.50",  # drives the browser of the page's tests
             "pytest>=8",
             "pytest-xdist>=3.6",  # runs the tests in two processes
             "ruff>=0.17,<0.18",  # a minor version may format differently

@@ -8,7 +8,8 @@ from torch import Tensor
 from lumina_mgpt.answers import read_answer
 from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig
-from lumina_mgpt.conversation import Host, conversation_cache, conversation_step, sampling_config
+from lumina_mgpt.conversation import sampling_config
+from lumina_mgpt.conversation_cache import Host, conversation_cache, conversation_step
 from lumina_mgpt.devices import LARGEST_AUTO_BATCH, batch_limit, cache_bytes
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
@@ -53,6 +54,7 @@ def describe(
     limit = whole_number("max_new_tokens", max_new_tokens, 1, None, "must be a whole number of at least 1; try 1024")
     single = isinstance(pictures, str) or not isinstance(pictures, Sequence)
     require(not single, "pictures", type(pictures).__name__, "must be a sequence of pictures; put it in a list")
+    require(isinstance(question, str), "question", question, "must be a text")
     question = question if PICTURE in question else f"{question} {PICTURE}"
     require(question.count(PICTURE) == 1, "question", question, f"must have one mark {PICTURE} at most")
     with caused_by("question"):
@@ -77,16 +79,33 @@ def _batch(
     with caused_by("pictures"):
         fitted = fit_pictures(pictures, vocabulary, len(pictures), checkpoint.config.base_size)
     prompts = [_prompt(question, codes, host) for codes in encode_pictures(fitted, host.image_tokenizer)]
-    context = checkpoint.config.context
+    with caused_by("question"):
+        answers = answer_prompts(host, prompts, settings, limit, [0] * len(prompts))
+    for ids in answers:
+        yield read_answer(ids, "turn end" if ids[-1] == vocabulary.turn_end_id else "length", host)
+
+
+def answer_prompts(
+    host: Host, prompts: Sequence[Sequence[int]], settings: SamplingConfig, limit: int, repeats: Sequence[int]
+) -> list[list[int]]:
+    """Returns the ids of one answer in text for each prompt, sampled in one batch.
+
+    Args:
+        prompts: ids of each conversation, bos first, up to its answer.
+        limit: largest number of ids of an answer.
+        repeats: for each prompt, a number that determines the noise of its answer together with the seed.
+
+    Raises:
+        InputError: a prompt leaves no room for an answer.
+    """
+    context, vocabulary = host.checkpoint.config.context, host.checkpoint.vocabulary
     longest = max(map(len, prompts))
     if longest >= context:
-        raise InputError(f"takes {longest} ids with its picture, but this model sees {context}; shorten it", "question")
+        raise InputError(f"takes {longest} ids, but this model sees {context}; shorten it", "prompt")
     slots = min(context, longest + limit) + (COMPILED_SPARE if host.compiled else 0)
     step = conversation_step(host, conversation_cache(host, len(prompts), slots), None)
     limits = [min(limit, context - len(prompt)) for prompt in prompts]
-    answers = sample_texts(step, prompts, vocabulary, settings, [(settings.seed, 0)] * len(prompts), limits)
-    for ids in answers:
-        yield read_answer(ids, "turn end" if ids[-1] == vocabulary.turn_end_id else "length", host)
+    return sample_texts(step, prompts, vocabulary, settings, [(settings.seed, repeat) for repeat in repeats], limits)
 
 
 def _prompt(question: str, codes: Tensor, host: Host) -> list[int]:

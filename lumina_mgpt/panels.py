@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from lumina_mgpt.checks import require
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, crop_panel, open_panel, upright
+from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.unirep import ImageLayout, UniRepError, encode_image
 from lumina_mgpt.vocabulary import Vocabulary
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
@@ -100,6 +103,33 @@ def _check_codes(panel: Tensor, num_codes: int) -> None:
     if panel.dtype != torch.long or not 0 <= panel.min() <= panel.max() < num_codes:
         found = f"{panel.dtype} in {panel.min()} ... {panel.max()}"
         raise InputError(f"must have codes of type int64 in 0 ... {num_codes - 1}, got {found}", "panel")
+
+
+def turn_parts(text: str, pictures: Sequence[Panel]) -> list[str | Panel]:
+    """Returns a turn as texts and pictures: each `<|image|>` of the text stands for the next picture.
+
+    Pictures without marks come before the text, each followed by a space, as in the released code.
+
+    Raises:
+        InputError: there are marks, but not one for each picture.
+    """
+    single = isinstance(pictures, str) or not isinstance(pictures, Sequence)
+    require(not single, "pictures", pictures, "must be a sequence of pictures; put it in a list")
+    marks = text.count(PICTURE)
+    if not marks:
+        text = f"{PICTURE} " * len(pictures) + text
+    elif marks != len(pictures):
+        rule = f"must be as many as the text has marks {PICTURE}: {marks}"
+        raise InputError(f"{rule}, got {len(pictures)}; write one mark for each, or none", "pictures")
+    texts, parts = text.split(PICTURE), list[str | Panel]()
+    for index, piece in enumerate(texts):
+        parts += [piece] if piece else []
+        parts += [_as_path(pictures[index])] if index < len(pictures) else []
+    return parts
+
+
+def _as_path(picture: Panel) -> Panel:
+    return Path(picture) if isinstance(picture, str) else picture
 
 
 def encode_panels(

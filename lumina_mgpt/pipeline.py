@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,14 @@ from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width
 from lumina_mgpt.model.transformer import Transformer
-from lumina_mgpt.panels import Panel, encode_panels, encode_pictures
+from lumina_mgpt.panels import Panel
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
 from lumina_mgpt.request import GenerationRequest, ImageJob
 from lumina_mgpt.results import Answer, Result, RowsDone
-from lumina_mgpt.sampling.autoregressive import sample
+from lumina_mgpt.sampling.autoregressive import Kept, sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots, window_ids
-from lumina_mgpt.unirep import ImageLayout, encode_image
+from lumina_mgpt.sampling.noise import Key
+from lumina_mgpt.unirep import ImageLayout, encode_image, turn_list
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 if TYPE_CHECKING:
@@ -74,8 +76,7 @@ class Pipeline:
         self.model = model
         self.image_tokenizer = image_tokenizer
         self.parallel = parallel
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = model.device, next(model.parameters()).dtype
         self.cache_dtype = cache_dtype or self.dtype
         self.compiled = compile_forward(model) if compile else None
         self.cuda_graphs = cuda_graphs
@@ -180,15 +181,11 @@ class Pipeline:
         prepared = request if isinstance(request, PreparedRequest) else self.checkpoint.prepare(request)
         request = prepared.request
         if request.task.views > 1:
-            rule = "must make one image here, but this one makes several in one answer"
-            raise InputError(f"{rule}; use Pipeline.chat with want='images'", "task")
+            raise InputError("must make one image an answer here; use Pipeline.chat with want='images'", "task")
         size = request.batch_size or self.batch_size(
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
-        if prepared.pictures:
-            prepared = self.with_pictures(prepared)
-        given = encode_panels(prepared.panels, prepared.layout, len(request.prompts), self.image_tokenizer)
-        given = self.parallel.of_first(given) if self.parallel else given
+        prepared, given = self.encode(prepared)
         jobs = request.jobs if jobs is None else jobs
         batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
         return self._batches(batches, prepared, given, on_row)
@@ -204,6 +201,11 @@ class Pipeline:
         finally:
             self._streams -= 1
             self._kept = None
+
+    def encode(self, prepared: PreparedRequest) -> tuple[PreparedRequest, Tensor]:
+        """Encodes the given pictures of a request: `Checkpoint.encode`."""
+        prepared, given = self.checkpoint.encode(prepared, self.image_tokenizer)
+        return prepared, self.parallel.of_first(given) if self.parallel else given
 
     @property
     def writes_text(self) -> bool:
@@ -227,9 +229,10 @@ class Pipeline:
         Raises:
             InputError: the turns or a setting do not fit the checkpoint. The call itself raises it.
         """
-        if len(turns) % 2 == 0 or turns[-1][0] != "human":
+        *earlier, (role, parts) = turn_list(turns) or [("nobody", [])]
+        if len(earlier) % 2 or role != "human":
             raise InputError(f"must end with a turn of the human, got {len(turns)} turns; remove the answer", "turns")
-        return self.conversation(turns[:-1]).say(list(turns[-1][1]), **settings)
+        return self.conversation(earlier).say(parts, **settings)
 
     def answer(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> Answer:
         """Returns the model's whole answer to a conversation. Arguments and errors: as `chat`."""
@@ -244,18 +247,6 @@ class Pipeline:
         Arguments and errors: see `describing.describe`.
         """
         return describe(self, pictures, question, **settings)
-
-    def with_pictures(self, prepared: PreparedRequest) -> PreparedRequest:
-        """Returns a copy whose prompts hold the codes of the pictures in the instructions."""
-        codes = encode_pictures(prepared.pictures, self.image_tokenizer)
-        request = prepared.request
-        return replace(
-            prepared,
-            starts=self.checkpoint.prompt_ids(
-                request.prompts, prepared.layout, request.task, request.shown, pictures=codes
-            ),
-            pictures=codes,
-        )
 
     def _batch(
         self, jobs: Sequence[ImageJob], prepared: PreparedRequest, given: Tensor, on_row: OnRow | None
@@ -272,11 +263,12 @@ class Pipeline:
             on_row=None if on_row is None else lambda row, rows: on_row(RowsDone(tuple(jobs), rows, layout)),
             speculation=prepared.request.speculation,
         )
-        parts = self.checkpoint.config.parts(layout.panels)
-        for job, grid in zip(jobs, codes, strict=True):
-            # One image at a time: decoding has the highest peak of memory, and results stay independent of the batch.
-            image = self.image_tokenizer.decode(grid[None], parts)[0]
-            yield Result(job, sampling.seed, image, grid, encode_image(grid, self.checkpoint.vocabulary), layout.panels)
+        yield from (self.result(job, sampling.seed, grid, layout) for job, grid in zip(jobs, codes, strict=True))
+
+    def result(self, job: ImageJob, seed: int, codes: Tensor, layout: ImageLayout) -> Result:
+        """Decodes one image alone, as decoding has the highest peak of memory. Shapes: codes (rows, cols)."""
+        image = self.image_tokenizer.decode(codes[None], self.checkpoint.config.parts(layout.panels))[0]
+        return Result(job, seed, image, codes, encode_image(codes, self.checkpoint.vocabulary), layout.panels)
 
     def with_window(self, speculation: Speculation | None) -> Speculation | None:
         """Returns `speculation`; where its `window` is None, with the default window of this device and precision."""
@@ -285,9 +277,14 @@ class Pipeline:
         return replace(speculation, window=default_window(self.device, bool(self.model.config.int4_group)))
 
     def batch_size(
-        self, start: int, layout: ImageLayout, settings: SamplingConfig, speculation: Speculation | None = None
+        self,
+        start: int,
+        layout: ImageLayout,
+        settings: SamplingConfig,
+        speculation: Speculation | None = None,
+        largest: int = LARGEST_AUTO_BATCH,
     ) -> int:
-        """Returns the automatic batch size: as many images as fit into memory, at most 8 and at least 1.
+        """Returns the automatic batch size: as many images as fit into memory, at most `largest` and at least 1.
 
         On a CUDA GPU, an image takes its part of the cache and of a forward's temporaries. The images may take 90 % of
         the free memory, less what the image tokenizer needs to decode one image. Elsewhere, only the cache counts, and
@@ -312,7 +309,7 @@ class Pipeline:
         limit = batch_limit(self.device, self.image_tokenizer.working_bytes(width * height))
         if self.parallel:  # all processes need the same batches
             limit = self.parallel.least(limit)
-        return max(1, min(LARGEST_AUTO_BATCH, limit // image))
+        return max(1, min(largest, limit // image))
 
     def sample(
         self,
@@ -324,6 +321,8 @@ class Pipeline:
         given: Tensor | None = None,
         on_row: Callable[[int, Tensor], None] | None = None,
         speculation: Speculation | None = None,
+        keys: Sequence[Key] | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Returns the codes of B images, one for each of `starts`, sampled in one batch.
 
@@ -332,16 +331,18 @@ class Pipeline:
             repeats: `ImageJob.repeat` of each image; it and the seed determine the noise of the image.
             given: codes of the given panels (B, layout.given).
             on_row: called when a row is final, with its index and the codes so far, (B, index + 1, cols).
+            keys: (seed, repeat) of each image (default: the seed of `settings` and `repeats`).
+            kept: drops images from the running batch; see `autoregressive.sample`. The result lacks the dropped images.
 
         Shapes: -> (B, rows, cols) int64 on the CPU.
         """
         speculation = self.with_window(speculation)
         step = self.make_step(starts, layout, settings, speculation)
-        keys = [(settings.seed, repeat) for repeat in repeats]
-        if speculation:
-            codes = sample_jacobi(step, starts, layout, settings, keys, speculation, on_row, given=given)
-        else:
-            codes = sample(step, starts, layout, settings, keys, on_row, given=given)
+        keys = [(settings.seed, repeat) for repeat in repeats] if keys is None else keys
+        if kept is not None:
+            self._kept, kept = None, step.dropping(len(starts), kept)  # such a step is not used again
+        sampler = partial(sample_jacobi, speculation=speculation) if speculation else sample
+        codes = sampler(step, starts, layout, settings, keys, on_row=on_row, given=given, kept=kept)
         self.forwards, codes = step.calls, codes.cpu()
         if self.parallel:
             self.parallel.require_same(codes)
@@ -369,7 +370,7 @@ class Pipeline:
         if self.device.type == "cuda":
             return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
         spare += COMPILED_SPARE if self.compiled else 0
-        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 
     def _cuda_step(self, rows: int, length: int, spare: int, width: int) -> CachedStep:
@@ -385,7 +386,7 @@ class Pipeline:
             self._kept[1].restart()
             return self._kept[1]
         self._kept = None  # frees its cache before another one is made
-        cache = KVCache(config, rows, length, self.cache_dtype, self.device, spare)
+        cache = KVCache(config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         columns = self.checkpoint.vocabulary.code_slice
         step = CachedStep(
             self.model, cache, columns, self.compiled, width=width, graphs=self.cuda_graphs and not self.parallel

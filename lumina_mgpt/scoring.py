@@ -59,7 +59,7 @@ class Scorer:
         """Returns one score for each candidate of one image; higher is better.
 
         Args:
-            prepared: the request of the candidates, after `Pipeline.with_pictures`.
+            prepared: the request of the candidates, after `Pipeline.encode`.
             prompt: the prompt as the user wrote it, for a user's function.
 
         Raises:
@@ -201,7 +201,7 @@ def best_of(
     require(views == 1, "best_of", count, "must be left out for a task that makes several images an answer")
     require_head(pipeline, scorer)
     if prepared.pictures:
-        prepared = pipeline.with_pictures(prepared)
+        prepared = pipeline.encode(prepared)[0]
     asked = prompts or prepared.request.prompts
     results = pipeline.stream(prepared, on_row, jobs=candidate_jobs(jobs, count))
     for job in jobs:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lumina_mgpt.training.distributed import Processes
     from lumina_mgpt.training.trainer import Trainer
 
-    MakeTrainer = Callable[[Processes], Trainer]
+    MakeTrainer = Callable[[TrainingConfig, Processes], Trainer]
 
 TITLES = {
     "data": "data and batches",
@@ -23,12 +23,13 @@ TITLES = {
     "optimizer": "optimizer",
     "schedule": "length of the run",
     "regularization": "regularization",
+    "distillation": "guidance to distill",
     "checkpoints": "checkpoints",
     "logging": "logging and sample pictures",
     "runtime": "precision, memory and device",
 }
 # Option -> its other names on the command line.
-ALSO = {"movqgan_path": ("--vqgan_path",)}
+ALSO = {"movqgan_path": ("--vqgan_path",), "guidance_scale": ("--cfg",)}
 
 
 def build_parser() -> cli.Parser:
@@ -36,10 +37,8 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         {"vqgan_path": "--vqgan_path"}, prog="lumina-mgpt finetune", description=__doc__.split(". ")[0] + "."
     )
-    add_options(parser, TrainingConfig)
-    for name, group in groups().items():
-        add_options(parser.add_argument_group(TITLES[name]), group)
-    add_export_options(parser)
+    add_groups(parser, without=("distillation",))
+    add_export(parser)
     released = parser.add_argument_group("options of the released command")
     released.add_argument("--model_size", help="released spelling of --model_config configs/model/SIZE.yaml (2B, 7B)")
     released.add_argument("--warmup_epochs", type=cli.number, help="released spelling of --warmup, in epochs")
@@ -49,10 +48,30 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def add_options(target: argparse._ActionsContainer, group: type[Options], excluded: Container[str] = ()) -> None:
-    """Adds an argument for each option of a group, except for those in `excluded`."""
+def add_groups(parser: cli.Parser, without: Collection[str] = ()) -> None:
+    """Adds an argument for each option of a training.
+
+    Args:
+        without: names of groups and of options that are left out; they keep their defaults.
+    """
+    add_options(parser, TrainingConfig, without)
+    for name, group in groups().items():
+        if name not in without:
+            add_options(parser.add_argument_group(TITLES[name]), group, without)
+
+
+def add_export(parser: cli.Parser) -> None:
+    """Adds the options that say where and how the trained weights are exported."""
+    export = parser.add_argument_group("export")
+    export.add_argument("--export_only", action="store_true", help="export the newest checkpoint, do not train")
+    export.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
+    export.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+
+
+def add_options(target: argparse._ActionsContainer, group: type[Options], without: Collection[str]) -> None:
+    """Adds an argument for each option of a group."""
     for item in option_fields(group):
-        if item.name in excluded:
+        if item.name in without:
             continue
         kind, arguments = value_type(item), dict[str, Any](help=item.metadata["help"])
         if kind is bool:
@@ -66,17 +85,11 @@ def add_options(target: argparse._ActionsContainer, group: type[Options], exclud
         target.add_argument(f"--{item.name}", *ALSO.get(item.name, ()), **arguments)
 
 
-def add_export_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the export."""
-    export = parser.add_argument_group("export")
-    export.add_argument("--export_only", action="store_true", help="export the newest checkpoint, do not train")
-    export.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
-    export.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
-
-
 def config_of(args: argparse.Namespace) -> TrainingConfig:
     """Returns the training configuration that the parsed options describe."""
-    values = {name: getattr(args, name) for name in TrainingConfig.options()}
+    values: dict[str, Any] = {
+        name: getattr(args, name, item.default) for name, item in TrainingConfig.options().items()
+    }
     if values["data_config"] is None:
         raise InputError("is missing; give a YAML file such as configs/data/demo.yaml", "data_config")
     require_movqgan(values["movqgan_path"])
@@ -101,18 +114,19 @@ def train(settings: TrainingConfig, make_trainer: "MakeTrainer | None" = None) -
     """Trains a model.
 
     Args:
-        make_trainer: makes the trainer of this process (default: `Trainer`).
+        make_trainer: makes the trainer of this process (default: what `trainer_of` returns).
 
     Returns:
         Three values: the number of the signal that stopped the training, or 0; whether this process is the first of
         all; and the path of the last checkpoint, or None.
     """
+    from lumina_mgpt.training.distillation_trainer import trainer_of
     from lumina_mgpt.training.distributed import Processes
-    from lumina_mgpt.training.trainer import Trainer
 
     processes = Processes.start(settings.runtime.device, settings.runtime.cpu_offload)
     try:
-        trainer = make_trainer(processes) if make_trainer else Trainer(settings, processes)
+        make = make_trainer or trainer_of(settings)
+        trainer = make(settings, processes)
         return trainer.run(), processes.first, trainer.saver.last
     finally:
         processes.stop()
@@ -124,7 +138,7 @@ def train_and_export(
     """Trains a model unless `settings` is None, then exports the newest checkpoint. Returns the exit status.
 
     Args:
-        args: parsed command line, with --output_dir and the options of `add_export_options`.
+        args: parsed command line, with --output_dir and the options of `add_export`.
     """
     parameter, folder = "export_dir", Path(args.export_dir or "")
     if not args.export_dir:

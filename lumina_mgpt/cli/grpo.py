@@ -17,7 +17,7 @@ def build_parser() -> cli.Parser:
         prog="lumina-mgpt grpo",
         description=__doc__.split(". See")[0] + ".",
     )
-    finetune.add_options(parser, TrainingConfig)
+    finetune.add_options(parser, TrainingConfig, EXCLUDED)
     own = parser.add_argument_group("prompts, rewards and objective")
     own.add_argument(
         "--reward",
@@ -26,12 +26,12 @@ def build_parser() -> cli.Parser:
         help="reward of an image: module:function with (images, prompts) -> scores, or the model's own reading of the "
         "prompt (own, reading, bayes); may be repeated, their weighted sum counts",
     )
-    finetune.add_options(own, GrpoOptions)
+    finetune.add_options(own, GrpoOptions, ())
     add_speculation_options(parser, fast=False)
     for name, group in groups().items():
         if set(vars_of(group)) - set(EXCLUDED):
             finetune.add_options(parser.add_argument_group(finetune.TITLES[name]), group, EXCLUDED)
-    finetune.add_export_options(parser)
+    finetune.add_export(parser)
     parser.set_defaults(**{name: value for name, value in DEFAULTS.items() if name not in EXCLUDED})
     return parser
 
@@ -55,7 +55,7 @@ def grpo(args: argparse.Namespace) -> int:
         return finetune.train_and_export(args, None)
     config = config_of(args)
 
-    def make_trainer(processes):
+    def make_trainer(_, processes):
         from lumina_mgpt.training.grpo import GrpoTrainer  # imports torch: takes seconds
 
         return GrpoTrainer(config, processes)

@@ -80,6 +80,15 @@ class Span:
         assert isinstance(self.positions, Tensor)
         return (self.positions[:, -1] + 1).to(torch.int32)
 
+    def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "Span":
+        """Returns the span on a device. accelerate calls it where the layers of a model are on several devices."""
+        positions, mask = self.positions, self.mask
+        if isinstance(positions, Tensor):
+            positions = positions.to(device, non_blocking=non_blocking)
+        if mask is not None:
+            mask = mask.to(device, non_blocking=non_blocking)
+        return replace(self, positions=positions, mask=mask)
+
 
 Backend = Callable[..., Tensor]  # of (q, k, v, span, cached)
 

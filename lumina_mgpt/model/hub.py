@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import cause, remedy
@@ -14,11 +15,12 @@ _FILES = ("config.json", "model*.safetensors", "model*.json", *COMPANIONS)
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.json")
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, **options: Any) -> Path:
     """Returns the folder of a checkpoint.
 
     Args:
         source: a local folder, or a hub id of the form owner/name. A hub id is fetched to the hub's local cache.
+        options: further arguments of `huggingface_hub.snapshot_download`, such as `revision`.
 
     Raises:
         InputError: `source` is neither a checkpoint folder nor a hub id that can be fetched.
@@ -39,18 +41,18 @@ def resolve(source: str | Path) -> Path:
         raise InputError(f"{source} is a file; give the checkpoint folder that holds config.json")
     if not _HUB_ID.fullmatch(str(source)):
         raise InputError(f"{source}: no such folder, and not a hub id of the form owner/name; correct the path")
-    return _fetch(str(source))
+    return _fetch(str(source), options)
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, options: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download  # the import takes half a second
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     instead = "give a local folder, or `hf download` it first"
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(_FILES)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(_FILES), **options))
         if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=list(_FILES + _PICKLES)))
+            folder = Path(snapshot_download(hub_id, allow_patterns=list(_FILES + _PICKLES), **options))
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
             f"{hub_id}: no such folder, and the hub knows no such model (or it is gated: `hf auth login`); "

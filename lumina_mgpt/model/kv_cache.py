@@ -1,5 +1,6 @@
 """The KV cache: preallocated keys and values of every layer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class KVCache:
     Args:
         rows: number of sequences.
         length: largest number of ids in one sequence.
+        device: device of all layers, or one device for each layer.
         spare: number of additional slots after `length`, for the pads of short rows. No query attends to them.
             On CUDA there are at least two, and up to 127 more: the number of slots is a multiple of 128.
     """
@@ -60,24 +62,28 @@ class KVCache:
         rows: int,
         length: int,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str | Sequence[torch.device],
         spare: int = 0,
     ) -> None:
+        if isinstance(device, torch.device | str):
+            devices = [torch.device(device)] * config.num_hidden_layers
+        else:
+            devices = list(device)
         self.length, self.slots = length, length + spare
-        if torch.device(device).type == "cuda":
+        if devices[0].type == "cuda":
             self.slots = length + max(spare, _CUDA_SPARE)
             self.slots += -self.slots % CUDA_SLOTS
         shape = (rows, config.num_key_value_heads, self.slots, config.head_dim)
-        self.index = torch.arange(self.slots, device=device)  # of each slot
-        row = torch.arange(rows, device=device)[:, None]  # (B, 1)
+        self.index = torch.arange(self.slots, device=devices[0])  # of each slot
+        index = {one: torch.arange(rows, device=one)[:, None] for one in devices}  # (B, 1)
         self.layers: list[LayerCache] = []
-        for _ in range(config.num_hidden_layers):
+        for one in devices:
             # Separate tensors: for a slice of a larger one, a compiled step would write back the whole tensor.
-            stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+            stores = [torch.zeros(shape, dtype=dtype, device=one) for _ in range(2)]
             scales = None
             if dtype == torch.int8:
-                scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=device) for _ in range(2)]
-            self.layers.append(LayerCache(stores, scales, row))
+                scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=one) for _ in range(2)]
+            self.layers.append(LayerCache(stores, scales, index[one]))
 
     def tensors(self) -> list[Tensor]:
         """Returns the tensors of all layers: keys, values and, in int8, their scales."""
@@ -91,7 +97,17 @@ class KVCache:
     def copy_rows(self, source: Tensor, filled: int) -> None:
         """Copies the first `filled` slots of row `source[r]` to row r, for every row r. Shapes: source (rows,)."""
         for tensor in self.tensors():
-            tensor[:, :, :filled] = tensor[source, :, :filled]
+            tensor[:, :, :filled] = tensor[source.to(tensor.device), :, :filled]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops all rows but `rows`, and frees their memory. Row `rows[r]` becomes row r.
+
+        Shapes: rows (number of rows that stay,).
+        """
+        for layer in self.layers:
+            for tensors in (layer.stores, layer.scales or []):
+                for index, tensor in enumerate(tensors):
+                    tensors[index] = tensor[rows]
 
 
 class LayerCache(NamedTuple):

@@ -205,6 +205,15 @@ def _merge_equal_rows(rows: Tensor, count: int) -> Tensor:
     return shares[:, 0].clone() if torch.equal(shares, shares[:, :1].expand_as(shares)) else rows
 
 
+def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of the tensors in a checkpoint's weight files, without reading the tensors.
+
+    Raises:
+        InputError: the folder holds no weights, a file is damaged, or two files hold one name.
+    """
+    return _shapes(find_weights(Path(folder)))
+
+
 def _shapes(shards: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for shard in shards:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 
 import torch
@@ -61,10 +61,33 @@ class CachedStep:
         graphs: bool = True,
     ) -> None:
         self.model, self.cache, self.columns, self.compiled, self.width = model, cache, columns, compiled, width
-        self.device = next(model.parameters()).device
+        self.device = model.device
         self.graphs = Graphs(self.device) if graphs and self.device.type == "cuda" else None
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # number of ids -> ids and positions that graphs read
         self.calls = 0
+
+    def dropping(self, images: int, kept: Callable[[], Sequence[int] | None]) -> Callable[[], Sequence[int] | None]:
+        """Returns `kept` with a side effect: the cache drops the rows of the images that do not go on.
+
+        Args:
+            images: number of images of the batch. The cache has one row for each, or two with guidance.
+            kept: returns None, or which of the batch's current images go on.
+        """
+
+        def keep() -> Sequence[int] | None:
+            nonlocal images
+            going_on = kept()
+            if going_on is not None:
+                rows = len(self.cache.tensors()[0])
+                index = [row + image for row in range(0, rows, images) for image in going_on]
+                self.cache.keep_rows(torch.tensor(index, device=self.device))
+                images = len(going_on)
+                self._inputs = {}
+                if self.graphs is not None:  # they read the memory of the former rows
+                    self.graphs = Graphs(self.device)
+            return going_on
+
+        return keep
 
     def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         """Returns the logits after the ids at columns `read`.

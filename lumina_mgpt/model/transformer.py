@@ -292,6 +292,16 @@ class Transformer(nn.Module):
                 hidden = layer(hidden, rope, span, layer_cache, rate)
         return self.norm(hidden)
 
+    @property
+    def device(self) -> torch.device:
+        """Device on which ids go in, and hidden states and logits come out."""
+        return next(self.parameters()).device
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """Device on which each layer runs, and keeps its keys and values."""
+        return [self.device] * len(self.layers)
+
     def project(self, hidden: Tensor, columns: slice | None = None) -> Tensor:
         """Returns the logits of the vocabulary ids in `columns`; None for all ids.
 

@@ -45,6 +45,7 @@ class Call(NamedTuple):
 
 
 OnRow = Callable[[int, Tensor], None]
+Kept = Callable[[], Sequence[int] | None]
 
 
 def sample(
@@ -56,6 +57,7 @@ def sample(
     on_row: OnRow | None = None,
     *,
     given: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Samples the codes of one image per prompt. All images have the same layout.
 
@@ -71,6 +73,9 @@ def sample(
         on_row: called after each complete row with its index `row` and a copy of all codes so far,
             (B, row + 1, cols).
         given: the first `layout.given` codes of each image in reading order, (B, layout.given).
+        kept: called before each step but the first. It returns None, or which images of the batch go on: indices of its
+            current images, at least one, in ascending order. Then `step` has dropped the rows of the others already.
+            Later codes have only the images that go on. An exception that it raises ends the sampling.
 
     Shapes: -> codes (B, rows, cols), on the device of the logits.
 
@@ -80,7 +85,7 @@ def sample(
     given = check_given(given, keys, layout, len(prompts))
     if layout.given == layout.num_codes:
         return given.view(len(prompts), layout.rows, layout.cols).clone()
-    return collect(sample_codes(step, prompts, layout, settings, keys, given=given), layout, on_row)
+    return collect(sample_codes(step, prompts, layout, settings, keys, given=given, kept=kept), layout, on_row)
 
 
 @torch.no_grad()
@@ -94,6 +99,7 @@ def sample_codes(
     given: Tensor | None = None,
     held: Sequence[int] | None = None,
     stop: int | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Tensor]:
     """Yields all codes so far after each complete row, and at the end: `sample` as a generator.
 
@@ -103,7 +109,7 @@ def sample_codes(
         held: number of ids that the cache already holds of each conditional row; see `first_call`.
         stop: sample only the first `stop` codes, more than `layout.given` (default: all).
 
-    Shapes: yields copies (B, n), where n is a multiple of `cols` or `stop`.
+    Shapes: yields (B, n), where n is a multiple of `cols` or `stop`: a view of final codes, for which no kernel starts.
     """
     B, C, stop = len(prompts), layout.vocabulary.num_image_codes, stop or layout.num_codes
     given = check_given(given, keys, layout, B)
@@ -116,16 +122,19 @@ def sample_codes(
             codes = torch.empty((B, layout.num_codes), dtype=torch.long, device=logits.device)
             codes[:, : layout.given] = given
         log_probs = code_log_probs(logits, settings)[:, 0]  # (B, C)
-        codes[:, position] = code = draw(log_probs, settings, keys, [position] * B)
+        codes[:, position] = code = draw(log_probs, settings, keys, [position] * len(keys))
         if (position + 1) % layout.cols == 0 or position + 1 == stop:
             check_not_nan(log_probs)
-            yield codes[:, : position + 1].clone()
+            yield codes[:, : position + 1]
         if position + 1 < stop:
+            if kept is not None and (rows := kept()) is not None:
+                codes, code, origin = codes[rows], code[rows], origin.view(-1, len(keys))[:, rows].flatten()
+                keys = [keys[row] for row in rows]
             call = next_call(code, position, layout, origin)
 
 
 def collect(rows: Iterator[Tensor], layout: ImageLayout, on_row: OnRow | None) -> Tensor:
-    """Returns the last of the codes that `rows` yields, (B, rows, cols), and calls `on_row` with each of them.
+    """Returns the last codes that `rows` yields, (B, rows, cols), and calls `on_row` with a copy of each of them.
 
     Shapes: `rows` yields (B, n), where n is a multiple of `cols`.
     """
@@ -133,7 +142,7 @@ def collect(rows: Iterator[Tensor], layout: ImageLayout, on_row: OnRow | None) -
     for codes in rows:
         grid = codes.view(len(codes), -1, layout.cols)
         if on_row is not None:
-            on_row(grid.shape[1] - 1, grid)
+            on_row(grid.shape[1] - 1, grid.clone())
     assert grid is not None
     return grid
 

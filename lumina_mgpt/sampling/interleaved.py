@@ -56,6 +56,7 @@ class AnswerSampler:
         answer: ids of the answer so far.
         held: number of ids of prompt and answer that the cache holds of the conditional row.
         reason: why the answer ended, "turn end" or "length"; None before.
+        before_step: called before each step inside an image but the first. An exception that it raises ends the answer.
 
     Args:
         text_step: the model. It feeds the conditional row alone, and returns the logits of the whole vocabulary.
@@ -81,6 +82,7 @@ class AnswerSampler:
         self.reason: str | None = None
         self._text_step, self._image_step, self._vocabulary = text_step, image_step, vocabulary
         self._plan, self._settings, self._turn, self._speculation = plan, settings, turn, speculation
+        self.before_step: Callable[[], None] | None = None
         self._images = 0  # complete images of the answer
         self._text = _Draw(vocabulary.text_mask(True), settings.text_temperature, settings.text_top_k)
         self._only_text = _Draw(vocabulary.text_mask(False), settings.text_temperature, settings.text_top_k)
@@ -157,9 +159,9 @@ class AnswerSampler:
         key: Key = (self._settings.seed, 0, stream(self._turn, self._images))
         arguments = (self._image_step(), [prompt], layout, self._settings, [key])
         if self._speculation is None:
-            rows = sample_codes(*arguments, held=[self.held], stop=stop)
+            rows = sample_codes(*arguments, held=[self.held], stop=stop, kept=self.before_step)
         else:
-            rows = jacobi_codes(*arguments, self._speculation, held=[self.held], stop=stop)
+            rows = jacobi_codes(*arguments, self._speculation, held=[self.held], stop=stop, kept=self.before_step)
         for codes in rows:
             # The cache certainly holds the codes before the last final one, and nothing overwrites them.
             self.held = len(prompt) + layout.offset_of(codes.shape[1] - 1)

@@ -14,6 +14,7 @@ from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.sampling import couplings
 from lumina_mgpt.sampling.autoregressive import (
     Call,
+    Kept,
     OnRow,
     Step,
     check_given,
@@ -66,6 +67,7 @@ def sample_jacobi(
     on_row: OnRow | None = None,
     *,
     given: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Samples the codes of one image per prompt.
 
@@ -79,7 +81,8 @@ def sample_jacobi(
     given = check_given(given, keys, layout, len(prompts))
     if layout.given == layout.num_codes:
         return given.view(len(prompts), layout.rows, layout.cols).clone()
-    return collect(jacobi_codes(step, prompts, layout, settings, keys, speculation, given=given), layout, on_row)
+    codes = jacobi_codes(step, prompts, layout, settings, keys, speculation, given=given, kept=kept)
+    return collect(codes, layout, on_row)
 
 
 @torch.no_grad()
@@ -94,12 +97,13 @@ def jacobi_codes(
     given: Tensor | None = None,
     held: Sequence[int] | None = None,
     stop: int | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[Tensor]:
     """Yields all codes so far after each row that is final in every image, and at the end.
 
     Arguments are those of `sample_jacobi` and of `autoregressive.sample_codes`. At least one code is not given.
 
-    Shapes: yields copies (B, n), where n is a multiple of `cols` or `stop`.
+    Shapes: yields (B, n), where n is a multiple of `cols` or `stop`: a view of final codes, for which no kernel starts.
     """
     stop = stop or layout.num_codes
     given = check_given(given, keys, layout, len(prompts))
@@ -113,13 +117,16 @@ def jacobi_codes(
         if (rows := final // layout.cols) > reported:
             check_not_nan(log_probs)
             for row in range(reported, rows):
-                yield state.codes[:, : (row + 1) * layout.cols].clone()
+                yield state.codes[:, : (row + 1) * layout.cols]
             reported = rows
         if final == stop:
             if stop % layout.cols:
                 check_not_nan(log_probs)
-                yield state.codes[:, :stop].clone()
+                yield state.codes[:, :stop]
             return
+        if kept is not None and (going_on := kept()) is not None:
+            state.keep(going_on)
+            continue  # the images that go on may have more final rows, or be complete
         log_probs = code_log_probs(step(*state.window_call()), settings)  # (B, W, C)
         state.verify(log_probs)
 
@@ -175,6 +182,14 @@ class _State:
         self.final += 1
         self._draft(self.final, torch.full_like(self.final, self.W), log_probs)
         self.round += 1  # verification must not use the random numbers that drew the drafts
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all images but `rows`, which are indices of images in ascending order."""
+        self.origin = self.origin.view(-1, len(self.keys))[:, rows].flatten()
+        self.keys = [self.keys[row] for row in rows]
+        self.codes, self.final, self.proposals = self.codes[rows], self.final[rows], self.proposals[rows]
+        self.noise = None if self.noise is None else self.noise[rows]
+        self.rows = self.rows[: len(rows)]
 
     def window_call(self) -> Call:
         """The call of a round: the last final code, all drafts but the last, and the forced ids between them."""

@@ -52,22 +52,24 @@ def choose_trained(model: Transformer, options: ModelOptions, seed: int = 0) -> 
             parameter.requires_grad_(not name.startswith(("embed_tokens.", "lm_head.")))
 
 
-@contextmanager
-def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """Inside the block, the model computes what its base computes. It needs no second copy of the weights."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "enable_adapters")]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
 def _lora(options: ModelOptions) -> dict[str, Any]:
     """The arguments of peft's LoraConfig."""
     return {"r": options.lora_rank, "lora_alpha": options.alpha, "target_modules": list(TARGETS)}
+
+
+@contextmanager
+def without_adapters(model: Transformer) -> Iterator[None]:
+    """Makes a model compute what its base computes, without adapters and dropout, until the block ends."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    dropout, model.dropout = model.dropout, 0.0
+    try:
+        for layer in layers:
+            layer.set_scale(_ADAPTER, 0)
+        yield
+    finally:
+        model.dropout = dropout
+        for layer in layers:
+            layer.set_scale(_ADAPTER, 1)
 
 
 def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | str, keep: bool = True) -> Transformer:

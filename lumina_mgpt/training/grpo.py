@@ -85,7 +85,7 @@ class GrpoTrainer(Trainer):
         self.policy = options.sampling(config.num_image_codes)
         return prompts, PromptFeed(len(prompts), options.groups, runtime.seed)
 
-    def _loss_module(self, model: Transformer) -> PolicyModel:
+    def _make_module(self, model: Transformer) -> PolicyModel:
         if (self.grpo.kl or self.grpo.own_reward) and not self.settings.model.lora_rank:
             first = self.processes.first
             self.reference_print = self.processes.of_first(
@@ -240,11 +240,10 @@ class GrpoTrainer(Trainer):
     def _reference_log_probs(self, inputs: Inputs, columns: slice | None, settings: SamplingConfig) -> Tensor:
         """Returns the log-probabilities that the frozen reference gives. Shapes: (L,).
 
-        It has no gradient, since no weight in use is trained. It does not disable gradients: some products then round
-        otherwise, and the divergence of equal weights would not be exactly 0. AdamW turns the smallest gradient into a
-        whole step.
+        They are computed with gradients enabled, and detached: without, some products round otherwise, and the
+        divergence of equal weights would not be exactly 0. AdamW turns the smallest gradient into a whole step.
         """
         if self.reference is not None:
-            return self._log_probs(self.reference, inputs, columns, settings)[0]
-        with without_adapters(self.module):
-            return self._log_probs(self.module, inputs, columns, settings)[0]
+            return self._log_probs(self.reference, inputs, columns, settings)[0].detach()
+        with without_adapters(self.model):
+            return self._log_probs(self.module, inputs, columns, settings)[0].detach()

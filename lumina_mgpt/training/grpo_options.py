@@ -25,7 +25,7 @@ from lumina_mgpt.training.options import (
 EXCLUDED = (
     "data_config", "accum_iter", "max_tokens", "pad_multiple", "pack", "max_seq_len", "overlong", "model_config",
     "tokenizer_path", "zero_image_head", "dropout", "z_loss_weight", "tail_weight", "code_noise", "spare_panel",
-    "compile", "peak_tflops",
+    "compile", "peak_tflops", "guidance_scale", "own_samples",
 )  # fmt: skip
 # Defaults that differ from those of the finetuning.
 DEFAULTS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
-from lumina_mgpt.data.dataset import TokenDataset
+from lumina_mgpt.data.dataset import CONTEXT_DROPOUT, TokenDataset
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.data.sources import read_sources, require_known_panels
 from lumina_mgpt.errors import InputError
@@ -44,6 +44,9 @@ class Trainer:
     Raises:
         InputError: settings, data or checkpoint cannot be used. Nothing has been trained then.
     """
+
+    context_dropout = CONTEXT_DROPOUT
+    measured = "loss", "z_loss"  # names in the metrics of what `module` returns after the loss to minimize
 
     def __init__(self, settings: TrainingConfig, processes: Processes) -> None:
         self.settings, self.processes = settings, processes
@@ -80,11 +83,6 @@ class Trainer:
         """Returns what `_read_data` reads. It is checked before the model is loaded."""
         return read_sources(self.settings.data.data_config)
 
-    def _loss_module(self, model: Transformer) -> LossModel:
-        """Returns the module of model and loss, before it is placed."""
-        regularization = self.settings.regularization
-        return LossModel(model, regularization.z_loss_weight, regularization.tail_weight)
-
     def _sample_images(self, model: Transformer, vocabulary: Vocabulary) -> SampleImages:
         return SampleImages(self.settings, self.tokenizer_folder, model, vocabulary, self.processes)
 
@@ -94,7 +92,7 @@ class Trainer:
         require_known_panels(sources, config.family)
         longest = data.max_seq_len if data.overlong == "drop" else 0
         seed, several = self.settings.runtime.seed, config.family.drops_earlier_images
-        dataset = TokenDataset(sources, vocabulary, seed, longest, several)
+        dataset = TokenDataset(sources, vocabulary, seed, longest, several, self.context_dropout)
         dataset.check(data.max_seq_len)
         size = BatchSize(data.batch_size, data.max_tokens, data.pad_multiple, data.pack)
         size.check(int(dataset.lengths.max()))
@@ -102,16 +100,22 @@ class Trainer:
 
     def _prepare_model(self, model: Transformer) -> None:
         """Freezes, compiles and places the model, and makes its optimizers."""
-        settings, regularization, runtime = self.settings, self.settings.regularization, self.settings.runtime
+        settings, runtime = self.settings, self.settings.runtime
+        module = self._make_module(model)
         choose_trained(model, settings.model, settings.runtime.seed)
         self.frozen = self.processes.of_first(base.frozen(model) if self.processes.first else None)
-        self.module = self._loss_module(model)
+        self.module = module
         self.model = model.train()
         if runtime.compile:
             self.module.compile_parts()
         place(self.module, self.processes, runtime.cpu_offload, runtime.precision == "bf16")
         self.optimizers = build_optimizers(model, settings.optimizer)
-        self.ema = Ema(model, regularization.ema) if regularization.ema else None
+        self.ema = Ema(model, settings.regularization.ema) if settings.regularization.ema else None
+
+    def _make_module(self, model: Transformer) -> LossModel:
+        """Returns the module that computes the loss. The weights of `model` are those that the run starts from."""
+        regularization = self.settings.regularization
+        return LossModel(model, regularization.z_loss_weight, regularization.tail_weight)
 
     # -- position ------------------------------------------------------------------------------------------------------
 
@@ -275,8 +279,7 @@ class Trainer:
             "step": self.at,
             "epoch": round(self.feed.epochs, 4),
             "progress": self.progress,
-            "loss": loss,
-            "z_loss": z,
+            **dict(zip(self.measured, (loss, z), strict=True)),
             "grad_norm": norm,
             "lr": rate,
             "tokens": self.tokens,
@@ -353,11 +356,14 @@ class Trainer:
         """
         kind, narrow = self.processes.device.type, self.settings.runtime.precision == "bf16"
         with torch.autocast(kind, torch.bfloat16, enabled=narrow):
-            parts = self.processes.upload(batch.ids, batch.index, batch.targets)
-            total, cross, z = self.module(*parts, batch.documents)
+            total, cross, z = self._losses(batch)
         # FSDP averages gradients over the processes; the factor `world` makes that a sum.
         (total * (self.processes.world / labelled)).backward()
         return cross, z
+
+    def _losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss of a micro-batch to minimize and its parts, all three as sums over the labels."""
+        return self.module(*self.processes.upload(batch.ids, batch.index, batch.targets), batch.documents)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

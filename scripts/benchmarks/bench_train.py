@@ -4,7 +4,7 @@
 
 The defaults need 12 GB and a few minutes. Each side runs in its own process, in float32; the last line is JSON.
 `beyond_gb` is peak memory less weights, gradients and optimizer state, which take 16 bytes a parameter on each side.
-Linux only; needs transformers, of the extra `test`.
+Linux only.
 """
 
 import argparse

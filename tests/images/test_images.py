@@ -63,7 +63,7 @@ def test_other_modes_become_rgb(tmp_path, mode):
     path = tmp_path / "image.tiff"
     image = Image.new("RGB", (4, 4), "white")
     image = Image.new("LAB", (4, 4), (255, 128, 128)) if mode == "LAB" else image.convert(mode)
-    image.save(path)
+    image.save(path, compression="tiff_lzw" if mode == "YCbCr" else None)  # Pillow 12 does not read its raw YCbCr
     opened = open_image(path)
     assert opened.mode == "RGB" and min(opened.getpixel((0, 0))) >= 254
 

@@ -9,6 +9,7 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 from commands import main_of
 from pictures import MODES, every_file, in_mode
@@ -238,6 +239,8 @@ def test_grey_of_a_large_picture_is_scaled_in_bands():
 def test_every_format_that_pillow_writes_is_opened():
     files = every_file()
     assert {"AVIF", "BLP", "DDS", "GIF", "ICNS", "JPEG2000", "MPO", "TIFF", "WEBP"} <= {n.split(",")[0] for n in files}
+    if PIL.__version__ < "13":  # Pillow 12 does not read the raw YCbCr that it writes
+        files.pop("TIFF, YCbCr")
     for name, data in files.items():
         assert open_image(name, io.BytesIO(data)).mode == "RGB", name
 

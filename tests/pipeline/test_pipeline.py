@@ -204,7 +204,7 @@ def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
         ),
     )
     assert pipeline.batch_size(9400, layout, SamplingConfig()) == 1
-    monkeypatch.setattr(pipeline_module, "_CACHE_LIMIT", 9 << 30)
+    monkeypatch.setattr(devices, "_CACHE_LIMIT", 9 << 30)
     settings = SamplingConfig(cfg=1.0)
     assert pipeline.batch_size(3000, layout, settings) == 2  # 1 MiB an id in fp32
     monkeypatch.setattr(pipeline, "cache_dtype", torch.int8)

@@ -3,6 +3,7 @@
 import ast
 import runpy
 import sys
+from collections.abc import Collection
 from functools import cache
 from unittest import mock
 
@@ -12,14 +13,21 @@ from packaging.requirements import Requirement
 # Import name -> name for pip, where they differ in more than "_" and "-".
 DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
 SCRIPTS = ("generate_examples", "scripts")
+# Part of the package that only works with an extra -> the extra.
+PARTS = {"page": "page", "server": "ray"}
 OWN_FILES = [path for folder in (*SCRIPTS, "tests") for path in (ROOT / folder).rglob("*.py")]
 LOCAL = {"lumina_mgpt"} | {name for path in OWN_FILES for name in (path.stem, path.parent.name)}
 
 
-def imported(folder: str, top: bool = False) -> set[str]:
-    """Names for pip of the packages that a folder's files import: at module level only, or anywhere."""
+def imported(folder: str, top: bool = False, without: Collection[str] = ()) -> set[str]:
+    """Names for pip of the packages that a folder's files import: at module level only, or anywhere.
+
+    `without` names folders in it to leave out.
+    """
     names: set[str] = set()
     for path in (ROOT / folder).rglob("*.py"):
+        if path.relative_to(ROOT / folder).parts[0] in without:
+            continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in tree.body if top else ast.walk(tree):
             if isinstance(node, ast.Import):
@@ -55,7 +63,22 @@ def declared(*extras: str) -> set[str]:
 
 
 def test_the_package_starts_with_its_requirements_alone():
-    assert imported("lumina_mgpt", top=True) <= declared()
+    assert imported("lumina_mgpt", top=True, without=PARTS) <= declared()
+
+
+def test_parts_of_the_package_need_their_extra_alone():
+    for folder, extra in PARTS.items():
+        assert imported(f"lumina_mgpt/{folder}", top=True) <= declared(extra)
+
+
+def test_parts_with_an_extra_are_imported_when_they_are_used():
+    """Outside of itself, such a part is imported in functions only."""
+    for path in (ROOT / "lumina_mgpt").rglob("*.py"):
+        if path.relative_to(ROOT / "lumina_mgpt").parts[0] in PARTS:
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            text = ast.unparse(node) if isinstance(node, ast.Import | ast.ImportFrom) else ""
+            assert not any(f"lumina_mgpt.{part}" in text for part in PARTS), path
 
 
 def test_all_imports_are_declared():

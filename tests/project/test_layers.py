@@ -32,12 +32,12 @@ LAYERS: dict[str, set[str]] = {
     "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
-    "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
+    "config": FOUNDATIONS | {"checks", "families", "model_config_checks", "prompts"},
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},
     "unirep": {"errors", "checks", "vocabulary"},
     "vqgan": FOUNDATIONS | {"checks", "config", "cuda", "families", "images"},
-    "panels": {"errors", "checks", "images", "vqgan", "unirep", "vocabulary"},
+    "panels": {"errors", "checks", "images", "prompts", "vqgan", "unirep", "vocabulary"},
     "kernels": {"config"},
     "model": FOUNDATIONS | {"checks", "config", "cuda", "families", "kernels", "launcher"},
     "image_tokenizer": {"errors", "model", "vqgan"},
@@ -50,6 +50,7 @@ LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "pa
 LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
 LAYERS["loading"] = {"errors", "model", "preparation", "vqgan"}
+LAYERS["conversation_cache"] = {"config", "model", "preparation", "unirep", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
@@ -69,8 +70,22 @@ LAYERS["data"] = FOUNDATIONS | {
 }
 LAYERS["training"] = set(LAYERS) - {"console"}
 LAYERS["__init__"] = {"pipeline", "request"}  # loaded on first use
-LAYERS["comfyui"] = set(LAYERS) - {"console", "data", "launcher", "outputs", "training"}
-LAYERS["cli"] = set(LAYERS) - {"comfyui"}
+LAYERS["server"] = set(LAYERS) - {"console", "launcher", "autotune", "data", "training"}
+LAYERS["comfyui"] = set(LAYERS) - {"console", "data", "launcher", "outputs", "server", "training"}
+LAYERS["hf"] = set(LAYERS) - {"comfyui", "console", "launcher", "outputs", "server"}
+LAYERS["page"] = set(LAYERS) - {
+    "autotune",
+    "comfyui",
+    "console",
+    "data",
+    "hf",
+    "launcher",
+    "model",
+    "sampling",
+    "training",
+    "vqgan",
+}
+LAYERS["cli"] = set(LAYERS) - {"comfyui", "hf"}
 LAYERS["__main__"] = {"cli"}
 PRINTERS = {"cli", "__main__"}
 EXITS = {"print", "exit", "quit", "sys.exit", "os._exit"}
@@ -128,6 +143,18 @@ def test_imports_go_to_layers_above():
         assert name in LAYERS, f"add {name} to LAYERS"
         wrong += [f"{module} -> {other}" for other in imports(path) if layer(other) not in LAYERS[name] | {name}]
     assert not wrong
+
+
+def test_only_the_adapters_import_transformers():
+    """The import takes seconds, which a command would wait."""
+    found = set()
+    for module, path in modules().items():
+        for node in ast.walk(tree(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.partition(".")[0] in ("accelerate", "transformers") for name in names):
+                found.add(layer(module))
+    assert found == {"hf"}
 
 
 def test_imports_form_no_cycle():
