@@ -200,7 +200,8 @@ def _wanted(
 def _sampling(settings: dict[str, Any], mode: str, checkpoint: Checkpoint) -> SamplingConfig:
     seed = settings.pop("seed", None)
     generator = settings.pop("generator", None)
-    greedy = settings.pop("do_sample", True) is False
+    sampled = settings.pop("do_sample", True)
+    require(isinstance(sampled, bool), "do_sample", sampled, "must be True or False")
     require(seed is None or generator is None, "seed", seed, "must be left out with a generator")
     values: dict[str, Any] = dict(checkpoint.config.family.sampling)
     names = {"guidance_scale": "cfg", "top_k": "top_k", "temperature": "temperature"}
@@ -213,7 +214,7 @@ def _sampling(settings: dict[str, Any], mode: str, checkpoint: Checkpoint) -> Sa
             rule = "is not supported: this model is sampled by its own samplers, whose settings are"
             raise InputError(f"{rule} {known}; leave it out", name)
         values[field] = value
-    if greedy:
+    if not sampled:
         values |= {"top_k": 1, "text_top_k": 1}
     values["seed"] = _seed(generator) if seed is None else seed
     return SamplingConfig(**values)

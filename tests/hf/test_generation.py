@@ -168,6 +168,7 @@ def test_answers_in_text_and_images_equal_the_pipelines(oracle_v1_checkpoint):
         ({"height": 32}, "height"),
         ({"seed": 1, "generator": torch.Generator()}, "seed"),
         ({"generator": 3}, "generator"),
+        ({"do_sample": "no"}, "do_sample"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"num_return_sequences": 0}, "num_return_sequences"),
         ({"generation_mode": "image", "height": 33}, "height"),
