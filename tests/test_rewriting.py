@@ -1,7 +1,9 @@
 """Expanded prompts: a local server that answers as an OpenAI-compatible endpoint does, and faults of each kind."""
 
 import json
+import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -288,3 +290,17 @@ def test_an_expanded_prompt_that_cannot_be_drawn_is_not_kept(stub, listed, tmp_p
     assert error.startswith("error: --rewrite gives '") and "for 'a snowman', which cannot be drawn" in error
     stub.answer = lambda prompt: f"{prompt}, expanded"
     assert main_of("benchmark")(options) == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "benchmark"])
+def test_a_scorer_gets_the_prompts_of_the_user(command, generate, listed, tmp_path, monkeypatch):
+    module = types.ModuleType("both_of_mine")
+    module.expand, module.seen = "{}, expanded".format, []
+    module.score = lambda images, prompts: module.seen.append(prompts) or list(range(len(images)))
+    monkeypatch.setitem(sys.modules, "both_of_mine", module)
+    options = ("--best_of", "2", "--rewrite", "both_of_mine:expand", "--scorer", "both_of_mine:score")
+    if command == "benchmark":
+        assert main_of(command)([*listed, *options]) == 0
+    else:
+        assert generate("--prompt", "a cat", "--prompt", "a snowman", "--prompt", "a cat", *options) == 0
+    assert module.seen[-3:] == [["a cat"] * 2, ["a snowman"] * 2, ["a cat"] * 2]
