@@ -9,6 +9,7 @@ _CHANGED = 48  # least difference of a color channel, in 0 ... 255: above what e
 _LINES = 48  # number of columns, and of rows, that may be sides of the box: those with the most changed pixels
 _COVERED = 0.6  # least share of changed pixels of each side
 _SMALLEST = 8  # pixels: shorter sides are specks
+_MOST = 0.3  # largest share of changed pixels of the whole image: else it is another image, not the picture and a box
 _INSIDE = 0.5  # largest share of changed pixels in the middle, relative to the sides: else all of the picture differs
 
 
@@ -16,7 +17,8 @@ def find_box(image: Image.Image, reference: Image.Image) -> Box | None:
     """Returns the rectangle whose outline differs between two images of the same size; None if there is none.
 
     Each of its four sides has at least 60 % changed pixels, and its middle has a share of at most half of that of the
-    outline. Of all such rectangles, it is the one with the most changed pixels on its outline, less the unchanged ones.
+    outline. At most 30 % of the pixels of the image are changed. Of all such rectangles, it is the one with the most
+    changed pixels on its outline, less the unchanged ones.
 
     Args:
         image: a picture with a box drawn in.
@@ -29,6 +31,8 @@ def find_box(image: Image.Image, reference: Image.Image) -> Box | None:
         raise ValueError(f"the images must have one size, got {image.size} and {reference.size}")
     pixels, before = (np.asarray(picture.convert("RGB"), np.int16) for picture in (image, reference))
     changed = np.abs(pixels - before).max(-1) >= _CHANGED  # (height, width)
+    if changed.mean() > _MOST:
+        return None
     left, right = _pairs(changed.sum(0))
     top, bottom = _pairs(changed.sum(1))
     if not len(left) or not len(top):

@@ -22,6 +22,7 @@ from lumina_mgpt.model_config_checks import (
     checked_rope,
     with_rope_parameters,
 )
+from lumina_mgpt.prompts import Task
 
 INT4_GROUPS = (32, 64, 128)
 DEFAULT_INT4_GROUP = 128
@@ -44,6 +45,8 @@ class ModelConfig:
         generation: 1 for Lumina-mGPT, 2 for Lumina-mGPT 2.0. `family` has the values that follow from it.
         base_size: side in pixels of the images that the weights were trained on.
         panels_apart: whether the image tokenizer encodes and decodes each panel of an image separately; see `parts`.
+        guided_scale: guidance scale whose distribution the weights give without guidance, see
+            `training.distillation`; 1.0 for weights that were not trained for that.
         quantization_config: what `int4_recipe` returns if the weights are int4, else None. Other programs read this
             key of `config.json` and refuse a value that they do not know.
 
@@ -74,6 +77,7 @@ class ModelConfig:
     num_image_codes: int = SECOND.num_image_codes
     base_size: int = 768
     panels_apart: bool = False
+    guided_scale: float = 1.0
     quantization_config: dict | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +93,22 @@ class ModelConfig:
     def family(self) -> Family:
         """The family of the checkpoint."""
         return FAMILIES[self.generation]
+
+    @property
+    def guided(self) -> bool:
+        """Whether the weights give a guided distribution by themselves, so that no second row is needed."""
+        return self.guided_scale != 1.0
+
+    def sampling_of(self, task: Task | None = None) -> dict[str, float]:
+        """Returns the default values of `SamplingConfig`, where they differ from those of the class.
+
+        Guided weights need no guidance, so their `cfg` is 1.
+
+        Args:
+            task: the task whose defaults count, too; None for an answer in a conversation.
+        """
+        values = dict(self.family.sampling) if task is None else self.family.sampling_of(task)
+        return values | ({"cfg": 1.0} if self.guided else {})
 
     @property
     def context(self) -> int:
@@ -204,6 +224,8 @@ class ModelConfig:
         values = asdict(self)
         if self.quantization_config is None:  # other programs take null for a recipe
             del values["quantization_config"]
+        if not self.guided:  # the released files lack it
+            del values["guided_scale"]
         Path(path).write_text(json.dumps(extra | values, indent=2) + "\n")
 
 
@@ -232,9 +254,12 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         values: dict[str, float] = {"cfg": real_number(self.cfg)}
         require(0 <= values["cfg"] <= 1000, "cfg", self.cfg, "must be a number in 0 ... 1000; try 4.0")
-        for name, other in (("temperature", "top_k"), ("text_temperature", "text_top_k")):
+        for name, other, what in (
+            ("temperature", "top_k", "code"),
+            ("text_temperature", "text_top_k", "piece of text"),
+        ):
             values[name] = temperature = real_number(getattr(self, name))
-            rule = f"must be a finite number > 0; try 1.0, or {other}=1 for the most probable codes"
+            rule = f"must be a finite number > 0; try 1.0, or {other}=1 for always the most probable {what}"
             require(math.isfinite(temperature) and temperature > 0, name, getattr(self, name), rule)
         for name, usual in (("top_k", 4096), ("text_top_k", 10)):
             rule = f"must be a whole number of at least 1; try {usual}"

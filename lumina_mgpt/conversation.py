@@ -13,19 +13,15 @@ The ids hold the codes of all images, so no image is encoded twice. A turn costs
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.answers import AnswerReader, read_answer
 from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.conversation_cache import ConversationCache, Host
 from lumina_mgpt.errors import InputError, caused_by
-from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward, cuda_width
-from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures, turn_parts
 from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.results import Answer, End, Event
@@ -40,36 +36,12 @@ from lumina_mgpt.unirep import (
     image_length,
     split,
     status,
+    turn_list,
 )
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
-
-if TYPE_CHECKING:
-    from lumina_mgpt.model.parallel import Parallel
 
 WANTS = ("any", "text", "image", "images")
 MAX_NEW_TOKENS = 8192  # as in the released examples
 _PADS = 16  # spare cache slots for the pads of short rows
-_GROWTH = 1.5  # a cache that is too small grows at least by this factor
-
-
-class Host(Protocol):
-    """What a conversation needs of a `Pipeline`."""
-
-    checkpoint: Checkpoint
-    model: Transformer
-    image_tokenizer: ImageTokenizer
-    device: torch.device
-    cache_dtype: torch.dtype
-    compiled: Forward | None
-    cuda_graphs: bool
-    parallel: "Parallel | None"
-
-    @property
-    def writes_text(self) -> bool: ...
-
-    def with_window(self, speculation: Speculation | None) -> Speculation | None: ...
-
-    def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]: ...
 
 
 class AnswerStream(Iterator[Event]):
@@ -144,13 +116,13 @@ class Conversation:
     ) -> None:
         require(not (turns and ids), "ids", ids, "must be left out if there are turns")
         self.host = host
-        self._cache = _Cache(host)
+        self._cache = ConversationCache(host)
         self._held = 0  # number of `ids` that the cache holds
         self._stream: AnswerStream | None = None
         vocabulary = host.checkpoint.vocabulary
         if len(turns) % 2:
             raise InputError(f"must end with an answer, got {len(turns)} turns; give the last one to say()", "turns")
-        encoded: list[Turn] = [(role, self._encode(parts)) for role, parts in turns]
+        encoded: list[Turn] = [(role, self._encode(parts)) for role, parts in turn_list(turns)]
         self.ids = encode_conversation(encoded, vocabulary)[0] if encoded else list(ids)
         if ids:
             self._check_ids()
@@ -168,7 +140,7 @@ class Conversation:
         want: str = "any",
         size: tuple[int, int] | None = None,
         views: int = 1,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         speculation: Speculation | None = None,
         **sampling: Any,
     ) -> AnswerStream:
@@ -186,7 +158,8 @@ class Conversation:
             size: width and height in pixels of the images, for `want` "image" and "images". None: the model draws the
                 size of each.
             views: number of images for `want` "images".
-            max_new_tokens: largest number of ids of the answer.
+            max_new_tokens: largest number of ids of the answer (default: 8192, or what images of a known size need if
+                that is more).
             speculation: settings of speculative Jacobi sampling inside images; None for one code a forward.
             sampling: fields of `SamplingConfig`; the defaults are those of the checkpoint's family.
 
@@ -198,6 +171,9 @@ class Conversation:
             self._stream.close()
         vocabulary = self.host.checkpoint.vocabulary
         settings = sampling_config(self.host.checkpoint, sampling)
+        require(isinstance(text, Sequence), "text", text, "must be a text, or a sequence of texts and pictures")
+        known = speculation is None or isinstance(speculation, Speculation)
+        require(known, "speculation", speculation, "must be a config.Speculation or None")
         parts = turn_parts(text, pictures) if isinstance(text, str) else list(text)
         require(isinstance(text, str) or not pictures, "pictures", pictures, "must be left out if the turn has parts")
         prompt = (self.ids or [vocabulary.bos_id]) + encode_turn(self._encode(parts), vocabulary)
@@ -262,12 +238,13 @@ class Conversation:
                 encoded += encode_pictures(fitted, host.image_tokenizer)
         return encoded
 
-    def _plan(self, prompt: list[int], want: str, size: tuple[int, int] | None, views: int, limit: int) -> Plan:
+    def _plan(self, prompt: list[int], want: str, size: tuple[int, int] | None, views: int, limit: int | None) -> Plan:
         checkpoint = self.host.checkpoint
         vocabulary, context = checkpoint.vocabulary, checkpoint.config.context
         require(want in WANTS, "want", want, f"must be one of {', '.join(WANTS)}")
-        rule = "must be a whole number of at least 1"
-        limit = whole_number("max_new_tokens", limit, 1, None, f"{rule}; try {MAX_NEW_TOKENS}")
+        if limit is not None:
+            rule = f"must be a whole number of at least 1; try {MAX_NEW_TOKENS}"
+            limit = whole_number("max_new_tokens", limit, 1, None, rule)
         views = whole_number("views", views, 1, 1000, "must be a whole number in 1 ... 1000; try 16")
         require(views == 1 or want == "images", "views", views, "must be 1 unless want=images")
         forced = want in ("image", "images")
@@ -283,7 +260,10 @@ class Conversation:
         needed = len(prompt) + (views * length if forced else 1)
         if needed > context:
             rule = f"the conversation has {len(prompt)} ids and the answer takes at least {needed - len(prompt)}"
-            raise InputError(f"{rule}, but this model sees {context}; start a new one, or ask for smaller images")
+            rule = f"{rule}, but this model sees {context}"
+            raise InputError(f"{rule}; begin a new conversation, or ask for fewer or smaller images")
+        if limit is None:
+            limit = max(MAX_NEW_TOKENS, views * length + 1) if forced else MAX_NEW_TOKENS  # and the turn end
         if forced:
             self.host.image_tokenizer.require_decoder()
         text_only = want == "text" or not self.host.image_tokenizer.can_decode
@@ -316,73 +296,8 @@ class Conversation:
             raise InputError(f"must hold complete images: {error}", "ids") from None
 
 
-class _Cache:
-    """The KV cache of a conversation, and the steps on it."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._cache: KVCache | None = None
-        self._rows = 0
-        self._steps: dict[tuple[int, int], CachedStep] = {}  # by number of rows and width; no rows: the text step
-
-    def reserve(self, rows: int, length: int, spare: int, held: int) -> None:
-        """Makes room for `rows` rows of `length` ids, and keeps the first `held` ids of the conditional row.
-
-        Without guidance there is no second row, so a cache may grow in both directions.
-
-        Args:
-            spare: number of further slots, for pads and drafts.
-        """
-        host, old = self._host, self._cache
-        spare += COMPILED_SPARE if host.compiled else 0
-        if old is not None and rows <= self._rows and length + spare <= old.slots:
-            return
-        if old is not None:
-            rows = max(rows, self._rows)
-            grown = old.slots if length + spare <= old.slots else int(_GROWTH * old.slots)
-            length = max(length, min(host.checkpoint.config.context, grown - spare))
-        new = conversation_cache(host, rows, length + spare)
-        if old is not None:
-            for target, source in zip(new.tensors(), old.tensors(), strict=True):
-                target[:1, :, :held] = source[:1, :, :held]
-        self._cache, self._rows, self._steps = new, rows, {}
-
-    def text_step(self) -> CachedStep:
-        """Returns the step that feeds the conditional row alone, for a new answer."""
-        return self._step(0, 1, None)
-
-    def image_step(self, rows: int, window: int) -> CachedStep:
-        """Returns the step that feeds this number of rows, for a new image.
-
-        Args:
-            window: largest number of ids of a window of drafts, 0 without drafts.
-        """
-        return self._step(rows, cuda_width(window), self._host.checkpoint.vocabulary.code_slice)
-
-    def _step(self, rows: int, width: int, columns: slice | None) -> CachedStep:
-        assert self._cache is not None
-        key = rows, width
-        if key not in self._steps:
-            self._steps[key] = conversation_step(self._host, self._cache, columns, width)
-        self._steps[key].calls = 0  # the first call may be a prefill, which is never compiled
-        return self._steps[key]
-
-
-def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
-    """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is."""
-    cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.model.layer_devices)
-    cache.length = host.checkpoint.config.context
-    return cache
-
-
-def conversation_step(host: Host, cache: KVCache, columns: slice | None, width: int = 1) -> CachedStep:
-    """Returns a step on a cache. Arguments: as `CachedStep`."""
-    graphs = host.cuda_graphs and not host.parallel
-    return CachedStep(host.model, cache, columns, host.compiled, width=width, graphs=graphs)
-
-
 def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingConfig:
-    """Returns the sampling settings of an answer; defaults are those of the checkpoint's family.
+    """Returns the sampling settings of an answer; defaults are those of the checkpoint.
 
     Raises:
         InputError: a name is unknown, or a value is out of range.
@@ -391,4 +306,4 @@ def sampling_config(checkpoint: Checkpoint, values: dict[str, Any]) -> SamplingC
     for name in values:
         if name not in known:
             raise InputError(f"is no setting of an answer; the sampling settings are {', '.join(known)}", name)
-    return SamplingConfig(**{**dict(checkpoint.config.family.sampling), **values})
+    return SamplingConfig(**{**checkpoint.config.sampling_of(), **values})

@@ -8,7 +8,8 @@ from torch import Tensor
 from lumina_mgpt.answers import read_answer
 from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.config import SamplingConfig
-from lumina_mgpt.conversation import Host, conversation_cache, conversation_step, sampling_config
+from lumina_mgpt.conversation import sampling_config
+from lumina_mgpt.conversation_cache import Host, conversation_cache, conversation_step
 from lumina_mgpt.devices import LARGEST_AUTO_BATCH, batch_limit, cache_bytes
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
@@ -53,6 +54,7 @@ def describe(
     limit = whole_number("max_new_tokens", max_new_tokens, 1, None, "must be a whole number of at least 1; try 1024")
     single = isinstance(pictures, str) or not isinstance(pictures, Sequence)
     require(not single, "pictures", type(pictures).__name__, "must be a sequence of pictures; put it in a list")
+    require(isinstance(question, str), "question", question, "must be a text")
     question = question if PICTURE in question else f"{question} {PICTURE}"
     require(question.count(PICTURE) == 1, "question", question, f"must have one mark {PICTURE} at most")
     with caused_by("question"):

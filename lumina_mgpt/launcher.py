@@ -94,7 +94,7 @@ def meeting_point() -> None:
     missing = [name for name in names if not os.environ.get(name)]
     if missing:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start with "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but these are not set: {', '.join(missing)}; start with "
             "torchrun, or unset WORLD_SIZE to run in one process"
         )
     for name, limit in (("LOCAL_RANK", int(os.environ["WORLD_SIZE"]) - 1), ("MASTER_PORT", 65535)):

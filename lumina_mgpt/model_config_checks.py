@@ -93,6 +93,7 @@ def check_sizes(config: Any) -> None:
             0 <= config.image_code_offset <= config.vocab_size - codes,
             f"must leave {codes} codes below vocab_size = {config.vocab_size}",
         ),
+        "guided_scale": (1 <= config.guided_scale <= 1000, "must be in 1 ... 1000; 1 for weights without guidance"),
         "base_size": (config.base_size % 32 == 0, "must be a multiple of 32"),
     }
     for name, (fits, rule) in rules.items():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lumina_mgpt.checks import excerpt
+from lumina_mgpt.checks import require
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.images import best_size, candidate_sizes, crop_panel, open_panel, upright
 from lumina_mgpt.prompts import PICTURE
@@ -113,10 +113,8 @@ def turn_parts(text: str, pictures: Sequence[Panel]) -> list[str | Panel]:
     Raises:
         InputError: there are marks, but not one for each picture.
     """
-    if isinstance(pictures, str):
-        raise InputError(
-            f"must be a sequence of pictures, got the text {excerpt(pictures)}; put it in a list", "pictures"
-        )
+    single = isinstance(pictures, str) or not isinstance(pictures, Sequence)
+    require(not single, "pictures", pictures, "must be a sequence of pictures; put it in a list")
     marks = text.count(PICTURE)
     if not marks:
         text = f"{PICTURE} " * len(pictures) + text

@@ -37,7 +37,7 @@ from lumina_mgpt.results import Answer, Result, RowsDone
 from lumina_mgpt.sampling.autoregressive import Kept, sample
 from lumina_mgpt.sampling.jacobi import ring_bytes, sample_jacobi, spare_slots, window_ids
 from lumina_mgpt.sampling.noise import Key
-from lumina_mgpt.unirep import ImageLayout, encode_image
+from lumina_mgpt.unirep import ImageLayout, encode_image, turn_list
 from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 if TYPE_CHECKING:
@@ -181,8 +181,7 @@ class Pipeline:
         prepared = request if isinstance(request, PreparedRequest) else self.checkpoint.prepare(request)
         request = prepared.request
         if request.task.views > 1:
-            rule = "must make one image here, but this one makes several in one answer"
-            raise InputError(f"{rule}; use Pipeline.chat with want='images'", "task")
+            raise InputError("must make one image an answer here; use Pipeline.chat with want='images'", "task")
         size = request.batch_size or self.batch_size(
             max(map(len, prepared.starts)), prepared.layout, request.sampling, request.speculation
         )
@@ -230,9 +229,10 @@ class Pipeline:
         Raises:
             InputError: the turns or a setting do not fit the checkpoint. The call itself raises it.
         """
-        if len(turns) % 2 == 0 or turns[-1][0] != "human":
+        *earlier, (role, parts) = turn_list(turns) or [("nobody", [])]
+        if len(earlier) % 2 or role != "human":
             raise InputError(f"must end with a turn of the human, got {len(turns)} turns; remove the answer", "turns")
-        return self.conversation(turns[:-1]).say(list(turns[-1][1]), **settings)
+        return self.conversation(earlier).say(parts, **settings)
 
     def answer(self, turns: Sequence[tuple[str, Sequence[str | Panel]]], **settings: Any) -> Answer:
         """Returns the model's whole answer to a conversation. Arguments and errors: as `chat`."""

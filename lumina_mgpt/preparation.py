@@ -1,5 +1,6 @@
 """Opens a checkpoint's small files and prepares requests for it: layouts, prompt ids and panels. Loads no weights."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.panels import encode_panels, encode_pictures, fit_panels, fit_pictures
-from lumina_mgpt.prompts import TASKS, Task
+from lumina_mgpt.prompts import PICTURE, TASKS, Task
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
@@ -25,6 +26,8 @@ from lumina_mgpt.vqgan.tokenizer import (
     look_for_image_tokenizer,
     missing_file,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -242,7 +245,8 @@ class Checkpoint:
         """Returns the request with its worded task and the sampling defaults of the task and the family.
 
         Raises:
-            InputError: the family does not have the task, or the task makes one image and `views` asks for several.
+            InputError: the family does not have the task, the task makes one image and `views` asks for several, or
+                `instruction` has a mark of a picture that the task does not take.
         """
         family, task = self.config.family, request.task
         if task not in (*family.tasks.values(), *family.i2i_tasks.values()):
@@ -251,14 +255,29 @@ class Checkpoint:
         if request.views is not None and request.views > 1 and task.views == 1:
             rule = "must be left out for a task that makes one image"
             raise InputError(f"{rule}, got {request.views}; use n={request.views}", "views")
+        marks = 0 if request.instruction is None else request.instruction.count(PICTURE)
+        if marks > task.takes_picture:
+            rule = f"must have {'one mark' if task.takes_picture else 'no mark'} {PICTURE}"
+            takes = f"the task takes {'one picture' if task.takes_picture else 'no picture'} in its instruction"
+            raise InputError(f"{rule}, because {takes}, got {marks}; remove it", "instruction")
         if request.shown is not None and task.panels == 1:
             rule = "must be left out for a task without panels"
             raise InputError(f"{rule}, got {request.shown!r}; give instruction=TEXT", "shown")
-        sampling: Any = {name: value for name, value in family.sampling_of(task).items() if name in request.unset}
+        sampling: Any = {name: value for name, value in self.config.sampling_of(task).items() if name in request.unset}
         changed: dict[str, Any] = {"sampling": replace(request.sampling, **sampling)} if sampling else {}
+        self._check_guidance(changed.get("sampling", request.sampling).cfg, request.guide_again)
         if request.worded_task != task:
             changed["task"] = request.worded_task
         return replace(request, **changed) if changed else request
+
+    def _check_guidance(self, cfg: float, again: bool) -> None:
+        """Refuses to guide weights that are guided already; with `again`, logs a hint only."""
+        if not self.config.guided or cfg == 1.0:
+            return
+        twice = f"these weights give guidance {self.config.guided_scale:g} by themselves, so cfg={cfg:g} guides twice"
+        if not again:
+            raise InputError(f"must be 1, got {cfg:g}: {twice}; leave it out", "cfg")
+        logger.warning("hint: %s; leave it out, or give 1", twice)
 
 
 def blank_grid(picture: Image.Image | Tensor, cell: int) -> Tensor:

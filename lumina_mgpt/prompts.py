@@ -72,6 +72,11 @@ class Task:
         """Whether the user gives a picture: a panel of the image, or a picture in the instruction."""
         return self.given_panels > 0 or self.takes_picture
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the instruction contains the prompt."""
+        return "{prompt}" in self.template
+
     def worded(self, instruction: str) -> "Task":
         """Returns a copy of the task whose instruction is this text.
 

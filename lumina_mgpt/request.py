@@ -46,6 +46,8 @@ class GenerationRequest:
         speculation: settings of speculative sampling, None for one code per forward. The coupling `noise` gives the
             same image as None. Other couplings give an image from the same distribution.
         unset: names of fields of `sampling` that get the default values of the task and the checkpoint's family.
+        guide_again: whether `sampling.cfg` may guide weights that are guided already, see `ModelConfig.guided_scale`.
+            Else `Checkpoint.prepare` refuses that.
         task: a task of the checkpoint's family, an entry of `families.Family.tasks` or `i2i_tasks`.
         panels: given pictures, one for all prompts or one per prompt: the upper panels, or the pictures in the
             instructions. Pictures, also those read from paths, are cropped to the panel's size, or to the fitting one
@@ -68,6 +70,7 @@ class GenerationRequest:
     n: int = 1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     unset: Collection[str] = ()
+    guide_again: bool = False
     speculation: Speculation | None = None
     task: Task = TASKS["t2i"]
     panels: Sequence["Panel"] = ()
@@ -120,8 +123,9 @@ class GenerationRequest:
         Args:
             panel: one given picture, or one per prompt.
             settings: fields of SamplingConfig (`cfg`, `top_k`, `temperature`, `seed`) and of GenerationRequest. Fields
-                of SamplingConfig that are not given are `unset`.
+                of SamplingConfig that are not given are `unset`. A given `cfg` sets `guide_again`.
         """
+        settings.setdefault("guide_again", "cfg" in settings)
         if "sampling" not in settings:
             every = {item.name for item in fields(SamplingConfig)}
             names = every & settings.keys()

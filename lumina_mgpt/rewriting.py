@@ -33,7 +33,8 @@ If the description is detailed already, repeat it with few changes.
 Answer with the paragraph alone."""
 _LARGEST_ANSWER = 1 << 20  # bytes
 _LONGEST_PROMPT = 8000  # characters; the model's context is checked with the tokenizer
-_THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # reasoning models show them in the answer
+# Reasoning models show their thoughts before the answer. Some servers leave out the first name.
+_THOUGHTS = re.compile(r"^.*?</think>", re.DOTALL)
 
 
 def make_rewriter(source: str, model: str | None = None, timeout: float = TIMEOUT) -> Rewriter:
@@ -133,6 +134,8 @@ def _checked(text: object, source: str) -> str:
     if not isinstance(text, str):
         raise _failed(source, f"must return a text, got a {type(text).__name__}")
     line = " ".join(_THOUGHTS.sub("", text).split())
+    if line.startswith("<think>"):
+        raise _failed(source, "returns thoughts without an answer")
     if len(line) > 1 and line[0] + line[-1] in ('""', "“”") and line.count('"') in (0, 2):
         line = line[1:-1].strip()
     if not line:

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lumina_mgpt.checks import require
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.vocabulary import GRID_UNIT, Vocabulary
 
@@ -241,6 +242,20 @@ def encode_conversation(turns: Sequence[Turn], vocabulary: Vocabulary) -> tuple[
 def encode_turn(parts: Sequence["str | Tensor"], vocabulary: Vocabulary) -> list[int]:
     """Ids of one turn: its texts and code grids, then a turn end. Raises: as `encode_conversation`."""
     return [id_ for part in parts for id_ in _encode_part(part, vocabulary)] + [vocabulary.turn_end_id]
+
+
+def turn_list(turns: Sequence[tuple[str, Sequence]]) -> list[tuple[str, list]]:
+    """Returns the turns of a caller as (role, list of parts). A text in place of the parts is the only part.
+
+    Raises:
+        InputError: `turns` has another form.
+    """
+    rule = "must be a sequence of turns (role, parts), such as ('human', ['What is this?'])"
+    require(isinstance(turns, Sequence) and not isinstance(turns, str), "turns", turns, rule)
+    for turn in turns:
+        pair = isinstance(turn, tuple | list) and len(turn) == 2 and isinstance(turn[1], Sequence)
+        require(pair, "turns", turn, rule)
+    return [(role, [parts] if isinstance(parts, str) else list(parts)) for role, parts in turns]
 
 
 def generation_prompt(text: str | Sequence[Turn], vocabulary: Vocabulary) -> list[int]:

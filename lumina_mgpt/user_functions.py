@@ -25,7 +25,7 @@ def load_function(name: str, parameter: str) -> Callable[..., Any]:
     module_name, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's and may raise anything
+    except (Exception, SystemExit) as error:  # the module is the user's and may raise anything
         raise InputError(f"{name}: cannot import {module_name} ({reason(error)}); correct it", parameter) from error
     for part in path.split("."):
         if not hasattr(found, part):
@@ -46,11 +46,11 @@ def call(function: Callable[..., Any], name: str, parameter: str, *args: object)
         return function(*args)
     except InputError:
         raise
-    except Exception as error:  # the function is the user's and may raise anything
+    except (Exception, SystemExit) as error:  # the function is the user's and may raise anything
         raise InputError(f"{name} raised {reason(error)}; correct the function", parameter) from error
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Returns the type and the text of an exception, one line of about 200 characters."""
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -23,9 +23,9 @@ from pathlib import Path
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.training import distributed, loss, run_folder
+from lumina_mgpt.training.distillation_trainer import trainer_of
 from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.options import TrainingConfig
-from lumina_mgpt.training.trainer import Trainer
 
 
 def train(job: dict) -> int:
@@ -33,7 +33,8 @@ def train(job: dict) -> int:
     if job.get("timeout"):
         distributed.TIMEOUT = timedelta(seconds=job["timeout"])
     processes = Processes.start("cpu")
-    trainer = Trainer(TrainingConfig.of(**job["settings"]), processes)
+    settings = TrainingConfig.of(**job["settings"])
+    trainer = trainer_of(settings)(settings, processes)
     if job.get("slow") and processes.rank == processes.world - 1:
         generate = Pipeline.generate
         Pipeline.generate = lambda *given, **options: (time.sleep(job["slow"]), generate(*given, **options))[1]

@@ -82,7 +82,9 @@ def test_reconstruct_does_each_thing_once(run, counts, tmp_path):
 def test_flat_settings_become_a_sampling_config():
     request = GenerationRequest.of("a cat", 32, cfg=2, seed=7, n=2)
     unset = ("temperature", "text_temperature", "text_top_k", "top_k")
-    assert request == GenerationRequest(("a cat",), 32, n=2, sampling=SamplingConfig(cfg=2.0, seed=7), unset=unset)
+    assert request == GenerationRequest(
+        ("a cat",), 32, n=2, sampling=SamplingConfig(cfg=2.0, seed=7), unset=unset, guide_again=True
+    )
     assert [(job.prompt_index, job.repeat) for job in request.jobs] == [(0, 0), (0, 1)]
     with pytest.raises(TypeError, match="top_q"):
         GenerationRequest.of("a cat", top_q=1)

@@ -1,7 +1,9 @@
 """Expanded prompts: a local server that answers as an OpenAI-compatible endpoint does, and faults of each kind."""
 
 import json
+import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -88,6 +90,11 @@ def test_a_prompt_is_expanded(stub, monkeypatch):
     assert [m["content"] for m in body["messages"]] == [SYSTEM_PROMPT, "a cat"]
 
 
+def test_thoughts_whose_beginning_the_server_leaves_out(stub):
+    stub.answer = "A cat. Fat?\n</think>\n\nA fat cat."
+    assert make_rewriter(stub.url, "qwen")("a cat") == "A fat cat."
+
+
 @pytest.mark.parametrize(
     ("end", "path"),
     [
@@ -121,6 +128,7 @@ def test_equal_prompts_are_expanded_once(stub):
         ((200, b" " * (1 << 21)), "more than 1048576 bytes"),
         ("", "returns an empty prompt"),
         ("<think>what is a cat</think> ", "returns an empty prompt"),
+        ("<think>what is a", "returns thoughts without an answer"),
         ('""', "returns an empty prompt"),
         ("word " * 2000, "returns a prompt of 9999 characters"),
         ((200, b'{"choices": [{"message": {"content": null}}]}'), "must return a text, got a NoneType"),
@@ -236,14 +244,19 @@ def test_several_processes_do_not_rewrite(generate, capsys, monkeypatch):
     assert "one process" in capsys.readouterr().err
 
 
-def test_a_benchmark_keeps_its_expanded_prompts(stub, tiny_checkpoint, tmp_path, capsys):
-    """An endpoint that fails at the second prompt, then works: the first is not asked for again."""
+@pytest.fixture
+def listed(tiny_checkpoint, tmp_path) -> list[str]:
+    """Options of `lumina-mgpt benchmark` for a list of three prompts, two of them equal."""
     (tmp_path / "list").write_text("a cat\na snowman\na cat\n")
-    stub.answer = lambda prompt: (500, b"") if "snow" in prompt else f"{prompt}, first"
-    main = main_of("benchmark")
     options = ["compbench", "--prompts", tmp_path / "list", "--save_path", tmp_path / "out", "-n", 1]
     options += ["--model_path", tiny_checkpoint, "--device", "cpu", "--width", 32, "--height", 32]
-    options = [*map(str, options), "--rewrite", stub.url, "--rewrite_model", "m"]
+    return [*map(str, options)]
+
+
+def test_a_benchmark_keeps_its_expanded_prompts(stub, listed, tmp_path, capsys):
+    """An endpoint that fails at the second prompt, then works: the first is not asked for again."""
+    stub.answer = lambda prompt: (500, b"") if "snow" in prompt else f"{prompt}, first"
+    main, options = main_of("benchmark"), [*listed, "--rewrite", stub.url, "--rewrite_model", "m"]
     assert main(options) == 2 and "status 500" in capsys.readouterr().err
     with open(tmp_path / "out/rewritten.jsonl", "a") as file:
         file.write('{"prompt": "a sno')  # a process was killed while it wrote
@@ -255,3 +268,39 @@ def test_a_benchmark_keeps_its_expanded_prompts(stub, tiny_checkpoint, tmp_path,
     text = Image.open(tmp_path / "out/samples/a snowman_000001.png").text  # named by the list, drawn from the other
     assert (text["prompt"], text["original_prompt"]) == ("a snowman, second", "a snowman")
     assert main([*options[:-1], "other"]) == 2 and "rewrite_model was m, is other" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_fails_at_once_leaves_no_folder(stub, listed, tmp_path, capsys):
+    """The corrected command therefore starts, although the manifest would name the other address."""
+    stub.answer = 503, b""
+    wrong = stub.url.replace("/v1", "/wrong")
+    assert main_of("benchmark")([*listed, "--rewrite", wrong, "--rewrite_model", "m"]) == 2
+    assert "status 503" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    stub.answer = lambda prompt: f"{prompt}, expanded"
+    assert main_of("benchmark")([*listed, "--rewrite", stub.url, "--rewrite_model", "m"]) == 0
+    assert len(stub.requests) == 3  # the failed one, and one for each different prompt
+
+
+@pytest.mark.parametrize("expanded", ["a snowman <|image|>", "snow " * 1500])
+def test_an_expanded_prompt_that_cannot_be_drawn_is_not_kept(stub, listed, tmp_path, capsys, expanded):
+    stub.answer = lambda prompt: expanded if "snow" in prompt else f"{prompt}, expanded"
+    options = [*listed, "--rewrite", stub.url, "--rewrite_model", "m"]
+    assert main_of("benchmark")(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --rewrite gives '") and "for 'a snowman', which cannot be drawn" in error
+    stub.answer = lambda prompt: f"{prompt}, expanded"
+    assert main_of("benchmark")(options) == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "benchmark"])
+def test_a_scorer_gets_the_prompts_of_the_user(command, generate, listed, tmp_path, monkeypatch):
+    module = types.ModuleType("both_of_mine")
+    module.expand, module.seen = "{}, expanded".format, []
+    module.score = lambda images, prompts: module.seen.append(prompts) or list(range(len(images)))
+    monkeypatch.setitem(sys.modules, "both_of_mine", module)
+    options = ("--best_of", "2", "--rewrite", "both_of_mine:expand", "--scorer", "both_of_mine:score")
+    if command == "benchmark":
+        assert main_of(command)([*listed, *options]) == 0
+    else:
+        assert generate("--prompt", "a cat", "--prompt", "a snowman", "--prompt", "a cat", *options) == 0
+    assert module.seen[-3:] == [["a cat"] * 2, ["a snowman"] * 2, ["a cat"] * 2]

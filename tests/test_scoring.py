@@ -177,6 +177,8 @@ def test_numbers_of_many_kinds_are_scores(returned):
 def test_a_function_that_raises_is_an_error():
     with pytest.raises(InputError, match=r"my:score raised ZeroDivisionError: .*; correct the function"):
         scores_of(lambda images, prompts: 1 / 0, "my:score", [None], [""])
+    with pytest.raises(InputError, match="my:score raised SystemExit: 3"):
+        scores_of(lambda images, prompts: sys.exit(3), "my:score", [None], [""])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from lumina_mgpt.io import cause, lines_of, parse_json, read_text, remedy
 PARAMETER = "prompts"  # parameter that names the list, for errors
 _NAME_BYTES = 255  # of a file name on the usual file systems
 _GENEVAL_KEYS = {"tag", "include", "exclude", "prompt"}
+_GENEVAL_OBJECT_KEYS = {"class", "count", "color", "position"}
 _PARTI_COLUMNS = ("Prompt", "Category", "Challenge", "Note")
 
 
@@ -79,9 +80,10 @@ def read_geneval(path: Path) -> list[Item]:
             raise _wrong(where, f"must have only the keys {', '.join(sorted(_GENEVAL_KEYS))}, got {unknown[0]!r}")
         if not isinstance(row.get("tag"), str):
             raise _wrong(where, f"must have a text as its tag, got {row.get('tag')!r}")
-        include = row.get("include")
-        if not isinstance(include, list) or not all(_is_object(part) for part in include):
-            raise _wrong(where, "must have a list as its include, each part with a class and a count")
+        for name, objects in (("include", row.get("include")), ("exclude", row.get("exclude", []))):
+            if not isinstance(objects, list) or not all(map(_is_object, objects)):
+                rule = f"must have a list as its {name}, each part with a class, a count of at least 1"
+                raise _wrong(where, f"{rule}, and no other keys than color and position")
         prompt = _prompt(row.get("prompt"), where)
         items.append(Item(len(items), prompt, f"{len(items):05d}", line))
     return items
@@ -155,7 +157,9 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 
 def _is_object(part: object) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("class"), str) and type(part.get("count")) is int
+    if not isinstance(part, dict) or part.keys() - _GENEVAL_OBJECT_KEYS:
+        return False
+    return isinstance(part.get("class"), str) and type(part.get("count")) is int and part["count"] >= 1
 
 
 def _prompt(value: object, where: str) -> str:

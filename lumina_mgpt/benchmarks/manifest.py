@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,7 @@ def package_versions() -> dict[str, str]:
 
 
 def hashes(files: Iterable[Path], on_read: Callable[[int], object] = lambda count: None) -> dict[str, str]:
-    """Returns file name -> SHA-256. Two files are read at a time.
+    """Returns file name -> SHA-256. Two files are read at a time. A name that occurs twice is a whole path.
 
     Args:
         on_read: called with the number of bytes of each block that was read, from several threads.
@@ -38,6 +39,8 @@ def hashes(files: Iterable[Path], on_read: Callable[[int], object] = lambda coun
         InputError: a file cannot be read.
     """
     files = sorted(files)
+    count = Counter(path.name for path in files)
+    names = [path.name if count[path.name] == 1 else str(path) for path in files]
 
     def one(path: Path) -> str:
         digest, block = hashlib.sha256(), bytearray(_BLOCK)
@@ -49,7 +52,7 @@ def hashes(files: Iterable[Path], on_read: Callable[[int], object] = lambda coun
 
     try:
         with ThreadPoolExecutor(2) as pool:
-            return dict(zip((path.name for path in files), pool.map(one, files), strict=True))
+            return dict(zip(names, pool.map(one, files), strict=True))
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({cause(error)}); {remedy(error)}") from None
 
@@ -62,7 +65,8 @@ def keep_manifest(
     Args:
         settings: all that the images depend on, as JSON values. They must not change between runs.
         run: what is recorded of this run: versions, device. Each run that differs from earlier ones is listed.
-        write: whether this process writes the manifest.
+        write: whether this process adds its run to a manifest that exists. Any process writes a missing one, because
+            it begins to save images next, and a later process takes a folder without manifest for something else.
 
     Raises:
         InputError: settings differ; the message names the first ones. Or the manifest cannot be read or written.
@@ -85,7 +89,7 @@ def keep_manifest(
             )
         if run in runs:
             return
-    if write:
+    if write or not path.exists():
         folder.write(MANIFEST, json.dumps({"settings": settings, "runs": [*runs, run]}, indent=1) + "\n")
 
 

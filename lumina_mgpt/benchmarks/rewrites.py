@@ -12,6 +12,23 @@ from lumina_mgpt.io import append_lines, lines_of, read_text
 FILE = "rewritten.jsonl"  # a line for each prompt: {"prompt": ..., "rewritten": ...}
 
 
+def tried(folder: BenchmarkFolder, prompt: str, rewriter: Callable[[str], str]) -> Callable[[str], str]:
+    """Expands one prompt before the folder is opened, so that a wrong address or function leaves no folder behind.
+
+    Of a folder in which prompts were expanded, none is expanded here, as none may be left to do.
+
+    Returns:
+        A rewriter that knows what it gave for this prompt.
+
+    Raises:
+        InputError: the prompt cannot be expanded.
+    """
+    if (folder.path / FILE).exists():
+        return rewriter
+    first = rewriter(prompt)
+    return lambda other: first if other == prompt else rewriter(other)
+
+
 def rewritten_once(
     folder: BenchmarkFolder,
     prompts: Iterable[str],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.cli import generate
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_atomic
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.request import GenerationRequest
@@ -37,7 +38,8 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("prompt and image")
     group.add_argument("--prompt", required=True, help="what the image shows")
     group.add_argument(
-        "--image_path", help="the image itself, cropped at its center to --width and --height (default: generate it)"
+        "--image_path",
+        help="the image itself, cropped at its center to --width and --height (default: generate an image)",
     )
     generate.add_size_options(group)
     cli.add_sampling_options(parser)
@@ -57,8 +59,11 @@ def attend(args: argparse.Namespace) -> None:
         args.height,
         sampling=cli.sampling_settings(args),
         unset=cli.unset_sampling(args),
+        guide_again=args.cfg is not None,
         speculation=cli.speculation_settings(args),
     )
+    if args.image_path is not None:
+        refuse_sampling(args)
     output = OutputFolder(args.save_path, args.overwrite)
 
     from lumina_mgpt import autotune  # imports torch, which takes seconds
@@ -81,12 +86,26 @@ def attend(args: argparse.Namespace) -> None:
         image = crop_panel(picture, prepared.layout.size)
         codes = pipeline.image_tokenizer.encode([image])[0]
     attention = attention_map(pipeline.model, checkpoint.vocabulary, prepared.starts[0], codes)
-    text = generate.describe(pipeline, prepared, generate.loading_text(args)) | {"prompt": prompt}
+    loading = generate.loading_text(args)
+    if picture is None:
+        text = generate.describe(pipeline, prepared, loading)
+    else:
+        text = {"image_path": args.image_path} | generate.describe_pipeline(pipeline, loading)
+    text |= {"prompt": prompt}
     output.save("image.png", image, text)
     path = output.save("attention.png", draw(attention, image), text)
     write_atomic(output.folder / "attention.json", json.dumps(numbers(attention, prompt)) + "\n")
     print(", ".join(f"{kind} {100 * share:.1f} %" for kind, share in attention.shares().items()))
     print(f"{path}, and the numbers in attention.json")
+
+
+def refuse_sampling(args: argparse.Namespace) -> None:
+    """Raises InputError for an option of sampling, which has no effect on a given picture."""
+    given: dict[str, object] = dict(cli.given_sampling(args))
+    given |= {name: None for name in ("speculative_jacobi", "fast") if getattr(args, name)}
+    for name, value in given.items():
+        shown = f"--{name}" if value is None else f"--{name} {value}"
+        raise InputError(f"{shown} has no effect with --image_path, which samples nothing; leave one of them out")
 
 
 def sampled(pipeline: "Pipeline", prepared: "PreparedRequest") -> "tuple[Image.Image, Tensor]":

@@ -19,7 +19,8 @@ from lumina_mgpt.benchmarks import BENCHMARKS
 from lumina_mgpt.benchmarks.folder import BenchmarkFolder
 from lumina_mgpt.benchmarks.lists import Item, read_list
 from lumina_mgpt.benchmarks.manifest import hashes, keep_manifest, package_versions
-from lumina_mgpt.benchmarks.rewrites import rewritten_once
+from lumina_mgpt.benchmarks.rewrites import rewritten_once, tried
+from lumina_mgpt.checks import excerpt
 from lumina_mgpt.cli import best_of, generate, rewrite
 from lumina_mgpt.console import stops_delayed
 from lumina_mgpt.errors import InputError
@@ -119,6 +120,8 @@ def benchmark(args: argparse.Namespace) -> None:
     if best:
         check_scorer(best.scorer, request.prompts[0])
     folder = BenchmarkFolder(args.save_path, layout, prompts.items, images)
+    if rewriter:
+        rewriter = tried(folder, request.prompts[0], _fitting(rewriter, checkpoint, request))
     folder.open()
     settings = settings_of(args, prepared, checkpoint, device, best) | {
         "list": {"sha256": prompts.sha256, "prompts": len(prompts.items)},
@@ -134,6 +137,21 @@ def benchmark(args: argparse.Namespace) -> None:
         best = replace(best, prompts=originals) if best else None
     run = BenchmarkRun(folder, prepared, request.jobs, best, originals, {"benchmark": layout.title})
     _make(args, run, checkpoint, device)
+
+
+def _fitting(rewriter: "Rewriter", checkpoint: "Checkpoint", request: GenerationRequest) -> "Rewriter":
+    """Returns a rewriter that refuses an expanded prompt that the model cannot take, before it is kept in a file."""
+
+    def expand(prompt: str) -> str:
+        expanded = rewriter(prompt)
+        try:
+            checkpoint.prepare(replace(request, prompts=(expanded,)))
+        except InputError as error:
+            rule = f"gives {excerpt(expanded)} for {excerpt(prompt)}, which cannot be drawn"
+            raise InputError(f"{rule} ({error}); correct it, or leave rewriting out", "rewrite") from None
+        return expanded
+
+    return expand
 
 
 def _rewritten(folder: BenchmarkFolder, prompts: tuple[str, ...], rewriter: "Rewriter", shown: bool) -> tuple[str, ...]:

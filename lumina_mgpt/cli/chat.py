@@ -25,7 +25,7 @@ from lumina_mgpt import cli
 from lumina_mgpt.cli import generate
 from lumina_mgpt.cli.answers import AnswerWriter
 from lumina_mgpt.cli.terminal import Terminal
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.io import parse_json, read_text, write_atomic
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.request import image_count
@@ -62,7 +62,7 @@ def build_parser() -> cli.Parser:
             help="pixels of an image with --want image or images, a multiple of 32 (default: both sides are the "
             "model's choice; one of them alone: the checkpoint's base size)",
         )
-    cli.add_max_new_tokens(group, 8192)
+    cli.add_max_new_tokens(group, "8192, or what images of a known size need if that is more")
     cli.add_target_size(group)
     cli.add_sampling_options(parser, text=True)
     cli.add_speculation_options(parser, fast=False)
@@ -92,6 +92,9 @@ def chat(args: argparse.Namespace) -> int:
             checkpoint.require_decoder()
         except InputError as error:
             raise InputError(f"{error}; an answer in words alone (want=text) needs none") from None
+    for part in (part for _, parts in turns or () for part in parts if isinstance(part, str)):
+        with caused_by("conversation"):
+            checkpoint.vocabulary.encode_text(part)
     if args.want in ("any", "text"):
         cli.warn_without_text(checkpoint)
     settings: dict[str, Any] = (

@@ -12,15 +12,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from lumina_mgpt import cli
 from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.io import cause, remedy
 from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.request import image_count
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lumina_mgpt.pipeline import Pipeline
+    from lumina_mgpt.preparation import Checkpoint
     from lumina_mgpt.results import Answer
 
 QUESTION = "Describe the image in detail."  # as in the released README
@@ -67,6 +69,8 @@ def describe(args: argparse.Namespace) -> int:
     batch = None if args.batch_size is None else image_count("batch_size", args.batch_size)
     if not args.question.strip():
         raise InputError("must not be empty, got ''; ask something, or leave it out", "question")
+    if args.question.count(PICTURE) > 1:
+        raise InputError(f"must have one mark {PICTURE} at most, got {args.question!r}", "question")
     paths = picture_paths(args.images)
     require_new_file(args.save_path, args.overwrite, paths)
 
@@ -75,12 +79,11 @@ def describe(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     checkpoint = cli.open_checkpoint(args)
     cli.warn_without_text(checkpoint)
-    with caused_by("question"):
-        checkpoint.vocabulary.encode_text(args.question.replace(PICTURE, ""))
+    require_fit(args.question, checkpoint)
     settings: dict[str, Any] = {"seed": seed} | cli.given_sampling(args) | limit
-    with answers_file(args.save_path) as file:
+    with answers_file(args.save_path) as write_line:
         pipeline = cli.load_pipeline(args, checkpoint, device, text=True)
-        left_out = answer_all(pipeline, paths, args.question, batch, settings, file)
+        left_out = answer_all(pipeline, paths, args.question, batch, settings, write_line)
     if left_out:
         print(f"error: {left_out} of {len(paths)} pictures cannot be read and have no line", file=sys.stderr)
     return cli.REFUSED if left_out else 0
@@ -92,14 +95,14 @@ def answer_all(
     question: str,
     batch: int | None,
     settings: Mapping[str, Any],
-    file: TextIO,
+    write_line: Callable[[str], None],
 ) -> int:
     """Answers batch by batch, and writes a line a picture. Returns the number of pictures that cannot be read.
 
     Args:
         batch: pictures in a batch; None for as many as fit the cache limit.
         settings: further arguments of `Pipeline.describe`.
-        file: where to write the lines.
+        write_line: writes one line.
     """
     done, left_out, count = 0, 0, batch or _READ
     bar = tqdm(total=len(paths), unit="image", dynamic_ncols=True, mininterval=cli.bar_interval())
@@ -114,7 +117,7 @@ def answer_all(
                 pictures = [picture for _, picture in opened]
                 answers = pipeline.describe(pictures, question, batch_size=batch, **settings)
                 for (path, _), answer in zip(opened, answers, strict=True):
-                    write(file, path, question, answer)
+                    write_line(line_of(path, question, answer))
                     done += 1
                     bar.update()
     except KeyboardInterrupt:
@@ -122,19 +125,60 @@ def answer_all(
     return left_out
 
 
+def require_fit(question: str, checkpoint: "Checkpoint") -> None:
+    """Raises InputError if the question contains a control name, or is longer than the model's context."""
+    with caused_by("question"):
+        ids = checkpoint.vocabulary.encode_text(question.replace(PICTURE, ""))
+    if len(ids) >= (context := checkpoint.config.context):
+        raise InputError(f"has {len(ids)} ids, but this model sees {context}; shorten it", "question")
+
+
 @contextmanager
-def answers_file(path: str | None) -> Iterator[TextIO]:
-    """Opens the file of the answers, or stdout for None. A file without a line is removed at the end."""
+def answers_file(path: str | None) -> Iterator[Callable[[str], None]]:
+    """Yields a function that writes a line to the file of the answers, or to stdout for None.
+
+    An earlier file stays until the first line is written. A new file without a line is removed at the end.
+
+    Raises:
+        InputError: the file cannot be written. It ends with the last whole line.
+    """
     if path is None:
-        yield sys.stdout
+        yield lambda line: print(line, flush=True)
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    new, lines = not os.path.lexists(path), 0
     try:
-        with open(path, "w", encoding="utf-8") as file:
-            yield file
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab", buffering=0)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+    def write_line(line: str) -> None:
+        nonlocal lines
+        try:
+            if not lines:
+                file.truncate(0)
+            end = file.tell()
+            rest = memoryview(f"{line}\n".encode())
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        lines += 1
+
+    try:
+        with file:
+            yield write_line
     finally:
-        if os.path.exists(path) and not os.path.getsize(path):
+        if new and not lines:
             os.unlink(path)
+
+
+def _unwritable(path: str, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written ({cause(error)}); {remedy(error, 'give another file')}", "save_path")
 
 
 def picture_paths(given: Sequence[str]) -> list[Path]:
@@ -161,13 +205,15 @@ def picture_paths(given: Sequence[str]) -> list[Path]:
 
 
 def require_new_file(path: str | None, overwrite: bool, pictures: Sequence[Path]) -> None:
-    """Raises InputError if the file of the answers exists and must not be replaced, or is one of the pictures."""
+    """Raises InputError if the file of the answers exists and must not be replaced, or is a picture or a device."""
     if path is None or not os.path.lexists(path):
         if path is None and overwrite:
             raise InputError("has no effect without --save_path; add that, or leave it out", "overwrite")
         return
     if any(os.path.samefile(path, picture) for picture in pictures if os.path.exists(path)):
         raise InputError(f"{path} is one of the pictures; give another file", "save_path")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path} is not a regular file; give another file, or leave it out for stdout", "save_path")
     if not overwrite:
         raise InputError(f"{path} already exists; give another file, or overwrite=True", "save_path")
 
@@ -184,15 +230,15 @@ def readable(paths: Sequence[Path], bar: tqdm) -> "Iterator[tuple[Path, Image.Im
             bar.update()
 
 
-def write(file: TextIO, path: Path, question: str, answer: "Answer") -> None:
-    """Writes the line of a picture, so that it stays if the run ends early."""
+def line_of(path: Path, question: str, answer: "Answer") -> str:
+    """Returns the line of a picture."""
     row = {"image": str(path), "question": question, "answer": answer.text, "reason": answer.reason}
     line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode()
     except UnicodeEncodeError:  # the path has bytes that are not UTF-8
         line = json.dumps(row)
-    print(line, file=file, flush=True)
+    return line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

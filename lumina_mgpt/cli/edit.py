@@ -94,6 +94,7 @@ def read_plan(args: argparse.Namespace) -> OutputPlan:
     settings = {
         "sampling": sampling,
         "unset": cli.unset_sampling(args),
+        "guide_again": args.cfg is not None,
         "speculation": cli.speculation_settings(args),
         "width": args.width,
         "height": args.height,

@@ -3,13 +3,19 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lumina_mgpt import cli, resources
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.training.options import Options, TrainingConfig, groups, option_fields, value_type
+
+if TYPE_CHECKING:
+    from lumina_mgpt.training.distributed import Processes
+    from lumina_mgpt.training.trainer import Trainer
+
+    MakeTrainer = Callable[[TrainingConfig, Processes], Trainer]
 
 TITLES = {
     "data": "data and batches",
@@ -17,12 +23,13 @@ TITLES = {
     "optimizer": "optimizer",
     "schedule": "length of the run",
     "regularization": "regularization",
+    "distillation": "guidance to distill",
     "checkpoints": "checkpoints",
     "logging": "logging and sample pictures",
     "runtime": "precision, memory and device",
 }
 # Option -> its other names on the command line.
-ALSO = {"movqgan_path": ("--vqgan_path",)}
+ALSO = {"movqgan_path": ("--vqgan_path",), "guidance_scale": ("--cfg",)}
 
 
 def build_parser() -> cli.Parser:
@@ -30,13 +37,8 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         {"vqgan_path": "--vqgan_path"}, prog="lumina-mgpt finetune", description=__doc__.split(". ")[0] + "."
     )
-    _add_options(parser, TrainingConfig)
-    for name, group in groups().items():
-        _add_options(parser.add_argument_group(TITLES[name]), group)
-    export = parser.add_argument_group("export")
-    export.add_argument("--export_only", action="store_true", help="export the newest checkpoint, do not train")
-    export.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
-    export.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+    add_groups(parser, without=("distillation",))
+    add_export(parser)
     released = parser.add_argument_group("options of the released command")
     released.add_argument("--model_size", help="released spelling of --model_config configs/model/SIZE.yaml (2B, 7B)")
     released.add_argument("--warmup_epochs", type=cli.number, help="released spelling of --warmup, in epochs")
@@ -46,9 +48,31 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def _add_options(target: argparse._ActionsContainer, group: type[Options]) -> None:
+def add_groups(parser: cli.Parser, without: Collection[str] = ()) -> None:
+    """Adds an argument for each option of a training.
+
+    Args:
+        without: names of groups and of options that are left out; they keep their defaults.
+    """
+    add_options(parser, TrainingConfig, without)
+    for name, group in groups().items():
+        if name not in without:
+            add_options(parser.add_argument_group(TITLES[name]), group, without)
+
+
+def add_export(parser: cli.Parser) -> None:
+    """Adds the options that say where and how the trained weights are exported."""
+    export = parser.add_argument_group("export")
+    export.add_argument("--export_only", action="store_true", help="export the newest checkpoint, do not train")
+    export.add_argument("--export_dir", help="where to export to (default: OUTPUT_DIR/export)")
+    export.add_argument("--export_dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights")
+
+
+def add_options(target: argparse._ActionsContainer, group: type[Options], without: Collection[str]) -> None:
     """Adds an argument for each option of a group."""
     for item in option_fields(group):
+        if item.name in without:
+            continue
         kind, arguments = value_type(item), dict[str, Any](help=item.metadata["help"])
         if kind is bool:
             arguments["action"] = "store_true"
@@ -63,12 +87,12 @@ def _add_options(target: argparse._ActionsContainer, group: type[Options]) -> No
 
 def config_of(args: argparse.Namespace) -> TrainingConfig:
     """Returns the training configuration that the parsed options describe."""
-    values = {name: getattr(args, name) for name in TrainingConfig.options()}
+    values: dict[str, Any] = {
+        name: getattr(args, name, item.default) for name, item in TrainingConfig.options().items()
+    }
     if values["data_config"] is None:
         raise InputError("is missing; give a YAML file such as configs/data/demo.yaml", "data_config")
-    named = values["movqgan_path"]
-    if named and not Path(named).is_file():  # the export would take another image tokenizer
-        raise InputError(f"{named} is not a file; check the path", "movqgan_path")
+    require_movqgan(values["movqgan_path"])
     if args.model_size and not values["init_from"]:  # a checkpoint has its size
         if values["model_config"]:
             raise InputError("and --model_config both choose the model; give one of them", "model_size")
@@ -80,26 +104,42 @@ def config_of(args: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig.of(**values)
 
 
-def train(settings: TrainingConfig) -> tuple[int, bool, Path | None]:
+def require_movqgan(path: str | None) -> None:
+    """Raises InputError if a named file of the image tokenizer does not exist: the export would take another one."""
+    if path and not Path(path).is_file():
+        raise InputError(f"{path} is not a file; check the path", "movqgan_path")
+
+
+def train(settings: TrainingConfig, make_trainer: "MakeTrainer | None" = None) -> tuple[int, bool, Path | None]:
     """Trains a model.
+
+    Args:
+        make_trainer: makes the trainer of this process (default: what `trainer_of` returns).
 
     Returns:
         Three values: the number of the signal that stopped the training, or 0; whether this process is the first of
         all; and the path of the last checkpoint, or None.
     """
+    from lumina_mgpt.training.distillation_trainer import trainer_of
     from lumina_mgpt.training.distributed import Processes
-    from lumina_mgpt.training.trainer import Trainer
 
     processes = Processes.start(settings.runtime.device, settings.runtime.cpu_offload)
     try:
-        trainer = Trainer(settings, processes)
+        make = make_trainer or trainer_of(settings)
+        trainer = make(settings, processes)
         return trainer.run(), processes.first, trainer.saver.last
     finally:
         processes.stop()
 
 
-def finetune(args: argparse.Namespace) -> int:
-    settings = None if args.export_only else config_of(args)
+def train_and_export(
+    args: argparse.Namespace, settings: TrainingConfig | None, make_trainer: "MakeTrainer | None" = None
+) -> int:
+    """Trains a model unless `settings` is None, then exports the newest checkpoint. Returns the exit status.
+
+    Args:
+        args: parsed command line, with --output_dir and the options of `add_export`.
+    """
     parameter, folder = "export_dir", Path(args.export_dir or "")
     if not args.export_dir:
         parameter, folder = "output_dir", Path(args.output_dir) / "export"
@@ -109,7 +149,7 @@ def finetune(args: argparse.Namespace) -> int:
     signal, first, last = 0, True, None
     if settings:
         require_export_folder(folder, settings, parameter)  # before the training
-        signal, first, last = train(settings)
+        signal, first, last = train(settings, make_trainer)
     if signal:
         if first:
             print("stopped after a checkpoint; the same command with --resume auto goes on", file=sys.stderr)
@@ -118,6 +158,10 @@ def finetune(args: argparse.Namespace) -> int:
         folder = export_checkpoint(args.output_dir, folder, args.export_dtype, last, parameter)
         print(f"exported to {folder}")
     return 0
+
+
+def finetune(args: argparse.Namespace) -> int:
+    return train_and_export(args, None if args.export_only else config_of(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

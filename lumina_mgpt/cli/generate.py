@@ -133,9 +133,7 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
     if plan.extract and prepared.picture:
         prepared = replace(prepared, panels=(plan.extract(prepared.picture),))
     if prepared.request.task.views > 1:
-        cli.refuse_tensor_parallel(args, "images of one answer")
-        if best:
-            raise InputError("must be left out for several images of one answer; leave it out", "best_of")
+        _check_views(args, plan, best)
     if not follows:
         print_hints(prepared, checkpoint)
     with cli.model_processes(args, checkpoint, device) as parallel:
@@ -149,6 +147,7 @@ def run(args: argparse.Namespace, read_plan: Callable[[argparse.Namespace], Outp
             return
         described = plan.described() | describe(pipeline, prepared, loading_text(args)) | rewrite.described(args)
         described |= best.described(checkpoint.config.family) if best else {}
+        print_plan(pipeline, prepared.request, described)
         if prepared.request.task.views > 1:
             multiview.make(pipeline, prepared, plan, output, described)
             return
@@ -168,6 +167,16 @@ def _check_extras(args: argparse.Namespace, plan: OutputPlan) -> None:
     if plan.request.share[1] > 1 or args.tensor_parallel > 1:
         rule = "must be used in one process, as each process would get other words"
         raise InputError(f"{rule}; rewrite the prompts to a file first, for --prompt_file", "rewrite")
+
+
+def _check_views(args: argparse.Namespace, plan: OutputPlan, best: "best_of.BestOf | None") -> None:
+    """Refuses options that have no effect on several images of one answer."""
+    cli.refuse_tensor_parallel(args, "images of one answer")
+    if best:
+        raise InputError("must be left out for several images of one answer; leave it out", "best_of")
+    if args.batch_size is not None:
+        rule = f"--batch_size {args.batch_size} has no effect with --task {plan.task}"
+        raise InputError(f"{rule}, which samples one answer at a time; leave it out")
 
 
 def print_hints(prepared: "PreparedRequest", checkpoint: "Checkpoint") -> None:
@@ -204,7 +213,6 @@ def make(
     request, layout = prepared.request, prepared.layout
     rank = request.share[0]
     total, saved, previews = len(request.jobs), 0, set()
-    print_plan(pipeline, request, described)
     drawn = total * (best.count if best else 1)
     bar = cli.codes_bar(total, drawn * (layout.num_codes - layout.given), shown=rank == 0)
     box_finder = BoxFinder(pipeline.image_tokenizer, prepared.picture) if request.task.box else None

@@ -20,6 +20,8 @@ COMMANDS = {
     "pre-tokenize": ("pre_tokenize", "encode records as token shards"),
     "concat-records": ("concat_records", "check token shards and list them in one record file"),
     "finetune": ("finetune", "train or finetune a model on token records"),
+    "grpo": ("grpo", "train a model with rewards of its own images"),
+    "distill-guidance": ("distill_guidance", "train a model to need no guidance"),
     "train-movqgan": ("train_movqgan", "train an image tokenizer"),
     "export": ("export", "write a training checkpoint as a model folder"),
     "merge-lora": ("merge_lora", "merge adapters into the weights they were trained on"),

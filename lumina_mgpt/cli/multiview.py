@@ -88,7 +88,6 @@ def _views(
         want="images",
         size=layout.size,
         views=request.task.views,
-        max_new_tokens=request.task.views * layout.length + 1,  # and the turn end
         speculation=request.speculation,
         **asdict(request.sampling),
     )

@@ -236,7 +236,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, text: bool = False) ->
     group.add_argument(
         "--cfg",
         type=number,
-        help="guidance scale; 1 disables guidance (default: 4; 1 for maps and detection of Lumina-mGPT)",
+        help="guidance scale; 1 disables guidance (default: 4; 1 for maps and detection of Lumina-mGPT, and for "
+        "weights of distill-guidance)",
     )
     group.add_argument(
         "--top_k",
@@ -331,7 +332,7 @@ def checkpoint_path(text: str) -> str | Path:
     return resources.demo_checkpoint() if text == DEMO and not Path(DEMO).exists() else text
 
 
-def add_max_new_tokens(group: argparse._ActionsContainer, default: int) -> None:
+def add_max_new_tokens(group: argparse._ActionsContainer, default: int | str) -> None:
     """Adds --max_new_tokens. `default` is that of the function that samples."""
     group.add_argument("--max_new_tokens", type=whole, help=f"largest number of ids of an answer (default: {default})")
 

@@ -77,6 +77,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     settings = {
         "sampling": cli.sampling_settings(args),
         "unset": cli.unset_sampling(args),
+        "guide_again": args.cfg is not None,
         "speculation": cli.speculation_settings(args),
     }
     cli.quant_group(args)

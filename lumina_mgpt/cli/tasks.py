@@ -63,9 +63,13 @@ class OutputPlan:
         """Returns a copy of the plan for a checkpoint of this family.
 
         Raises:
-            InputError: the family does not have the task.
+            InputError: the family does not have the task, or its instruction has no prompt and one is given.
         """
-        return replace(self, request=replace(self.request, task=family.task(self.task, self.i2i)))
+        task = family.task(self.task, self.i2i)
+        if not task.has_prompt and self.request.instruction is None and any(map(str.strip, self.request.prompts)):
+            rule = f"has no effect on the task {self.task} of {family.name}, whose instruction is fixed"
+            raise InputError(f"{rule}; leave it out, or give instruction=TEXT", "prompts")
+        return replace(self, request=replace(self.request, task=task))
 
     @property
     def keep(self) -> list[Path]:
@@ -208,6 +212,7 @@ def request_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "sampling": sampling_settings(args),
         "unset": unset_sampling(args),
+        "guide_again": args.cfg is not None,
         "speculation": speculation_settings(args),
         "share": image_share(args.tensor_parallel),
         **{name: getattr(args, name) for name in ("width", "height", "n", "batch_size")},

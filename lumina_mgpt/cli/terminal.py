@@ -23,7 +23,7 @@ HELP = """\
 /quit        end the program; so does the end of the input
 /help        this list
 Ctrl-C       stop an answer and keep what came
-A line that ends in \\ goes on in the next line. A message that begins with / starts with a space."""
+A line that ends in \\ goes on in the next line. To begin a message with /, write a space before it."""
 
 
 class Terminal:
@@ -100,7 +100,9 @@ class Terminal:
         elif name == "/help":
             print(HELP)
         elif name != "/quit":
-            raise InputError(f"{name} is no command; /help lists them, and a space in front makes it a message")
+            raise InputError(
+                f"{name} is no command; /help lists them. To send it as a message, write a space before it"
+            )
         return name != "/quit"
 
     def _say(self, message: str) -> None:

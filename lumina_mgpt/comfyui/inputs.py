@@ -86,7 +86,7 @@ def request_settings(
     """
     settings: dict[str, Any] = {"width": width or None, "height": height or None}
     settings |= {"seed": seed, "temperature": temperature}
-    settings |= {} if cfg < 0 else {"cfg": cfg}
+    settings |= {} if cfg < 0 else {"cfg": cfg, "guide_again": False}  # the input always has a value
     settings |= {"top_k": top_k} if top_k else {}
     if speculative != PLAIN:
         settings["speculation"] = Speculation(coupling=speculative, window=window or None)

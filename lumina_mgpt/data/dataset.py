@@ -39,6 +39,7 @@ class TokenDataset:
         vocabulary: vocabulary of the model.
         seed: selects the records of fractional ratios, and the samples without context.
         several: whether dropped contexts include those of sequences with several images, see `unirep.drop_context`.
+        context_dropout: share of the samples that lose their context.
         longest: largest number of ids in a sequence. Longer sequences are left out, and the log counts them. 0 keeps
             all sequences, and `check` then raises an error for those that are too long.
 
@@ -54,9 +55,16 @@ class TokenDataset:
     """
 
     def __init__(
-        self, sources: list[Source], vocabulary: Vocabulary, seed: int = 0, longest: int = 0, several: bool = False
+        self,
+        sources: list[Source],
+        vocabulary: Vocabulary,
+        seed: int = 0,
+        longest: int = 0,
+        several: bool = False,
+        context_dropout: float = CONTEXT_DROPOUT,
     ) -> None:
         self.vocabulary, self.seed, self.longest, self.several = vocabulary, seed, longest, several
+        self.context_dropout = context_dropout
         self.files: list[str] = []
         types = sorted({source.type for source in sources})
         columns: list[np.ndarray] = []
@@ -187,7 +195,8 @@ class TokenDataset:
     def read(self, sample: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels of a sample for training.
 
-        One sample in ten loses its context. The seed, the epoch and the sample's index select these samples.
+        The share `context_dropout` of all samples loses its context. The seed, the epoch and the sample's
+        index select these samples.
 
         Args:
             sample: index of the sample.
@@ -200,7 +209,7 @@ class TokenDataset:
         """
         sequence = self.sequence(sample)
         ids, labels = sequence.ids, sequence.labels
-        if uniform(self.seed, "context", epoch, sample) < CONTEXT_DROPOUT:
+        if uniform(self.seed, "context", epoch, sample) < self.context_dropout:
             ids, labels = map(torch.tensor, drop_context(ids.tolist(), labels.tolist(), self.vocabulary, self.several))
         return ids, self._lower(labels) if self.given[sample % len(self.lengths)] else labels
 

@@ -119,4 +119,10 @@ def copy_files(checkpoint: Checkpoint, folder: str | os.PathLike) -> None:
                 shutil.copyfile(source, target / name)
         (target / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{target} cannot be written ({cause(error)}); {remedy(error)}", "save_directory") from None
+        raise unwritable(target, error) from None
+
+
+def unwritable(folder: str | os.PathLike, error: Exception) -> InputError:
+    """Returns the error for a folder in which a file cannot be written."""
+    advice = remedy(error) if isinstance(error, OSError) else "give another folder"
+    return InputError(f"{os.fspath(folder)} cannot be written ({cause(error)}); {advice}", "save_directory")

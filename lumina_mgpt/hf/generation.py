@@ -200,7 +200,8 @@ def _wanted(
 def _sampling(settings: dict[str, Any], mode: str, checkpoint: Checkpoint) -> SamplingConfig:
     seed = settings.pop("seed", None)
     generator = settings.pop("generator", None)
-    greedy = settings.pop("do_sample", True) is False
+    sampled = settings.pop("do_sample", True)
+    require(isinstance(sampled, bool), "do_sample", sampled, "must be True or False")
     require(seed is None or generator is None, "seed", seed, "must be left out with a generator")
     values: dict[str, Any] = dict(checkpoint.config.family.sampling)
     names = {"guidance_scale": "cfg", "top_k": "top_k", "temperature": "temperature"}
@@ -208,15 +209,21 @@ def _sampling(settings: dict[str, Any], mode: str, checkpoint: Checkpoint) -> Sa
         names |= {"top_k": "text_top_k", "temperature": "text_temperature"}
     for name, value in settings.items():
         field = names.get(name, name if name in ("text_top_k", "text_temperature") else "")
+        if not field and value is False:  # such as return_dict_in_generate, which pipelines pass
+            continue
         if not field:
             known = ", ".join(sorted({*names, "text_top_k", "text_temperature", "seed", "generator", "do_sample"}))
             rule = "is not supported: this model is sampled by its own samplers, whose settings are"
             raise InputError(f"{rule} {known}; leave it out", name)
         values[field] = value
-    if greedy:
+    if not sampled:
         values |= {"top_k": 1, "text_top_k": 1}
     values["seed"] = _seed(generator) if seed is None else seed
-    return SamplingConfig(**values)
+    try:
+        return SamplingConfig(**values)
+    except InputError as error:  # names a field of SamplingConfig
+        given = {field: name for name, field in names.items() if name in settings}
+        raise InputError(error.message, given.get(error.parameter or "", error.parameter)) from None
 
 
 def _seed(generator: torch.Generator | None) -> int:

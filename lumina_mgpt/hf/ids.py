@@ -1,11 +1,13 @@
 """Ids as transformers passes them between processor, model and pipelines: rows with pads, in which images may begin."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from lumina_mgpt.checks import excerpt, whole_number
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.prompts import PICTURE
@@ -22,21 +24,50 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: Vocab
     Raises:
         InputError: the shapes differ, a row is empty, or an id is not of the vocabulary.
     """
-    if not isinstance(input_ids, Tensor) or input_ids.dim() not in (1, 2) or input_ids.is_floating_point():
-        got = str(tuple(input_ids.shape)) if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise InputError(f"must be a tensor of ids (B, T), got {got}; use the processor's", "input_ids")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        rule = f"must have the shape of input_ids, {tuple(input_ids.shape)}"
-        raise InputError(f"{rule}, got {tuple(attention_mask.shape)}; use the processor's", "attention_mask")
-    rows = torch.atleast_2d(input_ids).tolist()
+    if isinstance(input_ids, Tensor) and input_ids.dim() == 1:
+        input_ids = input_ids[None]
+        attention_mask = None if attention_mask is None else attention_mask[None]
+    rows = require_shapes(input_ids, attention_mask=attention_mask).tolist()
     if attention_mask is not None:
-        masks = torch.atleast_2d(attention_mask).tolist()
+        masks = attention_mask.tolist()
         rows = [[id_ for id_, real in zip(*pair, strict=True) if real] for pair in zip(rows, masks, strict=True)]
     for row in rows:
         if not row or not 0 <= min(row) <= max(row) < vocabulary.vocab_size:
             got = f"{min(row)} ... {max(row)}" if row else "an empty row"
             raise InputError(f"must be ids in 0 ... {vocabulary.vocab_size - 1}, got {got}", "input_ids")
     return rows
+
+
+def require_shapes(input_ids: Any, **others: Tensor | None) -> Tensor:
+    """Returns `input_ids`, and checks that other tensors have its shape.
+
+    Raises:
+        InputError: `input_ids` is no tensor (B, T) of ids, or a tensor in `others` has another shape.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+        got = str(tuple(input_ids.shape)) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InputError(f"must be a tensor of ids (B, T), got {got}; use the processor's", "input_ids")
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != input_ids.shape:
+            rule = f"must have the shape of input_ids, {tuple(input_ids.shape)}"
+            raise InputError(f"{rule}, got {tuple(tensor.shape)}; use the processor's", name)
+    return input_ids
+
+
+def rows_of(ids: Any, parameter: str = "generated_outputs") -> list[list[int]]:
+    """Returns rows of ids, given as a tensor, an array or lists, which may have different lengths.
+
+    Raises:
+        InputError: they are something else.
+    """
+    try:
+        rows = [torch.as_tensor(row) for row in ids]
+        known = all(row.dim() == 1 and (not len(row) or not row.is_floating_point()) for row in rows)
+    except (TypeError, ValueError, RuntimeError):
+        known = False
+    if not known:
+        raise InputError(f"must be rows of ids, got {excerpt(ids)}; pass what generate() returns", parameter)
+    return [row.tolist() for row in rows]
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, left: bool = False, length: int = 0) -> Tensor:
@@ -123,6 +154,10 @@ def decode_last_image(
     images = [part for part in grids if isinstance(part, Tensor)]
     if not images:
         raise InputError("must hold an image, got none; pass what generate(generation_mode='image') returns", "ids")
+    height = len(images[-1])
+    rule = "must be the number of panels of the image, of equal height"
+    if height % whole_number("panels", panels, 1, height, rule):
+        raise InputError(f"{rule}, got {panels}", "panels")
     return tokenizer.decode(images[-1][None], checkpoint.config.parts(panels))[0]
 
 

@@ -11,13 +11,14 @@ from transformers.image_utils import load_image
 
 from lumina_mgpt.checks import excerpt
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.io import cause
 from lumina_mgpt.prompts import PICTURE
 
 
 def texts_of(text: str | Sequence[str] | None, images: Any) -> list[str]:
     if text is None and images is not None:
         text = ""
-    texts = [text] if isinstance(text, str) else list(text or ())
+    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, list | tuple) else []
     if not texts or not all(isinstance(one, str) for one in texts):
         raise InputError(f"must be a text or a list of texts, got {excerpt(text)}", "text")
     return texts
@@ -55,13 +56,25 @@ def flat(images: Any) -> list[Any]:
 
 
 def picture_of(image: Any) -> Any:
-    """Returns a picture, codes or path; loads URLs and base64 texts."""
+    """Returns a picture, codes or path; loads URLs and base64 texts.
+
+    Raises:
+        InputError: an array is not a picture, or a URL or base64 text cannot be loaded.
+    """
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
+        try:
+            return Image.fromarray(image)
+        except TypeError:  # another dtype or number of channels
+            got = f"an array of {image.dtype} {image.shape}"
+            raise InputError(f"must have arrays of uint8 (height, width, 3), got {got}", "images") from None
     if (
         isinstance(image, str)
         and not os.path.exists(image)
         and image.startswith(("http://", "https://", "data:image/"))
     ):
-        return load_image(image)
+        try:
+            return load_image(image)
+        except Exception as error:  # of the HTTP library, which is not this project's choice, or of Pillow
+            short = image if len(image) <= 60 else f"{image[:60]}..."
+            raise InputError(f"{short} cannot be loaded ({cause(error)}); check it", "images") from None
     return Path(image) if isinstance(image, str) else image

@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from lumina_mgpt.checks import require
+from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.devices import resolve_device, resolve_dtype
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.hf import files
 from lumina_mgpt.hf.body import Body
 from lumina_mgpt.hf.configuration import LuminaMGPTConfig
 from lumina_mgpt.hf.generation import generate
-from lumina_mgpt.hf.ids import decode_last_image
+from lumina_mgpt.hf.ids import decode_last_image, require_shapes
 from lumina_mgpt.model.names import UNUSED_PREFIX, listed
 from lumina_mgpt.model.reading import weight_shapes
 from lumina_mgpt.model.transformer import Head, HeadNorm, Transformer
@@ -132,7 +133,10 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         require(not push_to_hub, "push_to_hub", True, "must be False; call push_to_hub(), which uploads all files")
         self.config.auto_map = dict(files.AUTO_MAP)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        try:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        except (OSError, SafetensorError) as error:
+            raise files.unwritable(save_directory, error) from None
         if is_main_process:
             files.drop_stale_index(save_directory)
         if is_main_process and self.checkpoint is not None:
@@ -170,13 +174,14 @@ class LuminaMGPTForConditionalGeneration(PreTrainedModel, GenerationMixin):
             should hold, the loss is computed in chunks and there are no logits.
 
         Raises:
-            InputError: an argument is not supported.
+            InputError: an argument is not supported, or has another shape.
         """
         for name, value in others.items():
             if value is not None and value is not False and name != "use_cache":
                 raise InputError("is no argument of this model; leave it out", name)
-        if input_ids is None:
-            raise InputError("must be given: the ids of text and images", "input_ids")
+        input_ids = require_shapes(input_ids, attention_mask=attention_mask, labels=labels)
+        rule = "must be a whole number of at least 0; give 0 for the logits of all ids"
+        logits_to_keep = whole_number("logits_to_keep", logits_to_keep, 0, None, rule)
         transformer = self.transformer
         input_ids = input_ids.to(transformer.device)
         order = None if attention_mask is None else _real_first(attention_mask.to(transformer.device))

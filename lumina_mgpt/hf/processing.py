@@ -18,7 +18,7 @@ from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.hf import files
 from lumina_mgpt.hf.configuration import LuminaMGPTConfig
-from lumina_mgpt.hf.ids import decode_last_image, padded, text_of
+from lumina_mgpt.hf.ids import decode_last_image, padded, rows_of, text_of
 from lumina_mgpt.hf.inputs import flat, picture_of, shares, texts_of
 from lumina_mgpt.hf.messages import pictures_of, render
 from lumina_mgpt.panels import encode_panels, encode_pictures, fit_pictures, turn_parts
@@ -135,7 +135,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         task: str = "t2i",
         return_labels: bool = False,
         return_tensors: str | None = "pt",
-        padding: bool = True,
+        padding: bool | str = True,
         padding_side: str = "left",
         **others: Any,
     ) -> BatchFeature:
@@ -176,6 +176,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         ]
         if return_tensors is None:
             return BatchFeature({name: [feature[name] for feature in features] for name in features[0]})
+        require(padding in (True, False, "longest"), "padding", padding, "must be True (or longest) or False")
         require(return_tensors == "pt", "return_tensors", return_tensors, "must be pt or None")
         if not padding and len({len(ids) for ids, _ in rows}) > 1:
             raise InputError("must be True, because the texts have different lengths", "padding")
@@ -227,6 +228,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
             InputError: a message is malformed, or cannot be encoded.
         """
         require(chat_template is None, "chat_template", excerpt(chat_template), "must be left out")
+        known = isinstance(conversation, Sequence) and not isinstance(conversation, str)
+        require(known, "conversation", conversation, "must be a list of messages")
         single = not conversation or isinstance(conversation[0], Mapping)
         batch: Any = [conversation] if single else conversation
         texts = [render(messages, self.vocabulary, continue_final_message) for messages in batch]
@@ -299,7 +302,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
         """Returns each row of ids as `decode` does."""
-        return [self.decode(row, skip_special_tokens) for row in sequences]
+        return [self.decode(row, skip_special_tokens) for row in rows_of(sequences, "sequences")]
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -330,13 +333,13 @@ class LuminaMGPTProcessor(ProcessorMixin):
         """
         if generation_mode in (None, "text"):
             return self.batch_decode(generated_outputs, skip_special_tokens)
-        rows = torch.as_tensor(generated_outputs)
-        if generation_mode == "image" and rows.dim() == 4:
-            return [Image.fromarray(pixels.cpu().numpy()) for pixels in rows]
-        if generation_mode == "image":
-            return [decode_last_image(row, self.checkpoint, self.image_tokenizer, panels) for row in rows.tolist()]
-        require(generation_mode == "any", "generation_mode", generation_mode, "must be text, image or any")
-        return [self._parts(row) for row in rows.tolist()]
+        require(generation_mode in ("image", "any"), "generation_mode", generation_mode, "must be text, image or any")
+        if generation_mode == "image" and isinstance(generated_outputs, Tensor) and generated_outputs.dim() == 4:
+            return [Image.fromarray(pixels.cpu().numpy()) for pixels in generated_outputs]
+        rows = rows_of(generated_outputs)
+        if generation_mode == "any":
+            return [self._parts(row) for row in rows]
+        return [decode_last_image(row, self.checkpoint, self.image_tokenizer, panels) for row in rows]
 
     def preview(self, codes: Tensor, layout: ImageLayout) -> list[Image.Image]:
         """Returns pictures of unfinished images: see `Pipeline.preview`."""

@@ -11,7 +11,6 @@ from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 from torch import Tensor
 
-from lumina_mgpt.conversation import turn_parts
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.page.fields import (
     Frame,
@@ -26,6 +25,7 @@ from lumina_mgpt.page.fields import (
 )
 from lumina_mgpt.page.runs import PREVIEWS, message_of, stream_images, stream_reply
 from lumina_mgpt.page.settings import Settings, command_line, option
+from lumina_mgpt.panels import turn_parts
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.prompts import Task
 from lumina_mgpt.request import GenerationRequest

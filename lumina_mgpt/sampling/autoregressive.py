@@ -109,7 +109,7 @@ def sample_codes(
         held: number of ids that the cache already holds of each conditional row; see `first_call`.
         stop: sample only the first `stop` codes, more than `layout.given` (default: all).
 
-    Shapes: yields copies (B, n), where n is a multiple of `cols` or `stop`.
+    Shapes: yields (B, n), where n is a multiple of `cols` or `stop`: a view of final codes, for which no kernel starts.
     """
     B, C, stop = len(prompts), layout.vocabulary.num_image_codes, stop or layout.num_codes
     given = check_given(given, keys, layout, B)
@@ -125,7 +125,7 @@ def sample_codes(
         codes[:, position] = code = draw(log_probs, settings, keys, [position] * len(keys))
         if (position + 1) % layout.cols == 0 or position + 1 == stop:
             check_not_nan(log_probs)
-            yield codes[:, : position + 1].clone()
+            yield codes[:, : position + 1]
         if position + 1 < stop:
             if kept is not None and (rows := kept()) is not None:
                 codes, code, origin = codes[rows], code[rows], origin.view(-1, len(keys))[:, rows].flatten()
@@ -134,7 +134,7 @@ def sample_codes(
 
 
 def collect(rows: Iterator[Tensor], layout: ImageLayout, on_row: OnRow | None) -> Tensor:
-    """Returns the last of the codes that `rows` yields, (B, rows, cols), and calls `on_row` with each of them.
+    """Returns the last codes that `rows` yields, (B, rows, cols), and calls `on_row` with a copy of each of them.
 
     Shapes: `rows` yields (B, n), where n is a multiple of `cols`.
     """
@@ -142,7 +142,7 @@ def collect(rows: Iterator[Tensor], layout: ImageLayout, on_row: OnRow | None) -
     for codes in rows:
         grid = codes.view(len(codes), -1, layout.cols)
         if on_row is not None:
-            on_row(grid.shape[1] - 1, grid)
+            on_row(grid.shape[1] - 1, grid.clone())
     assert grid is not None
     return grid
 

@@ -103,7 +103,7 @@ def jacobi_codes(
 
     Arguments are those of `sample_jacobi` and of `autoregressive.sample_codes`. At least one code is not given.
 
-    Shapes: yields copies (B, n), where n is a multiple of `cols` or `stop`.
+    Shapes: yields (B, n), where n is a multiple of `cols` or `stop`: a view of final codes, for which no kernel starts.
     """
     stop = stop or layout.num_codes
     given = check_given(given, keys, layout, len(prompts))
@@ -117,12 +117,12 @@ def jacobi_codes(
         if (rows := final // layout.cols) > reported:
             check_not_nan(log_probs)
             for row in range(reported, rows):
-                yield state.codes[:, : (row + 1) * layout.cols].clone()
+                yield state.codes[:, : (row + 1) * layout.cols]
             reported = rows
         if final == stop:
             if stop % layout.cols:
                 check_not_nan(log_probs)
-                yield state.codes[:, :stop].clone()
+                yield state.codes[:, :stop]
             return
         if kept is not None and (going_on := kept()) is not None:
             state.keep(going_on)

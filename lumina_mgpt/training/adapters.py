@@ -1,5 +1,7 @@
 """Chooses the trained weights of a model: all, all but embedding and head, or low-rank adapters (LoRA, by peft)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,21 @@ def choose_trained(model: Transformer, options: ModelOptions, seed: int = 0) -> 
 def _lora(options: ModelOptions) -> dict[str, Any]:
     """The arguments of peft's LoraConfig."""
     return {"r": options.lora_rank, "lora_alpha": options.alpha, "target_modules": list(TARGETS)}
+
+
+@contextmanager
+def without_adapters(model: Transformer) -> Iterator[None]:
+    """Makes a model compute what its base computes, without adapters and dropout, until the block ends."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
+    dropout, model.dropout = model.dropout, 0.0
+    try:
+        for layer in layers:
+            layer.set_scale(_ADAPTER, 0)
+        yield
+    finally:
+        model.dropout = dropout
+        for layer in layers:
+            layer.set_scale(_ADAPTER, 1)
 
 
 def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | str, keep: bool = True) -> Transformer:

@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.io import read_json, write_atomic
 from lumina_mgpt.model.hub import resolve
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.options import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 _BESIDE_ADAPTER = "base_weights.json"
 _PATHS = ("init_from", "model_config", "tokenizer_path", "data_config", "movqgan_path", "sample_prompts", "output_dir")
@@ -77,6 +82,31 @@ def zero_image_head(model: Transformer) -> None:
         )
     with torch.no_grad():
         model.lm_head.weight[config.image_code_offset : config.image_code_offset + config.num_image_codes] = 0
+
+
+def guided_scale(config: ModelConfig, settings: TrainingConfig) -> float:
+    """Returns `guided_scale` of the model that a run trains.
+
+    Args:
+        config: configuration of the base.
+
+    Raises:
+        InputError: the run distills guidance into weights that are guided already.
+    """
+    scale = settings.distillation.guidance_scale
+    if config.guided and scale:
+        raise InputError(
+            f"{settings.model.init_from} gives guidance {config.guided_scale:g} by itself (guided_scale in "
+            "config.json); give the weights that it was trained from",
+            "init_from",
+        )
+    if config.guided:
+        logger.warning(
+            "%s gives guidance %g by itself; training on records weakens that, and the export still records it",
+            settings.model.init_from,
+            config.guided_scale,
+        )
+    return scale or config.guided_scale
 
 
 def locate(settings: TrainingConfig, described: dict | None) -> Path:
@@ -153,20 +183,25 @@ def check(found: str | None, wanted: str | None, source: str | Path | None, para
         )
 
 
-def write_beside_adapter(model: torch.nn.Module, folder: Path) -> None:
-    """Writes the fingerprint of the weights that an adapter was trained on to `base_weights.json` in `folder`.
+def write_beside_adapter(model: Transformer, folder: Path) -> None:
+    """Writes `base_weights.json` to the folder of an adapter.
+
+    The file holds the fingerprint of the weights that the adapter was trained on, and `guided_scale` of the adapted
+    model if the adapter makes it guided.
 
     Args:
         model: model with the adapter.
         folder: folder of the adapter.
     """
-    write_atomic(folder / _BESIDE_ADAPTER, json.dumps({"fingerprint": frozen(model)}) + "\n")
+    guided = {"guided_scale": model.config.guided_scale} if model.config.guided else {}
+    write_atomic(folder / _BESIDE_ADAPTER, json.dumps({"fingerprint": frozen(model)} | guided) + "\n")
 
 
-def check_beside_adapter(model: torch.nn.Module, adapter: Path, source: str | Path) -> None:
+def check_beside_adapter(model: Transformer, adapter: Path, source: str | Path) -> None:
     """Compares the weights of a model with those that an adapter was trained on.
 
-    It does nothing if the adapter's folder holds no `base_weights.json`.
+    If the adapter makes the model guided, the model's configuration then says so. The function does nothing if the
+    adapter's folder holds no `base_weights.json`.
 
     Args:
         model: model without adapters.
@@ -180,7 +215,10 @@ def check_beside_adapter(model: torch.nn.Module, adapter: Path, source: str | Pa
     if not path.is_file():
         return
     try:
-        wanted = read_json(path).get("fingerprint")
+        beside = read_json(path)
+        with caused_by(str(path)):
+            config = replace(model.config, guided_scale=beside.get("guided_scale", model.config.guided_scale))
     except InputError as error:
         raise InputError(str(error), "adapter") from None
-    check(fingerprint(model.named_parameters()), wanted, source, "model_path")
+    check(fingerprint(model.named_parameters()), beside.get("fingerprint"), source, "model_path")
+    model.config = config

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.launcher import connect, meeting_point, process_share
+from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.loss import LossModel
 
 TIMEOUT = timedelta(minutes=30)  # of a collective operation: then a process is lost, and the run ends
@@ -62,6 +63,8 @@ class Processes:
             raise InputError(f"needs a CUDA GPU, got device={found}; leave it out", "cpu_offload")
         if world == 1:
             if cpu_offload:
+                if found.index is not None:
+                    torch.cuda.set_device(found)  # FSDP puts the shards on the current device
                 dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
             return cls(0, 1, found)
         meeting_point()
@@ -160,6 +163,8 @@ def place(module: LossModel, processes: Processes, cpu_offload: bool = False, na
     Only the first process has weights before. The others receive each layer right before it is sharded, so that they
     never hold the whole model.
 
+    The module may hold a second model, such as a frozen teacher, which is sharded alike.
+
     Args:
         cpu_offload: whether the shards are in the CPU's memory.
         narrow: whether parameters are gathered and multiplied in bfloat16. Shards and sums of gradients stay float32.
@@ -172,10 +177,11 @@ def place(module: LossModel, processes: Processes, cpu_offload: bool = False, na
     options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if cpu_offload else {}
     if narrow:  # inputs are not cast: among them are the angles of RoPE, which need float32
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    model = module.model
-    for part in model.layers if model.config.tie_word_embeddings else (model.embed_tokens, *model.layers):
-        _receive(part, processes)
-        fully_shard(part, mesh=mesh, **options)
+    for model in module.children():
+        assert isinstance(model, Transformer)
+        for part in model.layers if model.config.tie_word_embeddings else (model.embed_tokens, *model.layers):
+            _receive(part, processes)
+            fully_shard(part, mesh=mesh, **options)
     _receive(module, processes)
     fully_shard(module, mesh=mesh, **options)
 

@@ -20,6 +20,7 @@ _OPTIONS = (
     "lora_rank",
     "lora_alpha",
     "freeze_embeddings",
+    "guidance_scale",
 )
 
 
@@ -31,7 +32,7 @@ def of(settings: TrainingConfig, config: ModelConfig, data: str, frozen: str | N
         data: what `TokenDataset.fingerprint` returns.
         frozen: fingerprint of the weights that are not trained, None if there are none.
     """
-    options, model = settings.flat(), asdict(config) | {"dropout": 0, "z_loss_weight": 0}
+    options, model = settings.flat(), asdict(config) | {"dropout": 0, "z_loss_weight": 0, "guided_scale": 1.0}
     return {name: options[name] for name in _OPTIONS} | {
         "data_config": data,
         "ema": settings.regularization.ema > 0,

@@ -62,7 +62,8 @@ def build_model(settings: TrainingConfig, weights: bool = True) -> tuple[Transfo
     described = base.describe(settings, folder)
     folder = Path(options.tokenizer_path) if options.tokenizer_path else folder
     dropout, z_loss_weight = settings.regularization.dropout, settings.regularization.z_loss_weight
-    model.config = replace(model.config, dropout=dropout, z_loss_weight=z_loss_weight)
+    guided = base.guided_scale(model.config, settings)
+    model.config = replace(model.config, dropout=dropout, z_loss_weight=z_loss_weight, guided_scale=guided)
     model.dropout, model.gradient_checkpointing = dropout, settings.runtime.checkpointing
     return model, folder, described
 

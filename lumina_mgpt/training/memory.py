@@ -37,6 +37,8 @@ class Plan:
         lora_rank: rank of the adapters, 0 to train all weights. Frozen weights are bfloat16 unless `wide` is set.
         offload: whether weights and optimizer state are in the CPU's memory.
         gpu: whether the devices are GPUs.
+        distills: whether the training distills guidance, see `distillation.GuidanceLoss`. This part of the estimate is
+            not compared with measurements.
     """
 
     config: ModelConfig
@@ -47,6 +49,7 @@ class Plan:
     lora_rank: int = 0
     offload: bool = False
     gpu: bool = True
+    distills: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -75,6 +78,18 @@ class Plan:
         q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         widths = 2 * (c.hidden_size + q) + 2 * (c.hidden_size + k) + 3 * (c.hidden_size + inner)
         return c.num_hidden_layers * self.lora_rank * widths
+
+    @property
+    def teacher(self) -> float:
+        """Bytes of the frozen teacher, whose head holds the image codes alone; 0 if it has no weights of its own."""
+        if not self.distills or self.lora_rank or self.offload:
+            return 0
+        unused = (self.config.vocab_size - self.config.num_image_codes) * self.config.hidden_size
+        tied = self.config.tie_word_embeddings
+        weights = (
+            self.weights + self.config.num_image_codes * self.config.hidden_size if tied else self.weights - unused
+        )
+        return (4 if self.wide else 2) * weights / self.devices
 
     def state(self, gradients: bool) -> float:
         """Returns the bytes of weights and optimizer state, and of the weights' gradients if `gradients` is set."""
@@ -106,7 +121,10 @@ class Plan:
         """
         rows = max(MIN_ROWS_ON_GPU if self.gpu else MIN_ROWS, CHUNK_LOGITS // self.config.vocab_size)
         logits = min(rows, self.ids) * self.config.vocab_size * (_LOGIT_WIDE if self.wide else _LOGIT_NARROW)
-        return self._sharded_moments(logits) if self.sharded else self._whole_moments(logits)
+        if self.distills:  # one chunk, float32; and what the teacher gives: inputs of its head, float32, of three kinds
+            logits = 4 * CHUNK_LOGITS + 3 * 4 * self.ids * self.config.hidden_size
+        found = self._sharded_moments(logits) if self.sharded else self._whole_moments(logits)
+        return {moment: size + self.teacher for moment, size in found.items()}
 
     def _whole_moments(self, logits: int) -> dict[str, float]:
         """Of one device that holds all weights."""

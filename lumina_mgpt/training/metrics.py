@@ -108,9 +108,12 @@ class Metrics:
         self.waiting.append(row)
         self.bar.update(max(0.0, min(1.0, row["progress"]) - self.bar.n))
         loss = "skipped" if row["loss"] is None or "skipped" in row else f"{row['loss']:.3f}"
+        name = "loss"
+        if row.get("reward") is not None:  # says more than the loss, whose value is near 0
+            name, loss = "reward", f"{row['reward']:.3f}"
         share = f" {100 * row['peak_share']:.1f} % of peak" if "peak_share" in row else ""
         self.bar.set_postfix_str(
-            f"step {row['step']} loss {loss} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s{share}"
+            f"step {row['step']} {name} {loss} lr {row['lr']:.1e} {row['tokens_per_second']:.0f} tok/s{share}"
         )
         if self.writer:
             for key, value in row.items():

@@ -39,6 +39,7 @@ POSITIVE = Rule("must be above 0", lambda value: value > 0)
 AT_LEAST_ONE = Rule("must be at least 1", lambda value: value >= 1)
 FRACTION = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
 SHARE = Rule("must be in [0, 1]", lambda value: 0 <= value <= 1)
+GUIDANCE = Rule("must be above 1 and at most 1000, or 0 for none", lambda value: value == 0 or 1 < value <= 1000)
 FACTOR = Rule("must be above 1, or 0 for none", lambda value: value == 0 or value > 1)
 
 
@@ -247,6 +248,22 @@ class RegularizationOptions(Options):
 
 
 @dataclass(frozen=True)
+class DistillationOptions(Options):
+    """Chooses the teacher of a distillation of guidance. `distillation.DistillationTrainer` uses these options."""
+
+    guidance_scale: float = option(
+        0.0, "guidance scale whose distribution the weights learn; 0 for an ordinary training", GUIDANCE
+    )
+    own_samples: float = option(
+        0.0, "share of the steps that learn on images that the model in training samples, not on the records", SHARE
+    )
+
+    def _check_together(self) -> None:
+        if self.own_samples and not self.guidance_scale:
+            raise InputError(f"{self.own_samples} means nothing without guidance_scale=S; add that", "own_samples")
+
+
+@dataclass(frozen=True)
 class CheckpointOptions(Options):
     """Chooses when checkpoints are written, how many are kept, and the checkpoint that the run resumes from."""
 
@@ -309,6 +326,7 @@ class TrainingConfig(Options):
     optimizer: OptimizerOptions
     schedule: ScheduleOptions
     regularization: RegularizationOptions
+    distillation: DistillationOptions
     checkpoints: CheckpointOptions
     logging: LoggingOptions
     runtime: RuntimeOptions
@@ -345,10 +363,26 @@ class TrainingConfig(Options):
             raise InputError(
                 "muon trains whole matrices and cannot be used with lora_rank=R; use optimizer=adamw", "optimizer"
             )
+        if self.distillation.guidance_scale:
+            self._check_distillation()
         if self.data.pack:  # packed rows differ in shape, and noise is taken from other rows
             for name, given in (("compile", self.runtime.compile), ("code_noise", self.regularization.code_noise)):
                 if given:
                     raise InputError(f"cannot be used with {name}={given}; leave one of them out", "pack")
+
+    def _check_distillation(self) -> None:
+        """Refuses options that a distillation of guidance cannot use."""
+        if not self.model.init_from:
+            raise InputError("needs init_from=FOLDER, the weights that are the teacher", "guidance_scale")
+        others = {"zero_image_head": self.model.zero_image_head}
+        others |= {name: getattr(self.regularization, name) for name in ("z_loss_weight", "tail_weight")}
+        for name, value in others.items():
+            if value:
+                raise InputError(
+                    f"cannot be used with guidance_scale=S, got {value}; leave it out, or set it to 0", name
+                )
+        if self.data.pack and self.distillation.own_samples:
+            raise InputError("cannot be used with own_samples=SHARE; leave one of them out", "pack")
 
 
 def groups() -> dict[str, type[Options]]:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.outputs import OutputFolder
 from lumina_mgpt.pipeline import Checkpoint, Pipeline
 from lumina_mgpt.prompt_files import PROMPTS_FILE, example_prompts, read_prompts
+from lumina_mgpt.prompts import TASKS, Task
 from lumina_mgpt.training.adapters import plain_copy
 from lumina_mgpt.training.distributed import Processes
 from lumina_mgpt.training.options import TrainingConfig
@@ -34,15 +36,26 @@ class SampleImages:
         settings: training configuration; `sample_prompts` and `movqgan_path` name the files to use.
         folder: folder of the tokenizer, and of the prompts and the image tokenizer if `settings` does not name them.
         model: the model in training.
+        width, height, task: size and task of the pictures; see `Checkpoint.layout`.
+        sampling: fields of SamplingConfig that differ from the defaults of the checkpoint's family.
 
     Raises:
         InputError: there is no image tokenizer, it does not fit the model, or a prompt cannot be used.
     """
 
     def __init__(
-        self, settings: TrainingConfig, folder: Path, model: Transformer, vocabulary: Vocabulary, processes: Processes
+        self,
+        settings: TrainingConfig,
+        folder: Path,
+        model: Transformer,
+        vocabulary: Vocabulary,
+        processes: Processes,
+        width: int | None = None,
+        height: int | None = None,
+        task: Task = TASKS["t2i"],
+        **sampling: Any,
     ) -> None:
-        options = settings.logging
+        options, self.task, self.sampling = settings.logging, task, sampling
         self.processes, self.model, self.seed = processes, model, settings.runtime.seed
         self.folder = Path(settings.output_dir) / "samples"
         self.prompts, named = read_prompts(None, options.sample_prompts, "sample_prompts"), "sample_prompts"
@@ -57,7 +70,8 @@ class SampleImages:
             self.images = ImageTokenizer.from_checkpoint(path, processes.device)
             self.images.require_codes(model.config, path)
             self.images.require_decoder()
-        self.checkpoint.prompt_ids(self.prompts, self.checkpoint.layout(), parameter=named)
+        self.layout = self.checkpoint.layout(width, height, task)
+        self.checkpoint.prompt_ids(self.prompts, self.layout, task, parameter=named)
 
     @torch.no_grad()
     def draw(self, step: int) -> list[Image.Image]:
@@ -88,14 +102,16 @@ class SampleImages:
         copy = plain_copy(self.model, dtype, device, bool(self.own_prompts))
         if self.images is None:
             return []
-        results = Pipeline(self.checkpoint, copy, self.images).generate(self.own_prompts, seed=self.seed)
+        results = Pipeline(self.checkpoint, copy, self.images).generate(
+            self.own_prompts, *self.layout.size, seed=self.seed, task=self.task, **self.sampling
+        )
         return [result.image for result in results]
 
     def _gathered(self, own: list[Image.Image]) -> list[Image.Image]:
         """Returns the pictures of all prompts in order. Waits until all processes have generated theirs."""
         if self.processes.world == 1:
             return own
-        width, height = self.checkpoint.layout().size
+        width, height = self.layout.size
         world, count = self.processes.world, len(self.prompts)
         pixels = torch.zeros(-(-count // world), height, width, 3, dtype=torch.uint8)
         for n, picture in enumerate(own):

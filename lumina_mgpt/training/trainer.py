@@ -7,16 +7,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, corrupt
-from lumina_mgpt.data.dataset import TokenDataset
+from lumina_mgpt.data.dataset import CONTEXT_DROPOUT, TokenDataset
 from lumina_mgpt.data.seeding import seed_of
 from lumina_mgpt.data.sources import read_sources, require_known_panels
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.families import Family
 from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base, identity, loading, run_folder
@@ -44,17 +45,20 @@ class Trainer:
         InputError: settings, data or checkpoint cannot be used. Nothing has been trained then.
     """
 
+    context_dropout = CONTEXT_DROPOUT
+    measured = "loss", "z_loss"  # names in the metrics of what `module` returns after the loss to minimize
+
     def __init__(self, settings: TrainingConfig, processes: Processes) -> None:
         self.settings, self.processes = settings, processes
         self.output_dir = Path(settings.output_dir)
         if settings.runtime.threads:
             torch.set_num_threads(settings.runtime.threads)
-        self.start, sources = self._checkpoint_to_resume(), read_sources(settings.data.data_config)
+        self.start, sources = self._checkpoint_to_resume(), self._read_sources()
         # The other processes get the weights in `place`: only the first holds a whole copy in the CPU's memory.
         with processes.together("load the model"):
             model, self.tokenizer_folder, self.base = build_model(settings, weights=processes.first)
         vocabulary = Vocabulary.from_folder(self.tokenizer_folder, model.config)
-        self.dataset, self.feed = self._read_data(sources, vocabulary, model.config.family)
+        self.dataset, self.feed = self._read_data(sources, vocabulary, model.config)
         longer = self.dataset.lengths.max() > model.config.context
         if longer and not model.config.rope_scaling:  # the exported model must accept the lengths it was trained on
             model.config = replace(model.config, max_position_embeddings=settings.data.max_seq_len)
@@ -68,17 +72,27 @@ class Trainer:
         self.saver = Saver(self.output_dir, processes, checkpoints.keep_checkpoints, checkpoints.save_beside)
         self.samples = None
         if logs.sample_every:
-            self.samples = SampleImages(settings, self.tokenizer_folder, model, vocabulary, processes)
+            self.samples = self._sample_images(model, vocabulary)
         if self.start is not None:
             self._resume(self.start)
         self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, logs.tensorboard)
 
-    def _read_data(self, sources: list, vocabulary: Vocabulary, family: Family) -> tuple[TokenDataset, Feed]:
+    # -- what a training of another kind replaces ----------------------------------------------------------------------
+
+    def _read_sources(self) -> list:
+        """Returns what `_read_data` reads. It is checked before the model is loaded."""
+        return read_sources(self.settings.data.data_config)
+
+    def _sample_images(self, model: Transformer, vocabulary: Vocabulary) -> SampleImages:
+        return SampleImages(self.settings, self.tokenizer_folder, model, vocabulary, self.processes)
+
+    def _read_data(self, sources: list, vocabulary: Vocabulary, config: ModelConfig) -> tuple[Any, Any]:
+        """Returns the data, and the feed, whose position is part of a checkpoint."""
         data, processes = self.settings.data, self.processes
-        require_known_panels(sources, family)
+        require_known_panels(sources, config.family)
         longest = data.max_seq_len if data.overlong == "drop" else 0
-        seed, several = self.settings.runtime.seed, family.drops_earlier_images
-        dataset = TokenDataset(sources, vocabulary, seed, longest, several)
+        seed, several = self.settings.runtime.seed, config.family.drops_earlier_images
+        dataset = TokenDataset(sources, vocabulary, seed, longest, several, self.context_dropout)
         dataset.check(data.max_seq_len)
         size = BatchSize(data.batch_size, data.max_tokens, data.pad_multiple, data.pack)
         size.check(int(dataset.lengths.max()))
@@ -86,16 +100,22 @@ class Trainer:
 
     def _prepare_model(self, model: Transformer) -> None:
         """Freezes, compiles and places the model, and makes its optimizers."""
-        settings, regularization, runtime = self.settings, self.settings.regularization, self.settings.runtime
+        settings, runtime = self.settings, self.settings.runtime
+        module = self._make_module(model)
         choose_trained(model, settings.model, settings.runtime.seed)
         self.frozen = self.processes.of_first(base.frozen(model) if self.processes.first else None)
-        self.module = LossModel(model, regularization.z_loss_weight, regularization.tail_weight)
+        self.module = module
         self.model = model.train()
         if runtime.compile:
             self.module.compile_parts()
         place(self.module, self.processes, runtime.cpu_offload, runtime.precision == "bf16")
         self.optimizers = build_optimizers(model, settings.optimizer)
-        self.ema = Ema(model, regularization.ema) if regularization.ema else None
+        self.ema = Ema(model, settings.regularization.ema) if settings.regularization.ema else None
+
+    def _make_module(self, model: Transformer) -> LossModel:
+        """Returns the module that computes the loss. The weights of `model` are those that the run starts from."""
+        regularization = self.settings.regularization
+        return LossModel(model, regularization.z_loss_weight, regularization.tail_weight)
 
     # -- position ------------------------------------------------------------------------------------------------------
 
@@ -250,37 +270,58 @@ class Trainer:
         losses = [part for batch in batches for part in self._backward(batch, max(1.0, labelled))]
         clipped = clip_gradients(self.module, self.settings.optimizer.clip_grad)
         *parts, norm = read(processes.device, *losses, clipped)  # the only time that the host waits for a GPU
-        elapsed = time.monotonic() - began if processes.first else 0.0
-        sums = sum(parts[::2]), sum(parts[1::2]), self.stop, self.saver.poll(), elapsed
-        cross, z, stop, failed, elapsed = processes.sum(*sums)
-        if failed:  # on every process; raises the error on the one that writes
-            self.saver.finish()
+        cross, z = self._agree(began, sum(parts[::2]), sum(parts[1::2]))
         loss, z = cross / max(1.0, labelled), z / max(1.0, labelled)
-        fault = self.guard.fault(loss + self.settings.regularization.z_loss_weight * z, norm)
-        if fault:
-            self.guard.refuse(self.at + 1, fault, [self.dataset.locate(sample) for sample in self.feed.samples])
-        else:
-            self._update()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        self.at, self.tokens, self.elapsed = self.at + 1, self.tokens + int(tokens), elapsed
-        self.leave = stop > 0  # the sum is the same everywhere: all processes leave the loop after the same step
+        fault = self._update_unless_bad(loss + self.settings.regularization.z_loss_weight * z, norm)
+        self.at, self.tokens = self.at + 1, self.tokens + int(tokens)
         seconds = time.monotonic() - started
         row = {
             "step": self.at,
             "epoch": round(self.feed.epochs, 4),
             "progress": self.progress,
-            "loss": loss,
-            "z_loss": z,
+            **dict(zip(self.measured, (loss, z), strict=True)),
             "grad_norm": norm,
             "lr": rate,
             "tokens": self.tokens,
-            "elapsed": round(elapsed, 3),
+            "elapsed": round(self.elapsed, 3),
             "tokens_per_second": tokens / seconds,
         }
         if self.peak_flops:
             row["peak_share"] = flops / seconds / self.peak_flops
         self.metrics.step(row | ({"skipped": fault} if fault else {}))
+
+    def _agree(self, began: float, *values: float) -> list[float]:
+        """Returns the sums of values over all processes; sets `elapsed`, and `leave` if a process received a signal.
+
+        The sums are the same everywhere: all processes leave the loop after the same step.
+
+        Args:
+            began: clock at elapsed time 0.
+
+        Raises:
+            InputError: a checkpoint cannot be written.
+        """
+        elapsed = time.monotonic() - began if self.processes.first else 0.0
+        *sums, stop, failed, self.elapsed = self.processes.sum(*values, self.stop, self.saver.poll(), elapsed)
+        if failed:  # on every process; raises the error on the one that writes
+            self.saver.finish()
+        self.leave = stop > 0
+        return sums
+
+    def _update_unless_bad(self, loss: float, norm: float) -> str | None:
+        """Applies the gradients and clears them, if the guard accepts them. Returns why it does not, or None."""
+        fault = self.guard.fault(loss, norm)
+        if fault:
+            self.guard.refuse(self.at + 1, fault, self._located())
+        else:
+            self._update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return fault
+
+    def _located(self) -> list[dict]:
+        """Returns the records of this step, for the file of bad steps."""
+        return [self.dataset.locate(sample) for sample in self.feed.samples]
 
     def _set_learning_rate(self) -> float:
         """Sets the learning rates of this step; returns that of AdamW."""
@@ -315,11 +356,14 @@ class Trainer:
         """
         kind, narrow = self.processes.device.type, self.settings.runtime.precision == "bf16"
         with torch.autocast(kind, torch.bfloat16, enabled=narrow):
-            parts = self.processes.upload(batch.ids, batch.index, batch.targets)
-            total, cross, z = self.module(*parts, batch.documents)
+            total, cross, z = self._losses(batch)
         # FSDP averages gradients over the processes; the factor `world` makes that a sum.
         (total * (self.processes.world / labelled)).backward()
         return cross, z
+
+    def _losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss of a micro-batch to minimize and its parts, all three as sums over the labels."""
+        return self.module(*self.processes.upload(batch.ids, batch.index, batch.targets), batch.documents)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

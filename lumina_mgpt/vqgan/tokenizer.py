@@ -1,5 +1,6 @@
 """The image tokenizer: finds and loads a VQGAN or MoVQGAN file, converts images to codes and codes to images."""
 
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def missing_file(model_folder: str | Path, kind: str) -> str:
     names = KINDS[kind]
     places = " and no ".join(dict.fromkeys(str(path) for path in names.elsewhere))
     download = names.download.format(folder=model_folder)
-    return f"no {names.title} weights in {model_folder} and no {places}: {download}, or set {names.option}"
+    return f"no {names.title} weights in {model_folder} and no {places}: {download}, or give {names.option}=FILE"
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -139,9 +140,9 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # arbitrary bytes make the unpickler raise any type
         if remedy(error, ""):
             raise InputError(f"{path} cannot be read ({cause(error)}); {remedy(error)}") from None
-        raise InputError(
-            f"{path} is damaged, or not an image tokenizer's file ({cause(error)}); download it again"
-        ) from None
+        # The message of an unpickler advises to load without weights_only, which would let the file run code.
+        why = "it holds something else than tensors" if isinstance(error, pickle.UnpicklingError) else cause(error)
+        raise InputError(f"{path} is damaged, or not an image tokenizer's file ({why}); download it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} must hold a state dict of tensors; give a VQGAN or MoVQGAN file")

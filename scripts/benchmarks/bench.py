@@ -10,7 +10,7 @@ memory measured in the same run: near 100 % a step is bound by memory, above 100
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -193,6 +193,8 @@ def bench(args) -> None:
         check_plot(args.plot)
     set_threads(args.threads)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+    if args.cfg is None and checkpoint.config.guided:
+        settings = replace(settings, cfg=1.0)
     prompts = prompt_files.read_prompts(None, args.prompt_file) if args.prompt_file else []
     prompts = prompts or prompt_files.example_prompts(checkpoint.folder)
     pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))

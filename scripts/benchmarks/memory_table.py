@@ -20,6 +20,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--size", type=cli.whole, default=768, help="width and height of a picture")
     parser.add_argument("--gpus", type=cli.whole, nargs="+", default=[1, 4, 8], help="numbers of GPUs")
     parser.add_argument("--gb", type=cli.whole, nargs="+", default=[24, 48, 80], help="memory of a GPU, in GB")
+    parser.add_argument("--distill", action="store_true", help="of distill-guidance instead of finetune")
     parser.add_argument("--lora_rank", type=cli.whole, default=16, help="rank of adapters")
     return parser
 
@@ -47,7 +48,7 @@ def table(args: argparse.Namespace) -> None:
     print_header(f"{ids:,} ids with `--checkpointing`", "GPUs", "GB each", *sizes)
     for name, way in ways.items():
         for gpus in args.gpus:
-            plan = Plan(config, ids, gpus, **way)
+            plan = Plan(config, ids, gpus, distills=args.distill, **way)
             counts = [most(plan, ids, gb) for gb in args.gb]
             print_row(name, gpus, f"{plan.peak() / 1e9:.0f}", *(count or "no" for count in counts))
 

@@ -199,7 +199,8 @@ def evaluate(args: argparse.Namespace) -> None:
     few = min(args.prompts, args.shuffled)
     if few < 2:
         raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
-    SamplingConfig(cfg=args.cfg, seed=args.seed).with_seeds(args.prompts)  # checks the largest seed
+    cfg = 4.0 if args.cfg is None else args.cfg
+    SamplingConfig(cfg=cfg, seed=args.seed).with_seeds(args.prompts)  # checks the largest seed
     sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row in TASK_ROWS]
     args.out_dir.mkdir(parents=True, exist_ok=True)
     output = OutputFolder(args.out_dir, overwrite=True, parameter="out_dir")
@@ -209,6 +210,7 @@ def evaluate(args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
     todo = dict(zip(TEXT_ROWS, scenes.evaluation_scenes(names, args.prompts, rng), strict=True))
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+    args.cfg = 1.0 if args.cfg is None and checkpoint.config.guided else cfg
     pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
     options = ("model_path", "cfg", "seed", "prompts", "shuffled", "quant", "dtype", "cache_dtype")
     figures: dict[str, object] = {name: getattr(args, name) for name in options}
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=cli.whole, default=300, help="prompts in each row")
     parser.add_argument("--shuffled", type=cli.whole, default=60, help="prompts run with another panel or prompt")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--cfg", type=cli.number, default=4.0, help="guidance scale")
+    parser.add_argument("--cfg", type=cli.number, help="guidance scale (default: 4, or 1 for weights that need none)")
     parser.add_argument("--seed", type=cli.whole, default=20_000, help="seed of scenes and noise")
     return cli.run(evaluate, parser, argv)
 

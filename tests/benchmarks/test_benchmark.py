@@ -14,6 +14,7 @@ from PIL import Image
 
 from lumina_mgpt import Pipeline
 from lumina_mgpt.benchmarks.folder import BenchmarkFolder, tile
+from lumina_mgpt.benchmarks.manifest import hashes
 
 SMALL = ("--device", "cpu", "--width", "32", "--height", "32")
 
@@ -246,6 +247,23 @@ def test_two_processes_make_the_files_of_one(tiny_checkpoint, lists, tmp_path, r
     assert files(both) == files(alone)
     for name in files(alone) - {"manifest.json"}:
         assert np.array_equal(pixels(both / name), pixels(alone / name)), name
+
+
+def test_the_second_process_may_be_done_before_the_first_starts(run, lists, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert run("geneval", "-n", 1) == 0
+    assert len(list((tmp_path / "out").glob("0*/samples/0000.png"))) == 3
+
+
+def test_files_of_one_name_have_two_checksums(tmp_path):
+    paths = [tmp_path / "model.safetensors", tmp_path / "movqgan/model.safetensors"]
+    paths[1].parent.mkdir()
+    for path in paths:
+        path.write_text(str(path))
+    assert sorted(hashes(paths)) == sorted(map(str, paths))
+    assert list(hashes(paths[:1])) == ["model.safetensors"]
 
 
 def test_malformed_lists_are_one_line(run, lists, capsys):

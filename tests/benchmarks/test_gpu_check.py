@@ -150,6 +150,7 @@ def test_a_part_that_does_not_fit_is_left_out(monkeypatch):
         (["--device", "tpu"], "--device must be"),
         (["--json", "nowhere/gpu.json"], "--json must be a file in a folder that exists"),
         (["--table", "."], "--table must be a file"),
+        (["--table", "/proc/gpu.md"], "--table /proc/gpu.md cannot be written"),
         (["--first_generation", "nowhere"], "--first_generation must be the folder of a checkpoint"),
         (["--stage", "int4"], "--stage"),
     ],
@@ -158,6 +159,18 @@ def test_invalid_options_are_refused(capsys, options, message):
     assert command.main(options) == cli.REFUSED
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_a_stopped_run_says_what_remains(monkeypatch, capsys, tmp_path):
+    def stop(check: Check) -> None:
+        good(check)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "STAGES", (stage("first", stop),))
+    assert command.main(["--device", "cpu", "--json", str(tmp_path / "gpu.json")]) == 128 + signal.SIGINT
+    printed = capsys.readouterr()
+    assert "the answer: 42" in printed.out and not list(tmp_path.iterdir())
+    assert printed.err == "stopped by Ctrl-C; figures so far are above, and no file is written\n"
 
 
 def test_an_int4_kernel_that_is_slightly_wrong_fails(monkeypatch, capsys):

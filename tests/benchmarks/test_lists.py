@@ -37,6 +37,9 @@ def test_geneval_keeps_lines_verbatim(tmp_path):
         (GOOD | {"prompt": 3}, "must have a prompt"),
         (GOOD | {"tag": None}, "must have a text as its tag"),
         (GOOD | {"include": [{"class": "cow"}]}, "must have a list as its include"),
+        (GOOD | {"include": [{"class": "cow", "count": -1}]}, "a count of at least 1"),
+        (GOOD | {"include": [{"class": "cow", "count": 1, "colour": "red"}]}, "no other keys"),
+        (GOOD | {"exclude": 3}, "must have a list as its exclude"),
         (GOOD | {"promt": "x"}, "got 'promt'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from command_checks import names, refused
 from commands import environment, line_of, main_of, module_of
 from documents import guide_text
 from PIL import Image
+
+from lumina_mgpt.errors import InputError
 
 GREEDY = ("--text_top_k", "1", "--device", "cpu", "--target_size", "64")
 QUESTION = "A dog is playing in the water"
@@ -116,14 +119,49 @@ def test_the_second_generation_answers_with_a_warning(tiny_checkpoint, pictures,
         (["PICTURE", "--batch_size", "0"], ["--batch_size", "got 0"]),
         (["PICTURE", "--overwrite"], ["--overwrite has no effect without --save_path"]),
         (["PICTURE", "--save_path", "PICTURE", "--overwrite"], ["--save_path", "one of the pictures"]),
+        (["PICTURE", "--save_path", "EMPTY", "--overwrite"], ["--save_path", "not a regular file"]),
+        (["PICTURE", "--save_path", "PIPE", "--overwrite"], ["--save_path", "not a regular file"]),
+        (["PICTURE", "--save_path", "/dev/null/x"], ["--save_path", "cannot be written"]),
+        (["PICTURE", "--question", "<|image|> <|image|>"], ["--question must have one mark"]),
+        (["PICTURE", "--question", "a " * 20000], ["--question has", "this model sees 10240"]),
     ],
 )
-def test_what_describe_refuses(given, pictures, tmp_path, capsys, options, parts):
+def test_what_describe_refuses(given, pictures, tmp_path, capsys, no_weights, options, parts):
     (tmp_path / "empty").mkdir()
-    places = {"PICTURE": str(pictures / "a.png"), "EMPTY": str(tmp_path / "empty")}
+    pipe = tmp_path / "pipe"  # stands for a device, which a fault would remove
+    os.mkfifo(pipe)
+    places = {"PICTURE": str(pictures / "a.png"), "EMPTY": str(tmp_path / "empty"), "PIPE": str(pipe)}
     options = [places.get(option, option) for option in options]
     code = main_of("describe")(["--device", "cpu", *given("text")[:2], *options])
     refused(capsys, code, *parts)
+    assert pipe.exists()
+
+
+def test_earlier_answers_stay_until_there_is_a_new_one(given, pictures, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("earlier\n")
+    options = [*GREEDY, *given("text")[:2], "--save_path", str(answers), "--overwrite"]
+    assert main_of("describe")([*options, str(pictures / "broken.jpg")]) == 2
+    assert answers.read_text() == "earlier\n"
+    assert main_of("describe")([*options, str(pictures / "a.png")]) == 0
+    assert json.loads(answers.read_text())["image"] == str(pictures / "a.png")
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    """A limit on the size of files stands for the full disk: it stops writing in the middle of a line."""
+    resource = pytest.importorskip("resource")
+    path = str(tmp_path / "answers.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (25, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written"), module_of("describe").answers_file(path) as write:
+            for _ in range(3):
+                write("x" * 9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert Path(path).read_text() == ("x" * 9 + "\n") * 2
 
 
 @pytest.mark.parametrize("command", ["describe", "chat", "attention"])
@@ -217,10 +255,10 @@ def test_speculation_gives_the_same_answer(given, tmp_path):
         ({"conversations": [{"from": "human", "value": "x <|image|>"}]}, ["1 <|image|>", "0 images"]),
         ({"conversations": [{"from": "human", "value": "x"}], "image": ["no.png"]}, ["no.png"]),
         ({"conversations": [{"from": "human", "value": "x"}], "image": [["a", "b"]]}, ["list of panels"]),
-        ({"conversations": [{"from": "human", "value": "<eoss>"}]}, ["<eoss>"]),
+        ({"conversations": [{"from": "human", "value": "<eoss>"}]}, ["--conversation", "<eoss>"]),
     ],
 )
-def test_files_that_are_refused(given, tmp_path, capsys, content, parts):
+def test_files_that_are_refused(given, tmp_path, capsys, no_weights, content, parts):
     path = tmp_path / "question.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     code = main_of("chat")([*GREEDY, *given("text"), "--conversation", str(path)])

@@ -39,12 +39,6 @@ def generate(script, tiny_checkpoint, tmp_path):
     return lambda *options: script.main([*given, *options])
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fails the test if weights are read: checks must come before."""
-    monkeypatch.setattr("lumina_mgpt.pipeline.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
-
-
 def ended(command: list, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
     """Runs a command in a folder to its end; output is text."""
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)

@@ -29,12 +29,6 @@ def wide(oracle_v1_dir) -> str:
     return str(oracle_v1_dir / "a_96x32.png")
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    for loader in ("lumina_mgpt.pipeline.load_model", "lumina_mgpt.vqgan.tokenizer.load_state_dict"):
-        monkeypatch.setattr(loader, lambda *_, **__: pytest.fail("weights were loaded"))
-
-
 def text_of(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
         return image.text
@@ -189,6 +183,19 @@ def test_a_detected_box_is_found(generate, tmp_path, wide, monkeypatch, capsys):
         ),
         (["--prompt", "x", "--instruction", "y"], ["--instruction replaces --prompt"]),
         (["--instruction", " "], ["--instruction must not be empty"]),
+        (["--instruction", "a <|image|>"], ["--instruction must have no mark <|image|>"]),
+        (
+            ["--task", "i2i", "--i2i_task", "edit", "--image_path", "PICTURE", "--instruction", "<|image|> <|image|>"],
+            ["--instruction must have one mark <|image|>", "got 2"],
+        ),
+        (
+            ["--task", "i2i", "--i2i_task", "no_edit", "--image_path", "PICTURE", "--prompt", "x"],
+            ["--prompt has no effect on the task no_edit of Lumina-mGPT"],
+        ),
+        (
+            ["--task", "multiview", "--prompt", "x", "--batch_size", "2"],
+            ["--batch_size 2 has no effect with --task multiview"],
+        ),
         (["--instruction", "a <eoss>"], ["--instruction", "<eoss>"]),
         (["--prompt", "x", "--dtype", "fp16"], ["--dtype must be bf16 or fp32", "overflows fp16"]),
         (["--prompt", "x", "--target_size", "65"], ["--target_size must be a multiple of 32, got 65"]),
@@ -208,6 +215,9 @@ def test_tasks_of_the_first_generation_alone_are_refused_by_the_second(tiny_chec
     options = ["--task", "i2i", "--i2i_task", "detect", "--image_path", str(picture), "--prompt", "x"]
     refused(capsys, main([*common, *options]), "--i2i_task", "Lumina-mGPT 2.0: depth", "got detect")
     single = main_of("generate_with_image")
+    words = ["--instruction", "a red <|image|>"]
+    edit = ["--task", "i2i", "--i2i_task", "edit", "--image_path", str(picture), *words]
+    refused(capsys, main([*common, *edit]), "--instruction must have no mark")
     options = ["--task", "no_edit", "--input_image_path", str(picture)]
     refused(capsys, single([*common, *options]), "--task must be a task of Lumina-mGPT 2.0", "got no_edit")
 
@@ -293,6 +303,11 @@ def test_attention(given, tmp_path, oracle_v1_dir, capsys):
     assert sum(map(sum, found["codes"])) == pytest.approx(found["shares"]["codes"])
     assert "text " in capsys.readouterr().out
     picture = str(oracle_v1_dir / "b_64x64.png")
-    assert main([*GREEDY, *given, "--prompt", "a cat", "--image_path", picture, "--overwrite"]) == 0
+    shown = [*given, "--device", "cpu", "--target_size", "64", "--prompt", "a cat", "--image_path", picture]
+    assert main([*shown, "--overwrite"]) == 0
+    text = text_of(out / "image.png")
+    assert text["image_path"] == picture and not {"seed", "cfg", "top_k"} & text.keys()
+    for option in (["--cfg", "2"], ["--top_k", "1"], ["--fast"], ["--speculative_jacobi"]):
+        refused(capsys, main([*shown, *option]), f"{option[0]}", "has no effect with --image_path")
     assert Image.open(out / "image.png").tobytes() == Image.open(picture).convert("RGB").tobytes()
     refused(capsys, main([*GREEDY, *given, "--prompt", "a cat"]), "--save_path", "image.png", "--overwrite")

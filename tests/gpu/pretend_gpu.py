@@ -24,10 +24,10 @@ from unittest import mock
 import pretend_kernels
 import torch
 import torch.nn.functional as F
+from nested import changed, leaves
 from torch import Tensor
 from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 TORCH = "2.13"
 GPUS = {"t4": (7, 5), "a100": (8, 0), "4090": (8, 9), "h100": (9, 0), "b200": (10, 0)}  # compute capabilities
@@ -128,7 +128,7 @@ class Seen:
             return work()
         out = None if in_place else work()
         places = {x.untyped_storage().data_ptr() for x in operands if isinstance(x, Tensor)}
-        new = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        new = [x for x in leaves([out]) if isinstance(x, Tensor)]
         self.graph.recorded.append((work, [x for x in new if x.untyped_storage().data_ptr() not in places]))
         return out
 
@@ -149,7 +149,7 @@ class PretendGraph:
         seen.replays += 1
         with _disable_current_modes(), torch.no_grad():
             for work, kept in self.recorded:
-                new = [x for x in tree_leaves(work()) if isinstance(x, Tensor)]
+                new = [x for x in leaves([work()]) if isinstance(x, Tensor)]
                 for old, fresh in zip(kept, new, strict=bool(kept)):
                     old.copy_(fresh)
 
@@ -216,7 +216,7 @@ def _run(_, func, types, args=(), kwargs=None) -> Any:
     """Runs one operator: checks its devices, counts it, and computes it on the CPU."""
     kwargs = kwargs or {}
     seen, name = NOW[-1], func._schema.name.removeprefix("aten::")
-    flat, form = tree_flatten((args, kwargs))
+    flat = leaves((*args, *kwargs.values()))
     ours = [x for x in flat if isinstance(x, OnGpu)]
     plain = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, OnGpu)]
     target, wait_free = kwargs.get("device"), kwargs.get("non_blocking", False)
@@ -234,9 +234,9 @@ def _run(_, func, types, args=(), kwargs=None) -> Any:
         return func(args[0].inside, **kwargs)
     else:
         _check_and_count(seen, func, name, args, flat, works)
-    cpu = torch.device("cpu")
-    flat = [x.inside if isinstance(x, OnGpu) else cpu if isinstance(x, torch.device) else x for x in flat]
-    inner, options = tree_unflatten(flat, form)
+    flat = [x.inside if isinstance(x, OnGpu) else x for x in flat]
+    inner, options = changed((args, kwargs), lambda x: x.inside if isinstance(x, OnGpu) else x)
+    options |= {} if target is None else {"device": torch.device("cpu")}
     options.pop("pin_memory", None)
     if name in pretend_kernels.INT4:
         if name == "_weight_int4pack_mm":
@@ -245,7 +245,7 @@ def _run(_, func, types, args=(), kwargs=None) -> Any:
     in_place = func._schema.is_mutable and bool(func._schema.returns)
     out = seen.compute(lambda: func(*inner, **options), flat, in_place)
     assert not in_place or args[0].shape == inner[0].shape, f"{func} changed a shape"
-    return args[0] if in_place else tree_map_only(Tensor, OnGpu, out)
+    return args[0] if in_place else changed(out, lambda x: OnGpu(x) if isinstance(x, Tensor) else x)
 
 
 def _check_and_count(seen: Seen, func, name: str, args: tuple, flat: list, works: bool) -> None:

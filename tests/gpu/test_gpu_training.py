@@ -17,7 +17,7 @@ from lumina_mgpt.training.trainer import Trainer
 PACKAGE = "lumina_mgpt/"
 VARIANTS = [
     pytest.param(dict(optimizer="muon", ema=0.99, checkpointing=True), id="Muon and checkpointing"),
-    pytest.param(dict(lora_rank=4), id="adapters"),
+    pytest.param(dict(lora_rank=4), id="adapters", marks=pytest.mark.slow),
     pytest.param({}, id="AdamW", marks=pytest.mark.slow),
     pytest.param(dict(batch_size=0, max_tokens=200, pack=True), id="packed", marks=pytest.mark.slow),
     pytest.param(dict(freeze_embeddings=True), id="frozen embeddings", marks=pytest.mark.slow),
@@ -90,6 +90,18 @@ def test_each_process_takes_its_own_gpu(monkeypatch, local):
         monkeypatch.setenv("LOCAL_RANK", "2")
         with pytest.raises(InputError, match="LOCAL_RANK must be below 2, the number of GPUs"):
             Processes.start("auto")
+
+
+def test_offload_uses_the_named_gpu(monkeypatch):
+    """Bug: FSDP puts shards on torch's current GPU, which was the first one."""
+    chosen = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    with pretend(PACKAGE, "h100", count=2):
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        Processes.start("cuda", cpu_offload=True)
+        assert not chosen
+        assert Processes.start("cuda:1", cpu_offload=True).device == torch.device("cuda", 1)
+    assert chosen == [torch.device("cuda", 1)]
 
 
 def test_samples_come_from_the_own_gpu_and_wait_for_a_day(settings, tiny_checkpoint, vocabulary, monkeypatch):

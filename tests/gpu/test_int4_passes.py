@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from commands import ROOT
 from pretend_gpu import OnGpu, pretend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +15,7 @@ from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.model.step import CachedStep
 
-DEMO, PACKAGE = ROOT / "assets" / "demo", "lumina_mgpt/"
+PACKAGE = "lumina_mgpt/"
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,17 +90,17 @@ def test_both_ways_give_the_same_product():
 
 
 @torch.no_grad()
-def test_passes_of_a_window_with_guidance():
-    """How often one forward of two rows reads each of the demo's matrices; from 33 rows on it dequantizes them."""
+def test_passes_of_a_window_with_guidance(tiny_checkpoint):
+    """How often one forward of two rows reads the matrices of two layers; from 33 rows on it dequantizes them."""
     with pretend(PACKAGE, "h100") as seen:
-        model = load_model(DEMO, torch.bfloat16, "cuda", quant=128)
-        step = CachedStep(model, KVCache(model.config, 2, 160, torch.bfloat16, "cuda", 80), slice(1024, 3072))
-        step(torch.full((2, 3), 1024), torch.arange(3).expand(2, 3), torch.full((2, 1), 2))
+        model = load_model(tiny_checkpoint, torch.bfloat16, "cuda", quant=32)
+        step = CachedStep(model, KVCache(model.config, 2, 160, torch.bfloat16, "cuda", 80), slice(512, 576))
+        step(torch.full((2, 3), 512), torch.arange(3).expand(2, 3), torch.full((2, 1), 2))
         matrices = 7 * model.config.num_hidden_layers
         for window, passes in ((1, 1), (8, 1), (16, 2), (64, 0)):
             seen.reset()
             positions = (3 + torch.arange(window)).expand(2, window)
-            step(torch.full((2, window), 1030), positions, torch.arange(window).expand(2, window))
+            step(torch.full((2, window), 530), positions, torch.arange(window).expand(2, window))
             assert passes_of(seen) == passes * matrices, window
             dequantized = sum(n for (name, line), n in seen.launches.items() if name == "__rshift__")
             assert dequantized == (0 if passes else matrices), window

@@ -34,6 +34,16 @@ def test_it_draws(hf, pipe):
         pipe(text="a cat", generation_mode="any")
 
 
+def test_the_pipeline_for_questions_about_images_answers_too(hf):
+    model, processor = hf
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    chat = [{"role": "user", "content": "a cat"}]
+    (answer,) = pipe(text=chat, max_new_tokens=4, return_full_text=False, generate_kwargs={"seed": 3})
+    inputs = processor.apply_chat_template(chat, tokenize=True)
+    ids = model.generate(**inputs, max_new_tokens=4, seed=3)
+    assert [answer["generated_text"]] == processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
+
+
 def test_it_answers(hf, pipe):
     model, processor = hf
     picture = Image.effect_noise((64, 64), 90).convert("RGB")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
@@ -106,6 +107,32 @@ def test_an_unsupported_argument_is_refused(hf, batch, name):
     with pytest.raises(InputError, match="no argument of this model") as error:
         hf[0](batch[0][0][None], **{name: True})
     assert error.value.parameter == name
+
+
+@pytest.mark.parametrize(
+    "wrong, parameter",
+    [
+        ({"input_ids": torch.ones(1, 4)}, "input_ids"),
+        ({"input_ids": [[1, 2, 3, 4]]}, "input_ids"),
+        ({"input_ids": torch.ones(4).long()}, "input_ids"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
+        ({"labels": torch.ones(2, 3).long()}, "labels"),  # would be compared with the logits of other ids
+        ({"logits_to_keep": -1}, "logits_to_keep"),
+    ],
+)
+def test_tensors_of_other_shapes_are_refused(hf, wrong, parameter):
+    with pytest.raises(InputError) as error:
+        hf[0](**{"input_ids": torch.ones(2, 4).long(), **wrong})
+    assert error.value.parameter == parameter
+
+
+def test_a_full_disk_is_an_error_of_the_folder(hf, tmp_path, monkeypatch):
+    def save(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save)
+    with pytest.raises(InputError, match="save_directory .* cannot be written .*No space left"):
+        hf[0].save_pretrained(tmp_path / "full")
 
 
 def test_the_first_generation_loads(oracle_v1_checkpoint, oracle_v1_dir):

@@ -11,7 +11,7 @@ from PIL import Image
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import SECOND
 from lumina_mgpt.panels import encode_pictures, fit_pictures
-from lumina_mgpt.unirep import encode_conversation
+from lumina_mgpt.unirep import encode_conversation, encode_image
 from lumina_mgpt.vocabulary import TURN_END
 
 
@@ -143,6 +143,7 @@ def test_ids_become_texts_and_pictures(processor, pictures, codes):
         (None, {}, "text"),
         ([], {}, "text"),
         ([3], {}, "text"),
+        (3, {}, "text"),
         ("a", {"colour": 1}, "colour"),
         ("a", {"generation_mode": "any"}, "generation_mode"),
         ("a", {"height": 32}, "height"),
@@ -158,6 +159,11 @@ def test_ids_become_texts_and_pictures(processor, pictures, codes):
         ("<|endoftext|>", {}, None),
         ("a", {"images": "none.png"}, "panel"),
         ("a", {"images": 3}, "panel"),
+        ("a", {"images": np.zeros((8, 8, 3))}, "images"),
+        ("a", {"images": np.zeros((3, 8, 8), np.uint8)}, "images"),
+        ("a", {"images": "data:image/png;base64,xxx"}, "images"),
+        ("a", {"images": "http://127.0.0.1:9/a.png"}, "images"),
+        ("a", {"padding": "max_length"}, "padding"),
     ],
 )
 def test_wrong_arguments_are_refused(processor, text, settings, parameter):
@@ -176,6 +182,8 @@ def test_wrong_arguments_are_refused(processor, text, settings, parameter):
         ([{"role": "user", "content": [{"type": "video"}]}], {}, "type text or image"),
         ([{"role": "user", "content": [{"type": "text"}]}], {}, "must have a text"),
         ([{"role": "user", "content": [{"type": "image"}]}], {"tokenize": True}, "one of the keys"),
+        (_user("a"), {}, "must be a list of messages"),
+        ("a", {}, "must be a list of messages"),
         ([_user("a <|image|>")], {}, "control name"),
         ([_user(f"a{TURN_END}b")], {}, "control name"),
         ([_user("a")], {"continue_final_message": True}, "last message is the user's"),
@@ -195,3 +203,16 @@ def test_ids_without_an_image_are_refused(processor):
         processor.post_process_multimodal_output(ids, generation_mode="video")
     with pytest.raises(InputError, match="complete images"):
         processor.decode([processor.vocabulary.image_start_id, 5, processor.vocabulary.image_end_id])
+
+
+def test_wrong_outputs_are_refused(processor, codes):
+    image = encode_image(codes[0], processor.vocabulary)
+    for wrong in ("abc", 3, [["a"]], torch.ones(3), [[0.5]]):
+        for mode in ("text", "image", "any"):
+            with pytest.raises(InputError, match="must be rows of ids"):
+                processor.post_process_multimodal_output(wrong, generation_mode=mode)
+    with pytest.raises(InputError, match="panels must be the number of panels"):
+        processor.post_process_multimodal_output([image], generation_mode="image", panels=3)
+    rows = [image, [5, *image]]  # of different lengths
+    first, second = processor.post_process_multimodal_output(rows, generation_mode="image")
+    assert first.tobytes() == second.tobytes()

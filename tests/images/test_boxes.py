@@ -36,6 +36,36 @@ def test_the_larger_of_two_boxes_counts(photo):
     assert find_box(image, photo) == pytest.approx((50, 20, 151, 101), abs=1)
 
 
+@pytest.mark.parametrize("squares", [6, 12, 24])
+def test_another_image_has_no_box(squares):
+    """Where much differs, some rectangle has changed sides by chance."""
+
+    def smooth(seed: int) -> Image.Image:
+        colors = np.random.default_rng(seed).integers(0, 256, (squares, squares, 3), dtype=np.uint8)
+        return Image.fromarray(colors).resize((192, 192), Image.Resampling.BICUBIC)
+
+    for seed in range(4):
+        assert find_box(smooth(seed), smooth(seed + 100)) is None
+
+
+def test_half_of_all_pixels_changed_is_no_box():
+    black = np.zeros((96, 96, 3), np.uint8)
+    specks = np.where(np.random.default_rng(0).random((96, 96, 1)) < 0.5, 255, black).astype(np.uint8)
+    assert find_box(Image.fromarray(specks), Image.fromarray(black)) is None
+
+
+@pytest.mark.parametrize("dash, found", [(4, False), (8, True)])
+def test_sides_may_have_gaps_but_no_large_ones(dash, found):
+    """Sides of dashes: 4 or 8 of 10 pixels."""
+    black = np.zeros((120, 160, 3), np.uint8)
+    drawn, on = black.copy(), np.arange(160) % 10 < dash
+    for row in (20, 99):
+        drawn[row, 20:140][on[20:140]] = 255
+    for column in (20, 139):
+        drawn[20:100, column][on[20:100]] = 255
+    assert (find_box(Image.fromarray(drawn), Image.fromarray(black)) is not None) == found
+
+
 def test_no_box(photo):
     assert find_box(photo, photo) is None and find_box(noisy(photo), photo) is None
     line, disc = photo.copy(), photo.copy()

@@ -152,6 +152,15 @@ def test_wanted_images_are_forced(exact):
     assert torch.equal(with_size.images[0].codes, answer.images[0].codes)  # the first image has the noise of a request
 
 
+def test_images_of_a_known_size_fit_the_default_limit(exact, monkeypatch):
+    monkeypatch.setattr("lumina_mgpt.conversation.MAX_NEW_TOKENS", 30)
+    wanted = dict(want="images", size=(64, 32), views=3, **RANDOM)  # 3 images of 14 ids
+    answer = exact("mixed").answer([("human", ["A cat."])], **wanted)
+    assert [image.whole for image in answer.images] == [True] * 3 and answer.reason == "turn end"
+    cut = exact("mixed").answer([("human", ["A cat."])], max_new_tokens=33, **wanted)
+    assert [image.whole for image in cut.images] == [True, True, False] and cut.reason == "length"
+
+
 def test_a_wanted_image_is_that_of_generate(exact):
     """The first image of a conversation draws with the noise of `generate`."""
     pipeline = exact("image")
@@ -314,6 +323,8 @@ def test_marks_stand_for_pictures():
         (dict(want="image", size=(60, 64)), "width must be a multiple of 32"),
         (dict(want="images", size=(768, 768), views=9), "takes at least 21204.* this model sees 10240"),
         (dict(max_new_tokens=0), "max_new_tokens must be a whole number of at least 1"),
+        (dict(speculation="noise"), "speculation must be a config.Speculation"),
+        (dict(pictures=Image.new("RGB", (64, 64))), "pictures must be a sequence of pictures"),
         (dict(top_p=0.9), "top_p is no setting of an answer"),
         (dict(text_top_k=0), "text_top_k must be"),
         (dict(pictures=["nothing.png"]), "nothing.png"),
@@ -341,6 +352,21 @@ def test_wrong_histories_are_refused(exact):
         pipeline.conversation(ids=[v.bos_id, v.image_start_id, v.turn_end_id, v.turn_end_id])
     with pytest.raises(InputError, match="pictures must be a sequence"):
         pipeline.describe("cat.png", "What?")
+
+
+def test_a_text_alone_is_a_turn(exact):
+    pipeline = exact("text")
+    given = [("human", "A cat."), ("assistant", "Yes."), ("human", "What is this?")]
+    whole = pipeline.answer([(role, [text]) for role, text in given], **RANDOM)
+    assert pipeline.answer(given, **RANDOM).ids == whole.ids
+    prompt = generation_prompt([(role, [text]) for role, text in given], pipeline.checkpoint.vocabulary)
+    assert pipeline.chat(given)._sampler.prompt == prompt
+
+
+@pytest.mark.parametrize("turns", [None, 3, "hello", ["hello"], [("human",)], [{"from": "human"}], [("human", 3)]])
+def test_what_is_no_list_of_turns_is_refused(exact, turns):
+    with pytest.raises(InputError, match="turns must be a sequence of turns"):
+        exact("text").chat(turns)
 
 
 def test_images_begin_with_their_layout(exact):

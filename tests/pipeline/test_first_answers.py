@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lumina_mgpt import Pipeline
+from lumina_mgpt.answers import AnswerReader
 from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.results import End, ImageBegun, ImageDone, RowDone, Text
 from lumina_mgpt.sampling import autoregressive, interleaved
@@ -53,6 +54,13 @@ def test_greedy_answers_equal_the_released_code(pipelines, oracle_v1_dir, number
     for image, name in zip(answer.images, case.get("files", ()), strict=False):
         theirs = np.asarray(Image.open(oracle_v1_dir / name).convert("RGB"), np.int16)
         assert np.abs(np.asarray(image.image, np.int16) - theirs).max() <= 1  # theirs are cut off, not rounded
+
+
+def test_an_incomplete_character_at_the_end_is_shown(pipelines):
+    pipeline = pipelines("text")
+    reader, ids = AnswerReader(pipeline), pipeline.checkpoint.vocabulary.encode_text("é")
+    assert len(ids) == 2 and list(reader.feed(ids[:1])) == []
+    assert list(reader.end()) == [Text("\ufffd")] and reader.parts == ["\ufffd"]
 
 
 def test_events_come_in_order_and_hold_the_answer(pipelines, oracle_v1_dir):

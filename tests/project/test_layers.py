@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "boxes": set(),
     "model_config_checks": {"errors", "checks"},
     "families": {"errors", "prompts"},
-    "config": FOUNDATIONS | {"checks", "families", "model_config_checks"},
+    "config": FOUNDATIONS | {"checks", "families", "model_config_checks", "prompts"},
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},
     "unirep": {"errors", "checks", "vocabulary"},
@@ -50,6 +50,7 @@ LAYERS["preparation"] = FOUNDATIONS | {"config", "images", "model", "vqgan", "pa
 LAYERS["preparation"] |= {"unirep", "vocabulary"}
 LAYERS["answers"] = {"preparation", "results", "unirep", "vqgan"}
 LAYERS["loading"] = {"errors", "model", "preparation", "vqgan"}
+LAYERS["conversation_cache"] = {"config", "model", "preparation", "unirep", "vqgan"}
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}

@@ -135,6 +135,31 @@ def test_answers_equal_the_reference(vocabulary, name, cfg):
     assert ("text" == name) != (True in found) and reasons in found
 
 
+def test_text_has_its_own_settings_where_images_are_allowed(vocabulary):
+    logits = 3 * torch.randn(1, 1, vocabulary.vocab_size, generator=torch.Generator().manual_seed(0))
+    logits[..., vocabulary.image_start_id] = -100.0
+    drawn = set()
+    for seed in range(10):
+        config = SamplingConfig(temperature=0.1, top_k=1, text_temperature=5.0, text_top_k=50, seed=seed)
+        plans = [Plan(0, text_only, None, 1, 99) for text_only in (False, True)]
+        ids = [AnswerSampler(lambda *_: logits, None, vocabulary, [1], 0, plan, config) for plan in plans]
+        assert finish(ids[0]) == finish(ids[1])
+        drawn.add(ids[0].answer[0])
+    assert len(drawn) > 5
+
+
+def test_an_image_begins_where_it_fits_the_context(vocabulary):
+    """The context holds prompt and answer. The biases favor image starts, and grid size 3."""
+    v, prompt, greedy = vocabulary, generation_prompt("a cat", vocabulary), SamplingConfig(1.0, 1, text_top_k=1)
+    for missing in (0, 1):
+        context = len(prompt) + image_length(1, 1, v) - missing
+        first, *_ = finish(sampler(v, prompt, Plan(0, False, None, 3, context), greedy))
+        assert (first == v.image_start_id) == (missing == 0)
+        context = len(prompt) + image_length(3, 3, v) - missing
+        start, rows, cols = finish(sampler(v, prompt, Plan(1, False, None, 3, context), greedy))
+        assert (start, rows) == (v.image_start_id, v.grid_id(3)) and (cols == v.grid_id(3)) == (missing == 0)
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**63 - 1), st.booleans(), st.sampled_from([1, 3, 1000]), st.sampled_from([0.3, 1.0, 9.0]))
 def test_banned_ids_are_never_drawn(vocabulary, seed, text_only, top_k, temperature):

@@ -121,6 +121,10 @@ def test_sizes_of_the_7b():
     adapters = Plan(plan.config, 9406, 4, lora_rank=16)
     assert adapters.adapters == 39_976_960  # 32 layers * 16 * (4 * 8,192 + 3 * 15,104)
     assert adapters.peak() < Plan(plan.config, 9406, 4).peak() < plan.peak()
+    distills = Plan(plan.config, 9406, 4, distills=True)  # the teacher: 7,879,991,296 weights less 155,001 * 4,096
+    assert distills.teacher == 2 * (7_879_991_296 - 634_884_096) / 4
+    assert distills.peak() > Plan(plan.config, 9406, 4).peak() + 3e9
+    assert replace(adapters, distills=True).teacher == 0
 
 
 def test_the_table_in_the_guide_is_up_to_date(capsys):

@@ -1,8 +1,10 @@
 """The commands of TRAIN.md: those of the example are run, with shorter times; the others name options that exist."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from lumina_mgpt.io import read_rows
 
 TEXT = (ROOT / "TRAIN.md").read_text()
 EXAMPLE = TEXT.split("## Step by step")[0]
+GUIDANCE = TEXT.split("## Guidance in the weights")[1]
 SHORT = {"MINUTES": "0.1", "KNOWN": "2"}
 BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -19,15 +22,22 @@ BASH = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with links to the project's files, in which the commands of the example were run."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("assets", "configs", "generate_examples", "lumina_mgpt", "scripts"):
-        (folder / name).symlink_to(ROOT / name)
     commands = "\n".join(BASH.findall(EXAMPLE))
     assert commands.count("python ") == 7 and "scripts/train.sh" in commands
+    return run_shortened(commands, tmp_path_factory.mktemp("project")) / "work" / "example"
+
+
+def run_shortened(commands: str, folder: Path) -> Path:
+    """Runs commands with shorter times in a folder with links to the project's files; returns the folder."""
+    for name in ("assets", "configs", "generate_examples", "lumina_mgpt", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
     python = environment() | SHORT | {"PATH": path_with_python(folder)}
+    installed = folder / "bin" / "lumina-mgpt"
+    installed.write_text('#!/bin/sh\nexec python -m lumina_mgpt "$@"\n')
+    installed.chmod(0o755)
     done = subprocess.run(["bash", "-euc", commands], cwd=folder, env=python, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "work" / "example"
+    return folder
 
 
 @pytest.mark.slow
@@ -40,6 +50,15 @@ def test_example_writes_the_files_that_the_text_names(folder):
         before, after = (Image.open(folder / name / f"{n}_0.png") for name in ("before", "after"))
         assert before.size == after.size == (96, 96) and before.info["prompt"] == after.info["prompt"]
     assert Image.open(folder / "sheet.png").size == Image.open(ROOT / "assets/finetuned.png").size
+
+
+@pytest.mark.slow
+def test_the_example_of_guidance_writes_weights_that_record_it(tmp_path):
+    folder = run_shortened(BASH.findall(GUIDANCE)[0], tmp_path) / "work" / "guidance"
+    assert len(read_rows(folder / "records.jsonl")) == 2 and len(metrics_of(folder / "run")) >= 1
+    assert json.loads((folder / "run/export/config.json").read_text())["guided_scale"] == 4.0
+    picture = Image.open(folder / "after/0_0.png")
+    assert picture.size == (96, 96) and float(picture.info["cfg"]) == 1.0
 
 
 def options_of_commands() -> dict[str, set[str]]:

@@ -84,6 +84,7 @@ COMMAND = {
     "unmask_image_logits": False,
     "num_workers": None,
 }
+DISTILLATION = {"guidance_scale": 0.0, "own_samples": 0.0}
 
 
 def test_options_and_defaults_are_as_listed():
@@ -91,7 +92,8 @@ def test_options_and_defaults_are_as_listed():
         name: {i.name: None if i.default is dataclasses.MISSING else i.default for i in option_fields(group)}
         for name, group in groups().items()
     }
-    assert found == OPTIONS and TITLES.keys() == OPTIONS.keys()
+    assert found.pop("distillation") == DISTILLATION  # of another command
+    assert found == OPTIONS and TITLES.keys() == {*OPTIONS, "distillation"}
 
 
 def test_the_command_line_has_every_option():
@@ -104,14 +106,16 @@ def test_the_command_line_has_every_option():
 
 def test_every_option_has_a_help_text_and_a_group():
     text = build_parser().format_help()
-    assert all(f"{title}:\n" in text for title in TITLES.values())
+    assert all((f"{title}:\n" in text) == (name != "distillation") for name, title in TITLES.items())
     assert all(item.metadata["help"].strip() for item in TrainingConfig.options().values())
 
 
 def test_the_flat_form_makes_an_equal_configuration():
     values = {"data_config": "x", "output_dir": "y", "init_from": "z", "max_steps": 3, "lr": 1, "pack": True}
     config = TrainingConfig.of(**values)
-    assert config.flat().items() >= values.items() and len(config.flat()) == 1 + sum(map(len, OPTIONS.values()))
+    assert config.flat().items() >= values.items() and len(config.flat()) == 1 + sum(
+        map(len, [*OPTIONS.values(), DISTILLATION])
+    )
     assert TrainingConfig.of(**config.flat()) == config and config.optimizer.lr == 1.0
 
 

@@ -1,6 +1,7 @@
 """The first generation's VQGAN against the released code's outputs and against transformers' Chameleon."""
 
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,16 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, suffix):
     with pytest.raises(InputError, match=rf"vqgan\.{suffix} is damaged.*download it again") as caught:
         ImageTokenizer.from_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(print, protocol=2), b"\x89PNG\r\n\x1a\n"])
+def test_a_file_without_tensors_gives_no_unsafe_advice(tmp_path, content):
+    """torch's own message advises to switch off `weights_only`."""
+    path = tmp_path / "vqgan.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="it holds something else than tensors") as caught:
+        ImageTokenizer.from_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line: options, the stages in their order, and the end of the run."""
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lumina_mgpt import cli
 from lumina_mgpt.checks import excerpt
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import write_atomic
+from lumina_mgpt.io import cause, write_atomic
 from lumina_mgpt.training.distributed import return_freed_memory
 
 STAGES = (
@@ -129,7 +130,12 @@ def require_target(name: str, path: Path | None) -> None:
         return
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise InputError(f"must be a file in a folder that exists, got {path}", name)
+    try:
+        tempfile.TemporaryFile(dir=path.resolve().parent).close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({cause(error)}); choose another folder", name) from None
 
 
 def main(argv: list[str] | None = None, began: float | None = None) -> int:
-    return cli.run(lambda args: check(args, began), build_parser(), argv)
+    stopped = "figures so far are above, and no file is written"
+    return cli.run(lambda args: check(args, began), build_parser(), argv, stopped=stopped)
