@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
@@ -81,6 +82,11 @@ def _open_closed_descriptors() -> None:
 def _escaped(text: str, encoding: str) -> str:
     """Returns `text` with backslash escapes for characters that are not in `encoding`."""
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def printable(text: str) -> str:
+    """Returns `text` without control characters, except line breaks and tabs: a model's text must not steer a terminal."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
 @contextmanager

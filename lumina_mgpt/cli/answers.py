@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from lumina_mgpt.cli.progress import bar_interval
+from lumina_mgpt.console import printable
 from lumina_mgpt.outputs import OutputFolder
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class AnswerWriter:
         try:
             for event in stream:
                 if isinstance(event, Text):
-                    print(event.text, end="", flush=True)
+                    print(printable(event.text), end="", flush=True)
                     self._in_line = not event.text.endswith("\n")
                 elif isinstance(event, ImageBegun):
                     self._begin(event.layout)

@@ -10,7 +10,7 @@ import pytest
 from commands import environment
 
 from lumina_mgpt import cli
-from lumina_mgpt.console import SafeStream, safe_output, stops_delayed
+from lumina_mgpt.console import SafeStream, printable, safe_output, stops_delayed
 from lumina_mgpt.errors import InputError
 
 
@@ -179,3 +179,7 @@ def test_a_stop_waits_for_the_end_of_a_block(number):
 
     assert run(work) == 128 + number
     assert done == ["saved", "counted"] and signal.getsignal(number) == before
+
+
+def test_text_of_a_model_does_not_steer_the_terminal():
+    assert printable("a\x1b[2J\x07b\r\x9bc\n\té東") == "a[2Jbc\n\té東"
