@@ -85,7 +85,7 @@ def _escaped(text: str, encoding: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns `text` without control characters, except line breaks and tabs: a model's text must not steer a terminal."""
+    """Returns `text` without control characters, which could steer a terminal, but with line breaks and tabs."""
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
