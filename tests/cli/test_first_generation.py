@@ -148,10 +148,10 @@ def test_a_detected_box_is_found(generate, tmp_path, wide, monkeypatch, capsys):
 
     stream = Pipeline.stream
 
-    def drawn(self, prepared, on_row=None):
+    def drawn(self, prepared, on_row=None, jobs=None):
         from PIL import ImageDraw
 
-        for result in stream(self, prepared, on_row):
+        for result in stream(self, prepared, on_row, jobs):
             codes = self.image_tokenizer.encode([prepared.picture])
             (image,) = self.image_tokenizer.decode(codes)
             inverse = ImageChops.invert(image).point(lambda value: 255 * (value > 127))
