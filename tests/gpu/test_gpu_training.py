@@ -120,7 +120,7 @@ def test_samples_come_from_the_own_gpu_and_wait_for_a_day(settings, tiny_checkpo
             def __init__(self, *parts):
                 pass
 
-            def generate(self, prompts, seed):
+            def generate(self, prompts, *size, **settings):
                 generated.extend(prompts)
                 return []
 
