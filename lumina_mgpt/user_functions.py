@@ -1,13 +1,21 @@
 """Finds functions that a user names as `module:function`."""
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from lumina_mgpt.errors import InputError
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def add_working_folder() -> None:
+    """Lets this process import modules of the working folder, after all others."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
 
 
 def load_function(name: str, parameter: str) -> Callable[..., Any]:

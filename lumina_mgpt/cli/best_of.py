@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lumina_mgpt.cli.parser import whole
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.user_functions import add_working_folder
 
 if TYPE_CHECKING:
     from lumina_mgpt.families import Family
@@ -100,12 +99,6 @@ def read_best_of(args: argparse.Namespace) -> BestOf | None:
 
     add_working_folder()
     return BestOf(candidate_count(args.best_of), make_scorer(args.scorer or "own"), keep)
-
-
-def add_working_folder() -> None:
-    """Lets this process import modules of the working folder, after all others."""
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
 
 
 def candidate_file(stem: str, repeat: int) -> str:

@@ -9,6 +9,7 @@ from lumina_mgpt.cli.options import add_speculation_options, speculation_setting
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.training.grpo_options import DEFAULTS, EXCLUDED, GrpoConfig, GrpoOptions
 from lumina_mgpt.training.options import TrainingConfig, groups, option_fields
+from lumina_mgpt.user_functions import add_working_folder
 
 
 def build_parser() -> cli.Parser:
@@ -54,6 +55,7 @@ def grpo(args: argparse.Namespace) -> int:
     if args.export_only:
         return finetune.train_and_export(args, None)
     config = config_of(args)
+    add_working_folder()  # for rewards of the user
 
     def make_trainer(_, processes):
         from lumina_mgpt.training.grpo import GrpoTrainer  # imports torch: takes seconds

@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lumina_mgpt.cli.best_of import add_working_folder
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.rewriting import KEY_VARIABLE, make_rewriter
+from lumina_mgpt.user_functions import add_working_folder
 
 if TYPE_CHECKING:
     from lumina_mgpt.rewriting import Rewriter

@@ -102,7 +102,7 @@ def buttons(verb: str, name: str) -> tuple[gr.Button, gr.Button]:
 
 
 def picture_field(label: str, name: str) -> gr.Image:
-    """Returns a field for an uploaded picture, whose value is the path of the file as it was uploaded."""
+    """Returns a field for an uploaded picture. Its value is the path of the unmodified upload."""
     field = gr.Image(
         label=label,
         type="filepath",

@@ -395,3 +395,13 @@ def test_the_command_trains_and_exports(enumerable, tmp_path, capsys):
     assert state["identity"]["rewards"] == ["enumerable:wanted_codes=2"]
     assert command.main(["--output_dir", "x", "--max_steps", "1"]) == 2
     assert "--prompt_file is missing" in capsys.readouterr().err
+
+
+def test_rewards_of_the_working_folder_are_found(enumerable, tmp_path, monkeypatch):
+    """An installed command has its own folder on the path, not the working folder."""
+    (tmp_path / "reward_of_mine.py").write_text("from enumerable import wanted_codes as score\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    options = f"--prompt_file {enumerable}/prompts.txt --init_from {enumerable} --output_dir {tmp_path}/run --groups 1"
+    options += " --group_size 2 --max_steps 1 --precision fp32 --device cpu --reward reward_of_mine:score"
+    assert command.main(options.split()) == 0
