@@ -12,17 +12,14 @@ turns are those of one conversation, and the model sees all earlier pictures and
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from lumina_mgpt import cli, launcher
 from lumina_mgpt.cli import generate, tasks
-from lumina_mgpt.cli.answers import images_of
 from lumina_mgpt.cli.tasks import OutputPlan, result_file
-from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
 
@@ -31,6 +28,7 @@ if TYPE_CHECKING:
 
     from lumina_mgpt.pipeline import Pipeline
     from lumina_mgpt.preparation import Checkpoint, PreparedRequest
+    from lumina_mgpt.results import RowsDone
 
 _STRIP = "edit_strip.png"
 
@@ -118,19 +116,6 @@ def require_context(checkpoint: "Checkpoint", prepared: "PreparedRequest") -> No
         raise InputError(f"{rule}; give fewer, or make the image smaller", "prompts")
 
 
-@dataclass(frozen=True)
-class Turn:
-    """The result of one turn.
-
-    Attributes:
-        image: the whole image.
-        result: the edited picture alone.
-    """
-
-    image: "Image.Image"
-    result: "Image.Image"
-
-
 def make(
     pipeline: "Pipeline",
     prepared: "PreparedRequest",
@@ -148,6 +133,7 @@ def make(
         output: folder to save to; None to neither save nor report, as another process of the model does.
         described: settings for the text of the saved pictures.
     """
+    from lumina_mgpt.editing import turns_of
     from lumina_mgpt.images import side_by_side
 
     layout, instructions = prepared.layout, prepared.request.prompts
@@ -155,11 +141,14 @@ def make(
     assert picture is not None
     strip, seeds = [picture], prepared.request.sampling.with_seeds(turns)
     total = turns * (layout.num_codes - layout.given)
-    edits = conversation_turns if prepared.pictures else panel_turns
     try:
         interval, silent = cli.bar_interval(), output is None
         with tqdm(total=total, unit=" codes", dynamic_ncols=True, mininterval=interval, disable=silent) as bar:
-            for number, edited in enumerate(edits(pipeline, prepared, seeds, bar), start=1):
+
+            def on_row(done: "RowsDone") -> None:
+                bar.update(done.layout.cols)
+
+            for number, edited in enumerate(turns_of(pipeline, prepared, on_row), start=1):
                 if output is None:
                     continue
                 instruction = instructions[number - 1]
@@ -175,49 +164,6 @@ def make(
     except KeyboardInterrupt:
         saved = f"{len(strip) - 1} of {turns} turns are in {output.folder}" if output else ""
         raise KeyboardInterrupt(saved) from None
-
-
-def panel_turns(
-    pipeline: "Pipeline", prepared: "PreparedRequest", seeds: Sequence[SamplingConfig], bar: tqdm
-) -> Iterator[Turn]:
-    """Yields the turns of a checkpoint that edits an upper panel: each is given the last turn's lower panel.
-
-    Args:
-        seeds: sampling settings of each turn.
-        bar: bar that counts codes.
-    """
-    panel, cols = prepared.panels[0], prepared.layout.cols
-
-    def on_row(_: object) -> None:
-        bar.update(cols)
-
-    for index, sampling in enumerate(seeds):
-        (result,) = pipeline.stream(prepared.single(index, panel, sampling=sampling), on_row)
-        panel = result.panel_codes
-        yield Turn(result.image, result.panel)
-
-
-def conversation_turns(
-    pipeline: "Pipeline", prepared: "PreparedRequest", seeds: Sequence[SamplingConfig], bar: tqdm
-) -> Iterator[Turn]:
-    """Yields the turns of a conversation: the picture is in the first instruction, and later ones have none.
-
-    Arguments: as `panel_turns`.
-    """
-    request, layout = prepared.request, prepared.layout
-    conversation = pipeline.conversation()
-    for index, sampling in enumerate(seeds):
-        first = index == 0
-        events = conversation.say(
-            request.task.instruction(request.prompts[0], *layout.size) if first else request.prompts[index],
-            prepared.pictures if first else (),
-            want="image",
-            size=layout.size,
-            speculation=request.speculation,
-            **asdict(sampling),
-        )
-        for made in images_of(events, bar):
-            yield Turn(made.image, made.image)
 
 
 def of_height(images: "Sequence[Image.Image]", height: int) -> "list[Image.Image]":

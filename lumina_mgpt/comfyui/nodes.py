@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lumina_mgpt.comfyui import checkpoints, host, inputs
 from lumina_mgpt.comfyui.checkpoints import Model
-from lumina_mgpt.comfyui.editing import turns_of
 from lumina_mgpt.comfyui.pictures import to_batch, to_pictures
 from lumina_mgpt.describing import MAX_NEW_TOKENS
+from lumina_mgpt.editing import turns_of
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import FIRST, SECOND
 from lumina_mgpt.pipeline import Pipeline
@@ -207,7 +207,7 @@ class Edit:
             pipeline.image_tokenizer.require_decoder()
             show = _rows_shower(pipeline, prepared[0], len(pictures) * len(turns), preview)
             for one in prepared:
-                every += list(turns_of(pipeline, one, show))
+                every += [turn.result for turn in turns_of(pipeline, one, show)]
                 last.append(every[-1])
         return to_batch(last), to_batch(every)
 

@@ -54,6 +54,7 @@ LAYERS["conversation_cache"] = {"config", "model", "preparation", "unirep", "vqg
 LAYERS["conversation"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["describing"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
+LAYERS["editing"] = {"pipeline", "preparation", "results"}
 LAYERS["scoring"] = {"errors", "checks", "families", "request", "results", "unirep", "user_functions"}
 LAYERS["scoring"] |= {"pipeline", "preparation"}
 LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}

@@ -1,18 +1,29 @@
-"""Edits one picture in several turns, as the command `lumina-mgpt edit` does."""
+"""Edits one picture in several turns."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 from PIL import Image
 
-from lumina_mgpt.pipeline import Pipeline
+from lumina_mgpt.pipeline import OnRow, Pipeline
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.results import ImageDone, RowDone, RowsDone
 
-OnRow = Callable[[RowsDone], None]
+
+@dataclass(frozen=True)
+class Turn:
+    """The result of one turn.
+
+    Attributes:
+        image: the whole image.
+        result: the edited picture alone.
+    """
+
+    image: Image.Image
+    result: Image.Image
 
 
-def turns_of(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Image.Image]:
+def turns_of(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Turn]:
     """Yields the result of each turn. Turn t, counted from 1, samples with the seed of the request plus t - 1.
 
     Each turn sees the codes of the previous result, so no error of decoding and encoding accumulates.
@@ -25,16 +36,16 @@ def turns_of(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> It
     return turns(pipeline, prepared, on_row)
 
 
-def _panel_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Image.Image]:
+def _panel_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Turn]:
     """The given panel of a turn is the lower panel of the last one."""
     panel = prepared.panels[0]
     for index, sampling in enumerate(prepared.request.sampling.with_seeds(len(prepared.starts))):
         (result,) = pipeline.stream(prepared.single(index, panel, sampling=sampling), on_row)
         panel = result.panel_codes
-        yield result.panel
+        yield Turn(result.image, result.panel)
 
 
-def _conversation_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Image.Image]:
+def _conversation_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Turn]:
     """The picture is in the first instruction of a conversation, and later instructions have none."""
     request, size = prepared.request, prepared.layout.size
     conversation, jobs = pipeline.conversation(), tuple(request.jobs)
@@ -49,4 +60,4 @@ def _conversation_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: O
             if isinstance(event, RowDone):
                 on_row(RowsDone(jobs[index : index + 1], event.codes[None], event.layout))
             elif isinstance(event, ImageDone):
-                yield event.image
+                yield Turn(event.image, event.image)
