@@ -71,13 +71,48 @@ def cells(image: Image.Image, scene: Scene) -> list[np.ndarray]:
     return [pixels[top : top + CELL, left : left + CELL] for left, top in scene.offsets]
 
 
-def nearest_emoji(cell: np.ndarray, color: str, pictures: Pictures) -> str:
-    """Name of the emoji with the least mean squared error of pixels, on a background of `color`."""
-    names = list(pictures)
-    stack = np.stack([pictures[name] for name in names])
-    alpha = stack[..., 3:]
-    on_color = stack[..., :3] * alpha + background(color) * (1 - alpha)
-    return names[int(((on_color - cell) ** 2).mean((1, 2, 3)).argmin())]
+class _Stack:
+    """All emoji as matrices, to compare a cell with all of them by matrix products.
+
+    Attributes:
+        pictures: what `of` was given.
+        premultiplied: colour times opacity, (emoji, pixels · 3).
+        opacity: (emoji, pixels).
+    """
+
+    def __init__(self, pictures: Pictures) -> None:
+        stack = np.stack(list(pictures.values()))
+        opacity = stack[..., 3:]
+        self.pictures, self.names = pictures, list(pictures)
+        self.premultiplied = (stack[..., :3] * opacity).reshape(len(stack), -1)
+        self.opacity = opacity.reshape(len(stack), -1)
+        self._squares: dict[str, np.ndarray] = {}
+
+    def squares(self, color: str) -> np.ndarray:
+        """Sum of the squared differences of each emoji from a background, (emoji,)."""
+        if color not in self._squares:
+            behind = self.opacity[..., None] * background(color)
+            above = self.premultiplied.reshape(behind.shape) - behind
+            self._squares[color] = (above**2).sum((1, 2))
+        return self._squares[color]
+
+
+_stack: _Stack | None = None  # of the last pictures; all measures of a run have the same
+
+
+def nearest_emoji(cell: np.ndarray, color: str, pictures: Pictures, empty: bool = False) -> str:
+    """Name of the emoji with the least mean squared error of pixels, on a background of `color`.
+
+    With `empty`, the background alone is a candidate, too; its name is "".
+    """
+    global _stack
+    if _stack is None or _stack.pictures is not pictures:
+        _stack = _Stack(pictures)
+    # |emoji - cell|² with the background subtracted from both, less the square of the cell, which all have in common.
+    rest = (cell - background(color)).astype(np.float32)
+    products = _stack.premultiplied @ rest.ravel() - _stack.opacity @ (rest @ background(color)).ravel()
+    errors = _stack.squares(color) - 2 * products
+    return "" if empty and errors.min() > 0 else _stack.names[int(errors.argmin())]
 
 
 def nearest_color(image: Image.Image) -> str:
@@ -147,9 +182,8 @@ Score = Callable[[Example, Image.Image, Image.Image, Pictures], "bool | float"] 
 
 def shows(scene: Scene, panel: Image.Image, pictures: Pictures) -> bool:
     """Whether the panel shows the emoji of the scene, or an empty background if the scene has none."""
-    known = pictures | {"": np.zeros((CELL, CELL, 4), np.float32)}
     cell = np.asarray(panel, np.float32) / 255
-    return nearest_emoji(cell, scene.color, known) == "".join(scene.names)
+    return nearest_emoji(cell, scene.color, pictures, empty=True) == "".join(scene.names)
 
 
 def _emoji(example: Example, upper: Image.Image, lower: Image.Image, pictures: Pictures) -> bool:
