@@ -1,26 +1,13 @@
 // Attention of one query a row over a KV cache in bf16, or in int8 with one scale for each slot and head.
 //
 // torch's kernel reads the cache at a fraction of the memory bandwidth. This one reads keys and values once and writes
-// only the weights of one head in between. Needs AVX-512 F, BW, VL and BF16.
+// only the weights of one head in between. Needs AVX-512 F, BW and VL.
 
 #include <vector>
 
 #include "native.h"
 
 namespace {
-
-// Returns e^x for x <= 0 with an error of at most 3e-7: 2^n times the Taylor polynomial of degree 6 on
-// [-ln 2 / 2, ln 2 / 2].
-inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-128.0f), x);  // below -128 the result is 0; this order of operands keeps NaN
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 sum = _mm512_set1_ps(1.0f / 720);
-  for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
-  return _mm512_scalef_ps(sum, n);
-}
 
 // Replaces weights[0 ... slots) by their softmax; the buffer extends to the next multiple of 16.
 void softmax(float* weights, long slots) {

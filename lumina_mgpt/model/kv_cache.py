@@ -131,20 +131,22 @@ class LayerCache(NamedTuple):
 
         Shapes: keys, values (B, T, K, H); positions (B, T); returns two of (B, filled, K, H).
         """
-        B = len(keys)
-        cached: list[Cached] = []
         for part, new in enumerate((keys, values)):
-            store = self.stores[part]
             if self.scales is None:
-                self._write(store, new.to(store.dtype), positions)
-                cached.append(store[:B, :, :filled].transpose(1, 2))
+                self._write(self.stores[part], new.to(self.stores[part].dtype), positions)
             else:
                 quantized = Scaled.quantize(new)
-                self._write(store, quantized.integers, positions)
+                self._write(self.stores[part], quantized.integers, positions)
                 self._write(self.scales[part], quantized.scales, positions)
-                views = store[:B, :, :filled], self.scales[part][:B, :, :filled]
-                cached.append(Scaled(*(tensor.transpose(1, 2) for tensor in views)))
-        return cached[0], cached[1]
+        return self.read(len(keys), filled)
+
+    def read(self, rows: int, filled: int) -> tuple[Cached, Cached]:
+        """Returns views of the first `filled` slots of the first rows: keys and values (rows, filled, K, H)."""
+        stores = [store[:rows, :, :filled].transpose(1, 2) for store in self.stores]
+        if self.scales is None:
+            return stores[0], stores[1]
+        scales = [scale[:rows, :, :filled].transpose(1, 2) for scale in self.scales]
+        return Scaled(stores[0], scales[0]), Scaled(stores[1], scales[1])
 
     def _write(self, store: Tensor, new: Tensor, positions: Tensor | int) -> None:
         """Shapes: store (rows, K, slots, ...), new (B, T, K, ...)."""

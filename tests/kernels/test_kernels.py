@@ -20,7 +20,7 @@ from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 
-needed = pytest.mark.skipif(not build.machine_supports(), reason="no AMX, no C++ compiler, or kernels switched off")
+needed = pytest.mark.skipif(not build.machine_supports(), reason="no AVX-512 VNNI, no C++ compiler, or kernels switched off")
 
 
 def int4(outputs: int, inputs: int, group: int) -> Int4Linear:
