@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("operators", "int4_rows", "int4_amx", "int8_rows", "heads", "one_query")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("operators", "int4_rows", "int4_amx", "int8_rows", "heads", "one_query")
 )
 _FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_vnni")
 _TILE_FEATURES = ("amx_tile", "amx_int8")

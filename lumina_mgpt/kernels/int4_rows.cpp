@@ -1,7 +1,6 @@
 // Products of bf16 rows and matrices of 4-bit numbers, for x86 with AVX-512 VNNI.
 //
-// The rows are split into two int8 parts: in each group of inputs, x = (256 high + low) * scale, with an error of at
-// most 1/65000 of the group's largest number. Products of integers are exact, so that a row's result does not depend
+// Each group of inputs of a row is split into two int8 parts. Products of integers are exact, so that a row's result does not depend
 // on the number of rows, or on whether tiles compute it. With up to two rows, the numbers are multiplied as they are
 // read. With more, one group of a block is unpacked to the first-level cache and serves all rows.
 
@@ -16,9 +15,7 @@ namespace {
 constexpr long SLAB = 256;  // rows of one pass; their sums fit in the second-level cache
 constexpr long MAX_GROUP = 128;
 constexpr int COLUMNS = OUTPUTS / 16;
-constexpr long FEW = 4;             // up to so many rows, tiles would be mostly empty
-constexpr float LARGEST = 32639;    // 256 * 127 + 127
-constexpr float SMALLEST = 1e-30f;  // a group of numbers below this is taken as 0
+constexpr long FEW = 4;  // up to so many rows, tiles would be mostly empty
 
 // The rows of one pass in two parts, with what each group of inputs needs.
 struct Rows {
@@ -32,30 +29,6 @@ struct Rows {
         low(new int8_t[count * inputs]), scales(new float[count * groups]), sums(new float[count * groups]),
         starts(new int32_t[count * groups]) {}
 
-  // Splits a group of one row. numbers (group) is float32.
-  void split(long m, long g, const float* numbers) {
-    __m512 largest = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-    for (long k = 0; k < group; k += 16) {
-      const __m512 x = _mm512_loadu_ps(numbers + k);
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
-      sum = _mm512_add_ps(sum, x);
-    }
-    const float most = _mm512_reduce_max_ps(largest);
-    const bool zero = most < SMALLEST;
-    const __m512 factor = _mm512_set1_ps(zero ? 0 : LARGEST / most);
-    __m512i total = _mm512_setzero_si512();
-    for (long k = 0; k < group; k += 16) {
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(numbers + k), factor));
-      const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-      store_bytes(high.get() + m * inputs + g * group + k, upper);
-      store_bytes(low.get() + m * inputs + g * group + k, _mm512_sub_epi32(whole, _mm512_slli_epi32(upper, 8)));
-      total = _mm512_add_epi32(total, whole);
-    }
-    scales[m * groups + g] = zero ? 0 : most / LARGEST;
-    sums[m * groups + g] = _mm512_reduce_add_ps(sum);  // keeps numbers that are infinite or NaN
-    starts[m * groups + g] = static_cast<int32_t>(-8u * static_cast<uint32_t>(_mm512_reduce_add_epi32(total)));
-  }
-
   // Splits row m. With weights `norm`, the row is normalized first and rounded to bf16 twice, as in RMSNorm.
   void prepare(long m, const uint16_t* x, const uint16_t* norm, float eps) {
     alignas(64) float numbers[MAX_GROUP];
@@ -66,12 +39,18 @@ struct Rows {
       factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(inputs) + eps));
     }
     for (long g = 0; g < groups; ++g) {
+      __m512 sum = _mm512_setzero_ps();
       for (long k = 0; k < group; k += 16) {
         __m512 part = sixteen(x + g * group + k);
         if (norm) part = rounded(_mm512_mul_ps(rounded(_mm512_mul_ps(part, factor)), sixteen(norm + g * group + k)));
         _mm512_store_ps(numbers + k, part);
+        sum = _mm512_add_ps(sum, part);
       }
-      split(m, g, numbers);
+      const long first = m * inputs + g * group, at = m * groups + g;
+      const Split parts = split(numbers, group, high.get() + first, low.get() + first);
+      scales[at] = parts.scale;
+      sums[at] = _mm512_reduce_add_ps(sum);
+      starts[at] = static_cast<int32_t>(-8u * static_cast<uint32_t>(parts.total));
     }
   }
 };
@@ -116,10 +95,10 @@ void direct(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero,
         const __m512i first = _mm512_and_si512(bytes, mask);
         const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
         for (int r = 0; r < R; ++r) {
-          high[r][c] = _mm512_dpbusd_epi32(high[r][c], first, upper[r]);
-          low[r][c] = _mm512_dpbusd_epi32(low[r][c], first, lower[r]);
-          high[r][c + 1] = _mm512_dpbusd_epi32(high[r][c + 1], second, upper[r]);
-          low[r][c + 1] = _mm512_dpbusd_epi32(low[r][c + 1], second, lower[r]);
+          add_products(high[r][c], first, upper[r]);
+          add_products(low[r][c], first, lower[r]);
+          add_products(high[r][c + 1], second, upper[r]);
+          add_products(low[r][c + 1], second, lower[r]);
         }
       }
     }
@@ -145,21 +124,24 @@ void unpack(const uint8_t* packed, long group, uint8_t* columns) {
 template <int R>
 void two_columns(const Rows& rows, long m, long g, const uint8_t* columns, const uint16_t* pairs, float* totals) {
   __m512i high[R][2], low[R][2];
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < 2; ++c) high[r][c] = low[r][c] = _mm512_setzero_si512();
   const long at = m * rows.inputs + g * rows.group;
   for (long k = 0; k < rows.group; k += 4) {
     const __m512i first = _mm512_load_si512(columns + k * 16);
     const __m512i second = _mm512_load_si512(columns + (rows.group + k) * 16);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512i upper = four_inputs(rows.high.get() + at + r * rows.inputs + k);
       const __m512i lower = four_inputs(rows.low.get() + at + r * rows.inputs + k);
-      high[r][0] = _mm512_dpbusd_epi32(high[r][0], first, upper);
-      low[r][0] = _mm512_dpbusd_epi32(low[r][0], first, lower);
-      high[r][1] = _mm512_dpbusd_epi32(high[r][1], second, upper);
-      low[r][1] = _mm512_dpbusd_epi32(low[r][1], second, lower);
+      add_products(high[r][0], first, upper);
+      add_products(low[r][0], first, lower);
+      add_products(high[r][1], second, upper);
+      add_products(low[r][1], second, lower);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < 2; ++c)
       finish(rows, m + r, g, pairs + 32 * c, high[r][c], low[r][c], totals + (m + r) * OUTPUTS + 16 * c);

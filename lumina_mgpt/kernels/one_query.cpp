@@ -1,8 +1,10 @@
 // Attention of one query a row over a KV cache in bf16, or in int8 with one scale for each slot and head.
 //
 // torch's kernel reads the cache at a fraction of the memory bandwidth. This one reads keys and values once and writes
-// only the weights of one head in between. Needs AVX-512 F, BW and VL.
+// only the weights of one head in between. A query is split into two int8 parts to multiply it by int8 keys. Needs
+// AVX-512 F, BW, VL and VNNI.
 
+#include <algorithm>
 #include <vector>
 
 #include "native.h"
@@ -24,26 +26,81 @@ void softmax(float* weights, long slots) {
   for (long s = 0; s < slots; s += 16) _mm512_storeu_ps(weights + s, _mm512_mul_ps(_mm512_loadu_ps(weights + s), share));
 }
 
+// Writes the scores of a query (H) and bf16 keys (slots, H).
+template <int H>
+void scores(const float* query, const uint16_t* keys, const float*, long slots, float* weights) {
+  constexpr int PARTS = H / 16;
+  __m512 q[PARTS];
+  for (int part = 0; part < PARTS; ++part) q[part] = _mm512_loadu_ps(query + part * 16);
+  for (long s = 0; s < slots; ++s, keys += H) {
+    for (int at = 0; at < H; at += 32) fetch(keys + at);
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+    for (int part = 0; part < PARTS; part += 2) {
+      even = _mm512_fmadd_ps(q[part], sixteen(keys + part * 16), even);
+      odd = _mm512_fmadd_ps(q[part + 1], sixteen(keys + part * 16 + 16), odd);
+    }
+    weights[s] = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+  }
+}
+
+// Adds neighbouring 128-bit lanes: sums of lanes 0 + 1 and 2 + 3 of a, then those of b.
+inline __m512i add_lanes(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+// The same for int8 keys with scales. A key's bytes, their sign bits flipped, are the unsigned numbers key + 128.
+template <int H>
+void scores(const float* query, const int8_t* keys, const float* scales, long slots, float* weights) {
+  alignas(64) int8_t parts[2][H];
+  const Split split_query = split(query, H, parts[0], parts[1]);
+  __m512i high[H / 64], low[H / 64];
+  for (int line = 0; line < H / 64; ++line) {
+    high[line] = _mm512_load_si512(parts[0] + line * 64);
+    low[line] = _mm512_load_si512(parts[1] + line * 64);
+  }
+  const __m512i flip = _mm512_set1_epi8(-128);
+  const __m512i start = _mm512_set1_epi32(static_cast<int32_t>(-128u * static_cast<uint32_t>(split_query.total)));
+  for (long s = 0; s < slots; s += 16) {
+    __m512i fours[4];  // in each 128-bit lane partial sums of four slots
+#pragma GCC unroll 4
+    for (int four = 0; four < 4; ++four) {
+      __m512i sums[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int8_t* key = keys + std::min(s + four * 4 + i, slots - 1) * H;
+        __m512i upper = _mm512_setzero_si512(), lower = _mm512_setzero_si512();
+#pragma GCC unroll 2
+        for (int line = 0; line < H / 64; ++line) {
+          fetch(key + line * 64);
+          const __m512i bytes = _mm512_xor_si512(_mm512_loadu_si512(key + line * 64), flip);
+          add_products(upper, bytes, high[line]);
+          add_products(lower, bytes, low[line]);
+        }
+        sums[i] = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
+      }
+      const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]), _mm512_unpackhi_epi32(sums[0], sums[1]));
+      const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]), _mm512_unpackhi_epi32(sums[2], sums[3]));
+      fours[four] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    }
+    const __m512i all = add_lanes(add_lanes(fours[0], fours[1]), add_lanes(fours[2], fours[3]));
+    const auto kept = static_cast<__mmask16>(slots - s < 16 ? (1 << (slots - s)) - 1 : 0xffff);
+    const __m512 factor = _mm512_mul_ps(_mm512_maskz_loadu_ps(kept, scales + s), _mm512_set1_ps(split_query.scale));
+    _mm512_storeu_ps(weights + s, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(all, start)), factor));
+  }
+}
+
 // Attention of one head. Shapes: query and out (H); keys and values (slots, H); scales (slots), or null.
 template <typename Number, int H>
 void head(const uint16_t* query, const Number* keys, const Number* values, const float* key_scales,
           const float* value_scales, long slots, float scale, float* weights, uint16_t* out) {
   constexpr int PARTS = H / 16, BYTES = H * sizeof(Number);
-  __m512 q[PARTS], mixed[PARTS];
+  alignas(64) float scaled[H];
+  __m512 mixed[PARTS];
   for (int part = 0; part < PARTS; ++part) {
-    q[part] = _mm512_mul_ps(sixteen(query + part * 16), _mm512_set1_ps(scale));
+    _mm512_store_ps(scaled + part * 16, _mm512_mul_ps(sixteen(query + part * 16), _mm512_set1_ps(scale)));
     mixed[part] = _mm512_setzero_ps();
   }
-  for (long s = 0; s < slots; ++s) {
-    const Number* key = keys + s * H;
-    for (int at = 0; at < BYTES; at += 64) fetch(reinterpret_cast<const char*>(key) + at);
-    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-    for (int part = 0; part < PARTS; part += 2) {
-      even = _mm512_fmadd_ps(q[part], sixteen(key + part * 16), even);
-      odd = _mm512_fmadd_ps(q[part + 1], sixteen(key + part * 16 + 16), odd);
-    }
-    weights[s] = _mm512_reduce_add_ps(_mm512_add_ps(even, odd)) * (key_scales ? key_scales[s] : 1);
-  }
+  scores<H>(scaled, keys, key_scales, slots, weights);
   softmax(weights, slots);
   for (long s = 0; s < slots; ++s) {
     const Number* value = values + s * H;

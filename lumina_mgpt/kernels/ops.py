@@ -50,7 +50,7 @@ def blocked_numbers(numbers: Tensor) -> Tensor:
     """
     parts = numbers.view(-1, 2, 2, 16, numbers.shape[1] // 4, 4)  # (N/64, half, bits, o, K/4, i)
     both = parts[:, :, 0] | parts[:, :, 1] << 4
-    return both.permute(0, 3, 1, 2, 4).flatten(2).contiguous()
+    return both.permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def blocked_scales(scale_and_zero: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.model import pages
 
 
 class Scaled(NamedTuple):
@@ -79,10 +80,10 @@ class KVCache:
         self.layers: list[LayerCache] = []
         for one in devices:
             # Separate tensors: for a slice of a larger one, a compiled step would write back the whole tensor.
-            stores = [torch.zeros(shape, dtype=dtype, device=one) for _ in range(2)]
+            stores = [_zeros(shape, dtype, one) for _ in range(2)]
             scales = None
             if dtype == torch.int8:
-                scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=one) for _ in range(2)]
+                scales = [_zeros(shape[:-1], torch.float32, one) for _ in range(2)]
             self.layers.append(LayerCache(stores, scales, index[one]))
 
     def tensors(self) -> list[Tensor]:
@@ -108,6 +109,10 @@ class KVCache:
             for tensors in (layer.stores, layer.scales or []):
                 for index, tensor in enumerate(tensors):
                     tensors[index] = tensor[rows]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return pages.empty(shape, dtype).zero_() if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 class LayerCache(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.kernels import dispatch, ops
+from lumina_mgpt.model import pages
 from lumina_mgpt.model.int4 import CHUNK, TINY, Int4, dequantize, dequantize_packed, quantize, unpack_nibbles
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class Int4Linear(nn.Module):
             return
         self.native = self.kernel == "cpu" and dispatch.serves_int4(weight.device, dtype, N, self.group)
         if self.native:
-            packed = ops.blocked_numbers(unpack_nibbles(weight))
+            packed = pages.copied(ops.blocked_numbers(unpack_nibbles(weight)))
         elif self.kernel == "cpu":
             packed = getattr(torch.ops.aten, _CPU_OPS[0])(unpack_nibbles(weight).int(), 1)  # the CPU ignores the 1
         else:
@@ -138,7 +139,7 @@ class Int4Linear(nn.Module):
             packed = getattr(torch.ops.aten, _CUDA_OPS[0])(weight, tiles)
         pairs = torch.stack((self.weight_scale, self.weight_zero), -1).transpose(0, 1).to(dtype)  # (K/group, N, 2)
         if self.native:
-            pairs = ops.blocked_scales(pairs)
+            pairs = pages.copied(ops.blocked_scales(pairs))
         del self.weight_int4, self.weight_scale, self.weight_zero
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", pairs.contiguous())

@@ -20,7 +20,9 @@ from lumina_mgpt.model.quantization import Int4Linear
 from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
 from lumina_mgpt.model.transformer import Transformer
 
-needed = pytest.mark.skipif(not build.machine_supports(), reason="no AVX-512 VNNI, no C++ compiler, or kernels switched off")
+needed = pytest.mark.skipif(
+    not build.machine_supports(), reason="no AVX-512 VNNI, no C++ compiler, or kernels switched off"
+)
 
 
 def int4(outputs: int, inputs: int, group: int) -> Int4Linear:
@@ -198,7 +200,10 @@ def test_what_cannot_be_built_is_said_and_done_without(how, anew, monkeypatch, c
         anew.mkdir()
         anew.chmod(0o777)
     else:  # a damaged source, or one with wrong products
-        old, new = {"source": ("void block(", "void block{"), "answer": ("_mm512_set1_epi8(15)", "_mm512_set1_epi8(7)")}[how]
+        old, new = {
+            "source": ("void block(", "void block{"),
+            "answer": ("_mm512_set1_epi8(15)", "_mm512_set1_epi8(7)"),
+        }[how]
         sources = [tmp_path / path.name for path in build._SOURCES]
         for copy, path in zip(sources, build._SOURCES, strict=True):
             copy.write_text(path.read_text().replace(old, new))
