@@ -29,7 +29,8 @@ void normalize(__m512 (&x)[PARTS], const HeadWeights& by, long head, long heads)
   const bool once = by.weight_rows == 1 && by.bias_rows == 1;
   for (int part = 0; part < PARTS; ++part) {
     const __m512 normed = _mm512_mul_ps(x[part], factor);
-    x[part] = rounded(_mm512_fmadd_ps(once ? normed : rounded(normed), sixteen(weight + part * 16), sixteen(bias + part * 16)));
+    const __m512 scale = sixteen(weight + part * 16), shift = sixteen(bias + part * 16);
+    x[part] = rounded(_mm512_fmadd_ps(once ? normed : rounded(normed), scale, shift));
   }
 }
 
@@ -83,11 +84,13 @@ void all(const Heads& call) {
       rotate<PARTS>(x, call.cos + angle, call.sin + angle);
     }
     if (query) {
-      for (int part = 0; part < PARTS; ++part) store_sixteen(call.out + (token * heads + head) * H + part * 16, x[part]);
+      uint16_t* to = call.out + (token * heads + head) * H;
+      for (int part = 0; part < PARTS; ++part) store_sixteen(to + part * 16, x[part]);
     } else {
       const long position = call.positions[call.places == call.T ? t : token];
       const long slot = (token / call.T * call.K + head) * call.store.slots + position;
-      write<PARTS>(x, key ? call.store.keys : call.store.values, key ? call.store.key_scales : call.store.value_scales, slot);
+      const Store& to = call.store;
+      write<PARTS>(x, key ? to.keys : to.values, key ? to.key_scales : to.value_scales, slot);
     }
   }
 }

@@ -1,8 +1,8 @@
 // Products of bf16 rows and matrices of 4-bit numbers, for x86 with AVX-512 VNNI.
 //
-// Each group of inputs of a row is split into two int8 parts. Products of integers are exact, so that a row's result does not depend
-// on the number of rows, or on whether tiles compute it. With up to two rows, the numbers are multiplied as they are
-// read. With more, one group of a block is unpacked to the first-level cache and serves all rows.
+// Each group of inputs of a row is split into two int8 parts. Products of integers are exact: a row's result does not
+// depend on the number of rows, or on whether tiles compute it. With up to two rows, the numbers are multiplied as they
+// are read. With more, one group of a block is unpacked to the first-level cache and serves all rows.
 
 #include <algorithm>
 #include <cmath>
@@ -61,20 +61,23 @@ inline __m512i four_inputs(const int8_t* from) {
   return _mm512_set1_epi32(bytes);
 }
 
-// Adds the product of one group to sixteen totals of row m. `pairs` has scale and zero of each output.
-inline void finish(const Rows& rows, long m, long g, const uint16_t* pairs, __m512i high, __m512i low, float* totals) {
+inline __m512i joined(__m512i high, __m512i low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+
+// Adds the product of one group to sixteen totals of row m. `pairs` has scale and zero of each output, `sums` are the
+// sums of products of integers.
+inline void finish(const Rows& rows, long m, long g, const uint16_t* pairs, __m512i sums, float* totals) {
   const __m512i both = _mm512_loadu_si512(pairs);
   const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
   const __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   const long at = m * rows.groups + g;
-  const __m512i whole = _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low),
-                                         _mm512_set1_epi32(rows.starts[at]));
+  const __m512i whole = _mm512_add_epi32(sums, _mm512_set1_epi32(rows.starts[at]));
   const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scales[at]));
   const __m512 total = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(whole), _mm512_loadu_ps(totals));
   _mm512_storeu_ps(totals, _mm512_fmadd_ps(zero, _mm512_set1_ps(rows.sums[at]), total));
 }
 
-// Multiplies R rows by a block while it is read. totals (R, 64).
+// Multiplies R rows by a block while it is read. totals (R, 64). Whole bytes, 16 second + first, take the place of the
+// second numbers, which saves unpacking them: the sums of first numbers are subtracted at the end of each group.
 template <int R>
 void direct(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero, float* totals) {
   const __m512i mask = _mm512_set1_epi8(15);
@@ -93,18 +96,21 @@ void direct(const Rows& rows, const uint8_t* packed, const uint16_t* scale_zero,
         fetch(packed);
         const __m512i bytes = _mm512_loadu_si512(packed);
         const __m512i first = _mm512_and_si512(bytes, mask);
-        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask);
         for (int r = 0; r < R; ++r) {
           add_products(high[r][c], first, upper[r]);
           add_products(low[r][c], first, lower[r]);
-          add_products(high[r][c + 1], second, upper[r]);
-          add_products(low[r][c + 1], second, lower[r]);
+          add_products(high[r][c + 1], bytes, upper[r]);
+          add_products(low[r][c + 1], bytes, lower[r]);
         }
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int c = 0; c < COLUMNS; ++c)
-        finish(rows, r, g, scale_zero + 32 * c, high[r][c], low[r][c], totals + r * OUTPUTS + 16 * c);
+      for (int c = 0; c < COLUMNS; c += 2) {
+        const __m512i first = joined(high[r][c], low[r][c]), both = joined(high[r][c + 1], low[r][c + 1]);
+        float* to = totals + r * OUTPUTS + 16 * c;
+        finish(rows, r, g, scale_zero + 32 * c, first, to);
+        finish(rows, r, g, scale_zero + 32 * c + 32, _mm512_srai_epi32(_mm512_sub_epi32(both, first), 4), to + 16);
+      }
   }
 }
 
@@ -144,7 +150,7 @@ void two_columns(const Rows& rows, long m, long g, const uint8_t* columns, const
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < 2; ++c)
-      finish(rows, m + r, g, pairs + 32 * c, high[r][c], low[r][c], totals + (m + r) * OUTPUTS + 16 * c);
+      finish(rows, m + r, g, pairs + 32 * c, joined(high[r][c], low[r][c]), totals + (m + r) * OUTPUTS + 16 * c);
 }
 
 // The same in tiles of `height` rows. The last tile of all may begin before row m; its rows before m are dropped.
@@ -155,7 +161,8 @@ void two_columns_in_tiles(const Rows& rows, long m, long height, long g, const u
   tile_sums(rows.high.get() + at, rows.low.get() + at, rows.inputs, columns, rows.group, sums);
   for (long r = m - first; r < height; ++r)
     for (int c = 0; c < 2; ++c)
-      finish(rows, first + r, g, pairs + 32 * c, _mm512_load_si512(sums[0][c][r]), _mm512_load_si512(sums[1][c][r]),
+      finish(rows, first + r, g, pairs + 32 * c,
+             joined(_mm512_load_si512(sums[0][c][r]), _mm512_load_si512(sums[1][c][r])),
              totals + (first + r) * OUTPUTS + 16 * c);
 }
 
@@ -217,7 +224,8 @@ void int4_products(const Int4Products& call) {
         for (; n >= matrix->outputs; ++matrix) n -= matrix->outputs;
         const long N = matrix->outputs, packed = n * call.K / 2, pairs = n * (call.K / call.group) * 2;
         block(rows, matrix->packed + packed, matrix->scale_zero + pairs, tile_rows, columns, totals.get());
-        if (call.gated) block(rows, matrix[1].packed + packed, matrix[1].scale_zero + pairs, tile_rows, columns, second);
+        if (call.gated)
+          block(rows, matrix[1].packed + packed, matrix[1].scale_zero + pairs, tile_rows, columns, second);
         for (long m = 0; m < rows.count; ++m)
           for (long c = 0; c < OUTPUTS; c += 16) {
             const long to = (start + m) * N + n + c;

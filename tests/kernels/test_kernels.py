@@ -1,4 +1,4 @@
-"""The operators built for CPUs with AMX, against formulas in float64; and what happens where they cannot be had."""
+"""The operators built for CPUs with AVX-512 VNNI, against formulas in float64; and what happens where they cannot be had."""
 
 import platform
 import shutil
@@ -156,7 +156,7 @@ def anew(monkeypatch, tmp_path):
 
 
 def test_sources_compile(tmp_path):
-    """On processors without AMX, too, where the other tests are left out."""
+    """On processors without AVX-512, too, where the other tests are left out."""
     if platform.machine() != "x86_64" or not shutil.which("g++"):
         pytest.skip("for g++ on x86-64")
     version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout

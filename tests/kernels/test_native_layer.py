@@ -26,6 +26,11 @@ pytestmark = pytest.mark.skipif(
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    assert dispatch.ready()
+
+
 def int4(outputs: int, inputs: int, group: int = 32) -> tuple[Int4Linear, torch.Tensor]:
     """A packed module, and its weights in float64."""
     module = Int4Linear(inputs, outputs, group)
