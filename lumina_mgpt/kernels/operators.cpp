@@ -155,8 +155,8 @@ Tensor prepare_heads(Tensor q, Tensor k, Tensor v, std::vector<Tensor> norms, Te
 }  // namespace
 
 // Registers the implementations of the operators that ops.py defines; returns false if torch refuses them. With
-// `tiles`, products of many rows use AMX; a second call only changes this. This is no static initializer, because an exception
-// during loading would terminate the process.
+// `tiles`, products of many rows use AMX; a second call only changes this. This is no static initializer, because an
+// exception during loading would terminate the process.
 extern "C" bool lumina_mgpt_register(bool tiles) {
   try {
     has_tiles = tiles;
