@@ -6,7 +6,7 @@ residual additions are part of the products here; `prepare_heads` does the rest.
 modules of transformer.py round them, but sums have other orders: results differ by rounding.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from lumina_mgpt.model.attention import Span
 from lumina_mgpt.model.kv_cache import LayerCache
 from lumina_mgpt.model.quantization import Int4Linear, native
 
-if TYPE_CHECKING:
-    from lumina_mgpt.model.transformer import Layer, Rope
 
-
-def serves(layer: "Layer", hidden: Tensor, cache: LayerCache | None, dropout: float) -> bool:
+def serves(layer: Any, hidden: Tensor, cache: LayerCache | None, dropout: float) -> bool:
     """Returns whether `run` supports this layer and these inputs.
+
+    Args:
+        layer: a `Layer` of transformer.py.
 
     Shapes: hidden (B, T, D).
     """
@@ -43,8 +43,11 @@ def _fits(linear: torch.nn.Module) -> bool:
     return isinstance(linear, Int4Linear) and linear.native and linear.bias is None
 
 
-def run(layer: "Layer", hidden: Tensor, rope: "Rope", span: Span, cache: LayerCache) -> Tensor:
+def run(layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], span: Span, cache: LayerCache) -> Tensor:
     """Returns the output of the layer, as `Layer.forward` does.
+
+    Args:
+        layer: a `Layer` of transformer.py.
 
     Shapes: hidden (B, T, D) -> (B, T, D).
     """

@@ -1,4 +1,4 @@
-"""The operators built for CPUs with AVX-512 VNNI, against formulas in float64; and what happens where they are missing."""
+"""The operators built for CPUs with AVX-512 VNNI, against formulas in float64; what happens where they are missing."""
 
 import platform
 import shutil
