@@ -1,9 +1,9 @@
 """A transformer layer in six native CPU operators, for int4 matrices in the native form.
 
 A step of one or two ids reads all weights and computes little. Between the products, a layer would otherwise call some
-fifty of torch's operators. Norms, the gate of the MLP and
-residual additions are part of the products here; `prepare_heads` does the rest. Numbers are rounded to bf16 where the
-modules of transformer.py round them, but sums have other orders: results differ by rounding.
+fifty of torch's operators. Norms, the gate of the MLP and residual additions are part of the products here;
+`prepare_heads` does the rest. Numbers are rounded to bf16 where the modules of transformer.py round them, but sums have
+other orders: results differ by rounding.
 """
 
 from typing import Any
