@@ -1,6 +1,7 @@
 """Compiles and loads the C++ kernels. The compiled library is cached in the user's cache folder.
 
-The kernels need x86 with AMX and AVX-512, Linux, and a C++ compiler. LUMINA_MGPT_NATIVE=0 switches them off.
+The kernels need x86 with AVX-512 VNNI, Linux, and a C++ compiler. LUMINA_MGPT_NATIVE=0 switches them off. Where the
+processor has AMX, products of many rows use it.
 """
 
 import ctypes
@@ -19,9 +20,11 @@ from pathlib import Path
 import torch
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.cpp") for name in ("operators", "int4_amx", "int8_rows", "one_query")
+    Path(__file__).with_name(f"{name}.cpp")
+    for name in ("operators", "int4_rows", "int4_amx", "int8_rows", "heads", "one_query")
 )
-_FEATURES = ("amx_tile", "amx_bf16", "avx512_bw", "avx512_vl", "avx512_vbmi", "avx512_bf16")
+_FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_vnni")
+_TILE_FEATURES = ("amx_tile", "amx_int8")
 _FLAGS = (
     "-O3",
     "-std=c++17",
@@ -31,10 +34,10 @@ _FLAGS = (
     "-mavx512f",
     "-mavx512bw",
     "-mavx512vl",
-    "-mavx512vbmi",
-    "-mavx512bf16",
+    "-mavx512vnni",
+    "-mfma",
     "-mamx-tile",
-    "-mamx-bf16",
+    "-mamx-int8",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable interface of torch 2.10
 )
 _TORCH = Path(torch.__file__).parent
@@ -45,15 +48,19 @@ _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 def machine_supports() -> bool:
     """Returns whether this machine can build and run the kernels. Does not check that their results are correct."""
-    return processor_supports() and bool(compiler()) and tiles_allowed()
+    return processor_supports() and bool(compiler())
 
 
 def processor_supports() -> bool:
-    """Returns whether the system is Linux, the processor has AMX and AVX-512, and the kernels are switched on."""
+    """Returns whether the system is Linux, the processor has AVX-512 VNNI, and the kernels are switched on."""
     if os.environ.get("LUMINA_MGPT_NATIVE") == "0" or sys.platform != "linux":
         return False
+    return _has(_FEATURES)
+
+
+def _has(features: tuple[str, ...]) -> bool:
     capabilities = torch.cpu.get_capabilities()
-    return all(capabilities.get(feature) for feature in _FEATURES)
+    return all(capabilities.get(feature) for feature in features)
 
 
 def compiler() -> list[str]:
@@ -62,13 +69,18 @@ def compiler() -> list[str]:
 
 
 def tiles_allowed() -> bool:
-    """Asks the system to let this process use the AMX tile registers. Returns whether the system permits it."""
+    """Returns whether the processor has AMX and the system, which is asked here, lets this process use it."""
+    if not _has(_TILE_FEATURES):
+        return False
     arguments = (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
     return ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments)) == 0
 
 
-def load() -> None:
+def load(tiles: bool) -> None:
     """Registers the operators of the cached library. Compiles the library first if it is missing or damaged.
+
+    Args:
+        tiles: whether products of many rows use AMX. A second call changes this.
 
     Raises:
         OSError: the cache folder cannot be used, or torch refuses the operators.
@@ -80,7 +92,7 @@ def load() -> None:
         register = _register(path) if path.exists() else _register(compile_library(command, path))
     except (OSError, AttributeError):  # damaged, or written by another system that shares the folder
         register = _register(compile_library(command, path))
-    if not register():
+    if not register(tiles):
         raise OSError("torch does not take the operators")
 
 
@@ -131,8 +143,8 @@ def compile_library(command: list[str], path: Path) -> Path:
     return path
 
 
-def _register(path: Path) -> Callable[[], bool]:
+def _register(path: Path) -> Callable[[bool], bool]:
     """Returns the library's function that registers its operators; loading the library alone registers nothing."""
     register = ctypes.CDLL(str(path)).lumina_mgpt_register
-    register.restype = ctypes.c_bool
+    register.restype, register.argtypes = ctypes.c_bool, [ctypes.c_bool]
     return register

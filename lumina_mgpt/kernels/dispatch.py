@@ -1,6 +1,6 @@
 """Decides whether a native kernel or torch's slower operator is used; no other module decides this.
 
-The first check in a process builds the kernels and compares small products with torch's.
+The first check in a process builds the kernels and compares small products with those of float matrices.
 """
 
 import logging
@@ -27,6 +27,12 @@ def serves_int4(device: torch.device, dtype: torch.dtype, outputs: int, group: i
     return fits and group in INT4_GROUPS and ready()
 
 
+def serves_heads(dtype: torch.dtype, cache: torch.dtype, width: int) -> bool:
+    """Returns whether `prepare_heads` supports heads of this dtype and width and a KV cache of this dtype."""
+    fits = dtype == torch.bfloat16 and cache in (torch.bfloat16, torch.int8) and width in ops.HEAD_WIDTHS
+    return fits and ready()
+
+
 def serves_int8(x: Tensor, numbers: Tensor) -> bool:
     """Returns whether `int8_linear` supports these inputs and this matrix. Shapes: x (M, K), numbers (N, K)."""
     fits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
@@ -48,20 +54,25 @@ def ready() -> bool:
 
 @cache
 def _works() -> bool:
-    """Returns whether the operators are registered and correct; logs why not where the processor has AMX."""
+    """Returns whether the operators are registered and correct; logs why not where the processor has AVX-512 VNNI."""
     if not build.processor_supports():
         return False
     if not build.compiler():
         logger.info("no C++ compiler (g++, clang++ or CXX): int4 products and attention use torch's slower kernels")
         return False
     try:
-        if not build.tiles_allowed():
-            raise OSError("the system does not let processes use the tile unit")
-        build.load()
+        build.load(tiles=False)
         _check_products()
     except (OSError, AttributeError, subprocess.SubprocessError, RuntimeError) as error:
         logger.warning("native kernels cannot be used: %s; torch's slower kernels are used instead", _reason(error))
         return False
+    if build.tiles_allowed():
+        build.load(tiles=True)
+        try:
+            _check_products()
+        except RuntimeError as error:
+            build.load(tiles=False)
+            logger.warning("the tile unit cannot be used: %s; products of many rows are slower without it", error)
     return True
 
 
@@ -73,19 +84,19 @@ def _reason(error: Exception) -> str:
 
 
 def _check_products() -> None:
-    """Compares small int4 products with torch's, because torch may change its packing with any version.
+    """Compares small int4 products with those of the dequantized matrices.
 
     Raises:
         RuntimeError: a product differs.
     """
-    for M, N, K, group in ((3, ops.INT4_OUTPUTS, 64, 32), (17, 2 * ops.INT4_OUTPUTS, 256, 128)):
+    for M, N, K, group in ((3, ops.INT4_OUTPUTS, 64, 32), (21, 2 * ops.INT4_OUTPUTS, 256, 128)):
         with torch.device("cpu"):
-            numbers = (torch.arange(N * K, dtype=torch.int32) * 7 // 3 % 16).view(N, K)
+            numbers = (torch.arange(N * K) * 7 // 3 % 16).view(N, K)
             x = torch.linspace(-1, 1, M * K).view(M, K).bfloat16()
             scale_and_zero = torch.linspace(0.1, 1, K // group * N * 2).view(K // group, N, 2).bfloat16()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-        expected = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale_and_zero).float()
-        scales = [ops.blocked_scales(scale_and_zero)] * 2
-        for out in torch.ops.lumina_mgpt.int4_linear(x, [packed] * 2, group, scales):
+        scale, zero = scale_and_zero.float().transpose(0, 1).repeat_interleave(group, 1).unbind(-1)  # (N, K)
+        expected = x.float() @ torch.addcmul(zero, numbers - 8, scale).T
+        packed, pairs = ops.blocked_numbers(numbers.to(torch.uint8)), ops.blocked_scales(scale_and_zero)
+        for out in torch.ops.lumina_mgpt.int4_linear(x, [packed] * 2, group, [pairs] * 2):
             if not (out - expected).norm() < 0.01 * expected.norm():
-                raise RuntimeError("their int4 products differ from torch's")
+                raise RuntimeError("int4 products differ from those of the dequantized matrix")

@@ -1,4 +1,4 @@
-// Products of bf16 rows and an int8 matrix with one scale for each output. Needs AVX-512 F, BW, VL and BF16.
+// Products of bf16 rows and an int8 matrix with one scale for each output. Needs AVX-512 F, BW and VL.
 //
 // Two rows and 16384 x 1024 take 0.9 ms; torch's kernel takes 1.7 ms.
 

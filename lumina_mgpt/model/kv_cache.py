@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lumina_mgpt.config import ModelConfig
+from lumina_mgpt.model import pages
 
 
 class Scaled(NamedTuple):
@@ -79,10 +80,10 @@ class KVCache:
         self.layers: list[LayerCache] = []
         for one in devices:
             # Separate tensors: for a slice of a larger one, a compiled step would write back the whole tensor.
-            stores = [torch.zeros(shape, dtype=dtype, device=one) for _ in range(2)]
+            stores = [_zeros(shape, dtype, one) for _ in range(2)]
             scales = None
             if dtype == torch.int8:
-                scales = [torch.zeros(shape[:-1], dtype=torch.float32, device=one) for _ in range(2)]
+                scales = [_zeros(shape[:-1], torch.float32, one) for _ in range(2)]
             self.layers.append(LayerCache(stores, scales, index[one]))
 
     def tensors(self) -> list[Tensor]:
@@ -110,6 +111,10 @@ class KVCache:
                     tensors[index] = tensor[rows]
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return pages.empty(shape, dtype).zero_() if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
+
 class LayerCache(NamedTuple):
     """Keys and values of one layer.
 
@@ -131,20 +136,22 @@ class LayerCache(NamedTuple):
 
         Shapes: keys, values (B, T, K, H); positions (B, T); returns two of (B, filled, K, H).
         """
-        B = len(keys)
-        cached: list[Cached] = []
         for part, new in enumerate((keys, values)):
-            store = self.stores[part]
             if self.scales is None:
-                self._write(store, new.to(store.dtype), positions)
-                cached.append(store[:B, :, :filled].transpose(1, 2))
+                self._write(self.stores[part], new.to(self.stores[part].dtype), positions)
             else:
                 quantized = Scaled.quantize(new)
-                self._write(store, quantized.integers, positions)
+                self._write(self.stores[part], quantized.integers, positions)
                 self._write(self.scales[part], quantized.scales, positions)
-                views = store[:B, :, :filled], self.scales[part][:B, :, :filled]
-                cached.append(Scaled(*(tensor.transpose(1, 2) for tensor in views)))
-        return cached[0], cached[1]
+        return self.read(len(keys), filled)
+
+    def read(self, rows: int, filled: int) -> tuple[Cached, Cached]:
+        """Returns views of the first `filled` slots of the first rows: keys and values (rows, filled, K, H)."""
+        stores = [store[:rows, :, :filled].transpose(1, 2) for store in self.stores]
+        if self.scales is None:
+            return stores[0], stores[1]
+        scales = [scale[:rows, :, :filled].transpose(1, 2) for scale in self.scales]
+        return Scaled(stores[0], scales[0]), Scaled(stores[1], scales[1])
 
     def _write(self, store: Tensor, new: Tensor, positions: Tensor | int) -> None:
         """Shapes: store (rows, K, slots, ...), new (B, T, K, ...)."""

@@ -3,10 +3,11 @@
 Embeddings, norms and biases keep their dtype. The head keeps its dtype on disk. On a CPU, the part of the head that
 computes logits of image codes becomes int8 after loading, unless the head is tied to the embedding.
 
-An int4 matrix has one of three forms: the portable form of int4.py, or the packed form of torch's CPU or CUDA kernel.
+An int4 matrix has one of four forms: the portable form of int4.py, the packed form of torch's CPU or CUDA kernel, or
+that of this project's native CPU kernel, which `kernels.dispatch` chooses where the processor and the sizes allow it.
 The CUDA form follows torch's source and was never run on a GPU. torch's CUDA kernel reads all weights again for every
 16 rows of its input; for many rows the weights are therefore dequantized once, one matrix at a time, and multiplied in
-bf16. On a CPU with AMX, a native kernel of this project multiplies by the CPU form; `kernels.dispatch` decides where.
+bf16.
 """
 
 import logging
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.kernels import dispatch, ops
+from lumina_mgpt.model import pages
 from lumina_mgpt.model.int4 import CHUNK, TINY, Int4, dequantize, dequantize_packed, quantize, unpack_nibbles
 
 logger = logging.getLogger(__name__)
@@ -68,8 +70,8 @@ class Int4Linear(nn.Module):
     """A linear layer with an int4 matrix. Its buffers hold the portable form until `pack` converts them for a kernel.
 
     Attributes:
-        kernel: "cpu" or "cuda" after `pack`, for torch's kernel whose form the matrix has; None for the portable form.
-        native: whether the native kernel multiplies by the packed matrix.
+        kernel: "cpu" or "cuda" after `pack`, the device whose kernel takes the matrix; None for the portable form.
+        native: whether the matrix has the form of the native kernel, not that of torch's.
 
     Shapes: weight_int4 (N, K/2) uint8; weight_scale and weight_zero (N, K/group) bfloat16. These buffers have the same
     names on disk.
@@ -127,15 +129,17 @@ class Int4Linear(nn.Module):
         self.kernel = _kernel(weight.device, dtype, N, 2 * weight.shape[1])
         if self.kernel is None:
             return
-        if self.kernel == "cpu":
+        self.native = self.kernel == "cpu" and dispatch.serves_int4(weight.device, dtype, N, self.group)
+        if self.native:
+            packed = pages.copied(ops.blocked_numbers(unpack_nibbles(weight)))
+        elif self.kernel == "cpu":
             packed = getattr(torch.ops.aten, _CPU_OPS[0])(unpack_nibbles(weight).int(), 1)  # the CPU ignores the 1
         else:
             tiles = next(count for count in (8, 4, 2) if 2 * weight.shape[1] % (16 * count) == 0)
             packed = getattr(torch.ops.aten, _CUDA_OPS[0])(weight, tiles)
         pairs = torch.stack((self.weight_scale, self.weight_zero), -1).transpose(0, 1).to(dtype)  # (K/group, N, 2)
-        self.native = self.kernel == "cpu" and dispatch.serves_int4(weight.device, dtype, N, self.group)
         if self.native:
-            pairs = ops.blocked_scales(pairs)
+            pairs = pages.copied(ops.blocked_scales(pairs))
         del self.weight_int4, self.weight_scale, self.weight_zero
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", pairs.contiguous())
@@ -145,7 +149,7 @@ class Int4Linear(nn.Module):
         if self.kernel is None:
             return F.linear(x, dequantize(self.matrix, x.dtype), self.bias)
         if self.native:
-            return _native(x, [self])[0]
+            return native(x, [self])[0]
         multiply = getattr(torch.ops.aten, (_CPU_OPS if self.kernel == "cpu" else _CUDA_OPS)[1])
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if self.kernel == "cuda" and len(rows) > KERNEL_ROWS:
@@ -161,17 +165,41 @@ def apply_all(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     """
     int4 = [linear for linear in linears if isinstance(linear, Int4Linear) and linear.native]
     if len(int4) == len(linears):
-        return _native(x, int4)
+        return native(x, int4)
     return [linear(x) for linear in linears]
 
 
-def _native(x: Tensor, linears: list[Int4Linear]) -> list[Tensor]:
+def native(
+    x: Tensor,
+    linears: list[Int4Linear],
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """Returns the outputs of modules whose matrices have the native form, for the same input.
+
+    Args:
+        norm: weights of an RMS norm that applies to x first; None for no norm.
+        eps: of the norm.
+        gated: whether to return one output: silu of the output of the first of two modules times that of the second.
+        residual: is added to the output of a single module; None for none.
+
+    The last four need modules without biases.
+
+    Shapes: x (..., K) -> one (..., N) per module, each with its own N; norm (K,), residual (..., N).
+
+    Raises:
+        RuntimeError: x requires a gradient.
+    """
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("packed int4 weights have no gradient")
     rows, group = x.reshape(-1, x.shape[-1]).contiguous(), linears[0].group
     packed, scales = [linear.packed for linear in linears], [linear.scale_and_zero for linear in linears]
-    outs = [out.unflatten(0, x.shape[:-1]) for out in torch.ops.lumina_mgpt.int4_linear(rows, packed, group, scales)]
-    return [out if of.bias is None else out + of.bias for of, out in zip(linears, outs, strict=True)]
+    added = None if residual is None else residual.reshape(len(rows), -1).contiguous()
+    found = torch.ops.lumina_mgpt.int4_linear(rows, packed, group, scales, norm, eps, gated, added)
+    outs = [out.view(*x.shape[:-1], -1) for out in found]
+    return [out if of.bias is None else out + of.bias for of, out in zip(linears, outs, strict=not gated)]
 
 
 def _kernel(device: torch.device, dtype: torch.dtype, outputs: int, inputs: int) -> str | None:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model import attention, quantization
+from lumina_mgpt.model import attention, native_layer, quantization
 from lumina_mgpt.model.attention import Span
 from lumina_mgpt.model.kv_cache import KVCache, LayerCache, Scaled
 from lumina_mgpt.model.linear import Linear, linear
@@ -167,6 +167,8 @@ class Layer(nn.Module):
 
         Shapes: hidden (B, T, D) -> (B, T, D).
         """
+        if cache is not None and native_layer.serves(self, hidden, cache, dropout):
+            return native_layer.run(self, hidden, rope, span, cache)
         if self.swin_norm:
             hidden = hidden + _drop(self.input_layernorm(self.self_attn(hidden, rope, span, cache)), dropout)
             return hidden + _drop(self.post_attention_layernorm(self.mlp(hidden)), dropout)

@@ -1,6 +1,7 @@
 """Measures time and memory of large models with random weights. Prints a table and one line of JSON.
 
 python scripts/benchmarks/bench_large.py floor             # a step of 7B layers against reading its weights once
+python scripts/benchmarks/bench_large.py ends              # first and last code of a 768 x 768 image, from four layers
 python scripts/benchmarks/bench_large.py peer              # this sampler against transformers' Chameleon
 python scripts/benchmarks/bench_large.py whole --work DIR  # the 7B, quantized to int4 while loading
 """
@@ -11,21 +12,21 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
+from bench_floor import ends, floor
 from common import add_threads, print_header, print_row, set_threads
-from torch import Tensor, nn
+from large_models import FORMS, PROJECT, SEVEN_B, fill_cache, random_model, stored_bytes
+from torch import Tensor
 from tqdm import tqdm
 
 from lumina_mgpt import cli
-from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation, int4_recipe
+from lumina_mgpt.config import ModelConfig, SamplingConfig, Speculation
 from lumina_mgpt.devices import DTYPES, cache_bytes
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_tensors
-from lumina_mgpt.measure import peak_anonymous, read_bandwidth, seconds, wait
-from lumina_mgpt.model import quantization
+from lumina_mgpt.measure import peak_anonymous, wait
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.names import disk_name
 from lumina_mgpt.model.reading import load_model
@@ -36,22 +37,14 @@ from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 from lumina_mgpt.vocabulary import Vocabulary
 
-PROJECT = Path(__file__).resolve().parent.parent.parent
-SEVEN_B = PROJECT / "configs" / "model" / "7B.yaml"
 TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # of the released checkpoint
 PROMPT = "Generate an image of 768x768 according to the following prompt:\nA lighthouse at dusk, oil painting."
-FORMS = {  # dtype of activations, and weights in an int4 group
-    "fp32": (torch.float32, None),
-    "bf16": (torch.bfloat16, None),
-    "int4": (torch.bfloat16, 128),
-    "int4-fp32": (torch.float32, 128),
-}
 _SPECULATIONS = (("noise", 8), ("maximal", 8), ("maximal", 32))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.Parser(prog="scripts/benchmarks/bench_large.py", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("floor", "peer", "whole"))
+    parser.add_argument("what", choices=("floor", "ends", "peer", "whole"))
     add_threads(parser)
     parser.add_argument("--compile", action="store_true", help="floor, peer: also compiled steps (takes minutes)")
     parser.add_argument(
@@ -61,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         default=["fp32", "bf16", "int4"],
         help="floor: int4-fp32 has fp32 activations and takes half a minute a step",
     )
+    parser.add_argument("--runs", type=cli.whole, default=3, help="floor, ends: runs, each with its own bandwidth")
     parser.add_argument("--work", type=Path, help="whole: folder for the random checkpoint (16 GB, kept)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes sampled at either end")
     parser.add_argument(
@@ -77,79 +71,12 @@ def bench(args: argparse.Namespace) -> None:
         raise InputError("--work is missing; give a folder with 16 GB of free space for the random checkpoint")
     if not 1 <= args.codes <= 4096:
         raise InputError(f"--codes must be in 1 ... 4096, got {args.codes}; try 96")
+    if not 1 <= args.runs <= 100:
+        raise InputError(f"--runs must be in 1 ... 100, got {args.runs}; try 3")
     set_threads(args.threads)
     with torch.no_grad():
-        figures = {"floor": floor, "peer": peer, "whole": whole}[args.what](args)
+        figures = {"floor": floor, "ends": ends, "peer": peer, "whole": whole}[args.what](args)
     print(json.dumps({"bench": args.what, "threads": args.threads, **figures}))
-
-
-def random_model(
-    config: ModelConfig, dtype: torch.dtype, group: int | None = None, device: torch.device | str = "cpu"
-) -> Transformer:
-    """A model with random weights, made on the device. With `group`, the layers' matrices are int4, without a search.
-
-    Weights have a standard deviation of 0.02, norms are 1.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.device("meta"):
-        model = Transformer(config)
-    if group:
-        quantization.replace_linears(model, group)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            fresh = torch.full(parameter.shape, float(name == "weight"), dtype=dtype, device=device)
-            if isinstance(module, nn.Linear | nn.Embedding):
-                fresh.normal_(0, 0.02, generator=generator)
-            setattr(module, name, nn.Parameter(fresh, requires_grad=False))
-        if isinstance(module, quantization.Int4Linear):
-            shape, scale = module.weight_int4.shape, 0.02 / 4.61  # numbers 0 ... 15 have a standard deviation of 4.61
-            bytes_ = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
-            scales = torch.full(module.weight_scale.shape, scale, dtype=torch.bfloat16, device=device)
-            for leaf, tensor in (("int4", bytes_), ("scale", scales), ("zero", scales / 2)):  # zero: a mean of 0
-                module.load(f"weight_{leaf}", tensor, device)
-    if group:
-        model.config = replace(config, quantization_config=int4_recipe(group))
-        quantization.pack_weights(model, dtype)
-    return model.eval()
-
-
-def stored_bytes(module: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-
-
-# -- floor -------------------------------------------------------------------------------------------------------------
-
-
-def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict:
-    """Times steps through 7B layers with a partly filled cache, relative to reading their bytes once."""
-    bandwidth, rows = read_bandwidth(torch.device("cpu")), []
-    config = replace(
-        ModelConfig.from_yaml(SEVEN_B),
-        vocab_size=512,
-        num_image_codes=256,
-        image_code_offset=256,
-        num_hidden_layers=layers,
-    )
-    print(
-        f"{layers} layers of the 7B, {filled} cache slots, {args.threads} threads, read bandwidth "
-        f"{bandwidth / 1e9:.1f} GB/s\n"
-    )
-    print_header("weights", "rows", "ms a step", "ms to read its bytes", "ratio")
-    for name in args.weights:
-        dtype, group = FORMS[name]
-        model = random_model(config, dtype, group)
-        for count in (1, 2) if name == "int4-fp32" else (1, 2, 32):
-            cache = KVCache(config, count, filled + 1, dtype, "cpu")
-            ids, at = torch.ones(count, 1, dtype=torch.long), torch.full((count, 1), filled)
-            least = (stored_bytes(model.layers) + sum(tensor.nbytes for tensor in cache.tensors())) / bandwidth
-            for compiled in (False, True)[: 2 if args.compile and count <= 2 else 1]:
-                form, forward = (f"{name}, compiled", compile_forward(model)) if compiled else (name, model)
-                taken = seconds(partial(forward, ids, positions=at, cache=cache, filled=filled + 1))
-                ratio = taken / least
-                print_row(form, count, f"{1000 * taken:.1f}", f"{1000 * least:.1f}", f"{ratio:.2f}")
-                rows.append({"weights": form, "rows": count, "seconds": taken, "floor": least, "ratio": ratio})
-    return {"bandwidth_gb_s": bandwidth / 1e9, "layers": layers, "rows": rows}
 
 
 # -- peer --------------------------------------------------------------------------------------------------------------
@@ -296,17 +223,6 @@ def whole(args: argparse.Namespace) -> dict:
 
 class _Enough(Exception):
     """Ends sampling before the image is complete."""
-
-
-def fill_cache(cache: KVCache) -> None:
-    """Fills the cache with random numbers, as if all its slots were written."""
-    for tensor in cache.tensors():
-        if tensor.dtype == torch.int8:
-            tensor.random_(-127, 128)
-        elif cache.layers[0].scales is not None:  # the scales of int8 numbers
-            tensor.fill_(0.02)
-        else:
-            tensor.normal_()
 
 
 def run_codes(inner: CachedStep, layout: ImageLayout, prompts: list[list[int]], codes: int, untimed: int = 1) -> float:
