@@ -11,8 +11,8 @@ from attention_formula import formula, heads
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
-from lumina_mgpt.model.causal_attention import CausalAttention
 from lumina_mgpt.model.attention import Span
+from lumina_mgpt.model.causal_attention import CausalAttention
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
 
 CONFIG = ModelConfig(
