@@ -222,7 +222,7 @@ def clip_gradients(module: nn.Module, limit: float) -> torch.Tensor:
         limit: largest norm; 0 for no limit.
     """
     parameters = [_with_dense_gradient(parameter) for parameter in module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     found = full_tensor(norm)
     # On a CPU the host knows the norm already. If it is small, nothing is multiplied.
     if limit > 0 and not (found.device.type == "cpu" and found.item() <= limit):

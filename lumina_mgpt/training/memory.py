@@ -12,7 +12,7 @@ from lumina_mgpt.training.loss import CHUNK_LOGITS, MIN_ROWS, MIN_ROWS_ON_GPU
 # Bytes that one layer saves for its backward pass, per id: (per channel of the model's width, per channel of the inner
 # width). In float32 12 and 4 tensors; in bfloat16 half of that, except for the norms and the inputs of adapters.
 SAVED_WIDE, SAVED_NARROW = (48, 16), (34, 9)
-_LOGIT_WIDE, _LOGIT_NARROW = 4, 8  # bytes of one logit of a chunk: float32 in place; bfloat16, float32, bfloat16
+_LOGIT_WIDE, _LOGIT_NARROW = 4, 2  # bytes of one logit of a chunk, whose gradient overwrites it
 _RUNTIME = 1.2e9  # CUDA's context and kernels, NCCL's buffers: a usual size, not measured here
 
 
