@@ -127,7 +127,8 @@ def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight
     """
     count = SUM_ROWS
     if logits.device.type == "cpu":
-        count = max(torch.get_num_threads(), CACHE_LOGITS // logits.shape[-1])
+        threads = torch.get_num_threads()  # the same number of rows for each
+        count = threads * max(1, CACHE_LOGITS // (threads * logits.shape[-1]))
     sums = []
     for part, labels in zip(logits.split(count), targets.split(count), strict=True):
         wide = part.float()

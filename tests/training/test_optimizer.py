@@ -1,5 +1,7 @@
 """AdamW with a sparse gradient of the embedding, and the norm of gradients, compared with torch on dense gradients."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,7 @@ def test_a_state_that_was_written_goes_on_bit_for_bit(small_slabs):
     first.step()
     first.zero_grad()
     copy.load_state_dict(model.state_dict())
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(deepcopy(first.state_dict()))  # loading alone would share the tensors
     for one, optimizer in ((model, first), (copy, second)):
         one(ids + 9).backward()
         optimizer.step()
