@@ -10,7 +10,9 @@ from lumina_mgpt.model.transformer import Transformer
 
 TAIL_MASS = 1.5e-3  # total probability that the tail term pulls the unlikely ids towards; chosen
 WHOLE_LOGITS = 1 << 25  # up to this number (128 MiB in float32) the loss is not split, and can be compiled
-CHUNK_LOGITS = 1 << 26  # logits of one chunk; each chunk reads the head and its gradient once more
+# Logits of one chunk. Each chunk reads the head and its gradient once more. On a CPU, products of 525 rows are 4 %
+# faster than those of 391.
+CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 1 << 26, 3 << 25
 CACHE_LOGITS = 1 << 19  # on a CPU: logits of a few rows, 2 MiB, that are computed in the processor's cache
 SUM_ROWS = 32  # on a GPU: rows of logits that are computed together
 MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the head takes longer than the product
@@ -82,8 +84,7 @@ class ChunkedLoss(torch.autograd.Function):
             direct = weight.dtype == dtype  # otherwise products are narrower than the gradient
             d_weight = _gradient_like(weight, memory, direct) if ctx.needs_input_grad[1] else None
             cross = z = rows.new_zeros((), dtype=torch.float32)
-            least = MIN_ROWS if kind == "cpu" else MIN_ROWS_ON_GPU
-            spans = _spans(len(rows), max(least, CHUNK_LOGITS // len(head)))
+            spans = _spans(len(rows), chunk_rows(len(head), kind != "cpu"))
             logits = narrow.new_empty(max((span.stop - span.start for span in spans), default=0), len(head))
             for span in spans:
                 chunk, d_logits = narrow[span], logits[: span.stop - span.start]
@@ -109,7 +110,15 @@ class ChunkedLoss(torch.autograd.Function):
         return *(None if part is None else part.mul_(d_total) for part in (d_rows, d_weight)), None, None, None, None
 
 
-def _spans(length: int, step: int) -> list[slice]:
+def chunk_rows(vocabulary: int, gpu: bool) -> int:
+    """Returns the largest number of rows in a chunk of `ChunkedLoss`."""
+    least, logits = (MIN_ROWS_ON_GPU, CHUNK_LOGITS) if gpu else (MIN_ROWS, CHUNK_LOGITS_ON_CPU)
+    return max(least, logits // vocabulary)
+
+
+def _spans(length: int, most: int) -> list[slice]:
+    """Returns spans of about the same length, which is at most `most`."""
+    step = math.ceil(length / max(1, math.ceil(length / most)))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 

@@ -15,6 +15,7 @@ from lumina_mgpt.training.loss import ChunkedLoss, LossModel, token_losses
 def small_chunks(monkeypatch):
     """Chunks of at most 4 rows, so that small tensors need several."""
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 128)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS_ON_CPU", 128)
     monkeypatch.setattr(loss, "MIN_ROWS", 4)
     monkeypatch.setattr(loss, "WHOLE_LOGITS", 0)
 
