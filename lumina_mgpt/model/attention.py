@@ -11,6 +11,7 @@ from torch import Tensor
 from lumina_mgpt.cuda import torch_attention
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.kernels import dispatch
+from lumina_mgpt.model.causal_attention import CausalAttention
 from lumina_mgpt.model.kv_cache import Cached, KVCache, Scaled
 
 QUERY_BLOCK = 128  # queries of one block of `_causal_blocks`
@@ -115,7 +116,7 @@ def backend(name: str) -> Backend:
 def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     """Computes attention by torch's scaled_dot_product_attention, or by faster code where there is some.
 
-    The faster code covers one query or a few queries per row on a KV cache, and bf16 training on a CPU.
+    The faster code covers one query or a few queries per row on a KV cache, and training on a CPU.
 
     Args:
         cached: whether k and v are views of a KV cache.
@@ -138,6 +139,8 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not grouped:
         return _causal_blocks(q, k, v).transpose(1, 2)
+    if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.float32 and not grouped:
+        return CausalAttention.apply(q, k, v).transpose(1, 2)
     if grouped and span.mask is not None and q.device.type == "cuda":
         return _grouped(q, k, v, span.mask).transpose(1, 2)
     mixed = torch_attention(q, k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=grouped)

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lumina_mgpt.config import ModelConfig
@@ -133,6 +134,24 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(q, k, v, span, cache is not None).flatten(2))
 
 
+class SwiGLU(torch.autograd.Function):
+    """Computes `silu(gate) * up`. The backward pass computes `silu(gate)` again, which saves its memory.
+
+    Shapes: gate, up and the result (..., inner width).
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_product: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(d_product * up, gate), d_product * F.silu(gate)
+
+
 class MLP(nn.Module):
     """SwiGLU feed-forward network (arXiv 2002.05202)."""
 
@@ -145,7 +164,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = quantization.apply_all(hidden, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        product = SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up
+        return self.down_proj(product)
 
 
 class Layer(nn.Module):

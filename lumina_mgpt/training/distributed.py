@@ -221,8 +221,24 @@ def clip_gradients(module: nn.Module, limit: float) -> torch.Tensor:
     Args:
         limit: largest norm; 0 for no limit.
     """
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit if limit > 0 else float("inf"))
-    return full_tensor(norm)
+    parameters = [_with_dense_gradient(parameter) for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    found = full_tensor(norm)
+    # On a CPU the host knows the norm already. If it is small, nothing is multiplied.
+    if limit > 0 and not (found.device.type == "cpu" and found.item() <= limit):
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return found
+
+
+def _with_dense_gradient(parameter: nn.Parameter) -> nn.Parameter:
+    """Returns the parameter; for a sparse gradient, a parameter whose gradient is the rows that are not zero."""
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse:
+        return parameter
+    parameter.grad = gradient.coalesce()  # adds the gradients of equal ids
+    rows = nn.Parameter(parameter.grad.values())
+    rows.grad = parameter.grad.values()  # shares memory with the sparse gradient
+    return rows
 
 
 def read(device: torch.device, *scalars: torch.Tensor) -> list[float]:

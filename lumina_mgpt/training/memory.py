@@ -7,12 +7,12 @@ for its backward pass, and the peak of whole steps.
 from dataclasses import dataclass
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.training.loss import CHUNK_LOGITS, MIN_ROWS, MIN_ROWS_ON_GPU
+from lumina_mgpt.training.loss import CHUNK_LOGITS, chunk_rows
 
 # Bytes that one layer saves for its backward pass, per id: (per channel of the model's width, per channel of the inner
-# width). In float32 12 and 4 tensors; in bfloat16 half of that, except for the norms and the inputs of adapters.
-SAVED_WIDE, SAVED_NARROW = (48, 16), (34, 9)
-_LOGIT_WIDE, _LOGIT_NARROW = 4, 8  # bytes of one logit of a chunk: float32 in place; bfloat16, float32, bfloat16
+# width). In float32 12 and 3 tensors; in bfloat16 half of that, except for the norms and the inputs of adapters.
+SAVED_WIDE, SAVED_NARROW = (48, 12), (34, 7)
+_LOGIT_WIDE, _LOGIT_NARROW = 4, 2  # bytes of one logit of a chunk, whose gradient overwrites it
 _RUNTIME = 1.2e9  # CUDA's context and kernels, NCCL's buffers: a usual size, not measured here
 
 
@@ -119,7 +119,7 @@ class Plan:
 
         They are the computation of the loss, the first layer of the backward pass, and the end of the backward pass.
         """
-        rows = max(MIN_ROWS_ON_GPU if self.gpu else MIN_ROWS, CHUNK_LOGITS // self.config.vocab_size)
+        rows = chunk_rows(self.config.vocab_size, self.gpu)
         logits = min(rows, self.ids) * self.config.vocab_size * (_LOGIT_WIDE if self.wide else _LOGIT_NARROW)
         if self.distills:  # one chunk, float32; and what the teacher gives: inputs of its head, float32, of three kinds
             logits = 4 * CHUNK_LOGITS + 3 * 4 * self.ids * self.config.hidden_size

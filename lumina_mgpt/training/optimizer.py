@@ -7,11 +7,85 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.options import OptimizerOptions
 
 BETAS = (0.9, 0.95)  # of the released training code
+SPARSE_WEIGHTS = 1 << 24  # from this number of weights, the embedding's gradient is sparse on a CPU
+SLAB = 1 << 19  # weights of the embedding that are updated together: their gradient stays in the processor's cache
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which also takes sparse gradients of embeddings. The result is that of the dense gradient.
+
+    Rows without a gradient are updated too, by their moments and by weight decay. torch's SparseAdam leaves them out,
+    which is another algorithm. A sparse gradient saves the memory of the dense one, and the time to fill it with zeros.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Updates all weights; see `torch.optim.AdamW.step`."""
+        assert closure is None, "a closure would compute new gradients"
+        sparse = [
+            (group, weight, weight.grad)
+            for group in self.param_groups
+            for weight in group["params"]
+            if weight.grad is not None and weight.grad.is_sparse
+        ]
+        for _, weight, _ in sparse:
+            weight.grad = None
+        super().step()
+        for group, weight, gradient in sparse:
+            weight.grad = gradient
+            self._update_in_slabs(group, weight, gradient.coalesce())
+
+    def _update_in_slabs(self, group: dict, weight: Tensor, gradient: Tensor) -> None:
+        """Updates a matrix (V, D) a few rows at a time, with the gradient of these rows in dense form."""
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight) for _ in range(2))
+        rows, values = gradient.indices()[0], gradient.values()
+        count = max(1, SLAB // weight.shape[1])
+        starts = torch.arange(0, len(weight), count)
+        ends = torch.searchsorted(rows, starts + count).tolist()
+        dense, begin = weight.new_zeros(count, weight.shape[1]), 0
+        for start, end in zip(starts.tolist(), ends, strict=True):
+            slab, given = slice(start, start + count), rows[begin:end] - start
+            dense[given] = values[begin:end]
+            part = weight[slab]
+            adamw(
+                [part],
+                [dense[: len(part)]],
+                [state["exp_avg"][slab]],
+                [state["exp_avg_sq"][slab]],
+                [],
+                [state["step"].clone()],  # a call adds 1 to it
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            dense[given], begin = 0.0, end
+        state["step"] += 1
+
+
+def use_sparse_embedding(model: Transformer) -> None:
+    """Makes the gradient of a large embedding sparse, where `AdamW` takes that: on a CPU, in a single process.
+
+    An embedding that is frozen, sharded or also the head keeps its dense gradient.
+    """
+    embedding = model.embed_tokens
+    weight = embedding.weight
+    plain = type(embedding) is nn.Embedding and type(weight) is nn.Parameter and weight.device.type == "cpu"
+    if plain and weight.requires_grad and weight is not model.lm_head.weight and weight.numel() >= SPARSE_WEIGHTS:
+        embedding.sparse = True
 
 
 def build_optimizers(model: Transformer, options: OptimizerOptions) -> list[Optimizer]:
@@ -34,7 +108,7 @@ def build_optimizers(model: Transformer, options: OptimizerOptions) -> list[Opti
             other.append(parameter)
     groups = [{"params": other, "weight_decay": options.wd}, {"params": plain, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, fused=True)]
+    optimizers: list[Optimizer] = [AdamW(groups, lr=options.lr, betas=BETAS, fused=True)]
     if hidden:
         optimizers.append(torch.optim.Muon(hidden, lr=options.muon_lr, weight_decay=options.wd, momentum=0.95))
     for optimizer in optimizers:

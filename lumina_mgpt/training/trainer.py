@@ -28,7 +28,7 @@ from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.loading import build_model
 from lumina_mgpt.training.loss import LossModel
 from lumina_mgpt.training.metrics import Metrics, batch_flops, peak_flops
-from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr
+from lumina_mgpt.training.optimizer import Ema, build_optimizers, schedule, set_lr, use_sparse_embedding
 from lumina_mgpt.training.options import TrainingConfig
 from lumina_mgpt.training.sample_images import SampleImages
 from lumina_mgpt.training.saver import Saver
@@ -109,6 +109,7 @@ class Trainer:
         if runtime.compile:
             self.module.compile_parts()
         place(self.module, self.processes, runtime.cpu_offload, runtime.precision == "bf16")
+        use_sparse_embedding(model)
         self.optimizers = build_optimizers(model, settings.optimizer)
         self.ema = Ema(model, settings.regularization.ema) if settings.regularization.ema else None
 
@@ -315,8 +316,7 @@ class Trainer:
             self.guard.refuse(self.at + 1, fault, self._located())
         else:
             self._update()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad()
         return fault
 
     def _located(self) -> list[dict]:

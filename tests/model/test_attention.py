@@ -12,6 +12,7 @@ from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.attention import Span
+from lumina_mgpt.model.causal_attention import CausalAttention
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
 
 CONFIG = ModelConfig(
@@ -136,24 +137,27 @@ def test_written_out_equals_the_kernel(length):
     results = []
     for attend in (
         attention._causal_blocks,
+        CausalAttention.apply,
         lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
     ):
         out = attend(q, k, v)
         results.append((out, *torch.autograd.grad(out, (q, k, v), outward)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for stored, recomputed, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(stored, theirs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(recomputed, theirs, rtol=0, atol=1e-12)
 
 
 def test_written_out_only_where_it_pays(monkeypatch):
-    """bf16 on a CPU with gradients; long sequences, float32 and inference go to the kernel."""
+    """bf16 and float32 on a CPU with gradients, by two functions; inference goes to the kernel."""
     used = []
-    monkeypatch.setattr(attention, "_causal_blocks", lambda q, k, v: used.append(q.shape) or q)
-    span = span_for(0, 6, None)
-    for dtype, grad, expected in [(torch.bfloat16, True, 1), (torch.bfloat16, False, 0), (torch.float32, True, 0)]:
+    monkeypatch.setattr(attention, "_causal_blocks", lambda q, k, v: used.append("stored") or q)
+    monkeypatch.setattr(CausalAttention, "apply", lambda q, k, v: used.append("recomputed") or q)
+    span, cases = span_for(0, 6, None), [(torch.bfloat16, True, ["stored"]), (torch.float32, True, ["recomputed"])]
+    for dtype, grad, expected in [*cases, (torch.bfloat16, False, []), (torch.float32, False, [])]:
         used.clear()
         q = heads(1, 6, 2, 8, dtype=dtype).requires_grad_(grad)
         attention.sdpa(q, q.detach(), q.detach(), span, False)
-        assert len(used) == expected
+        assert used == expected
 
 
 def fake_flash(q, k_cache, v_cache, *, cache_seqlens, causal):

@@ -15,7 +15,7 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.linear import Linear
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.model.transformer import HeadNorm, Transformer
+from lumina_mgpt.model.transformer import HeadNorm, SwiGLU, Transformer
 
 IMAGE_START = 151665
 TINY = ModelConfig(
@@ -350,3 +350,16 @@ def test_the_product_without_gradients_is_the_one_with_them(rows, bias, outputs)
         quick = layer(x)
     assert layer(x).requires_grad and not quick.requires_grad
     torch.testing.assert_close(quick, x @ layer.weight.T + (layer.bias if bias else 0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_of_the_mlp_has_the_gradients_of_its_formula(dtype):
+    generator = torch.Generator().manual_seed(0)
+    gate, up, outward = (torch.randn(5, 7, generator=generator).to(dtype) for _ in range(3))
+    results = []
+    for product in (SwiGLU.apply, lambda gate, up: F.silu(gate) * up):
+        inputs = gate.clone().requires_grad_(), up.clone().requires_grad_()
+        value = product(*inputs)
+        results.append((value, *torch.autograd.grad(value, inputs, outward)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == dtype and torch.equal(ours, theirs)
