@@ -254,15 +254,10 @@ class VQGAN(nn.Module):
     def place(self, device: torch.device | str, dtype: torch.dtype) -> "VQGAN":
         """Moves the model to a device, converts its weights, and returns it.
 
-        On a CPU, the encoder keeps the tensors of its file, which are mapped there, until `latent` converts them:
-        images are made without it.
-
         Args:
             dtype: type of the decoder. Encoder and codebook are at least float32, since half types change codes.
         """
-        for part in self.children():
-            if part is not self.encoder or torch.device(device).type != "cpu":
-                part.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
+        self.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
         self.post_quant_conv.to(dtype)
         if self.config.decoder:
             self.decoder.to(dtype)
@@ -273,7 +268,6 @@ class VQGAN(nn.Module):
 
         Shapes: pixels (B, 3, H, W) in [-1, 1] -> (B, Z, h, w), where h = H / cell and w = W / cell.
         """
-        self.encoder.to(self.quant_conv.weight.dtype)  # `place` may have left it as in its file
         return self.quant_conv(self.encoder(pixels))
 
     def decode_latent(self, latent: Tensor) -> Tensor:

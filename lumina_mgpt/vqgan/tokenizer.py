@@ -219,7 +219,7 @@ class ImageTokenizer:
         Args:
             pixels: number of pixels of the image.
         """
-        return _FEATURE_MAPS * self.model.config.ch * self.model.quant_conv.weight.element_size() * pixels
+        return _FEATURE_MAPS * self.model.config.ch * self.model.encoder.conv_in.weight.element_size() * pixels
 
     @property
     def cell(self) -> int:
@@ -281,7 +281,7 @@ class ImageTokenizer:
             raise InputError(f"width and height must be {rule}, got {width}x{height}; crop the image")
         pixels = rearrange(to_pixels(images), "B C (P H) W -> (B P) C H W", P=parts)
         with full_precision(self.model):
-            codes = self.model.encode(pixels.to(self.model.quant_conv.weight)).cpu()
+            codes = self.model.encode(pixels.to(self.model.encoder.conv_in.weight)).cpu()
         return rearrange(codes, "(B P) rows cols -> B (P rows) cols", P=parts)
 
     def decode(self, codes: Tensor, parts: int = 1, truncate: bool = False) -> list[Image.Image]:
@@ -312,7 +312,7 @@ def full_precision(model: VQGAN) -> Iterator[None]:
     on a CPU), and the codes of one image would differ between a GPU and a CPU. Models in half precision are unaffected.
     The setting is that of the process; it is restored afterwards.
     """
-    if model.quant_conv.weight.device.type != "cuda":
+    if model.encoder.conv_in.weight.device.type != "cuda":
         yield
         return
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]

@@ -45,6 +45,8 @@ class Run:
 def run_process(options: list[str]) -> Run:
     """Runs this interpreter with `options` to its end.
 
+    The peak is never below the memory of the calling process, which the system counts in: do not import torch there.
+
     Raises:
         InputError: its exit status is not 0.
     """
@@ -210,7 +212,8 @@ def at_least(name: str, value: int, least: int = 1) -> None:
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="bench_demo.py", description="Measures the demo from end to end.")
+    names = {"n": "-n", "runs": "--runs", "repeats": "--repeats", "threads": "--threads"}  # options of the parts
+    parser = cli.Parser(names, prog="bench_demo.py", description="Measures the demo from end to end.")
     parts = parser.add_subparsers(dest="part", required=True)
     one = parts.add_parser("start", help="one command, against `import torch`")
     one.add_argument("--runs", type=cli.whole, default=7, help="pairs of runs")

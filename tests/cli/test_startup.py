@@ -1,4 +1,4 @@
-"""What a command loads besides torch: few modules, and no weights that it does not use."""
+"""What a command imports besides torch: few modules."""
 
 import json
 import subprocess
@@ -7,14 +7,10 @@ import sys
 import pytest
 import torch
 from commands import PATIENCE, ROOT, environment
-from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from lumina_mgpt.kernels import dispatch
 from lumina_mgpt.meta import on_meta
-from lumina_mgpt.vqgan.model import VQGAN, VQGANConfig
-from lumina_mgpt.vqgan.tokenizer import ImageTokenizer
 
 # Libraries that a run of `generate` needs besides torch, numpy and Python's own: pictures, tokenizers, weights,
 # rearranging tensors, the bar.
@@ -61,20 +57,6 @@ def test_the_mark_of_a_constant_result_is_that_of_torch():
 
     torch.compiler.assume_constant_result(function)
     assert vars(function).items() <= vars(dispatch.ready).items() and vars(function)
-
-
-def test_making_images_leaves_the_encoder_in_its_file(tmp_path):
-    """Its weights take memory when a picture is encoded. The codes are those of an encoder converted in advance."""
-    model = VQGAN(VQGANConfig(ch=32, blocks=1, num_codes=16)).half()
-    save_file(model.state_dict(), tmp_path / "movqgan.safetensors")
-    tokenizer = ImageTokenizer.from_checkpoint(tmp_path / "movqgan.safetensors")
-    tokenizer.decode(torch.zeros((1, 4, 4), dtype=torch.long))
-    assert {parameter.dtype for parameter in tokenizer.model.encoder.parameters()} == {torch.half}
-    picture = Image.effect_noise((32, 32), 80).convert("RGB")
-    codes = tokenizer.encode([picture])
-    assert {parameter.dtype for parameter in tokenizer.model.parameters()} == {torch.float32}
-    wide = ImageTokenizer(model.float().eval())
-    assert torch.equal(codes, wide.encode([picture])) and len(codes.unique()) > 1
 
 
 def test_modules_on_meta_have_shapes_only_within_the_block():
