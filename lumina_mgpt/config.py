@@ -6,10 +6,6 @@ import os
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from lumina_mgpt.checks import excerpt, real_number, require, whole_number
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import FAMILIES, SECOND, Family, family_of
@@ -193,6 +189,10 @@ class ModelConfig:
         Raises:
             InputError: the file cannot be read, or a key or value is wrong.
         """
+        from omegaconf import OmegaConf  # most checkpoints have JSON, and the import takes a tenth of a second
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
         path = Path(path)
         text = read_text(path)
         try:

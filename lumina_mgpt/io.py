@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
-
 from lumina_mgpt.errors import InputError
 
 _REMEDIES = {
@@ -331,6 +329,8 @@ def alone_in(folder: Path, parameter: str, name: str = ".lock") -> Iterator[None
     Raises:
         InputError: another process has the lock.
     """
+    from filelock import FileLock, Timeout  # few commands lock a folder
+
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / name)
     try:

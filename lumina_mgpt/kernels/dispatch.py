@@ -46,10 +46,13 @@ def serves_one_query(q: Tensor, keys: Tensor) -> bool:
     return fits and shaped and not q.requires_grad and ready()
 
 
-@torch.compiler.assume_constant_result
 def ready() -> bool:
     """Returns whether the native operators work on this machine. The first call builds and checks them."""
     return _works()
+
+
+# As `torch.compiler.assume_constant_result` does, which also imports torch's compiler: 1,100 modules, over a second.
+ready._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lumina_mgpt.config import DEFAULT_INT4_GROUP, INT4_GROUPS, ModelConfig, int4_recipe
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.meta import on_meta
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.names import HEAD, UNUSED_PREFIX, disk_name, listed
 from lumina_mgpt.model.quantization import Int4Linear
@@ -76,7 +77,7 @@ def load_model(
     group = _int4_group(folder, config, quant)
     if group and dtype:
         quantization.require_kernel(device)
-    with torch.device("meta"):
+    with on_meta():
         model = Transformer(config, attn)
     if config.int4_group:
         quantization.replace_linears(model, config.int4_group)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.io import cause, remedy, write_tensors
+from lumina_mgpt.meta import on_meta
 from lumina_mgpt.model.names import disk_name
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training.distributed import full_tensor
@@ -81,7 +82,7 @@ def plain_copy(model: Transformer, dtype: torch.dtype, device: torch.device | st
         dtype, device: those of the copy.
         keep: whether the copy of this process has weights. It needs the memory for them.
     """
-    with torch.device("meta"):
+    with on_meta():
         copy = Transformer(model.config)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:

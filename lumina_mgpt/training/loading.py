@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError, caused_by
+from lumina_mgpt.meta import on_meta
 from lumina_mgpt.model.reading import load_model, require_plain_weights
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base
@@ -69,7 +70,7 @@ def build_model(settings: TrainingConfig, weights: bool = True) -> tuple[Transfo
 
 
 def _without_weights(config: ModelConfig) -> Transformer:
-    with torch.device("meta"):
+    with on_meta():
         return Transformer(config)
 
 

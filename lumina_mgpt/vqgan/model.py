@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.meta import on_meta
 from lumina_mgpt.vqgan.layers import AttentionBlock, Norm, ResnetBlock, convolve, make_norm
 
 _IGNORED = ("loss.", "ema_", "model_ema.", "quantize.embedding.cluster", "quantize.embedding.embed_avg")
@@ -243,7 +244,7 @@ class VQGAN(nn.Module):
         state = {key: value for key, value in state.items() if not key.startswith(_IGNORED) and "ema_" not in key}
         config = VQGANConfig.from_state_dict(state)
         try:
-            with torch.device("meta"):
+            with on_meta():
                 model = cls(config)
             model.load_state_dict(state, assign=True)
         except (RuntimeError, ValueError) as error:  # ValueError: a width that 32 does not divide

@@ -1,14 +1,19 @@
 """Counts of `bench.py` against the pipeline, and the order of errors of `measure_error.py`."""
 
+import ast
 import json
+import os
+import subprocess
+import sys
 from statistics import fmean
 
 import pytest
 import torch
-from commands import module_of
+from commands import ROOT, environment, module_of
 
 from lumina_mgpt import Pipeline, cli, prompt_files
 from lumina_mgpt.config import Speculation
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.request import GenerationRequest
 
 
@@ -95,3 +100,52 @@ def test_a_conversation_is_timed_turn_by_turn(capsys):
     assert min(row["seconds"] for row in rows) > 0
     assert cli.run(script.bench, script.build_parser(), ["--turns", "1", *threads]) == cli.REFUSED
     assert "--turns must be at least 2, got 1" in capsys.readouterr().err
+
+
+def test_the_demo_is_timed_against_the_import_of_torch(tiny_checkpoint, capsys, monkeypatch):
+    """With processes that take known times, the ratio is that of pairs, and memory that above the import."""
+    script, runs = module_of("bench_demo"), iter([1, 9, 1.0, 3.0, 2.0, 4.0, 1.0, 1.5])
+    lines = []
+
+    def run(options: list[str]):
+        lines.append(options)
+        seconds = next(runs)
+        return script.Run(seconds, 2 * seconds, 100 + 10 * seconds)
+
+    monkeypatch.setattr(script, "run_process", run)
+    assert script.main(["start", "--runs", "3", "--model_path", str(tiny_checkpoint)]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["seconds_ratio"] == {"median": 2.0, "least": 1.5, "largest": 3.0}
+    assert printed["peak_above_import_mb"] == {"median": 20, "least": 5, "largest": 20}
+    assert lines[0] == ["-c", "import torch"] and lines[0::2] == lines[:1] * 4 and "generate" in lines[1]
+
+
+def test_a_process_of_the_demo_is_measured():
+    """In a process without torch, whose memory would count in."""
+    large = "x = bytes(10 ** 8); sum(range(10 ** 6))"
+    code = f"from bench_demo import run_process as run; print([vars(run(['-c', x])) for x in ('pass', {large!r})])"
+    modules = os.pathsep.join([str(ROOT / "scripts" / "benchmarks"), str(ROOT)])
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=modules), stdout=subprocess.PIPE)
+    small, large = ast.literal_eval(ended.stdout.decode())
+    assert small["peak_mb"] + 90 < large["peak_mb"] < small["peak_mb"] + 120
+    assert 0 < small["processor"] < large["processor"] and small["seconds"] > 0
+    with pytest.raises(InputError, match="got 3: Spoiled"):
+        module_of("bench_demo").run_process(["-c", "import sys; print('Spoiled', file=sys.stderr); sys.exit(3)"])
+
+
+def test_images_of_the_demo_are_counted(tiny_checkpoint, capsys):
+    script = module_of("bench_demo")
+    options = ["-n", "3", "--repeats", "2", "--batch_size", "1", "2", "--coupling", "plain", "maximal", "--window", "4"]
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert script.main(["images", "--model_path", str(tiny_checkpoint), *options, *threads]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["coupling"], row["batch_size"]) for row in rows] == [
+        ("plain", 1), ("maximal", 1), ("plain", 2), ("maximal", 2)
+    ]  # fmt: skip
+    pipeline = Pipeline.from_pretrained(tiny_checkpoint)
+    codes = pipeline.checkpoint.layout().num_codes
+    assert [row["forwards"] for row in rows[::2]] == [3 * codes, 2 * codes]
+    assert all(row["forwards"] < 3 * codes for row in rows[1::2])
+    assert all(0 < row["images_a_second"]["least"] <= row["images_a_second"]["largest"] for row in rows)
+    assert all(0 < row["sampling_share"] + row["decoding_share"] < 1 for row in rows)
+    assert script.main(["images", "-n", "0"]) == cli.REFUSED and "-n must be at least 1" in capsys.readouterr().err
