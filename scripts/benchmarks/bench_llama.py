@@ -3,8 +3,8 @@
 python scripts/benchmarks/bench_llama.py --work DIR
 
 Both sides run layers of the 7B's shapes with random weights, on the same CPU threads: a sequence with cached ids, and
-1, 2 and 32 new ones. llama.cpp's model has no norms of queries and keys, which its Llama lacks; all matrices have the same
-shapes. The two sides run in turn, and each repeat gives one ratio.
+1, 2 and 32 new ones. All matrices have the same shapes. llama.cpp's model has no norms of queries and keys, which its
+Llama lacks. The two sides run in turn, and each repeat gives one ratio.
 
 Needs llama-cpp-python and gguf. llama-cpp-python is built from source, and its speed depends on the build:
 
