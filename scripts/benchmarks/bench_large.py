@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         help="floor: fp32, bf16 and int4; int4-fp32 has fp32 activations and takes half a minute a step. "
         "peer: fp32 and int4",
     )
-    parser.add_argument("--repeats", type=cli.whole, default=3, help="peer: ratios of each row")
+    parser.add_argument("--runs", type=cli.whole, default=3, help="peer: runs, each with a ratio for each row")
     parser.add_argument("--work", type=Path, help="whole: folder for the random checkpoint (16 GB, kept)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes sampled at either end")
     parser.add_argument(
@@ -81,8 +81,8 @@ def bench(args: argparse.Namespace) -> None:
         raise InputError("--work is missing; give a folder with 16 GB of free space for the random checkpoint")
     if not 1 <= args.codes <= 4096:
         raise InputError(f"--codes must be in 1 ... 4096, got {args.codes}; try 96")
-    if not 1 <= args.repeats <= 100:
-        raise InputError(f"must be in 1 ... 100, got {args.repeats}; try 3", "repeats")
+    if not 1 <= args.runs <= 100:
+        raise InputError(f"must be in 1 ... 100, got {args.runs}; try 3", "runs")
     set_threads(args.threads)
     with torch.no_grad():
         figures = {"floor": floor, "peer": peer, "whole": whole}[args.what](args)
@@ -164,7 +164,7 @@ def floor(args: argparse.Namespace, layers: int = 4, filled: int = 1024) -> dict
 def peer(args: argparse.Namespace) -> dict:
     """Times 128 x 128 images with 8 layers of width 1024, the released vocabulary and guidance 4.
 
-    All samplers run in turn in each repeat, which gives a ratio for each.
+    All samplers run in turn in each run, which gives a ratio for each.
     """
     config = ModelConfig(
         vocab_size=171385,
@@ -190,10 +190,10 @@ def peer(args: argparse.Namespace) -> dict:
             samplers["plain, compiled", weights] = compiled = partial(ours, None, compile_forward(model))
             compiled()  # compiles each shape
     taken = {name: [] for name in samplers}
-    for _ in range(args.repeats):
+    for _ in range(args.runs):
         for name, sampler in samplers.items():
             taken[name].append(sampler())
-    print(f"{args.threads} threads, {args.repeats} repeats\n")
+    print(f"{args.threads} threads, {args.runs} runs\n")
     print_header("sampler", "weights", "s an image", "speed-up", "least", "most")
     rows = []
     for name, seconds_ in taken.items():
