@@ -96,10 +96,12 @@ def packages() -> tuple[Any, Any]:
     """
     try:
         import gguf
+    except ImportError as error:
+        raise package_error(error, "this comparison", "gguf") from None
+    try:
         import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: its library cannot be loaded
-        modules = ("llama_cpp", "gguf")
-        raise package_error(error, "this comparison", "llama-cpp-python gguf", modules) from None
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its library is missing or cannot be loaded
+        raise package_error(error, "this comparison", "llama-cpp-python", ("llama_cpp",)) from None
     return llama_cpp, gguf
 
 

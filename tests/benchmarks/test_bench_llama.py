@@ -28,13 +28,13 @@ def bench(script, tmp_path):
     return lambda *argv: script.main([*options, *argv])
 
 
-@pytest.mark.parametrize("missing", ["llama_cpp", "gguf"])
-def test_a_missing_package_is_one_line(bench, monkeypatch, capsys, missing):
+@pytest.mark.parametrize(("missing", "package"), [("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")])
+def test_a_missing_package_is_one_line(bench, monkeypatch, capsys, missing, package):
     for name in ("llama_cpp", "gguf"):
         monkeypatch.setitem(sys.modules, name, None if name == missing else SimpleNamespace())
     assert bench() == cli.REFUSED
     (line,) = capsys.readouterr().err.splitlines()
-    assert "this comparison needs the llama-cpp-python gguf package" in line
+    assert f"this comparison needs the {package} package" in line and line.endswith(f"pip install {package}")
 
 
 @pytest.mark.parametrize(
