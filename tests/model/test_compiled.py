@@ -49,7 +49,7 @@ def run(model: Transformer, compiled: CompiledForward | None, steps: list[tuple[
     step = CachedStep(model, cache, slice(64, 96), compiled)
     step(PROMPT, torch.arange(9).expand(2, 9), torch.full((2, 1), 8))
     return [
-        step(torch.full((2, T), 70 + at), torch.arange(at, at + T).expand(2, T), torch.arange(T).expand(2, T))
+        step(torch.full((2, T), 64 + at % 32), torch.arange(at, at + T).expand(2, T), torch.arange(T).expand(2, T))
         for at, T in steps
     ]
 
@@ -59,9 +59,9 @@ def run(model: Transformer, compiled: CompiledForward | None, steps: list[tuple[
 
 def test_steps_stay_eager_where_compiled_ones_are_slower(model, caplog):
     """One id is faster compiled, and eleven are not. The cache of 64 slots is read in parts of 16."""
-    quick, slow = Forward(model, 0.0), Forward(model, 0.02)
+    quick, slow = Forward(model, 0.0), Forward(model, 0.06)
     compiled = CompiledForward(
-        Forward(model, 0.01), lambda ids, **given: (slow if ids.shape[1] > 1 else quick)(ids, **given)
+        Forward(model, 0.03), lambda ids, **given: (slow if ids.shape[1] > 1 else quick)(ids, **given)
     )
     steps = [(9, 1), (10, 11), (12, 1), (13, 11), (14, 1), (17, 11), (20, 11)]
     with caplog.at_level(logging.INFO):
@@ -76,7 +76,7 @@ def test_steps_stay_eager_where_compiled_ones_are_slower(model, caplog):
 
 
 def test_a_faster_compiled_step_is_timed_once_for_each_part_of_the_cache(model, caplog):
-    eager, quick = Forward(model, 0.01), Forward(model, 0.0)
+    eager, quick = Forward(model, 0.03), Forward(model, 0.0)
     compiled = CompiledForward(eager, quick)
     with caplog.at_level(logging.INFO):
         run(model, compiled, [(9, 1), (10, 1), (20, 1), (21, 1)])
@@ -88,7 +88,7 @@ def test_a_faster_compiled_step_is_timed_once_for_each_part_of_the_cache(model, 
 def test_timing_ends_after_two_rounds_of_slow_steps(model, monkeypatch):
     monkeypatch.setattr(module, "_SECONDS", 0.0)
     quick = Forward(model, 0.0)
-    run(model, CompiledForward(Forward(model, 0.01), quick), [(9, 1)])
+    run(model, CompiledForward(Forward(model, 0.03), quick), [(9, 1)])
     assert len(quick.calls) == 1 + module._LEAST_ROUNDS
 
 
@@ -99,7 +99,7 @@ def test_shapes_above_the_limit_stay_eager(model, monkeypatch, caplog):
     """They ended in an error of torch."""
     monkeypatch.setattr(module, "SHAPES", 2)
     quick = Forward(model, 0.0)
-    compiled = CompiledForward(Forward(model, 0.01), quick)
+    compiled = CompiledForward(Forward(model, 0.03), quick)
     with caplog.at_level(logging.INFO):
         run(model, compiled, [(9, 1), (10, 2), (12, 8), (20, 8), (28, 1), (9, 1)])
     assert set(quick.calls) == {(1, 16), (2, 16)}
