@@ -30,8 +30,8 @@ SHAPES = 64  # at most this many shapes are compiled: torch checks the guards of
 # threads.
 _RECOMPILATIONS = 4 * SHAPES
 # A loop over less than this many numbers for each thread runs on one thread. With torch's default of 512, a step starts
-# the threads six times a layer, mostly for loops of a few microseconds; with this number once, for attention. Each start
-# waits until the system runs all threads, which takes long on a busy machine.
+# the threads six times a layer, mostly for loops of a few microseconds; with this number once, for attention. Each
+# start waits until the system runs all threads, which takes long on a busy machine.
 _CHUNK = 8192
 # Steps of a shape are timed in this many rounds, or fewer of them if they take more than this many seconds in total.
 _ROUNDS, _LEAST_ROUNDS, _SECONDS = 5, 2, 2.0
