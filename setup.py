@@ -72,6 +72,7 @@ setup(
         "demo": SCENES,
         "dev": ["pre-commit>=4"],
         "flash": ["flash-attn>=2.6"],
+        "llama": ["gguf>=0.17", "llama-cpp-python>=0.3.16"],  # scripts/benchmarks/bench_llama.py
         "lora": LORA,
         "page": PAGE,
         "plot": PLOT,

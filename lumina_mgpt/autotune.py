@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.measure import wait
-from lumina_mgpt.model.step import compile_forward, has_compiler
+from lumina_mgpt.model.compiled import compile_forward, has_compiler
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.preparation import PreparedRequest
 from lumina_mgpt.sampling.autoregressive import Step, sample

@@ -7,8 +7,9 @@ from PIL import Image
 from torch import Tensor
 
 from lumina_mgpt.config import Speculation
+from lumina_mgpt.model.compiled import COMPILED_SPARE, CompiledForward, compiled_spare
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, Forward, cuda_width
+from lumina_mgpt.model.step import CachedStep, cuda_width
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.unirep import ImageLayout
@@ -28,7 +29,7 @@ class Host(Protocol):
     image_tokenizer: ImageTokenizer
     device: torch.device
     cache_dtype: torch.dtype
-    compiled: Forward | None
+    compiled: CompiledForward | None
     cuda_graphs: bool
     parallel: "Parallel | None"
 
@@ -58,13 +59,13 @@ class ConversationCache:
             spare: number of further slots, for pads and drafts.
         """
         host, old = self._host, self._cache
-        spare += COMPILED_SPARE if host.compiled else 0
-        if old is not None and rows <= self._rows and length + spare <= old.slots:
+        pads = COMPILED_SPARE if host.compiled else 0
+        if old is not None and rows <= self._rows and length + spare + pads <= old.slots:
             return
         if old is not None:
             rows = max(rows, self._rows)
-            grown = old.slots if length + spare <= old.slots else int(_GROWTH * old.slots)
-            length = max(length, min(host.checkpoint.config.context, grown - spare))
+            grown = old.slots if length + spare + pads <= old.slots else int(_GROWTH * old.slots)
+            length = max(length, min(host.checkpoint.config.context, grown - spare - pads))
         new = conversation_cache(host, rows, length + spare)
         if old is not None:
             for target, source in zip(new.tensors(), old.tensors(), strict=True):
@@ -93,7 +94,12 @@ class ConversationCache:
 
 
 def conversation_cache(host: Host, rows: int, slots: int) -> KVCache:
-    """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is."""
+    """Returns an empty cache. Scaled rotary angles are those of the model's whole context, however large it is.
+
+    Args:
+        slots: least number of slots. For compiled steps, the cache has those for pads besides.
+    """
+    slots += compiled_spare(slots) if host.compiled else 0
     cache = KVCache(host.model.config, rows, slots, host.cache_dtype, host.model.layer_devices)
     cache.length = host.checkpoint.config.context
     return cache

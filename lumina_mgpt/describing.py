@@ -13,7 +13,6 @@ from lumina_mgpt.conversation_cache import Host, conversation_cache, conversatio
 from lumina_mgpt.devices import LARGEST_AUTO_BATCH, batch_limit, cache_bytes
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.images import candidate_sizes
-from lumina_mgpt.model.step import COMPILED_SPARE
 from lumina_mgpt.panels import Panel, encode_pictures, fit_pictures
 from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.request import image_count
@@ -102,7 +101,7 @@ def answer_prompts(
     longest = max(map(len, prompts))
     if longest >= context:
         raise InputError(f"takes {longest} ids, but this model sees {context}; shorten it", "prompt")
-    slots = min(context, longest + limit) + (COMPILED_SPARE if host.compiled else 0)
+    slots = min(context, longest + limit)
     step = conversation_step(host, conversation_cache(host, len(prompts), slots), None)
     limits = [min(limit, context - len(prompt)) for prompt in prompts]
     return sample_texts(step, prompts, vocabulary, settings, [(settings.seed, repeat) for repeat in repeats], limits)

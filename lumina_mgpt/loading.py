@@ -8,7 +8,7 @@ import torch
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
-from lumina_mgpt.model.step import require_compiler
+from lumina_mgpt.model.compiled import require_compiler
 from lumina_mgpt.preparation import Checkpoint
 from lumina_mgpt.vqgan.tokenizer import find_image_tokenizer
 

@@ -26,9 +26,10 @@ from lumina_mgpt.devices import (
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.image_tokenizer import load_image_tokenizer
 from lumina_mgpt.loading import check_backend, check_flash, check_format, kept_columns, opened
+from lumina_mgpt.model.compiled import compile_forward, compiled_spare
 from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, cuda_width
+from lumina_mgpt.model.step import CachedStep, cuda_width
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.panels import Panel
 from lumina_mgpt.preparation import Checkpoint, PreparedRequest
@@ -363,13 +364,12 @@ class Pipeline:
             starts: the prompt's ids of each image, up to image start.
             speculation: None, or settings whose `window` is a number.
         """
-        rows = len(starts) * (1 if settings.cfg == 1.0 else 2)
-        length = max(map(len, starts)) + layout.length
+        rows, length = len(starts) * (1 if settings.cfg == 1.0 else 2), max(map(len, starts)) + layout.length
         window = speculation.window if speculation and speculation.window else 0
         spare = spare_slots(layout, window) if window else 0
         if self.device.type == "cuda":
             return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
-        spare += COMPILED_SPARE if self.compiled else 0
+        spare = compiled_spare(length, spare) if self.compiled else spare
         cache = KVCache(self.model.config, rows, length, self.cache_dtype, self.model.layer_devices, spare)
         return CachedStep(self.model, cache, self.checkpoint.vocabulary.code_slice, self.compiled)
 

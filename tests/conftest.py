@@ -33,6 +33,12 @@ def unchanged_environment() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def always_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a compiled model are compiled, whether that is faster or not."""
+    monkeypatch.setattr("lumina_mgpt.model.compiled._timed", lambda eager, compiled: (compiled(), 1.0, 0.5))
+
+
 @pytest.fixture(scope="session")
 def oracle_dir() -> Path:
     return ORACLE

@@ -1,30 +1,16 @@
 """The model as samplers call it: it takes ids, returns logits of image codes, and keeps a KV cache between calls."""
 
-import functools
-import logging
-import shutil
 from collections.abc import Callable, Sequence
-from types import FunctionType, MethodType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.compiled import IDS, PARTS, CompiledForward
 from lumina_mgpt.model.graphs import Graphs
 from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
 from lumina_mgpt.model.transformer import Transformer
 
-logger = logging.getLogger(__name__)
-
-Forward = Callable[..., Tensor]
-
-# Shapes of a compiled step on a CPU, each compiled once: one id, two ids (a code and the end of its row), or a multiple
-# of _IDS; and a multiple of 1/_PARTS of the cache.
-_IDS, _PARTS = 8, 4
-COMPILED_SPARE = _IDS - 1  # cache slots that a compiled step needs for its pads
-_SHAPES = 64  # limit of compiled shapes; torch's default of 8 would run further shapes uncompiled
-# On CUDA, attention reads one of at most this many parts of a cache, or of _PARTS if compiled. Each part costs a graph.
+# On CUDA, attention reads one of at most this many parts of a cache, or of PARTS if compiled. Each part costs a graph.
 # Half a part is read in vain on average: 5 % of the cache.
 _CUDA_PARTS = 10
 
@@ -54,7 +40,7 @@ class CachedStep:
         model: Transformer,
         cache: KVCache,
         columns: slice | None,
-        compiled: Forward | None = None,
+        compiled: CompiledForward | None = None,
         *,
         width: int = 2,
         graphs: bool = True,
@@ -115,15 +101,13 @@ class CachedStep:
         return self._logits(hidden, rows[:, T:])[source]
 
     def _later(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
-        forward: Forward = self.model
         filled = int(positions.max()) + 1  # on the CPU, so no synchronization with a GPU
         if self.device.type == "cuda":
             filled = self._rounded(filled)
         elif self.compiled and self.calls > 1:
-            forward = self.compiled
-            ids, positions, filled = _padded(ids, positions, filled, self.cache.slots)
+            return self._logits(self.compiled.step(ids, positions, self.cache, filled), read)
         ids, positions = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions))
-        return self._logits(forward(ids, positions=positions, cache=self.cache, filled=filled), read)
+        return self._logits(self.model(ids, positions=positions, cache=self.cache, filled=filled), read)
 
     def _on_cuda(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         """A later step on CUDA: in one of few shapes, from inputs at fixed addresses.
@@ -132,7 +116,7 @@ class CachedStep:
         case.
         """
         R, T = ids.shape
-        width = self.width if T <= self.width else T + -T % _IDS
+        width = self.width if T <= self.width else T + -T % IDS
         if width not in self._inputs:
             fixed = torch.zeros((2, R, width), dtype=torch.long, device=self.device)
             self._inputs[width] = fixed[0], fixed[1]
@@ -155,7 +139,7 @@ class CachedStep:
         """Rounds a number of filled slots up to a part of the cache; on CUDA."""
         slots = self.cache.slots
         assert filled <= slots, f"{filled} slots of {slots}: the cache needs spare slots for pads"
-        part = -(-slots // (_PARTS if self.compiled else _CUDA_PARTS))
+        part = -(-slots // (PARTS if self.compiled else _CUDA_PARTS))
         part += -part % CUDA_SLOTS
         return min(slots, part * -(-filled // part))
 
@@ -175,83 +159,4 @@ def cuda_width(window: int) -> int:
     Args:
         window: largest number of ids that a step feeds, drafts and forced ids; 0 for plain sampling.
     """
-    return window + -window % _IDS if window else 2
-
-
-def _padded(ids: Tensor, positions: Tensor, filled: int, slots: int) -> tuple[Tensor, Tensor, int]:
-    """Pads ids and positions at their ends to one of few shapes, and rounds `filled` up. Shapes: both (R, T)."""
-    T, part = ids.shape[1], -(-slots // _PARTS)
-    if T > 2 and (pads := -T % _IDS):
-        ids, filled = F.pad(ids, (0, pads)), filled + pads
-        positions = torch.cat([positions, positions[:, -1:] + 1 + torch.arange(pads)], 1)
-    return ids, positions, min(slots, part * -(-filled // part))
-
-
-def compile_forward(model: Transformer) -> Forward:
-    """Returns the model's forward with torch.compile. Each input shape is compiled at its first use.
-
-    On CUDA, `CachedStep` captures the compiled code as graphs. Weights and settings of the model must not change
-    afterwards.
-    """
-    logger.info("compiling: the first step of each shape takes a minute or more")
-    options: dict[str, str | int | bool | Callable] = {
-        # Without this, each step checks whether a weight was replaced: 0.3 ms for eight layers.
-        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-    }
-    compiled = torch.compile(_with_own_code(model.forward), options=options, dynamic=False, fullgraph=True)
-    return limited(compiled, _SHAPES)
-
-
-def limited(compiled: Forward, shapes: int) -> Forward:
-    """Returns a wrapper of `compiled` that raises torch's limit of compiled shapes to `shapes` during each call."""
-
-    @functools.wraps(compiled)
-    def call(*args, **kwargs) -> Tensor:
-        before = torch._dynamo.config.recompile_limit  # torch imports `_dynamo` at its first use
-        torch._dynamo.config.recompile_limit = shapes  # config.patch takes 80 us a call, this 17
-        try:
-            return compiled(*args, **kwargs)
-        finally:
-            torch._dynamo.config.recompile_limit = before
-
-    return call
-
-
-def _with_own_code(method: Callable[..., Tensor]) -> Forward:
-    """Returns a bound method with a copy of its code object.
-
-    torch.compile caches compiled code with the code object, and the guards are off: models of one class would share it.
-    """
-    assert isinstance(method, MethodType) and isinstance(method.__func__, FunctionType)
-    function = method.__func__
-    copy = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-    copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return MethodType(copy, method.__self__)
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Returns whether torch.compile finds a compiler for this device: triton on CUDA, otherwise a C++ compiler."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return has_triton()
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return bool(shutil.which(get_cpp_compiler()))
-    except InvalidCxxCompiler:
-        return False
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raises an error if torch.compile finds no compiler for this device.
-
-    Raises:
-        InputError: triton or a C++ compiler is missing.
-    """
-    if has_compiler(device):
-        return
-    if device.type == "cuda":
-        raise InputError("needs the triton package on CUDA; pip install triton, or leave it out", "compile")
-    raise InputError("needs a C++ compiler on a CPU, and there is none; install g++, or leave it out", "compile")
+    return window + -window % IDS if window else 2

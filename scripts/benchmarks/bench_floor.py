@@ -12,8 +12,8 @@ from large_models import FORMS, SEVEN_B, fill_cache, random_model, stored_bytes
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.measure import read_bandwidth, seconds
+from lumina_mgpt.model.compiled import compile_forward
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import compile_forward
 from lumina_mgpt.model.transformer import Transformer
 
 LAYERS = 4
@@ -55,7 +55,7 @@ def floor(args: argparse.Namespace, filled: int = 1024) -> dict:
     print(f"{LAYERS} layers of the 7B, {filled} cache slots, {args.threads} threads, {args.runs} runs\n")
     print_header("weights", "rows", "ms a step", "GB/s", "ratio", "of all runs")
     rows = []
-    for name in args.weights:
+    for name in args.weights or ("fp32", "bf16", "int4"):
         dtype, group = FORMS[name]
         model = random_model(_config(512, 256), dtype, group)
         cases: dict[tuple[str, int], Case] = {}

@@ -10,9 +10,12 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from bench_floor import ends, floor
@@ -27,10 +30,11 @@ from lumina_mgpt.devices import DTYPES, cache_bytes
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import write_tensors
 from lumina_mgpt.measure import peak_anonymous, wait
+from lumina_mgpt.model.compiled import CompiledForward, compile_forward, compiled_spare
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.names import disk_name
 from lumina_mgpt.model.reading import load_model
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
+from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.sampling.autoregressive import sample
 from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
@@ -39,7 +43,7 @@ from lumina_mgpt.vocabulary import Vocabulary
 
 TOKENIZER = PROJECT / "tests" / "oracle" / "tokenizer"  # of the released checkpoint
 PROMPT = "Generate an image of 768x768 according to the following prompt:\nA lighthouse at dusk, oil painting."
-_SPECULATIONS = (("noise", 8), ("maximal", 8), ("maximal", 32))
+_SPECULATION = Speculation("maximal", 8)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,10 +55,15 @@ def main(argv: list[str] | None = None) -> int:
         "--weights",
         nargs="+",
         choices=tuple(FORMS),
-        default=["fp32", "bf16", "int4"],
-        help="floor: int4-fp32 has fp32 activations and takes half a minute a step",
+        help="floor: fp32, bf16 and int4; int4-fp32 has fp32 activations and takes half a minute a step. "
+        "peer: fp32 and int4",
     )
-    parser.add_argument("--runs", type=cli.whole, default=3, help="floor, ends: runs, each with its own bandwidth")
+    parser.add_argument(
+        "--runs",
+        type=cli.whole,
+        default=3,
+        help="floor, ends: runs, each with its own bandwidth; peer: runs, each with a ratio for each row",
+    )
     parser.add_argument("--work", type=Path, help="whole: folder for the random checkpoint (16 GB, kept)")
     parser.add_argument("--codes", type=cli.whole, default=96, help="whole: codes sampled at either end")
     parser.add_argument(
@@ -72,7 +81,7 @@ def bench(args: argparse.Namespace) -> None:
     if not 1 <= args.codes <= 4096:
         raise InputError(f"--codes must be in 1 ... 4096, got {args.codes}; try 96")
     if not 1 <= args.runs <= 100:
-        raise InputError(f"--runs must be in 1 ... 100, got {args.runs}; try 3")
+        raise InputError(f"must be in 1 ... 100, got {args.runs}; try 3", "runs")
     set_threads(args.threads)
     with torch.no_grad():
         figures = {"floor": floor, "ends": ends, "peer": peer, "whole": whole}[args.what](args)
@@ -83,7 +92,10 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def peer(args: argparse.Namespace) -> dict:
-    """Times one 128 x 128 image with 8 layers of width 1024, the released vocabulary and guidance 4."""
+    """Times 128 x 128 images with 8 layers of width 1024, the released vocabulary and guidance 4.
+
+    All samplers run in turn in each run, which gives a ratio for each.
+    """
     config = ModelConfig(
         vocab_size=171385,
         hidden_size=1024,
@@ -96,28 +108,30 @@ def peer(args: argparse.Namespace) -> dict:
     vocabulary = Vocabulary.from_folder(TOKENIZER, config)
     layout = ImageLayout.from_pixels(vocabulary, 128, 128)
     prompt = generation_prompt(PROMPT.replace("768x768", "128x128"), vocabulary)
-    model = random_model(config, torch.float32)
-    theirs, their_forwards = generate_with_transformers(model, layout, prompt)
-    print(f"{args.threads} threads\n")
-    print_header("sampler", "weights", "s an image", "speedup")
-    print_row("transformers' Chameleon", "fp32", f"{theirs:.2f}", "1.00")
-    rows = [{"sampler": "transformers", "weights": "fp32", "seconds": theirs, "speedup": 1.0}]
-    for weights, group in (("fp32", None), ("int4, int8 head, bf16 inputs", 128)):
-        if group:
-            model = random_model(config, torch.bfloat16, group)
+    theirs = transformers_sampler(random_model(config, torch.float32), layout, prompt)
+    samplers: dict[tuple[str, str], Callable[[], float]] = {("transformers' Chameleon", "fp32"): theirs}
+    for weights in args.weights or ("fp32", "int4"):
+        dtype, group = FORMS[weights]
+        model = random_model(config, dtype, group)
         model.lm_head.slice_columns(vocabulary.code_slice, int8=bool(group))
-        choices = [(None, None), *((Speculation(*choice), None) for choice in _SPECULATIONS)]
+        ours = partial(generate, model, vocabulary, layout, prompt)
+        samplers["plain", weights], samplers["maximal, window 8", weights] = ours, partial(ours, _SPECULATION)
         if args.compile:
-            choices.append((None, compile_forward(model)))
-        for speculation, compiled in choices:
-            name = f"{speculation.coupling}, window {speculation.window}" if speculation else "plain"
-            if compiled:
-                name += ", compiled"
-                generate(model, vocabulary, layout, prompt, speculation, compiled)  # compiles each shape
-            taken = generate(model, vocabulary, layout, prompt, speculation, compiled)
-            print_row(name, weights, f"{taken:.2f}", f"{theirs / taken:.2f}")
-            rows.append({"sampler": name, "weights": weights, "seconds": taken, "speedup": theirs / taken})
-    return {"their_forwards": their_forwards, "codes": layout.num_codes, "rows": rows}
+            samplers["plain, compiled", weights] = compiled = partial(ours, None, compile_forward(model))
+            compiled()  # compiles each shape
+    taken = {name: [] for name in samplers}
+    for _ in range(args.runs):
+        for name, sampler in samplers.items():
+            taken[name].append(sampler())
+    print(f"{args.threads} threads, {args.runs} runs\n")
+    print_header("sampler", "weights", "s an image", "speed-up", "least", "most")
+    rows = []
+    for name, seconds_ in taken.items():
+        ratios = [their / our for their, our in zip(next(iter(taken.values())), seconds_, strict=True)]
+        figures = {"seconds": median(seconds_), "speedup": median(ratios), "least": min(ratios), "most": max(ratios)}
+        print_row(*name, *(f"{figure:.2f}" for figure in figures.values()))
+        rows.append({"sampler": name[0], "weights": name[1], **figures})
+    return {"codes": layout.num_codes, "rows": rows}
 
 
 def generate(
@@ -125,15 +139,15 @@ def generate(
     vocabulary: Vocabulary,
     layout: ImageLayout,
     prompt: list[int],
-    speculation: Speculation | None,
-    compiled=None,
+    speculation: Speculation | None = None,
+    compiled: CompiledForward | None = None,
 ) -> float:
     """Seconds of one image with this package's samplers."""
     began = time.perf_counter()
     spare = spare_slots(layout, speculation.window) if speculation and speculation.window else 0
-    spare += COMPILED_SPARE if compiled else 0
-    dtype = model.norm.weight.dtype
-    cache = KVCache(model.config, 2, len(prompt) + layout.length, dtype, "cpu", spare)
+    length, dtype = len(prompt) + layout.length, model.norm.weight.dtype
+    spare = compiled_spare(length, spare) if compiled else spare
+    cache = KVCache(model.config, 2, length, dtype, "cpu", spare)
     step = CachedStep(model, cache, vocabulary.code_slice, compiled)
     if speculation:
         sample_jacobi(step, [prompt], layout, SamplingConfig(top_k=16384), [(0, 0)], speculation)
@@ -142,10 +156,10 @@ def generate(
     return time.perf_counter() - began
 
 
-def generate_with_transformers(model: Transformer, layout: ImageLayout, prompt: list[int]) -> tuple[float, int]:
-    """Seconds and forwards of `generate` in transformers, whose guidance calls the model a second time for each id.
+def transformers_sampler(model: Transformer, layout: ImageLayout, prompt: list[int]) -> Callable[[], float]:
+    """Returns a function that generates an image with transformers and the weights of `model`; it returns the seconds.
 
-    It generates one id at a time, row ends included.
+    transformers calls the model a second time for guidance. It generates one id at a time, row ends included.
     """
     from peers import chameleon, copy_weights
 
@@ -155,23 +169,27 @@ def generate_with_transformers(model: Transformer, layout: ImageLayout, prompt: 
     theirs.to_empty(device="cpu")
     copy_weights(model, theirs)
     theirs.model.rotary_emb.__init__(theirs.config)  # its buffers are not in the state dict
-    calls = []
-    theirs.model.register_forward_hook(lambda *_: calls.append(1))
+    theirs.eval()
     start = [*prompt, *layout.ids[: layout.prefix_length].tolist()]
     new = layout.num_codes + layout.rows
-    began = time.perf_counter()
-    theirs.eval().generate(
-        torch.tensor([start]),
-        negative_prompt_ids=torch.tensor([start[len(prompt) :]]),
-        guidance_scale=4.0,
-        do_sample=True,
-        top_k=16384,
-        temperature=1.0,
-        max_new_tokens=new,
-        min_new_tokens=new,
-        use_cache=True,
-    )
-    return time.perf_counter() - began, len(calls)
+
+    def generate_one() -> float:
+        began = time.perf_counter()
+        ids = theirs.generate(
+            torch.tensor([start]),
+            negative_prompt_ids=torch.tensor([start[len(prompt) :]]),
+            guidance_scale=4.0,
+            do_sample=True,
+            top_k=16384,
+            temperature=1.0,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            use_cache=True,
+        )
+        assert ids.shape == (1, len(start) + new), ids.shape
+        return time.perf_counter() - began
+
+    return generate_one
 
 
 # -- whole -------------------------------------------------------------------------------------------------------------

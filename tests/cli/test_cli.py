@@ -20,6 +20,7 @@ from documents import guide_text
 from PIL import Image
 
 from lumina_mgpt import cli, prompt_files
+from lumina_mgpt.model.compiled import CompiledForward
 from lumina_mgpt.outputs import OutputFolder
 
 SCRIPT = Path(__file__).parents[2] / "generate_examples" / "generate.py"
@@ -89,9 +90,14 @@ def test_fast_chooses_the_fastest(generate, tmp_path, monkeypatch):
 def test_fast_compiles_if_that_saves_time(generate, tmp_path, monkeypatch, gain, long, kept):
     """It compiles for a long run only, and keeps compiled steps if they are faster."""
     compiled = []
+
+    def making(model):
+        compiled.append(1)
+        return CompiledForward(model, model.forward)
+
     monkeypatch.setattr("lumina_mgpt.autotune._COMPILING_MAY_PAY", 10.0 if long else 30.0)  # 16 codes of a second each
     monkeypatch.setattr("lumina_mgpt.autotune.has_compiler", lambda device: True)
-    monkeypatch.setattr("lumina_mgpt.autotune.compile_forward", lambda model: compiled.append(1) or model.forward)
+    monkeypatch.setattr("lumina_mgpt.autotune.compile_forward", making)
 
     def costs(step, *args):
         if step.compiled and gain is None:

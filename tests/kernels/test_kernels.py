@@ -14,10 +14,11 @@ from lumina_mgpt.config import INT4_GROUPS
 from lumina_mgpt.kernels import build, dispatch, ops
 from lumina_mgpt.model import quantization
 from lumina_mgpt.model.attention import Span, sdpa
+from lumina_mgpt.model.compiled import COMPILED_SPARE, compile_forward
 from lumina_mgpt.model.int4 import dequantize
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
 from lumina_mgpt.model.quantization import Int4Linear
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward
+from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.model.transformer import Transformer
 
 needed = pytest.mark.skipif(
@@ -114,7 +115,7 @@ def _span(positions, cache):
 
 
 @needed
-def test_compiled_steps_use_them():
+def test_compiled_steps_use_them(always_compiled):
     """As eager ones, within the rounding of bf16."""
     config = replace(CONFIG, hidden_size=256, intermediate_size=320, num_attention_heads=4, num_key_value_heads=2)
     model = Transformer(config).bfloat16().eval().requires_grad_(False)

@@ -7,15 +7,15 @@ import pytest
 import torch
 from step_calls import CALLS, CONFIG
 
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.compiled import COMPILED_SPARE, compile_forward
 from lumina_mgpt.model.kv_cache import KVCache
-from lumina_mgpt.model.step import COMPILED_SPARE, CachedStep, compile_forward, limited, require_compiler
+from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.model.transformer import Transformer
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_steps_give_the_same_logits():
+def test_compiled_steps_give_the_same_logits(always_compiled):
     """Steps of one id, two ids, and padded windows, with different positions in each row.
 
     An earlier compiled layer was wrong for padded windows.
@@ -39,17 +39,8 @@ def test_compiled_steps_give_the_same_logits():
     assert len({T for _, T in CALLS}) == 3 and not torch.equal(answers[0][1], answers[0][3])
 
 
-def test_the_limit_of_compiled_shapes_holds_during_calls_only():
-    """It was set for the whole process. With fullgraph, the ninth shape is an error under torch's default of eight."""
-    compiled = limited(torch.compile(lambda x: x + 1, backend="eager", dynamic=False, fullgraph=True), 64)
-    with torch._dynamo.config.patch(recompile_limit=8):
-        for size in range(2, 12):
-            assert compiled(torch.ones(size)).shape == (size,)
-        assert torch._dynamo.config.recompile_limit == 8
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_models_do_not_share_compiled_code():
+def test_compiled_models_do_not_share_compiled_code(always_compiled):
     """Inputs and caches have the same shapes; only settings and weights differ."""
     torch.manual_seed(0)
     prompt, code = torch.randint(0, 96, (2, 9)), torch.randint(0, 96, (2, 1))
@@ -65,9 +56,3 @@ def test_compiled_models_do_not_share_compiled_code():
                 step(prompt, torch.arange(9).expand(2, 9), torch.full((2, 1), 8))
                 answers.append(step(code, torch.full((2, 1), 9), torch.zeros(2, 1, dtype=torch.long)))
         torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-5)
-
-
-def test_a_missing_compiler_is_an_input_error(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match=r"compile needs a C\+\+ compiler .* install g\+\+, or leave it out"):
-        require_compiler(torch.device("cpu"))

@@ -11,7 +11,12 @@ from commands import ROOT
 from packaging.requirements import Requirement
 
 # Import name -> name for pip, where they differ in more than "_" and "-".
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "llama_cpp": "llama-cpp-python",
+    "yaml": "pyyaml",
+}
 SCRIPTS = ("generate_examples", "scripts")
 # Part of the package that only works with an extra -> the extra.
 PARTS = {"page": "page", "server": "ray"}

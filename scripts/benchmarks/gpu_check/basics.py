@@ -9,7 +9,7 @@ import torch
 
 from gpu_check.check import Check
 from gpu_check.setup import cores, host_bytes
-from lumina_mgpt.model.step import has_compiler
+from lumina_mgpt.model.compiled import has_compiler
 
 _PACKAGES = {"triton": ("triton", "pytorch-triton"), "flash-attn": ("flash-attn",), "peft": ("peft",)}
 

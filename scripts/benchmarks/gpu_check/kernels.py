@@ -13,9 +13,9 @@ from gpu_check.setup import PROMPT, graph_options
 from lumina_mgpt import resources
 from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.measure import seconds, wait
+from lumina_mgpt.model.compiled import has_compiler
 from lumina_mgpt.model.int4 import dequantize
 from lumina_mgpt.model.quantization import Int4Linear
-from lumina_mgpt.model.step import has_compiler
 from lumina_mgpt.pipeline import Pipeline
 
 ROWS = (1, 2, 16, 17, 64, 65, 128)  # at the limits of the kernel's tiles, and in the windows of two images
