@@ -99,16 +99,30 @@ def load(folder: Path, side: int = CELL, names: Sequence[str] | None = None) -> 
     Raises:
         InputError: the packages have no picture of a name.
     """
-    listed = json.loads((folder / "names" / "data-by-emoji.json").read_text())
-    emoji = {entry["name"].lower(): character for character, entry in listed.items()}
+    paths = picture_paths(folder)
     pictures = {}
     for name in known_names() if names is None else names:
-        points = [f"{ord(c):04x}" for c in emoji.get(name, "")]
-        stems = "-".join(points), "-".join(p for p in points if p != "fe0f")
-        paths = [folder / "pictures" / "assets" / f"{stem}.webp" for stem in stems]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
+        if name not in paths:
             raise InputError(f"no picture of {name!r} in {folder}; remove the folder to fetch the packages again")
-        small = open_image(path, alpha=True).resize((side, side), Image.Resampling.LANCZOS)
+        small = open_image(paths[name], alpha=True).resize((side, side), Image.Resampling.LANCZOS)
         pictures[name] = np.asarray(small, np.float32) / 255
     return pictures
+
+
+def picture_paths(folder: Path, groups: Sequence[str] | None = None) -> dict[str, Path]:
+    """Files of all emoji that have a picture, by name.
+
+    Args:
+        folder: the packages.
+        groups: Unicode's groups of the emoji (default: all).
+    """
+    listed = json.loads((folder / "names" / "data-by-emoji.json").read_text(encoding="utf-8"))
+    found = {}
+    for emoji, entry in listed.items():
+        points = [f"{ord(c):04x}" for c in emoji]
+        stems = "-".join(points), "-".join(p for p in points if p != "fe0f")
+        files = (folder / "pictures" / "assets" / f"{stem}.webp" for stem in stems)
+        path = next((file for file in files if file.is_file()), None)
+        if path and (groups is None or entry["group"] in groups):
+            found[entry["name"].lower()] = path
+    return found

@@ -1,13 +1,12 @@
 """Words of the demo: plurals, numbers, captions of scenes, and names that it does not know."""
 
-import json
 import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from composed import Item, Picture, relation
-from emoji import ALIASES, is_plural, known_names, with_article, with_articles
+from emoji import ALIASES, is_plural, known_names, picture_paths, with_article, with_articles
 from scenes import noun
 
 NUMBERS = ("no", "one", "two", "three", "four")
@@ -31,6 +30,7 @@ _ON = (
     "{o} in front of a {c} background",
 )
 _DRAW = ("Draw {t}.", "Draw {t}", "Show me {t}.", "Paint {t}.")
+_GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities")  # of unknown names
 UNKNOWN = "I don't know."
 HELD_OUT_UNKNOWN = 100  # unknown names that training never sees
 
@@ -127,9 +127,7 @@ def unknown_names(folder: Path) -> tuple[list[str], list[str]]:
     Args:
         folder: the emoji packages.
     """
-    listed = json.loads((folder / "names" / "data-by-emoji.json").read_text(encoding="utf-8"))
-    groups = {"Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities"}
-    found = {entry["name"].lower() for entry in listed.values() if entry["group"] in groups}
+    found = {*picture_paths(folder, _GROUPS)}
     known = {*known_names(), *ALIASES.values()}
     words = {word for name in known for word in name.split(" ")}
     # A name that shares a word with a known one, such as "green book", is not wholly unknown.
