@@ -1,7 +1,8 @@
 """Finds the emoji of a scene: which, in which colour, and where. No network is needed, since all emoji are known.
 
-Each known emoji in each colour and size is compared with every place of a picture. An object is where the emoji explains
-the pixels much better than the background does. Objects do not overlap, so the best match removes all that overlap it.
+Each known emoji in each colour and size is compared with every place of a picture. An object is where the emoji
+explains the pixels much better than the background does. Objects do not overlap, so the best match removes all that
+overlap it.
 """
 
 from collections import Counter
