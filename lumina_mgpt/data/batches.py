@@ -281,9 +281,7 @@ class Feed:
         return batches
 
 
-def corrupt(
-    ids: Tensor, codes: slice, rate: float, spared: float = 0.0, unlabelled: Tensor | None = None
-) -> Tensor:
+def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0, unlabelled: Tensor | None = None) -> Tensor:
     """Replaces a share `rate` of the image codes in the input ids, as data augmentation.
 
     With few training images, a model can learn to recognize an image by its previous codes. One wrong code during

@@ -22,7 +22,9 @@ ABILITIES = {"text": {}, "detect": {}, "multiview": {"views": 8, "side": 64}}
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="extend.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model_path", default=cli.DEMO, help="checkpoint folder or hub id")
-    parser.add_argument("--known", nargs="+", type=Path, required=True, help="records that the checkpoint was trained on")
+    parser.add_argument(
+        "--known", nargs="+", type=Path, required=True, help="records that the checkpoint was trained on"
+    )
     parser.add_argument("--records", type=Path, required=True, help="folder of the new records")
     parser.add_argument("--save_path", required=True, type=Path, help="new folder for the result")
     return parser

@@ -2,8 +2,8 @@
 
     python scripts/demo/make_mixture.py --out_dir work/demo
 
-The records of a kind are in `out_dir/records/KIND.jsonl`, the pictures in `out_dir/drawn`. A kind whose file exists is not
-made again.
+The records of a kind are in `out_dir/records/KIND.jsonl`, the pictures in `out_dir/drawn`. A kind whose file exists is
+not made again.
 """
 
 import argparse

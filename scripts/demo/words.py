@@ -2,9 +2,13 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from coloring import OBJECT_COLORS
 from composed import Item, Picture, relation
 from emoji import ALIASES, is_plural, known_names, picture_paths, with_article, with_articles
 from scenes import noun
@@ -18,7 +22,7 @@ _RELATIONS = {
 }
 _IRREGULAR = {
     "mouse": "mice", "wolf": "wolves", "octopus": "octopuses", "cactus": "cacti", "bus": "buses", "leaf": "leaves",
-    "loaf": "loaves", "die": "dice", "snowman": "snowmen", "fish": "fish", "deer": "deer", "shrimp": "shrimps", "sheep": "sheep",
+    "die": "dice", "snowman": "snowmen", "fish": "fish", "deer": "deer", "shrimp": "shrimps", "sheep": "sheep",
 }  # fmt: skip
 _ON = (
     "{o} on a {c} background",
@@ -135,3 +139,68 @@ def unknown_names(folder: Path) -> tuple[list[str], list[str]]:
     fits = [n for n in fits if not {*n.split()} & words and not n.startswith(("hour", "heir"))]
     chosen = random.Random(20).sample(fits, min(HELD_OUT_UNKNOWN, len(fits) // 2))
     return [name for name in fits if name not in set(chosen)], chosen
+
+
+# -- understanding captions --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a caption says: objects (name, colour) with their numbers, background, and (first, side, second) of two."""
+
+    objects: tuple[tuple[tuple[str, str], int], ...]
+    background: str
+    relation: tuple[str, str, str] | None = None
+
+    @classmethod
+    def of(cls, picture: Picture) -> "Said":
+        """What a right caption says. A colour that is an object's own counts as ""."""
+        side = relation(*picture.items) if len(picture.items) == 2 else None
+        first, second = (picture.names[0], picture.names[-1])
+        return cls(
+            _counted([(item.name, item.color or "") for item in picture.items]),
+            picture.background,
+            (first, side, second) if side else None,
+        )
+
+
+def parsed(text: str) -> Said | None:
+    """What a caption in the form of `caption` without `rng` says; None for any other text."""
+    match = re.fullmatch(r"(.+) on an? ([a-z ]+) background", text)
+    if not match:
+        return None
+    shown, background = match.groups()
+    for side, phrases in _RELATIONS.items():
+        first, found, second = shown.partition(f" {phrases[0]} ")
+        if found:
+            pair = [_named(part) for part in (first, second)]
+            if None in pair:
+                return None
+            whats = [what for what in pair if what]
+            return Said(_counted(whats), background, (whats[0][0], side, whats[1][0]))
+    number, _, rest = shown.partition(" ")
+    if number in NUMBERS[2:]:
+        what = _named(rest, plural)
+        return Said(_counted([what] * NUMBERS.index(number)), background) if what else None
+    things = [_named(part) for part in re.split(", | and ", shown)]
+    return None if None in things else Said(_counted([what for what in things if what]), background)
+
+
+def _counted(whats: Sequence[tuple[str, str]]) -> tuple[tuple[tuple[str, str], int], ...]:
+    return tuple(sorted(Counter(whats).items()))
+
+
+@lru_cache
+def _nouns(form: Callable[[str], str]) -> dict[str, str]:
+    """What captions call the known emoji -> their names."""
+    return {form(word_for(name)): name for name in known_names()}
+
+
+def _named(text: str, form: Callable[[str], str] = str) -> tuple[str, str] | None:
+    """(name, colour or "") of a noun with or without an article; None for an unknown one."""
+    known = _nouns(form)
+    noun_ = re.sub("^(a|an|the) ", "", text)
+    if noun_ in known:
+        return known[noun_], ""
+    color, _, rest = noun_.partition(" ")
+    return (known[rest], color) if color in OBJECT_COLORS and rest in known else None
