@@ -74,7 +74,7 @@ def write(path: Path, todo: Sequence[Example], folder: Path, pictures: dict[str,
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 part = file.with_suffix(".part.png")
-                panel.draw(pictures).save(part)
+                panel.draw(pictures).save(part, compress_level=1)
                 part.replace(file)  # a stop leaves no damaged picture
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json_line(record(example, folder)) for example in todo))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import drawing
+import long_talks
 import marks
 import normals
 import reading
@@ -13,7 +14,7 @@ import talks
 import views
 from examples import Example
 
-MODULES: tuple[ModuleType, ...] = (drawing, reading, talks, marks, normals, views)
+MODULES: tuple[ModuleType, ...] = (drawing, reading, talks, marks, normals, views, long_talks)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import coloring
 import composed
 import drawing
 import examples
+import marks
 import mixture
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_examples_keep_to_their_side_of_the_held_out_combinations(kind):
     if kind == "unknown":
         return
     assert not any(picture.held_out for picture in shown)
-    if source.module in (drawing, reading, talks):
+    if source.module in (drawing, reading, talks, marks):
         tested = source.module.examples(kind, NAMES, 20, random.Random(2), held_out=True)
         groups = [every_picture([example]) for example in tested]
         assert all(any(picture.held_out for picture in group) for group in groups)
@@ -287,3 +288,10 @@ def test_the_script_stops_at_the_end_of_its_time(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 3 and "give the same command again" in done.stdout, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"lock"}
+
+
+def test_the_data_file_lists_every_kind_once():
+    text = (ROOT / "configs/data/demo_mixture.yaml").read_text()
+    for kind in (*mixture.kinds(), "records", "pairs", "omni"):
+        assert text.count(f"/tokens/{kind}.jsonl") == 1, kind
+    assert text.count("/tokens/") == len(mixture.kinds()) + 3
