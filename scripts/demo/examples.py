@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from emoji import CELL
 from PIL import Image
 from tqdm import tqdm
 
 from lumina_mgpt.io import json_line, write_atomic
-from lumina_mgpt.prompts import PICTURE
+from lumina_mgpt.prompts import PICTURE, text_to_image
 
 
 class Drawable(Protocol):
@@ -81,6 +82,8 @@ def write(path: Path, todo: Sequence[Example], folder: Path, pictures: dict[str,
 
 
 def texts(path: Path) -> list[str]:
-    """All texts of the turns in a file of records, without the marks of pictures."""
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [turn["value"].replace(PICTURE, " ") for row in rows for turn in row["conversations"]]
+    """All texts in a file of records of either form, without the marks of pictures."""
+    rows = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    captions = [text_to_image(row["prompt"], CELL, CELL) for row in rows if "prompt" in row]
+    turns = [turn["value"] for row in rows for turn in row.get("conversations", ())]
+    return captions + [text.replace(PICTURE, " ") for text in turns]

@@ -26,7 +26,7 @@ from finder import Finder, background_right, in_words
 from PIL import Image
 
 from lumina_mgpt.data.records import parse_record
-from lumina_mgpt.prompts import PICTURE
+from lumina_mgpt.prompts import PICTURE, text_to_image
 
 ROOT = Path(__file__).parents[2]
 NAMES = known_names()
@@ -230,6 +230,8 @@ def test_conversations_are_records(tmp_path, pictures):
         assert image.size == (96, 96) and image.getpixel((95, 95)) == (255, 255, 255)
     assert len(list((tmp_path / "drawn").rglob("*.png"))) == 2
     assert sorted(examples.texts(tmp_path / "records" / "few.jsonl"))[0].strip() == ""
+    (tmp_path / "short.jsonl").write_text('{"image_path": "a.png", "prompt": "a fox"}\n')
+    assert examples.texts(tmp_path / "short.jsonl") == [text_to_image("a fox", CELL, CELL)]
     whole = examples.joined(*made)
     assert whole.kind == "caption" and len(whole.turns) == 6 and len(whole.images) == 3
 
