@@ -18,7 +18,7 @@ OBJECT_COLORS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     }
 )
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
-_STRETCH = (0.5, 6.0)  # limits of the exponent: more would leave no shading
+_STRETCH = (0.25, 6.0)  # limits of the exponent: more would leave no shading
 
 
 def colored(picture: np.ndarray, color: str) -> np.ndarray:

@@ -94,11 +94,12 @@ def test_objects_are_inside_apart_and_on_the_grid_of_codes():
 
 
 def test_a_colour_keeps_shape_and_shading(pictures):
-    for name in ("fox", "owl"):
+    for bright in (0.4, 0.6):
+        shaded = pictures["fox"].copy()
+        shaded[..., :3] = (bright + 0.3 * np.linspace(-1, 1, CELL))[:, None, None]
         for color, rgb in coloring.OBJECT_COLORS.items():
-            made = coloring.colored(pictures[name], color)
-            inside = pictures[name][..., 3] > 0.5
-            assert made.dtype == np.float32 and np.array_equal(made[..., 3], pictures[name][..., 3])
+            made, inside = coloring.colored(shaded, color), shaded[..., 3] > 0.5
+            assert made.dtype == np.float32 and np.array_equal(made[..., 3], shaded[..., 3])
             assert np.abs(np.median(made[inside][:, :3], 0) - np.array(rgb) / 255).max() < 0.05
             column = made[:, CELL // 2, :3][inside[:, CELL // 2]].sum(1)
             assert (np.diff(column) >= -1e-5).all() and column[-1] > column[0] + 0.3  # from dark to bright, as before
