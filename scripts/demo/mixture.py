@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import drawing
+import marks
+import normals
 import reading
 import talks
+import views
 from examples import Example
 
-MODULES: tuple[ModuleType, ...] = (drawing, reading, talks)
+MODULES: tuple[ModuleType, ...] = (drawing, reading, talks, marks, normals, views)
 
 
 @dataclass(frozen=True)
