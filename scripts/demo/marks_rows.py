@@ -17,7 +17,9 @@ def _answers(bench: Bench, todo: Sequence[Example], label: str) -> tuple[list[Im
     """The answers, and the given pictures through the image tokenizer."""
     asked = [turns_of(bench, example) for example in todo]
     given = [example.images[0][0] for example in todo]
-    codes = bench.answered_in_pictures(asked, [picture.size for picture in given], label, cfg=marks.TASK.sampling["cfg"])
+    codes = bench.answered_in_pictures(
+        asked, [picture.size for picture in given], label, cfg=marks.TASK.sampling["cfg"]
+    )
     images = [bench.shown(grid) for grid in codes]
     bench.sheet(label, images, [example.turns[0].partition("<")[0] for example in todo])
     return images, [bench.through_tokenizer(picture.draw(bench.pictures)) for picture in given]

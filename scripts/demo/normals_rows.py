@@ -78,9 +78,10 @@ def drawn(bench: Bench, kind: str) -> Figures:
     pairs = list(zip(given, made, strict=True))
     bench.sheet(kind, [stacked(pair) for pair in pairs], [example.about.prompt for example in todo])
     scenes = [example.about.picture for example in todo]
+    known = {name: bench.pictures[name] for name in bench.names}
 
     def right(images: Sequence[Image.Image]) -> list[bool]:
-        return [normals.right_emoji(i, scene, bench.pictures) for i, scene in zip(images, scenes, strict=True)]
+        return [normals.right_emoji(i, scene, known) for i, scene in zip(images, scenes, strict=True)]
 
     return {"right emoji": share(right(made)), "right emoji (tokenizer)": share(right(again))}
 

@@ -18,7 +18,7 @@ from lumina_mgpt.prompts import PICTURE
 from lumina_mgpt.unirep import ImageLayout, encode_image, generation_prompt
 
 _BATCH = 30  # answers in a batch
-_SHEETS = 4  # answers on the contact sheet, one a row
+_SHEET = 6  # answers on the contact sheet, one a row, each after the given view
 
 
 def answered_in_views(bench: Bench, todo: Sequence[Example], label: str) -> list[list[Image.Image]]:
@@ -66,10 +66,11 @@ def row(bench: Bench, kind: str) -> Figures:
             drawn = [view.draw() for view in example.about.views]
             again[example.about] = [bench.through_tokenizer(image) for image in drawn]
     truth = [again[example.about][-example.turns[1].count(PICTURE) :] for example in todo]
-    step = max(1, len(todo) // _SHEETS)
-    shown = range(0, step * min(_SHEETS, len(todo)), step)
-    words = [f"{todo[n].about.color} {todo[n].about.solid}" for n in shown for _ in answers[n]]
-    bench.sheet(kind, [image for n in shown for image in answers[n]], words, columns=len(answers[0]))
+    step = max(1, len(todo) // _SHEET)
+    rows = range(0, step * min(_SHEET, len(todo)), step)
+    shown = [image for n in rows for image in (*again[todo[n].about][: views.VIEWS - len(answers[n])], *answers[n])]
+    words = [f"{todo[n].about.color} {todo[n].about.solid}" for n in rows for _ in range(views.VIEWS)]
+    bench.sheet(kind, shown, words, most=len(shown))
     named = dict(zip(views.FIGURES, figures_of(todo, answers), strict=True))
     best = dict(zip(views.FIGURES, figures_of(todo, truth), strict=True))
     first, each = views.FIGURES[:2]
