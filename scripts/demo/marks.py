@@ -86,9 +86,9 @@ def _scene(names: Sequence[str], rng: random.Random) -> tuple[Picture, Item]:
     what: list[tuple[str, str | None]] = [
         (name, rng.choice(list(OBJECT_COLORS)) if name in fits and rng.random() < _COLORED else None) for name in chosen
     ]
-    name, color = what[0]
-    if 1 < len(what) and name in fits and rng.random() < _TWINS:
-        what[1] = name, rng.choice([other for other in OBJECT_COLORS if other != color])
+    name = chosen[0]
+    if len(what) > 1 and name in fits and rng.random() < _TWINS:
+        what[:2] = [(name, color) for color in rng.sample(list(OBJECT_COLORS), 2)]
     picture = arranged(what, rng)
     return picture, picture.items[0]
 
