@@ -111,9 +111,9 @@ class Bench:
 
     # -- sheets --------------------------------------------------------------------------------------------------------
 
-    def sheet(self, row: str, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-        """Writes a contact sheet with the first pictures of a row."""
-        sheet = evaluation.contact_sheet(list(images[:_ON_SHEET]), list(captions[:_ON_SHEET]), 8)
+    def sheet(self, row: str, images: Sequence[Image.Image], captions: Sequence[str], most: int = _ON_SHEET) -> None:
+        """Writes a contact sheet with the first pictures of a row, at most `most`, eight side by side."""
+        sheet = evaluation.contact_sheet(list(images[:most]), list(captions[:most]), 8)
         sheet.save(self.args.out_dir / f"{row.replace(' ', '_')}.png", optimize=True)
 
 

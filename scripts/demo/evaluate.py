@@ -25,11 +25,14 @@ import bench
 import drawing_rows
 import emoji
 import evaluation
+import marks_rows
+import normals_rows
 import numpy as np
 import omni
 import reading_rows
 import scenes
 import talk_rows
+import views_rows
 import words
 from bench import Bench
 from evaluation import Mean, Share
@@ -55,7 +58,9 @@ TEXT_ROWS = ("one emoji", "two emoji")
 UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # row -> kind; the prompt gives only the background
 TASK_ROWS = (*omni.KINDS, *UNNAMED)
 FIRST_ROWS = (*TEXT_ROWS, *TASK_ROWS)  # those of every demo checkpoint
-MORE_ROWS = bench.rows_of(drawing_rows.ROWS, reading_rows.ROWS, talk_rows.ROWS)
+MORE_ROWS = bench.rows_of(
+    drawing_rows.ROWS, reading_rows.ROWS, talk_rows.ROWS, marks_rows.ROWS, normals_rows.ROWS, views_rows.ROWS
+)
 ROWS = (*FIRST_ROWS, *MORE_ROWS)
 
 

@@ -44,12 +44,16 @@ class Marked:
         return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
     def draw(self, pictures: dict[str, np.ndarray]) -> Image.Image:
-        """The scene with lines of WIDTH pixels around the object, inside of its square and at multiples of WIDTH."""
+        """The scene with lines of WIDTH pixels around the object, inside of its square and at multiples of WIDTH.
+
+        A code then has one of few forms: a half, a corner or a line through it. The lines cover at most 2 pixels of the
+        object, or more where it reaches to the edge of its square.
+        """
         image, item = self.picture.draw(pictures), self.item
         left, top, right, bottom = self.box(pictures)
-        corner = [max((start // WIDTH - 1) * WIDTH, least) for start, least in ((left, item.left), (top, item.top))]
+        corner = [max((start - 2) // WIDTH * WIDTH, least) for start, least in ((left, item.left), (top, item.top))]
         opposite = [
-            min((-(-end // WIDTH) + 1) * WIDTH, least + item.side) - 1
+            min(-(-(end + 2) // WIDTH) * WIDTH, least + item.side) - 1
             for end, least in ((right, item.left), (bottom, item.top))
         ]
         ImageDraw.Draw(image).rectangle((*corner, *opposite), outline=LINE, width=WIDTH)
@@ -86,9 +90,9 @@ def _scene(names: Sequence[str], rng: random.Random) -> tuple[Picture, Item]:
     what: list[tuple[str, str | None]] = [
         (name, rng.choice(list(OBJECT_COLORS)) if name in fits and rng.random() < _COLORED else None) for name in chosen
     ]
-    name, color = what[0]
-    if 1 < len(what) and name in fits and rng.random() < _TWINS:
-        what[1] = name, rng.choice([other for other in OBJECT_COLORS if other != color])
+    name = chosen[0]
+    if len(what) > 1 and name in fits and rng.random() < _TWINS:
+        what[:2] = [(name, color) for color in rng.sample(list(OBJECT_COLORS), 2)]
     picture = arranged(what, rng)
     return picture, picture.items[0]
 

@@ -48,6 +48,14 @@ class NormalMap:
         return encoded(normals(self.picture, pictures))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What an example asks for: a scene with one emoji, and the prompt within the instruction."""
+
+    picture: Picture
+    prompt: str
+
+
 def normals(picture: Picture, pictures: dict[str, np.ndarray]) -> np.ndarray:
     """Unit normals of the objects, 0 elsewhere: x right, y up, z towards the viewer. Shapes: (height, width, 3).
 
@@ -82,7 +90,7 @@ def decoded(image: Image.Image) -> np.ndarray:
 
 
 def examples(kind: str, names: list[str], count: int, rng: random.Random, held_out: bool = False) -> list[Example]:
-    """Examples with two panels of CELL x CELL; `about` is the scene, with one emoji.
+    """Examples with two panels of CELL x CELL; `about` is an Asked.
 
     Args:
         kind: "predict_normal", the map of a given picture; "normal", a picture from a given map and a prompt;
@@ -97,8 +105,9 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
         if picture.held_out != held_out:
             continue
         shown: tuple = (NormalMap(picture), picture) if kind.startswith("normal") else (picture, NormalMap(picture))
-        turns = TASK_OF[kind].instruction(prompt(kind, picture, rng, held_out), *SIZE), PICTURE
-        found.append(Example(kind, turns, (shown,), picture))
+        asked = Asked(picture, prompt(kind, picture, rng, held_out))
+        turns = TASK_OF[kind].instruction(asked.prompt, *SIZE), PICTURE
+        found.append(Example(kind, turns, (shown,), asked))
     return found
 
 

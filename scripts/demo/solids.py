@@ -157,7 +157,7 @@ def _mesh(solid: str) -> Mesh:
 
 @lru_cache(maxsize=2 * len(SOLIDS) * VIEWS)
 def view_of(solid: str, number: int, side: int = SIDE) -> View:
-    """A view of a solid in a square of `side` pixels.
+    """A view of a solid in a square of `side` pixels. The arrays are shared and must not be changed.
 
     Args:
         number: 0 is the front; each further one turns the solid by 45 degrees, its front first to the right.

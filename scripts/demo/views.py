@@ -12,7 +12,7 @@ from evaluation import nearest_color
 from examples import Example
 from PIL import Image
 from scenes import background
-from solids import SIDE, SOLID_COLORS, SOLIDS, VIEWS, backdrops, cutout, draw
+from solids import SIDE, SOLID_COLORS, SOLIDS, VIEWS, backdrops, draw, view_of
 
 from lumina_mgpt.prompts import FIRST_TASKS, PICTURE
 
@@ -121,15 +121,21 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
 FIGURES = ("all views right", "each view right", "solid right in all", "color right in all", "background right in all")
 
 
-@lru_cache(maxsize=2)  # 46 MB each
-def _known(backdrop: str) -> tuple[list[View], np.ndarray]:
-    """All views of all solids in all colours on a background. Shapes: (views, pixels), RGB in [0, 1]."""
-    views = [View(s, c, n, backdrop) for s in SOLIDS for c in SOLID_COLORS for n in range(VIEWS)]
-    drawn = np.empty((len(views), SIDE, SIDE, 3), np.float32)
-    for out, view in zip(drawn, views, strict=True):
-        part = cutout(view.solid, view.color, view.number)
-        out[...] = part[..., :3] + background(backdrop) * (1 - part[..., 3:])
-    return views, drawn.reshape(len(views), -1)
+@lru_cache(maxsize=2)  # 44 MB each
+def _known(backdrop: str) -> tuple[list[View], np.ndarray, np.ndarray]:
+    """All views of all solids in all colours on a background, their RGB in [0, 1], and the sum of its squares.
+
+    Shapes: pixels (views, SIDE * SIDE * 3); sums (views,).
+    """
+    keys, colors = [], np.array(list(SOLID_COLORS.values()), np.float32)[:, None, None] / 255
+    drawn = np.empty((len(SOLIDS) * VIEWS, len(colors), SIDE, SIDE, 3), np.float32)
+    for n, (solid, number) in enumerate((solid, number) for solid in SOLIDS for number in range(VIEWS)):
+        view = view_of(solid, number)
+        behind = view.fixed + background(backdrop) * (1 - view.opacity[..., None])
+        drawn[n] = view.own[..., None] * colors + behind
+        keys += [View(solid, color, number, backdrop) for color in SOLID_COLORS]
+    pixels = drawn.reshape(len(keys), -1)
+    return keys, pixels, np.einsum("vp,vp->v", pixels, pixels)
 
 
 def nearest_views(images: Sequence[Image.Image], backdrop: str) -> list[View]:
@@ -138,11 +144,11 @@ def nearest_views(images: Sequence[Image.Image], backdrop: str) -> list[View]:
     Raises:
         ValueError: a picture does not have SIDE x SIDE pixels.
     """
-    views, known = _known(backdrop)
+    views, known, squares = _known(backdrop)
     if any(image.size != (SIDE, SIDE) for image in images):
         raise ValueError(f"views must have {SIDE} x {SIDE} pixels, got {[image.size for image in images]}")
     pixels = np.stack([np.asarray(image.convert("RGB"), np.float32).ravel() / 255 for image in images])
-    distances = (known**2).sum(1) - 2 * pixels @ known.T  # up to the square of the pixels
+    distances = squares - 2 * pixels @ known.T  # up to the square of the pixels
     return [views[n] for n in distances.argmin(1)]
 
 
