@@ -298,3 +298,20 @@ def test_the_data_file_lists_every_kind_once():
     for kind in (*mixture.kinds(), "records", "pairs", "omni"):
         assert text.count(f"/tokens/{kind}.jsonl") == 1, kind
     assert text.count("/tokens/") == len(mixture.kinds()) + 3
+
+
+def test_a_conversation_becomes_one_picture():
+    """Each turn has its words and its pictures, none of them cut off or on top of another."""
+    import one_conversation
+
+    colors = ["red", "green", "blue"]
+    turns = [
+        ("Draw it.", "", [Image.new("RGB", (128, 64), "red")]),
+        ("What is it?", "a fox", []),
+        ("Turn it.", "", [Image.new("RGB", (64, 64), color) for color in colors[1:] * 4]),
+    ]
+    sheet = np.asarray(one_conversation.drawn(turns))
+    for color, count in zip(colors, (128 * 64, 4 * 64 * 64, 4 * 64 * 64), strict=True):
+        assert (sheet == np.asarray(Image.new("RGB", (1, 1), color))[0, 0]).all(-1).sum() == count
+    assert [step.want for step in one_conversation.STEPS].count("image") == 3
+    assert {step.want for step in one_conversation.STEPS} == {"image", "text", "images"}
