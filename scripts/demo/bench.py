@@ -9,6 +9,7 @@ from functools import cached_property
 
 import evaluation
 import numpy as np
+import torch
 from evaluation import Mean, Share
 from finder import Finder
 from PIL import Image
@@ -96,7 +97,7 @@ class Bench:
     # -- words ---------------------------------------------------------------------------------------------------------
 
     def answered_in_words(self, asked: Sequence[Sequence[Turn]], label: str) -> list[str]:
-        """The most probable answer to each conversation: its words, with an image mark in the place of an image."""
+        """The words of the most probable answer to each conversation, among answers without images."""
         vocabulary, found = self.pipeline.checkpoint.vocabulary, dict[int, str]()
         settings = SamplingConfig(text_top_k=1)
         prompts = [generation_prompt(turns, vocabulary) for turns in asked]
@@ -108,6 +109,17 @@ class Bench:
                     found[n] = vocabulary.decode_text(ids).strip()
                 bar.update(len(part))
         return [found[n] for n in range(len(asked))]
+
+    @torch.inference_mode()
+    def begins_with_picture(self, asked: Sequence[Sequence[Turn]]) -> list[bool]:
+        """Whether the most probable answer to each conversation begins with an image, not with words."""
+        vocabulary, model = self.pipeline.checkpoint.vocabulary, self.pipeline.model
+        allowed, found = vocabulary.text_mask(images=True), []
+        for turns in asked:
+            row = torch.tensor([generation_prompt(turns, vocabulary)], device=self.pipeline.device)
+            logits = model.project(model(row)[0, -1:], None)[0].float().cpu()
+            found.append(int(logits.where(allowed, -torch.inf).argmax()) == vocabulary.image_start_id)
+        return found
 
     # -- sheets --------------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def two_pictures(bench: Bench) -> Figures:
 
 
 def unknown(bench: Bench) -> Figures:
-    """Names that training never mentions, and as many known ones: what is it, draw it, and its picture."""
+    """Names that training never mentions, and as many known ones: what is it, and draw it."""
     rng = bench.rng("unknown")
     figures: Figures = {}
     for known, names in ((False, list(bench.unknown)), (True, rng.sample(bench.names, len(bench.unknown)))):
@@ -82,7 +82,8 @@ def unknown(bench: Bench) -> Figures:
                 [("human", [f"Draw {noun} on a white background."])],
             ]
         answers = bench.answered_in_words(asked, "known" if known else "unknown")
-        refused = [answer == UNKNOWN for answer in answers]
+        drawn = bench.begins_with_picture(asked)
+        refused = [answer == UNKNOWN and not picture for answer, picture in zip(answers, drawn, strict=True)]
         if known:
             figures |= {"known: not refused": share(not answer for answer in refused)}
         else:
