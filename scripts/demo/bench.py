@@ -35,10 +35,10 @@ class Bench:
     """The checkpoint in the evaluation.
 
     Attributes:
-        pictures: emoji by name; names beyond `names` are those that the demo does not know.
+        pictures: emoji by name.
+        names: names that the demo knows; `unknown` are some that training never mentions.
         count: examples of a row.
         args: options of the evaluation: `cfg`, `seed` and `out_dir` are read.
-        rows: figures of the rows so far, for rows that need those of others.
     """
 
     pipeline: Pipeline

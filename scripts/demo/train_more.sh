@@ -19,6 +19,7 @@ device="${DEVICE:-auto}"
 start="${START:-assets/demo}"
 out="${OUT:-$work/demo}"
 stage="${STAGE:-$([ "$device" = cuda ] && echo 8 || echo 95)}"
+decoder="${DECODER_MINUTES:-$([ "$device" = cuda ] && echo 6 || echo 30)}"
 learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 24 || echo 450)}"
 last="${LAST_MINUTES:-$([ "$device" = cuda ] && echo 8 || echo 110)}"
 tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 49152 || echo 6144)}"
@@ -82,8 +83,8 @@ done
 # enough, and fits into memory.
 images=("$work/pictures/single=4" "$work/pictures/beside=1" "$work/pictures/above=1" "$work/pictures/maps=1.5")
 for folder in "$work"/drawn/0*; do images+=("$folder=1"); done
-once decoder lumina-mgpt train-movqgan --decoder_of "$start/movqgan.safetensors" --out_dir "$work/decoder" --lr 1e-3 \
-    --minutes "${DECODER_MINUTES:-30}" --images "${images[@]}"
+once decoder python -m lumina_mgpt train-movqgan --decoder_of "$start/movqgan.safetensors" --out_dir "$work/decoder" --lr 1e-3 \
+    --minutes "$decoder" --images "${images[@]}"
 train learn "$work/start" "$learn" 0.35 0.8 --warmup 0.02 --tail_weight 0.1 --muon_lr 0.006 --lr 1.2e-3 --min_lr 4e-4 \
     --seed 61
 # Less noise gives clearer pictures, and the tail term makes guidance safe: see train.sh.
