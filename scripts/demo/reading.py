@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import numpy as np
 from coloring import OBJECT_COLORS
 from composed import (
     OPPOSITE,
@@ -19,8 +20,10 @@ from composed import (
 )
 from emoji import COLORS, with_article
 from examples import Example
+from PIL import Image
 from words import NUMBERS, UNKNOWN, caption, countable, plural, request, the, thing, word_for
 
+from lumina_mgpt.images import center_crop
 from lumina_mgpt.prompts import PICTURE
 
 # Kind -> number of training records. Several questions about one picture make one record.
@@ -29,6 +32,9 @@ DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
 _MORE = (2, 4)  # further questions about the picture of a training record
+# Sizes that `lumina-mgpt describe` scales without a crop to a size of about 96 x 96 pixels, and what they become.
+_SCALED = {(128, 128): (96, 96), (192, 96): (128, 64), (96, 192): (64, 128)}
+_SCALED_SHARE = 0.3  # of the training pictures of these sizes
 _PLACES = ("middle", "left", "right", "top", "bottom")
 _WHICH = ("the first", "the second", "both", "neither")
 
@@ -41,6 +47,21 @@ class Question:
     text: str
     answer: str
     picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A scene in the size that `lumina-mgpt describe` gives to its file."""
+
+    picture: Picture
+
+    @property
+    def key(self) -> str:
+        return f"scaled {self.picture.key}"
+
+    def draw(self, pictures: dict[str, np.ndarray]) -> Image.Image:
+        """The smaller picture."""
+        return center_crop(self.picture.draw(pictures), _SCALED[self.picture.size])
 
 
 @dataclass(frozen=True)
@@ -197,7 +218,7 @@ def examples(
     found: list[Example] = []
     while len(found) < count:
         made = makers[kind](names, rng, held_out)
-        shown = [panel for panels in made.images for panel in panels if isinstance(panel, Picture)]
+        shown = [getattr(panel, "picture", panel) for panels in made.images for panel in panels]
         if any(picture.held_out for picture in shown) == held_out:
             found.append(made)
     return found
@@ -237,7 +258,13 @@ def _caption(names: Sequence[str], rng: random.Random, held_out: bool) -> Exampl
     turns = (text, described(picture))
     if not held_out:
         turns += _more(picture, names, rng)
-    return Example("caption", turns, ((picture,),), picture)
+    return Example("caption", turns, ((_as_file(picture, rng, held_out),),), picture)
+
+
+def _as_file(picture: Picture, rng: random.Random, held_out: bool) -> Picture | Scaled:
+    """The picture, or in training sometimes a smaller one."""
+    scaled = picture.size in _SCALED and not held_out and rng.random() < _SCALED_SHARE
+    return Scaled(picture) if scaled else picture
 
 
 def _more(picture: Picture, names: Sequence[str], rng: random.Random) -> tuple[str, ...]:
@@ -253,7 +280,7 @@ def _question(names: Sequence[str], rng: random.Random, held_out: bool) -> Examp
     turns = (text, question.answer)
     if not held_out:
         turns += _more(picture, names, rng)
-    return Example("question", turns, ((picture,),), question)
+    return Example("question", turns, ((_as_file(picture, rng, held_out),),), question)
 
 
 def _two_pictures(names: Sequence[str], rng: random.Random, held_out: bool) -> Example:

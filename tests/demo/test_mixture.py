@@ -26,6 +26,7 @@ from finder import Finder, background_right, in_words
 from PIL import Image
 
 from lumina_mgpt.data.records import parse_record
+from lumina_mgpt.images import best_size, candidate_sizes, crop_panel
 from lumina_mgpt.prompts import PICTURE, text_to_image
 
 ROOT = Path(__file__).parents[2]
@@ -235,6 +236,18 @@ def test_conversations_are_records(tmp_path, pictures):
     assert examples.texts(tmp_path / "short.jsonl") == [text_to_image("a fox", CELL, CELL)]
     whole = examples.joined(*made)
     assert whole.kind == "caption" and len(whole.turns) == 6 and len(whole.images) == 3
+
+
+def test_some_pictures_to_read_have_the_size_of_a_file(pictures):
+    """They are what `describe` makes of a file of the whole picture."""
+    made = reading.examples("caption", NAMES, 200, random.Random(10))
+    scaled = [panel for panel in every_picture(made) if isinstance(panel, reading.Scaled)]
+    assert scaled and len(scaled) < 60
+    whole = Picture((128, 128), "red", (Item("fox", 64, 0, 0), Item("owl", 64, 64, 64)))
+    image = whole.draw(pictures)
+    assert best_size(image.size, candidate_sizes(96)) == (96, 96)
+    small = reading.Scaled(whole)
+    assert small.key != whole.key and small.draw(pictures) == crop_panel(image, (96, 96))
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
