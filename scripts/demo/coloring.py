@@ -24,8 +24,8 @@ _STRETCH = (0.25, 6.0)  # limits of the exponent: more would leave no shading
 def colored(picture: np.ndarray, color: str) -> np.ndarray:
     """The picture in an object colour.
 
-    The luminance of each pixel is raised to a power, so that the median pixel has the luminance of the colour. Darker
-    pixels are then mixtures of the colour with black, brighter ones with white. Outlines therefore stay dark,
+    The luminance of each pixel is raised to a power, and scaled where the power would be extreme, so that the median
+    pixel has the luminance of the colour. Darker pixels are then mixtures of the colour with black, brighter ones with white. Outlines therefore stay dark,
     highlights bright, and white objects become coloured, too.
 
     Args:
@@ -39,7 +39,7 @@ def colored(picture: np.ndarray, color: str) -> np.ndarray:
     luma = (picture[..., :3] @ _LUMA).clip(1e-3, 1 - 1e-3)  # (side, side)
     median = float(np.median(luma[picture[..., 3] > 0.5]))
     power = float(np.clip(np.log(level) / np.log(median), *_STRETCH))
-    luma = (luma**power)[..., None]
+    luma = (luma**power * (level / median**power)).clip(0, 1)[..., None]
     dark, bright = luma / level, (luma - level) / (1 - level)
     rgb = np.where(luma < level, wanted * dark, wanted + (1 - wanted) * bright.clip(0, 1))
     return np.concatenate([rgb, picture[..., 3:]], -1).astype(np.float32)
