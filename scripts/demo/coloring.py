@@ -25,8 +25,8 @@ def colored(picture: np.ndarray, color: str) -> np.ndarray:
     """The picture in an object colour.
 
     The luminance of each pixel is raised to a power, and scaled where the power would be extreme, so that the median
-    pixel has the luminance of the colour. Darker pixels are then mixtures of the colour with black, brighter ones with white. Outlines therefore stay dark,
-    highlights bright, and white objects become coloured, too.
+    pixel has the luminance of the colour. Darker pixels are then mixtures of the colour with black, brighter ones with
+    white. Outlines therefore stay dark, highlights bright, and white objects become coloured, too.
 
     Args:
         picture: RGBA.
