@@ -264,11 +264,10 @@ def evaluate(args: argparse.Namespace) -> None:
     figures: dict[str, object] = {name: getattr(args, name) for name in options}
     figures |= report(pipeline, {row: todo[row] for row in TEXT_ROWS if row in args.rows}, pictures, rng, args)
     figures |= report_tasks(pipeline, [row for row in TASK_ROWS if row in args.rows], names, pictures, args)
-    known, unknown = words.unknown_names(args.emoji_dir) if args.rows and writes else ([], [])
-    pictures |= emoji.load(args.emoji_dir, names=[*known, *unknown])
-    test = Bench(pipeline, pictures, names, unknown, args.prompts, args)
-    figures |= report_more(test, [row for row in MORE_ROWS if row in args.rows])
-    figures |= means(figures)
+    if more := [row for row in MORE_ROWS if row in args.rows]:
+        _, unknown = words.unknown_names(args.emoji_dir)
+        figures |= report_more(Bench(pipeline, pictures, names, unknown, args.prompts, args), more)
+        figures |= means(figures)
     write_atomic(args.out_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
     print(f"contact sheets and figures.json in {args.out_dir}")
     print(json.dumps({name: value for name, value in figures.items() if name not in options}))

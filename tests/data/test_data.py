@@ -234,7 +234,7 @@ def test_corruption_can_spare_given_pictures_anywhere():
     unlabelled[:, 40:] = True
     changed = corrupt(ids, slice(100, 164), 0.5, 0.75, unlabelled) != ids
     kept, answered = ~changed[:, 40:].any(1), changed[:, 30:40].any(1)
-    assert 0.7 < kept.float().mean() < 0.8 and answered.float().mean() > 0.9
+    assert 0.7 < kept.float().mean() < 0.8 and answered.float().mean() > 0.8
     torch.manual_seed(1)
     before = corrupt(ids, slice(100, 164), 0.5)
     torch.manual_seed(1)
