@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import marks
 from bench import Bench, Figures, Row, share
+from composed import Picture
 from evaluation import Mean
 from examples import Example
 from PIL import Image
@@ -16,7 +17,8 @@ from lumina_mgpt.boxes import find_box
 def _answers(bench: Bench, todo: Sequence[Example], label: str) -> tuple[list[Image.Image], list[Image.Image]]:
     """The answers, and the given pictures through the image tokenizer."""
     asked = [turns_of(bench, example) for example in todo]
-    given = [example.images[0][0] for example in todo]
+    about = [example.about for example in todo]
+    given: list[Picture] = [shown.picture if isinstance(shown, marks.Marked) else shown for shown in about]
     codes = bench.answered_in_pictures(
         asked, [picture.size for picture in given], label, cfg=marks.TASK.sampling["cfg"]
     )

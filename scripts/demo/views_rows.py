@@ -71,7 +71,7 @@ def row(bench: Bench, kind: str) -> Figures:
     shown = [image for n in rows for image in (*again[todo[n].about][: views.VIEWS - len(answers[n])], *answers[n])]
     words = [f"{todo[n].about.color} {todo[n].about.solid}" for n in rows for _ in range(views.VIEWS)]
     bench.sheet(kind, shown, words, most=len(shown))
-    named = dict(zip(views.FIGURES, figures_of(todo, answers), strict=True))
+    named: Figures = dict(zip(views.FIGURES, figures_of(todo, answers), strict=True))
     best = dict(zip(views.FIGURES, figures_of(todo, truth), strict=True))
     first, each = views.FIGURES[:2]
     return named | {f"{first} (tokenizer)": best[first], f"{each} (tokenizer)": best[each]}

@@ -67,7 +67,7 @@ def test_the_least_box_holds_the_shape(pictures):
 
 
 def test_boxes_of_examples_are_found_by_difference(pictures):
-    for example in marks.examples("detect", NAMES, 40, random.Random(2), held_out=True):
+    for example in marks.examples("detect", NAMES, 10, random.Random(2), held_out=True):
         marked = example.about
         plain = marked.picture.draw(pictures)
         assert marks.found_overlap(marked, marked.draw(pictures), plain, pictures) > marks.RIGHT
@@ -81,13 +81,13 @@ def test_boxes_of_examples_are_found_by_difference(pictures):
 def test_boxes_are_found_after_the_image_tokenizer(pictures):
     tokenizer = ImageTokenizer.from_checkpoint(DEMO / "movqgan.safetensors")
     found = []
-    for example in marks.examples("detect", NAMES, 12, random.Random(3), held_out=True):
+    for example in marks.examples("detect", NAMES, 8, random.Random(3), held_out=True):
         plain, drawn = (
             tokenizer.decode(tokenizer.encode([part.draw(pictures)]))[0]
             for part in (example.about.picture, example.about)
         )
         found.append(marks.found_overlap(example.about, drawn, plain, pictures) > marks.RIGHT)
-    assert sum(found) >= 10
+    assert sum(found) >= 6
 
 
 def test_overlap_of_boxes():

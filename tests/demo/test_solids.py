@@ -208,7 +208,7 @@ def test_all_solids_in_all_colors_are_told_apart():
 
 def test_views_are_recognized_after_the_image_tokenizer():
     tokenizer = ImageTokenizer.from_checkpoint(DEMO / "movqgan.safetensors")
-    for turn in (Turn("airplane", "yellow", "gray"), Turn("teapot", "pink", "olive"), Turn("key", "blue", "brown")):
+    for turn in (Turn("airplane", "yellow", "gray"), Turn("teapot", "pink", "olive")):
         drawn = [view.draw() for view in turn.views]
         again = tokenizer.decode(tokenizer.encode(drawn))
         assert views.scores(turn.views, again)[0] == [True], turn
@@ -244,8 +244,7 @@ def bench_of(answers) -> SimpleNamespace:
     return bench
 
 
-@pytest.mark.parametrize("kind", views.KINDS)
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("kind, shift", [("views", 0), ("views_given", 1)])
 def test_rows_score_answers_that_are_sampled_image_by_image(kind, shift):
     """Right answers have 100 %, turned ones 0 %. The ids before each image are those of a training record."""
     todo = sorted(
