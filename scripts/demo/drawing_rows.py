@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import drawing
-from bench import Bench, Figures, Row, share
 from composed import Picture, arranged, relation
 from evaluation import Mean
 from finder import background_right, in_words
+from row_tools import Bench, Figures, Row, share
 from words import caption
 
 from lumina_mgpt.images import psnr

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import bench
 import drawing_rows
 import emoji
 import evaluation
@@ -30,14 +29,15 @@ import normals_rows
 import numpy as np
 import omni
 import reading_rows
+import row_tools
 import scenes
 import talk_rows
 import views_rows
 import words
-from bench import Bench
 from evaluation import Mean, Share
 from omni import Example
 from PIL import Image
+from row_tools import Bench
 from tqdm import tqdm
 
 from lumina_mgpt import cli
@@ -58,7 +58,7 @@ TEXT_ROWS = ("one emoji", "two emoji")
 UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # row -> kind; the prompt gives only the background
 TASK_ROWS = (*omni.KINDS, *UNNAMED)
 FIRST_ROWS = (*TEXT_ROWS, *TASK_ROWS)  # those of every demo checkpoint
-MORE_ROWS = bench.rows_of(
+MORE_ROWS = row_tools.rows_of(
     drawing_rows.ROWS, reading_rows.ROWS, talk_rows.ROWS, marks_rows.ROWS, normals_rows.ROWS, views_rows.ROWS
 )
 ROWS = (*FIRST_ROWS, *MORE_ROWS)

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import marks
-from bench import Bench, Figures, Row, share
 from composed import Picture
 from evaluation import Mean
 from examples import Example
 from PIL import Image
 from reading_rows import turns_of
+from row_tools import Bench, Figures, Row, share
 
 from lumina_mgpt.boxes import find_box
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import normals
-from bench import Bench, Figures, Row, share
 from evaluation import Mean
 from examples import Example
 from PIL import Image
+from row_tools import Bench, Figures, Row, share
 from tqdm import tqdm
 
 from lumina_mgpt import cli

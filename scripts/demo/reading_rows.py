@@ -5,10 +5,10 @@ from types import MappingProxyType
 
 import drawing
 import reading
-from bench import Bench, Figures, Row, most_frequent, share
 from composed import Picture, relation
 from emoji import with_article
 from examples import Example
+from row_tools import Bench, Figures, Row, most_frequent, share
 from words import UNKNOWN, Said, caption, parsed, word_for
 
 from lumina_mgpt.prompts import PICTURE, text_to_image

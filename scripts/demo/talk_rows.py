@@ -5,9 +5,9 @@ from types import MappingProxyType
 
 import reading
 import talks
-from bench import Bench, Figures, Row, share
 from finder import background_right
 from reading_rows import matches
+from row_tools import Bench, Figures, Row, share
 from words import parsed
 
 from lumina_mgpt.unirep import Turn

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import views
-from bench import Bench, Figures, Row, share
 from evaluation import Share
 from examples import Example
 from PIL import Image
 from reading_rows import turns_of
+from row_tools import Bench, Figures, Row, share
 from solids import SIDE
 from tqdm import tqdm
 

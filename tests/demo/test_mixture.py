@@ -19,11 +19,11 @@ import pytest
 import reading
 import talks
 import words
-from bench import most_frequent, share
 from composed import SMALL, Item, Picture
 from emoji import CELL, known_names
 from finder import Finder, background_right, in_words
 from PIL import Image
+from row_tools import most_frequent, share
 
 from lumina_mgpt.data.records import parse_record
 from lumina_mgpt.images import best_size, candidate_sizes, crop_panel
