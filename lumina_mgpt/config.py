@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lumina_mgpt.checks import excerpt, real_number, require, whole_number
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.families import FAMILIES, SECOND, Family, family_of
+from lumina_mgpt.families import FAMILIES, SECOND, Family, check_abilities, family_of, with_abilities
 from lumina_mgpt.io import cause, read_json, read_text
 from lumina_mgpt.model_config_checks import (
     check_foreign_keys,
@@ -43,6 +43,8 @@ class ModelConfig:
         panels_apart: whether the image tokenizer encodes and decodes each panel of an image separately; see `parts`.
         guided_scale: guidance scale whose distribution the weights give without guidance, see
             `training.distillation`; 1.0 for weights that were not trained for that.
+        abilities: what the weights were trained on besides the tasks of their family, see `families.check_abilities`.
+            None for nothing.
         quantization_config: what `int4_recipe` returns if the weights are int4, else None. Other programs read this
             key of `config.json` and refuse a value that they do not know.
 
@@ -74,6 +76,7 @@ class ModelConfig:
     base_size: int = 768
     panels_apart: bool = False
     guided_scale: float = 1.0
+    abilities: dict | None = None
     quantization_config: dict | None = None
 
     def __post_init__(self) -> None:
@@ -81,14 +84,16 @@ class ModelConfig:
             check_type(field.name, getattr(self, field.name), field.type)
         check_sizes(self)
         object.__setattr__(self, "rope_scaling", checked_rope(self.rope_scaling))
+        if self.abilities is not None:
+            check_abilities(self.abilities, self.generation)
         if self.quantization_config is not None:
             groups = (DEFAULT_INT4_GROUP, *INT4_GROUPS)
             check_recipe(self.quantization_config, [int4_recipe(group) for group in groups])
 
     @property
     def family(self) -> Family:
-        """The family of the checkpoint."""
-        return FAMILIES[self.generation]
+        """The family of the checkpoint, with the tasks of its abilities."""
+        return with_abilities(FAMILIES[self.generation], self.abilities)
 
     @property
     def guided(self) -> bool:
@@ -222,8 +227,9 @@ class ModelConfig:
         """Writes a `config.json` that both the released code and this project read."""
         extra = {"architectures": ["ChameleonXLLMXForConditionalGeneration"], "model_type": "chameleon"}
         values = asdict(self)
-        if self.quantization_config is None:  # other programs take null for a recipe
-            del values["quantization_config"]
+        for name in ("quantization_config", "abilities"):  # other programs take null for a recipe
+            if values[name] is None:
+                del values[name]
         if not self.guided:  # the released files lack it
             del values["guided_scale"]
         Path(path).write_text(json.dumps(extra | values, indent=2) + "\n")

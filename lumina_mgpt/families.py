@@ -7,11 +7,12 @@ Sources: arXiv 2408.02657 and its released code; arXiv 2507.17801 and its releas
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
+from lumina_mgpt.checks import require, whole_number
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, FIRST_TASKS, I2I_TASKS, TASKS, Task
 
@@ -117,6 +118,58 @@ SECOND = Family(
     plain_share=0.1,
 )
 FAMILIES: Mapping[int, Family] = MappingProxyType({family.generation: family for family in (FIRST, SECOND)})
+
+
+# What weights of the second generation can be trained on besides the tasks of their family: `abilities` of config.json.
+# Name -> its settings with their largest values.
+ABILITIES: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {"text": {}, "detect": {}, "multiview": {"views": 1000, "side": 2**16}}
+)
+
+
+def check_abilities(abilities: Mapping[str, Any], generation: int) -> None:
+    """Refuses abilities that are not known, and wrong settings of them.
+
+    Args:
+        abilities: name -> settings, as in `config.json`: `text` (answers in words), `detect` and `multiview` (the tasks
+            of the first generation). Settings of `multiview` are its default number of `views`, and their `side` in
+            pixels.
+        generation: generation of the checkpoint.
+
+    Raises:
+        InputError: as above, or the checkpoint is of the first generation, which has all abilities.
+    """
+    name = "abilities"
+    require(generation == 2, name, abilities, "must be absent for generation 1, which has all abilities")
+    for ability, settings in abilities.items():
+        require(ability in ABILITIES, name, ability, f"must be of {', '.join(ABILITIES)}")
+        known = ABILITIES[ability]
+        fits = isinstance(settings, dict) and settings.keys() <= known.keys()
+        rule = f"must have settings of {', '.join(known)}" if known else "must have no settings: {}"
+        require(fits, f"{name}.{ability}", settings, rule)
+        for key, value in settings.items():
+            rule = f"must be a whole number in 1 ... {known[key]}"
+            whole_number(f"{name}.{ability}.{key}", value, 1, known[key], rule)
+    side = abilities.get("multiview", {}).get("side", 32)
+    require(side % 32 == 0, f"{name}.multiview.side", side, "must be a multiple of 32")
+
+
+def with_abilities(family: Family, abilities: Mapping[str, Any] | None) -> Family:
+    """Returns a family whose checkpoints can do more: `abilities` as in `check_abilities`, None for nothing more."""
+    if not abilities:
+        return family
+    tasks, i2i_tasks = dict(family.tasks), dict(family.i2i_tasks)
+    if "multiview" in abilities:
+        tasks["multiview"] = replace(FIRST_TASKS["multiview"], **abilities["multiview"])
+    if "detect" in abilities:
+        i2i_tasks["detect"] = FIRST_I2I_TASKS["detect"]
+    return replace(
+        family,
+        answers_in_text=family.answers_in_text or "text" in abilities,
+        tasks=MappingProxyType(tasks),
+        i2i_tasks=MappingProxyType(i2i_tasks),
+        drops_earlier_images=True,  # guidance in a conversation needs images without their context, too
+    )
 
 
 def task_names(i2i: bool = False) -> tuple[str, ...]:

@@ -17,7 +17,13 @@ RELEASED = {
     "concat_record": "concat_records",
     "train": "finetune",
 }
-WITHOUT_PARSER = {"scripts/sample.sh", "scripts/sample_i2i.sh", "scripts/demo/train.sh", "scripts/train_progressive.sh"}
+WITHOUT_PARSER = {
+    "scripts/sample.sh",
+    "scripts/sample_i2i.sh",
+    "scripts/demo/train.sh",
+    "scripts/demo/train_more.sh",
+    "scripts/train_progressive.sh",
+}
 
 
 def _relative(path: Path) -> str:

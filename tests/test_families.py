@@ -129,3 +129,47 @@ def test_an_unknown_task_is_refused_with_the_known_ones():
         FIRST.task("canny", i2i=True)
     assert caught.value.parameter == "i2i_task"
     assert SECOND.task("canny") is SECOND.tasks["canny"]
+
+
+SIZES = {"vocab_size": 3328, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "image_code_offset": 1024, "num_image_codes": 2048}
+ABILITIES = {"text": {}, "detect": {}, "multiview": {"views": 8, "side": 64}}
+
+
+def test_a_checkpoint_can_name_more_abilities_than_its_family_has(tmp_path):
+    plain = ModelConfig(**SIZES, **HEADS)
+    config = replace(plain, abilities=ABILITIES)
+    family = config.family
+    assert family.answers_in_text and family.drops_earlier_images and not SECOND.answers_in_text
+    multiview = family.task("multiview")
+    assert multiview == replace(FIRST_TASKS["multiview"], views=8, side=64) and "multiview" not in SECOND.tasks
+    assert family.task("detect", i2i=True) == FIRST_I2I_TASKS["detect"] and "detect" not in SECOND.i2i_tasks
+    assert set(SECOND.tasks) < set(family.tasks) and set(SECOND.i2i_tasks) < set(family.i2i_tasks)
+    assert plain.family is SECOND
+    for written in (config, plain):
+        written.to_json(tmp_path / "config.json")
+        assert ModelConfig.from_json(tmp_path / "config.json") == written
+    assert "abilities" not in json.loads((tmp_path / "config.json").read_text())
+    assert replace(plain, abilities={"text": {}}).family.tasks == SECOND.tasks
+
+
+@pytest.mark.parametrize(
+    ("abilities", "message"),
+    [
+        ({"sing": {}}, "abilities must be of text, detect, multiview, got"),
+        ({"text": {"views": 8}}, "abilities.text must have no settings"),
+        ({"multiview": {"angle": 8}}, "abilities.multiview must have settings of views, side"),
+        ({"multiview": {"views": 0}}, "abilities.multiview.views must be a whole number in 1 ... 1000"),
+        ({"multiview": {"views": 8, "side": 65}}, "abilities.multiview.side must be a multiple of 32"),
+        ({"multiview": 8}, "abilities.multiview must have settings"),
+        ("text", "abilities must be null or an object"),
+    ],
+)
+def test_unknown_abilities_and_settings_are_refused(abilities, message):
+    with pytest.raises(InputError, match=message):
+        ModelConfig(**SIZES, **HEADS, abilities=abilities)
+
+
+def test_the_first_generation_has_no_further_abilities(config):
+    with pytest.raises(InputError, match="abilities must be absent for generation 1"):
+        replace(config, abilities={"text": {}})

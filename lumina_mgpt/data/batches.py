@@ -111,6 +111,13 @@ class MicroBatch:
     tokens: int
     documents: tuple[int, ...] = ()
 
+    @property
+    def unlabelled(self) -> Tensor:
+        """Whether each id is no target: it belongs to the prompt, a given picture or the padding. Shapes: (B, T)."""
+        found = torch.ones(self.ids.numel(), dtype=torch.bool)
+        found[self.index[: self.labelled] + 1] = False
+        return found.view_as(self.ids)
+
 
 def plan_epoch(dataset: TokenDataset, epoch: int, size: BatchSize) -> list[Planned]:
     """The micro-batches of an epoch in random order.
@@ -274,7 +281,7 @@ class Feed:
         return batches
 
 
-def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tensor:
+def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0, unlabelled: Tensor | None = None) -> Tensor:
     """Replaces a share `rate` of the image codes in the input ids, as data augmentation.
 
     With few training images, a model can learn to recognize an image by its previous codes. One wrong code during
@@ -287,10 +294,11 @@ def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tens
         ids: input ids of the model. They are not modified, and neither are the labels.
         codes: range of the ids that are image codes.
         rate: mean share of the codes to replace.
-        spared: share of the rows that keep the first half of their codes, which is the given upper panel. From these
-            rows, the model learns to rely on that panel.
+        spared: share of the rows that keep the first half of their codes, which is the given upper panel, and their
+            codes in `unlabelled`. From these rows, the model learns to rely on what is given.
+        unlabelled: `MicroBatch.unlabelled`; its codes are those of given pictures. None for no such codes.
 
-    Shapes: ids and result (B, T), with B rows of T ids.
+    Shapes: ids, unlabelled and result (B, T), with B rows of T ids.
 
     Source: scheduled sampling (arXiv 1506.03099) has the same aim, but needs a second forward pass.
     """
@@ -302,8 +310,10 @@ def corrupt(ids: Tensor, codes: slice, rate: float, spared: float = 0.0) -> Tens
     is_code, fits = [(part >= codes.start) & (part < codes.stop) for part in (ids, new)]
     hit &= is_code & fits
     if spared:  # draws nothing otherwise, so that runs without it keep their random numbers
-        first_half = 2 * is_code.cumsum(1) <= is_code.sum(1, keepdim=True)
-        hit &= ~(first_half & (torch.rand(B, 1) < spared))
+        kept = 2 * is_code.cumsum(1) <= is_code.sum(1, keepdim=True)
+        if unlabelled is not None:
+            kept = kept | unlabelled
+        hit &= ~(kept & (torch.rand(B, 1) < spared))
     return torch.where(hit, new, ids)
 
 

@@ -238,7 +238,9 @@ class RegularizationOptions(Options):
         0.0, "share of the input image codes that are replaced; for few pictures, seen often", FRACTION
     )
     spare_panel: float = option(
-        0.0, "share of the rows in which --code_noise leaves the first half of codes, a given panel, unchanged", SHARE
+        0.0,
+        "share of the rows in which --code_noise leaves given pictures, and the first half of codes, unchanged",
+        SHARE,
     )
     ema: float = option(0.0, "export a moving average of the weights with this decay, 0 for none", FRACTION)
 

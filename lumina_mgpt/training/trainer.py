@@ -339,7 +339,7 @@ class Trainer:
         batches, noise = self.feed.next_step(), self.settings.regularization
         if noise.code_noise:
             codes, rates = self.dataset.vocabulary.code_slice, (noise.code_noise, noise.spare_panel)
-            batches = [replace(batch, ids=corrupt(batch.ids, codes, *rates)) for batch in batches]
+            batches = [replace(batch, ids=corrupt(batch.ids, codes, *rates, batch.unlabelled)) for batch in batches]
         return batches
 
     def _update(self) -> None:

@@ -46,7 +46,13 @@ def compared_figures(before: dict, after: dict) -> Iterator[tuple[str, list[floa
     """Yields the name of each figure with its value and standard error, before and after."""
     for row, cells in before.items():
         for name, found in cells.items() if isinstance(cells, dict) else ():
-            if name in ("reconstruction", "panel", "prompt", "tokenizer"):  # not of the model's own pictures
+            if name in (
+                "reconstruction",
+                "panel",
+                "prompt",
+                "tokenizer",
+                "most frequent answer",
+            ):  # not of the model's own pictures
                 continue
             if row not in after or name not in after[row]:
                 raise InputError(f"the second file lacks {row}, {name}; evaluate both with the same rows", "figures")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,11 @@ def with_article(noun: str) -> str:
     return f"{'an' if vowel else 'a'} {noun}"
 
 
+def is_plural(noun: str) -> bool:
+    """Whether a noun has no article and is not counted: `grapes`, `bread`."""
+    return noun in _NO_ARTICLE
+
+
 def with_articles(text: str) -> str:
     """`a orange background` -> `an orange background`, for colours that begin with a vowel."""
     return text.replace(" a orange", " an orange").replace(" a olive", " an olive")
@@ -87,22 +93,36 @@ def fetch(folder: Path) -> None:
             shutil.move(Path(temporary) / "package", folder / name)
 
 
-def load(folder: Path, side: int = CELL) -> dict[str, np.ndarray]:
-    """RGBA pictures of all known names. Shapes: (side, side, 4) float32. Ranges: [0, 1].
+def load(folder: Path, side: int = CELL, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """RGBA pictures of these names (default: all known ones). Shapes: (side, side, 4) float32. Ranges: [0, 1].
 
     Raises:
         InputError: the packages have no picture of a name.
     """
-    listed = json.loads((folder / "names" / "data-by-emoji.json").read_text())
-    emoji = {entry["name"].lower(): character for character, entry in listed.items()}
+    paths = picture_paths(folder)
     pictures = {}
-    for name in known_names():
-        points = [f"{ord(c):04x}" for c in emoji.get(name, "")]
-        stems = "-".join(points), "-".join(p for p in points if p != "fe0f")
-        paths = [folder / "pictures" / "assets" / f"{stem}.webp" for stem in stems]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
+    for name in known_names() if names is None else names:
+        if name not in paths:
             raise InputError(f"no picture of {name!r} in {folder}; remove the folder to fetch the packages again")
-        small = open_image(path, alpha=True).resize((side, side), Image.Resampling.LANCZOS)
+        small = open_image(paths[name], alpha=True).resize((side, side), Image.Resampling.LANCZOS)
         pictures[name] = np.asarray(small, np.float32) / 255
     return pictures
+
+
+def picture_paths(folder: Path, groups: Sequence[str] | None = None) -> dict[str, Path]:
+    """Files of all emoji that have a picture, by name.
+
+    Args:
+        folder: the packages.
+        groups: Unicode's groups of the emoji (default: all).
+    """
+    listed = json.loads((folder / "names" / "data-by-emoji.json").read_text(encoding="utf-8"))
+    found = {}
+    for emoji, entry in listed.items():
+        points = [f"{ord(c):04x}" for c in emoji]
+        stems = "-".join(points), "-".join(p for p in points if p != "fe0f")
+        files = (folder / "pictures" / "assets" / f"{stem}.webp" for stem in stems)
+        path = next((file for file in files if file.is_file()), None)
+        if path and (groups is None or entry["group"] in groups):
+            found[entry["name"].lower()] = path
+    return found

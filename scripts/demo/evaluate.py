@@ -8,6 +8,9 @@ background; for one emoji and for two of a held-out pair; and the PSNR of the im
 Image tasks: each score of the task; the same score with the panel or the prompt of another example; and that of the
 true image after the image tokenizer. In the rows `depth unnamed` and `canny unnamed`, the prompt gives only the
 background, and the panel alone determines the object.
+
+Further rows, of checkpoints that also write text: drawing in six categories, reading, conversations, marks and views.
+The last line of the output is JSON with the value of each figure.
 """
 
 import argparse
@@ -18,14 +21,23 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import drawing_rows
 import emoji
 import evaluation
+import marks_rows
+import normals_rows
 import numpy as np
 import omni
+import reading_rows
+import row_tools
 import scenes
+import talk_rows
+import views_rows
+import words
 from evaluation import Mean, Share
 from omni import Example
 from PIL import Image
+from row_tools import Bench
 from tqdm import tqdm
 
 from lumina_mgpt import cli
@@ -45,7 +57,11 @@ _EXAMPLES_ON_SHEET = 12  # pictures on the contact sheet of an image task
 TEXT_ROWS = ("one emoji", "two emoji")
 UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # row -> kind; the prompt gives only the background
 TASK_ROWS = (*omni.KINDS, *UNNAMED)
-ROWS = (*TEXT_ROWS, *TASK_ROWS)
+FIRST_ROWS = (*TEXT_ROWS, *TASK_ROWS)  # those of every demo checkpoint
+MORE_ROWS = row_tools.rows_of(
+    drawing_rows.ROWS, reading_rows.ROWS, talk_rows.ROWS, marks_rows.ROWS, normals_rows.ROWS, views_rows.ROWS
+)
+ROWS = (*FIRST_ROWS, *MORE_ROWS)
 
 
 def drawn(
@@ -194,6 +210,34 @@ def report_tasks(pipeline: Pipeline, rows: list[str], names: list[str], pictures
     return figures
 
 
+def report_more(test: Bench, rows: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Prints a line for each figure of each row, and returns the figures."""
+    figures: dict[str, dict[str, list[float]]] = {}
+    if rows:
+        print("\n| row | figure | value |\n| --- | --- | --- |")
+    for row in rows:
+        found = MORE_ROWS[row](test)
+        for name, value in found.items():
+            print(f"| {row} | {name} | {value} |", flush=True)
+        figures[row] = {name: [value.value, value.error] for name, value in found.items()}
+    return figures
+
+
+def means(figures: dict[str, object]) -> dict[str, float]:
+    """Means over rows that belong together, as far as all of them are there: the first figure of each counts."""
+    groups = {
+        "six categories": drawing_rows.CATEGORIES,
+        "questions": [row for row in reading_rows.ROWS if row.startswith("question ")],
+    }
+    found: dict[str, float] = {}
+    for name, rows in groups.items():
+        cells = [figures.get(row) for row in rows]
+        firsts = [next(iter(cell.values()))[0] for cell in cells if isinstance(cell, dict)]
+        if len(firsts) == len(rows):
+            found |= {f"{name}, mean": float(np.mean(firsts)), f"{name}, least": min(firsts)}
+    return found
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Runs the whole evaluation."""
     few = min(args.prompts, args.shuffled)
@@ -201,7 +245,12 @@ def evaluate(args: argparse.Namespace) -> None:
         raise InputError(f"--prompts and --shuffled must be at least 2 (for a standard error), got {few}; try 60")
     cfg = 4.0 if args.cfg is None else args.cfg
     SamplingConfig(cfg=cfg, seed=args.seed).with_seeds(args.prompts)  # checks the largest seed
-    sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row in TASK_ROWS]
+    checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
+    writes = checkpoint.config.family.answers_in_text
+    args.rows = args.rows or list(ROWS if writes else FIRST_ROWS)
+    if not writes and (more := [row for row in args.rows if row in MORE_ROWS]):
+        raise InputError(f"{more[0]} needs a checkpoint that writes text, got {args.model_path}; leave it out", "rows")
+    sheets = [f"{row.replace(' ', '_')}.png" for row in args.rows if row not in TEXT_ROWS]
     args.out_dir.mkdir(parents=True, exist_ok=True)
     output = OutputFolder(args.out_dir, overwrite=True, parameter="out_dir")
     output.claim(["text_to_image.png", "figures.json", *sheets])
@@ -209,15 +258,19 @@ def evaluate(args: argparse.Namespace) -> None:
     pictures, names = emoji.load(args.emoji_dir), emoji.known_names()
     rng = random.Random(args.seed)
     todo = dict(zip(TEXT_ROWS, scenes.evaluation_scenes(names, args.prompts, rng), strict=True))
-    checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     args.cfg = 1.0 if args.cfg is None and checkpoint.config.guided else cfg
     pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
     options = ("model_path", "cfg", "seed", "prompts", "shuffled", "quant", "dtype", "cache_dtype")
     figures: dict[str, object] = {name: getattr(args, name) for name in options}
     figures |= report(pipeline, {row: todo[row] for row in TEXT_ROWS if row in args.rows}, pictures, rng, args)
     figures |= report_tasks(pipeline, [row for row in TASK_ROWS if row in args.rows], names, pictures, args)
+    if more := [row for row in MORE_ROWS if row in args.rows]:
+        _, unknown = words.unknown_names(args.emoji_dir)
+        figures |= report_more(Bench(pipeline, pictures, names, unknown, args.prompts, args), more)
+        figures |= means(figures)
     write_atomic(args.out_dir / "figures.json", json.dumps(figures, indent=1) + "\n")
     print(f"contact sheets and figures.json in {args.out_dir}")
+    print(json.dumps({name: value for name, value in figures.items() if name not in options}))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out_dir", type=Path, default=Path("work/demo/evaluation"), help="output folder")
     parser.add_argument("--prompts", type=cli.whole, default=300, help="prompts in each row")
     parser.add_argument("--shuffled", type=cli.whole, default=60, help="prompts run with another panel or prompt")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--cfg", type=cli.number, help="guidance scale (default: 4, or 1 for weights that need none)")
     parser.add_argument("--seed", type=cli.whole, default=20_000, help="seed of scenes and noise")
     return cli.run(evaluate, parser, argv)

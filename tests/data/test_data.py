@@ -10,7 +10,7 @@ import torch
 from records import make_source
 
 from lumina_mgpt.config import ModelConfig
-from lumina_mgpt.data.batches import BatchSize, Feed, collate, corrupt, pack, plan_epoch
+from lumina_mgpt.data.batches import BatchSize, Feed, MicroBatch, collate, corrupt, pack, plan_epoch
 from lumina_mgpt.data.dataset import TokenDataset
 from lumina_mgpt.data.seeding import generator, uniform
 from lumina_mgpt.data.shards import Sequence, read_index, read_sequence, write_shard
@@ -225,3 +225,23 @@ def test_corruption_can_spare_a_given_panel():
     changed = corrupt(ids, slice(100, 164), 0.5, spared=0.75) != ids
     upper, lower = changed[:, 20:40].any(1).float().mean(), changed[:, 40:].any(1).float().mean()
     assert 0.2 < upper < 0.3 and lower > 0.9
+
+
+def test_corruption_can_spare_given_pictures_anywhere():
+    """In spared rows, codes without a loss stay, also in the second half; in the others they change as before."""
+    torch.manual_seed(0)
+    ids, unlabelled = torch.randint(100, 164, (400, 60)), torch.zeros(400, 60, dtype=torch.bool)
+    unlabelled[:, 40:] = True
+    changed = corrupt(ids, slice(100, 164), 0.5, 0.75, unlabelled) != ids
+    kept, answered = ~changed[:, 40:].any(1), changed[:, 30:40].any(1)
+    assert 0.7 < kept.float().mean() < 0.8 and answered.float().mean() > 0.8
+    torch.manual_seed(1)
+    before = corrupt(ids, slice(100, 164), 0.5)
+    torch.manual_seed(1)
+    assert torch.equal(corrupt(ids, slice(100, 164), 0.5, 0.0, unlabelled), before)
+
+
+def test_what_carries_no_loss_is_known():
+    ids = torch.arange(12).view(2, 6)
+    batch = MicroBatch(ids, torch.tensor([2, 3, 9, 0]), torch.tensor([3, 4, 10, -100]), labelled=3, tokens=12)
+    assert batch.unlabelled.tolist() == [[True, True, True, False, False, True], [True] * 4 + [False, True]]

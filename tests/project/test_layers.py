@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "maps": {"errors", "images"},
     "boxes": set(),
     "model_config_checks": {"errors", "checks"},
-    "families": {"errors", "prompts"},
+    "families": {"errors", "checks", "prompts"},
     "config": FOUNDATIONS | {"checks", "families", "model_config_checks", "prompts"},
     "devices": {"errors", "config"},
     "vocabulary": FOUNDATIONS | {"config", "prompts"},

@@ -1,0 +1,135 @@
+"""Detection as the first generation does it: the picture again, with a box around what was asked for."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from coloring import OBJECT_COLORS
+from composed import Item, Picture, appearance, arranged, colorable
+from examples import Example
+from PIL import Image, ImageDraw
+from words import the, thing, word_for
+
+from lumina_mgpt.boxes import Box, find_box
+from lumina_mgpt.prompts import FIRST_I2I_TASKS, PICTURE
+
+TASK = FIRST_I2I_TASKS["detect"]
+KINDS: Mapping[str, int] = MappingProxyType({"detect": 6000, "detect_absent": 600})
+LINE = (255, 0, 255)  # color of the box, which no background has
+WIDTH = 4  # of its lines in pixels: half of a code
+RIGHT = 0.5  # least intersection over union of a box that is right
+_ITEMS = (1, 2, 2, 3, 4)  # numbers of objects in a picture
+_COLORED = 0.4  # share of objects in another colour than their own
+_TWINS = 0.2  # share of pictures that show what is asked for again, in another colour
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A scene with a box around one of its objects."""
+
+    picture: Picture
+    item: Item
+
+    @property
+    def key(self) -> str:
+        return f"box {self.item} {self.picture.key}"
+
+    def box(self, pictures: dict[str, np.ndarray]) -> Box:
+        """The least box around the object: left, top, right, bottom; right and bottom are the first outside."""
+        shape = appearance(pictures[self.item.name], None, self.item.side)[..., 3] > 0.5
+        (rows,), (columns,) = (np.nonzero(shape.any(axis)) for axis in (1, 0))
+        left, top = self.item.left, self.item.top
+        return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
+
+    def draw(self, pictures: dict[str, np.ndarray]) -> Image.Image:
+        """The scene with lines of WIDTH pixels around the object, inside of its square and at multiples of WIDTH.
+
+        A code then has one of few forms: a half, a corner or a line through it. The lines cover at most 2 pixels of the
+        object, or more where it reaches to the edge of its square.
+        """
+        image, item = self.picture.draw(pictures), self.item
+        left, top, right, bottom = self.box(pictures)
+        corner = [max((start - 2) // WIDTH * WIDTH, least) for start, least in ((left, item.left), (top, item.top))]
+        opposite = [
+            min(-(-(end + 2) // WIDTH) * WIDTH, least + item.side) - 1
+            for end, least in ((right, item.left), (bottom, item.top))
+        ]
+        ImageDraw.Draw(image).rectangle((*corner, *opposite), outline=LINE, width=WIDTH)
+        return image
+
+
+def examples(kind: str, names: list[str], count: int, rng: random.Random, held_out: bool = False) -> list[Example]:
+    """Examples of detection; `about` is the Marked picture, or the Picture if it does not show what is asked for.
+
+    Args:
+        kind: "detect", or "detect_absent", whose answer is the picture without a box.
+        names: names of the emoji.
+        held_out: only pictures with a combination that is held out of training, all with one wording; else only
+            pictures without any.
+    """
+    found: list[Example] = []
+    while len(found) < count:
+        picture, asked = _scene(names, rng)
+        if picture.held_out != held_out:
+            continue
+        shown: Picture | Marked = Marked(picture, asked)
+        if kind == "detect_absent":
+            asked = Item(rng.choice([name for name in names if name not in picture.names]), 0, 0, 0)
+            shown = picture
+        words = _words(picture, asked, rng, varied=not held_out)
+        found.append(Example(kind, (TASK.instruction(words, *picture.size), PICTURE), ((picture,), (shown,)), shown))
+    return found
+
+
+def _scene(names: Sequence[str], rng: random.Random) -> tuple[Picture, Item]:
+    """A scene, and one of its objects, that has no equal in it."""
+    chosen = rng.sample(names, rng.choice(_ITEMS))
+    fits = set(colorable(names))
+    what: list[tuple[str, str | None]] = [
+        (name, rng.choice(list(OBJECT_COLORS)) if name in fits and rng.random() < _COLORED else None) for name in chosen
+    ]
+    name = chosen[0]
+    if len(what) > 1 and name in fits and rng.random() < _TWINS:
+        what[:2] = [(name, color) for color in rng.sample(list(OBJECT_COLORS), 2)]
+    picture = arranged(what, rng)
+    return picture, picture.items[0]
+
+
+def _words(picture: Picture, asked: Item, rng: random.Random, varied: bool) -> str:
+    """What to look for. The colour is named if another object has the same name, or by chance."""
+    needed = picture.names.count(asked.name) > 1
+    named = asked.color and (needed or not varied or rng.random() < 0.7)
+    what = asked.name, asked.color if named else None
+    if not varied:
+        return f"{_capital(the(what))}."
+    plain = " ".join(filter(None, (what[1], word_for(asked.name, rng))))
+    forms = (f"{_capital(the(what, rng))}.", f"{_capital(the(what, rng))}.", the(what, rng), thing(what, rng), plain)
+    return rng.choice(forms)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+# -- measure -----------------------------------------------------------------------------------------------------------
+
+
+def overlap(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes."""
+    width, height = (min(first[n + 2], second[n + 2]) - max(first[n], second[n]) for n in (0, 1))
+    shared = max(width, 0) * max(height, 0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return shared / (sum(areas) - shared)
+
+
+def found_overlap(marked: Marked, image: Image.Image, reference: Image.Image, pictures: dict) -> float:
+    """Intersection over union of the true box and the one that is found by difference; 0 if none is found.
+
+    Args:
+        image: the answer.
+        reference: the picture without a box, through the image tokenizer.
+    """
+    box = find_box(image, reference) if image.size == reference.size else None
+    return overlap(box, marked.box(pictures)) if box else 0.0

@@ -1,0 +1,51 @@
+"""Writes a demo checkpoint in files of at most 15 MB each, with another decoder of its image tokenizer.
+
+    python scripts/demo/publish.py --model_path work/demo/export-last --save_path work/demo/demo \\
+        --movqgan_path work/demo/decoder/movqgan.safetensors
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from lumina_mgpt import cli
+from lumina_mgpt.io import new_folder, require_new
+
+LARGEST = 15_000_000  # bytes of a weight file
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(prog="publish.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--model_path", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--movqgan_path", type=Path, help="weights of the image tokenizer (default: the checkpoint's)")
+    parser.add_argument("--save_path", required=True, type=Path, help="new folder for the result")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the checkpoint."""
+    from lumina_mgpt.model.convert import copy_companions
+    from lumina_mgpt.model.hub import resolve
+    from lumina_mgpt.model.reading import load_model, require_plain_weights
+    from lumina_mgpt.model.writing import save_model
+
+    require_new(args.save_path, "save_path")
+    source = resolve(cli.checkpoint_path(args.model_path))
+    require_plain_weights(source, "model_path", "copied")
+    model = load_model(source, None, "cpu")
+    with new_folder(args.save_path, "save_path") as folder:
+        save_model(model, folder, max_shard_bytes=LARGEST)
+        copy_companions(source, folder)
+        if args.movqgan_path:
+            shutil.copyfile(args.movqgan_path, folder / "movqgan.safetensors")
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    print(f"{args.save_path}: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.run(run, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""More text pieces and rows for a trained checkpoint: what it could do stays the same."""
+
+import json
+from pathlib import Path
+
+import extend
+import more_pieces
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from lumina_mgpt.pipeline import Checkpoint
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "assets" / "demo"
+KNOWN = ["a hedgehog on a sky blue background", "Generate an image of 96x96 according to the following prompt:\nan owl"]
+NEW = ["How many hedgehogs are there?", "three owls", "I don't know.", "How many owls are there?", "three hedgehogs"]
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("extended")
+    rows = [{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]} for text in NEW * 2]
+    (folder / "records").mkdir()
+    (folder / "records" / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = [{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": ""}]} for text in KNOWN]
+    (folder / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
+    arguments = ["--model_path", DEMO, "--known", folder / "known.jsonl", "--records", folder / "records"]
+    assert extend.main([*map(str, arguments), "--save_path", str(folder / "start")]) == 0
+    return folder / "start"
+
+
+def test_known_texts_keep_their_ids_and_new_ones_become_shorter(extended):
+    before, after = Checkpoint.open(DEMO).vocabulary, Checkpoint.open(extended).vocabulary
+    assert (before.bos_id, before.turn_end_id, before.code_slice) == (after.bos_id, after.turn_end_id, after.code_slice)
+    assert [before.grid_id(n) for n in (1, 3, 64)] == [after.grid_id(n) for n in (1, 3, 64)]
+    for text in KNOWN:
+        assert before.encode_text(text) == after.encode_text(text)
+    for text in NEW:
+        ids = after.encode_text(text)
+        assert len(ids) < len(before.encode_text(text)) and after.decode_text(ids) == text
+        assert all(id_ < before.vocab_size or id_ >= after.code_slice.stop for id_ in ids)
+    assert max(after.encode_text(NEW[0])) >= before.vocab_size
+
+
+def test_the_extended_model_computes_the_same(extended):
+    from lumina_mgpt.model.reading import load_model
+
+    old, new = (load_model(folder, torch.float32, "cpu") for folder in (DEMO, extended))
+    ids = torch.tensor([[*Checkpoint.open(DEMO).vocabulary.encode_text(KNOWN[1]), 1500, 2000, 3000]])
+    with torch.no_grad():
+        before, after = (model.project(model(ids)) for model in (old, new))
+    assert after.shape[-1] == old.config.vocab_size + extend.PIECES
+    assert torch.equal(before, after[..., : before.shape[-1]])
+    rows = new.embed_tokens.weight[old.config.vocab_size :]
+    assert rows.isfinite().all() and rows.norm(dim=1).max() < 2 * old.embed_tokens.weight.norm(dim=1).max()
+
+
+def test_the_extended_checkpoint_names_its_abilities(extended):
+    family = Checkpoint.open(extended).config.family
+    assert family.answers_in_text and not Checkpoint.open(DEMO).config.family.answers_in_text
+    assert family.task("multiview").views == 8 and family.task("detect", i2i=True).box
+    assert family.task("edit", i2i=True).panels == 2  # the tasks of the family stay
+
+
+def test_a_merge_that_changes_a_known_text_is_not_learned():
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    fixed = tokenizer.encode(" fox").tokens
+    assert len(fixed) == 2  # so that there is a pair
+    merges = more_pieces.learned(tokenizer, [" fox"], [" foxes"] * 5, 10)
+    assert tuple(fixed) not in merges and merges == more_pieces.learned(tokenizer, [" fox"], [" foxes"] * 5, 10)
+    assert tuple(fixed) in more_pieces.learned(tokenizer, [], [" foxes"] * 5, 10)
+    assert more_pieces.learned(tokenizer, [], ["once"], 10) == []  # too rare
