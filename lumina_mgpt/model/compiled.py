@@ -28,10 +28,6 @@ SHAPES = 64  # at most this many shapes are compiled: torch checks the guards of
 # torch's own limit, 8 by default, raises an error above it. It counts more than shapes, such as other numbers of
 # threads.
 _RECOMPILATIONS = 4 * SHAPES
-# A loop over less than this many numbers for each thread runs on one thread. With torch's default of 512, a step starts
-# the threads six times a layer, mostly for loops of a few microseconds; with this number once, for attention. Each
-# start waits until the system runs all threads, which takes long on a busy machine.
-_CHUNK = 8192
 # Steps of a shape are timed in this many rounds, or fewer of them if they take more than this many seconds in total.
 _ROUNDS, _LEAST_ROUNDS, _SECONDS = 5, 2, 2.0
 
@@ -137,7 +133,6 @@ def compile_forward(model: Transformer) -> CompiledForward:
     options: dict[str, str | int | bool | Callable] = {
         # Without this, each step checks whether a weight was replaced: 0.3 ms for eight layers.
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-        "cpp.min_chunk_size": _CHUNK,
     }
     compiled = torch.compile(_with_own_code(model.forward), options=options, dynamic=False, fullgraph=True)
     return CompiledForward(model, limited(compiled, _RECOMPILATIONS))

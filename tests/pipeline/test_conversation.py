@@ -10,6 +10,7 @@ from PIL import Image
 from lumina_mgpt import Checkpoint, Pipeline
 from lumina_mgpt.config import Speculation
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.model.compiled import CompiledForward
 from lumina_mgpt.panels import turn_parts
 from lumina_mgpt.results import End, ImageBegun, ImageDone, RowDone
 from lumina_mgpt.unirep import generation_prompt, split
@@ -115,7 +116,7 @@ def test_a_small_cache_grows_and_keeps_its_ids(exact):
         assert ids_of(pipeline.conversation(ids=history).say("More.", **settings)) == answer
 
 
-def test_padded_steps_change_nothing(exact, monkeypatch):
+def test_padded_steps_change_nothing(exact, monkeypatch, always_compiled):
     """Compiled steps are padded to few shapes; here with the forward that they compile."""
     pipeline, settings = exact("mixed"), RANDOM | dict(text_temperature=10.0, max_new_tokens=50)
     settings["speculation"] = Speculation("noise", 16)
@@ -123,7 +124,7 @@ def test_padded_steps_change_nothing(exact, monkeypatch):
     for text in ("Add a cat.", "Again."):
         expected = ids_of(plain.say(text, **settings))
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "compiled", pipeline.model.forward)
+            patch.setattr(pipeline, "compiled", CompiledForward(pipeline.model, pipeline.model.forward))
             assert ids_of(padded.say(text, **settings)) == expected
 
 
