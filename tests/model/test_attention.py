@@ -147,6 +147,15 @@ def test_written_out_equals_the_kernel(length):
         torch.testing.assert_close(recomputed, theirs, rtol=0, atol=1e-12)
 
 
+def test_attention_for_training_equals_attention_without_gradients():
+    """Bit for bit: GRPO compares the two."""
+    q, k, v = (heads(2, 200, 3, 8, seed=s, dtype=torch.float32) for s in range(3))
+    span = span_for(0, 200, None)
+    plain = attention.sdpa(q, k, v, span, False)
+    trained = attention.sdpa(*(part.clone().requires_grad_() for part in (q, k, v)), span, False)
+    assert trained.requires_grad and torch.equal(plain, trained)
+
+
 def test_written_out_only_where_it_pays(monkeypatch):
     """bf16 and float32 on a CPU with gradients, by two functions; inference goes to the kernel."""
     used = []
