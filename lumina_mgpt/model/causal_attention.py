@@ -32,7 +32,7 @@ class CausalAttention(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         shape, scale = q.shape, q.shape[-1] ** -0.5
         T = shape[2]
-        delta = (d_out * out).sum(-1).view(-1, T, 1)
+        delta = (d_out * out).sum(-1).reshape(-1, T, 1)
         q, k, v, d_out = (part.reshape(-1, *shape[2:]) for part in (q, k, v, d_out))  # (B * N, T, H)
         d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         first, second = (q.new_empty(len(q) * min(T, QUERY_BLOCK) * T) for _ in range(2))

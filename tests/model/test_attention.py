@@ -131,8 +131,8 @@ def test_rows_of_a_cache_are_spread(dtype):
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
 def test_written_out_equals_the_kernel(length):
-    """Values and gradients, in float64 by way of the private function, at the edges of its blocks."""
-    q, k, v = (heads(2, 3, length, 8, seed=s).requires_grad_() for s in range(3))
+    """Values and gradients in float64, at the edges of blocks, in the memory layout of the model."""
+    q, k, v = (heads(2, length, 3, 8, seed=s).transpose(1, 2).requires_grad_() for s in range(3))
     outward = heads(2, 3, length, 8, seed=9)
     results = []
     for attend in (
