@@ -131,8 +131,8 @@ def test_rows_of_a_cache_are_spread(dtype):
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
 def test_written_out_equals_the_kernel(length):
-    """Values and gradients, in float64 by way of the private function, at the edges of its blocks."""
-    q, k, v = (heads(2, 3, length, 8, seed=s).requires_grad_() for s in range(3))
+    """Values and gradients in float64, at the edges of blocks, in the memory layout of the model."""
+    q, k, v = (heads(2, length, 3, 8, seed=s).transpose(1, 2).requires_grad_() for s in range(3))
     outward = heads(2, 3, length, 8, seed=9)
     results = []
     for attend in (
@@ -145,6 +145,15 @@ def test_written_out_equals_the_kernel(length):
     for stored, recomputed, theirs in zip(*results, strict=True):
         torch.testing.assert_close(stored, theirs, rtol=0, atol=1e-12)
         torch.testing.assert_close(recomputed, theirs, rtol=0, atol=1e-12)
+
+
+def test_attention_for_training_equals_attention_without_gradients():
+    """Bit for bit: GRPO compares the two."""
+    q, k, v = (heads(2, 200, 3, 8, seed=s, dtype=torch.float32) for s in range(3))
+    span = span_for(0, 200, None)
+    plain = attention.sdpa(q, k, v, span, False)
+    trained = attention.sdpa(*(part.clone().requires_grad_() for part in (q, k, v)), span, False)
+    assert trained.requires_grad and torch.equal(plain, trained)
 
 
 def test_written_out_only_where_it_pays(monkeypatch):
