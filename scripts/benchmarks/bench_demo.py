@@ -39,7 +39,7 @@ class Run:
 
     seconds: float
     processor: float
-    peak_mb: float
+    peak_mib: float
 
 
 def run_process(options: list[str]) -> Run:
@@ -61,7 +61,7 @@ def run_process(options: list[str]) -> Run:
         last = (message.strip() or "no message").splitlines()[-1]
         raise InputError(f"{' '.join(options)} must end with status 0, got {process.returncode}: {last}; run it alone")
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 1e6)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**20)
 
 
 def spread(values: list[float], digits: int = 2) -> dict[str, float]:
@@ -87,10 +87,10 @@ def start(args: argparse.Namespace) -> None:
         for options in kinds.values():  # fills the system's cache of files
             run_process(options)
         pairs = [[run_process(options) for options in kinds.values()] for _ in range(args.runs)]
-    print("| process | seconds | processor seconds | peak MB |\n| --- | --- | --- | --- |")
+    print("| process | seconds | processor seconds | peak MiB |\n| --- | --- | --- | --- |")
     for name, runs in zip(kinds, zip(*pairs, strict=True), strict=True):
         cells = (median(run.seconds for run in runs), median(run.processor for run in runs))
-        peak = median(run.peak_mb for run in runs)
+        peak = median(run.peak_mib for run in runs)
         print(f"| {name} | {cells[0]:.2f} | {cells[1]:.2f} | {peak:.0f} |")
     report = {
         "runs": args.runs,
@@ -98,8 +98,8 @@ def start(args: argparse.Namespace) -> None:
         "generate_seconds": spread([run.seconds for _, run in pairs]),
         "seconds_ratio": spread([run.seconds / base.seconds for base, run in pairs]),
         "processor_ratio": spread([run.processor / base.processor for base, run in pairs]),
-        "import_peak_mb": spread([base.peak_mb for base, _ in pairs], 0),
-        "peak_above_import_mb": spread([run.peak_mb - base.peak_mb for base, run in pairs], 0),
+        "import_peak_mib": spread([base.peak_mib for base, _ in pairs], 0),
+        "peak_above_import_mib": spread([run.peak_mib - base.peak_mib for base, run in pairs], 0),
     }
     print(json.dumps(report))
 

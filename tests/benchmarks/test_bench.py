@@ -116,7 +116,7 @@ def test_the_demo_is_timed_against_the_import_of_torch(tiny_checkpoint, capsys, 
     assert script.main(["start", "--runs", "3", "--model_path", str(tiny_checkpoint)]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["seconds_ratio"] == {"median": 2.0, "least": 1.5, "largest": 3.0}
-    assert printed["peak_above_import_mb"] == {"median": 20, "least": 5, "largest": 20}
+    assert printed["peak_above_import_mib"] == {"median": 20, "least": 5, "largest": 20}
     assert lines[0] == ["-c", "import torch"] and lines[0::2] == lines[:1] * 4 and "generate" in lines[1]
 
 
@@ -127,7 +127,7 @@ def test_a_process_of_the_demo_is_measured():
     modules = os.pathsep.join([str(ROOT / "scripts" / "benchmarks"), str(ROOT)])
     ended = subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=modules), stdout=subprocess.PIPE)
     small, large = ast.literal_eval(ended.stdout.decode())
-    assert small["peak_mb"] + 90 < large["peak_mb"] < small["peak_mb"] + 120
+    assert small["peak_mib"] + 90 < large["peak_mib"] < small["peak_mib"] + 120
     assert 0 < small["processor"] < large["processor"] and small["seconds"] > 0
     with pytest.raises(InputError, match="got 3: Spoiled"):
         module_of("bench_demo").run_process(["-c", "import sys; print('Spoiled', file=sys.stderr); sys.exit(3)"])
