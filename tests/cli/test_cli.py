@@ -20,6 +20,7 @@ from documents import guide_text
 from PIL import Image
 
 from lumina_mgpt import cli, prompt_files
+from lumina_mgpt.autotune import Measured
 from lumina_mgpt.model.compiled import CompiledForward
 from lumina_mgpt.outputs import OutputFolder
 
@@ -74,9 +75,12 @@ def test_speculation_gives_the_same_picture_and_is_in_its_text(generate, tmp_pat
 
 def test_fast_chooses_the_fastest(generate, tmp_path, monkeypatch):
     """By seconds per code: with windows that cost nothing extra, and with windows that cost too much."""
-    cases = ("wide", "64", lambda choice: 1.0), ("plain", None, lambda choice: 99.0 if choice else 1.0)
+    cases = (
+        ("wide", "16", lambda choice: Measured(1.0, choice.window if choice else 1.0)),
+        ("plain", None, lambda choice: Measured(99.0 if choice else 1.0, 1.0)),
+    )
     for name, window, costs in cases:
-        monkeypatch.setattr("lumina_mgpt.autotune._forward_seconds", lambda *args, c=costs: c(args[4]))
+        monkeypatch.setattr("lumina_mgpt.autotune._sampled", lambda *args, c=costs: c(args[2]))
         assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / name)) == 0
         with Image.open(tmp_path / name / "0_0.png") as image:
             assert image.text.get("window") == window
@@ -99,12 +103,12 @@ def test_fast_compiles_if_that_saves_time(generate, tmp_path, monkeypatch, gain,
     monkeypatch.setattr("lumina_mgpt.autotune.has_compiler", lambda device: True)
     monkeypatch.setattr("lumina_mgpt.autotune.compile_forward", making)
 
-    def costs(step, *args):
+    def costs(step, trial, choice):
         if step.compiled and gain is None:
             raise RuntimeError("no headers\nand more")
-        return (gain if step.compiled else 1.0) * (99.0 if args[3] else 1.0)
+        return Measured((gain if step.compiled else 1.0) * (99.0 if choice else 1.0), 1.0)
 
-    monkeypatch.setattr("lumina_mgpt.autotune._forward_seconds", costs)
+    monkeypatch.setattr("lumina_mgpt.autotune._sampled", costs)
     assert generate("--prompt", "a cat", "--fast", "--save_path", str(tmp_path / "made")) == 0
     with Image.open(tmp_path / "made" / "0_0.png") as image:
         assert image.text.get("compile") == ("True" if kept else None)

@@ -169,7 +169,7 @@ def test_earlier_logits_remain():
 
 def test_the_search_for_the_fastest_window_waits_for_the_device(tiny_checkpoint, monkeypatch):
     """Else it times how fast the host starts work."""
-    monkeypatch.setattr(autotune, "CODES", {None: 1.0})
+    monkeypatch.setattr(autotune, "CANDIDATES", ())
     with pretend(ROOT) as seen:
         pipeline = Pipeline.from_pretrained(tiny_checkpoint, "cuda", "bf16")
         prepared = pipeline.checkpoint.prepare(GenerationRequest.of(["a cat"], **SIZE))
