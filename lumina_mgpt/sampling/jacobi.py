@@ -5,7 +5,7 @@ the plain sampler. With the coupling `noise` they are even identical, up to roun
 of a single step round differently. This changes a code at near ties in float32, and more often in half precision.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -98,10 +98,14 @@ def jacobi_codes(
     held: Sequence[int] | None = None,
     stop: int | None = None,
     kept: Kept | None = None,
+    make_state: "Callable[..., _State] | None" = None,
 ) -> Iterator[Tensor]:
     """Yields all codes so far after each row that is final in every image, and at the end.
 
-    Arguments are those of `sample_jacobi` and of `autoregressive.sample_codes`. At least one code is not given.
+    Other arguments are those of `sample_jacobi` and of `autoregressive.sample_codes`. At least one code is not given.
+
+    Args:
+        make_state: what makes the state of the images: by default `_State`, which has no tree.
 
     Shapes: yields (B, n), where n is a multiple of `cols` or `stop`: a view of final codes, for which no kernel starts.
     """
@@ -109,7 +113,7 @@ def jacobi_codes(
     given = check_given(given, keys, layout, len(prompts))
     call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0, held=held)
     log_probs = code_log_probs(step(*call), settings)  # (B, 1, C)
-    state = _State(layout, settings, keys, speculation, origin, log_probs[:, 0])
+    state = (make_state or _State)(layout, settings, keys, speculation, origin, log_probs[:, 0])
     state.start(given, log_probs[:, 0])
     reported = layout.given // layout.cols
     while True:
