@@ -102,7 +102,10 @@ class CachedStep:
         """
         self.calls += 1
         if slots is not None and seen is not None:
-            assert self.model.attn == "sdpa", "flash-attn takes no mask"
+            if self.model.attn != "sdpa":
+                raise InputError(
+                    f"attn={self.model.attn} cannot read a tree, got one; use attn=sdpa, or no tree", "tree"
+                )
             inputs = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions, slots, seen))
             ids, positions, slots, seen = inputs
             filled = seen.shape[-1]

@@ -33,6 +33,8 @@ from lumina_mgpt.unirep import ImageLayout
 Path = tuple[int, ...]  # rank of the candidate of each position from the first of the window on
 Tree = tuple[Path, ...]  # paths that are not those of the window
 
+SIBLINGS = 2**32  # added to a position for the random numbers of siblings: those of drafts use positions below
+
 # Acceptance rates on the demo checkpoint at guidance 4, for `grow`: of drafts by the number of codes since the last
 # replaced one, and of siblings by rank if all candidates before are rejected.
 DRAFT_RATES = (0.67, 0.83, 0.91, 0.93)
@@ -108,12 +110,6 @@ class TreeCall(NamedTuple):
     seen: Tensor
 
 
-def spare_slots(layout: ImageLayout, window: int, tree: Tree) -> int:
-    """Returns the number of cache slots needed after the end of the image: drafts, nodes, and forced ids after them."""
-    window = min(window, layout.num_codes)
-    return window + window // layout.cols + 1 + 2 * len(tree)
-
-
 def sample_tree(
     step: TreeStep,
     prompts: Sequence[Sequence[int]],
@@ -127,7 +123,9 @@ def sample_tree(
     given: Tensor | None = None,
     kept: Kept | None = None,
 ) -> Tensor:
-    """Samples the codes of one image per prompt, as `jacobi.sample_jacobi`.
+    """Samples the codes of one image per prompt, as `jacobi.sample_jacobi`, with a tree of any shape.
+
+    `Speculation.tree` chooses the tree `grow` instead.
 
     Args:
         speculation: coupling `maximal`. Its window is the number of codes that a forward reads of each image: drafts
@@ -196,7 +194,7 @@ class TreeState(_State):
         super().__init__(*args)
         self.step, self.tree = step, tree
         self.nodes = Nodes(tree, self.W)
-        self.walk_numbers = int(self.nodes.siblings.max()) * self.W  # for each sibling of each position
+        self.siblings = int(self.nodes.siblings.max())
 
     def window_call(self) -> Call | TreeCall:  # type: ignore[override]
         """The call of a round: what `_State` feeds, and then the nodes of the tree with the row ends after them."""
@@ -258,9 +256,9 @@ class TreeState(_State):
 
     def sibling_uniforms(self, use: int) -> Tensor:
         """Uniform numbers of this round, to draw siblings (0) or to accept them (1). Shapes: -> (B, siblings, W)."""
-        skip = 3 * self.W
-        numbers = uniform_rows(self.keys, self.final.tolist(), self.round, skip + 2 * self.walk_numbers)
-        return numbers[:, skip:].unflatten(1, (2, -1, self.W))[:, use]
+        positions = [SIBLINGS + final for final in self.final.tolist()]
+        numbers = uniform_rows(self.keys, positions, self.round, 2 * self.siblings * self.W)
+        return numbers.unflatten(1, (2, self.siblings, self.W))[:, use]
 
     def verify(self, target: Tensor) -> None:
         """Verifies drafts and, at the first rejected one, siblings. Moves accepted nodes in the cache.
@@ -271,7 +269,9 @@ class TreeState(_State):
         positions = self.final[:, None] + torch.arange(W)
         columns = positions.clamp(max=self.N).to(target.device, non_blocking=True)
         proposal = self.proposals[self.rows, self._ring_index(positions, self.proposals)]
-        drafts, uniforms = self.candidates[..., 0].to(target.device), self._uniforms()[:2, :, :W]
+        drafts = self.candidates[..., 0].to(target.device)
+        numbers = uniform_rows(self.keys, self.final.tolist(), self.round, 2 * self.W)
+        uniforms = numbers.unflatten(1, (2, self.W)).movedim(1, 0)[..., :W]  # (2, B, W): acceptance, residual
         accepted = couplings.accepts(target[:, :W], proposal, drafts, uniforms[0])
         first = accepted.int().cumprod(1).sum(1)  # (B,) the first rejected draft, or W
         walk = _Walk(self, target, proposal, uniforms, first)
@@ -324,7 +324,7 @@ class _Walk:
         B, W = len(first), state.nodes.W
         self.last, self.nodes_at = first.clone(), torch.arange(W).repeat(B, 1)
         self.codes, self.found = torch.zeros((B, W), dtype=torch.long), torch.zeros((B, W), dtype=torch.bool)
-        rejected = first < torch.minimum(self.left, torch.tensor(W))
+        rejected = first + 1 < self.left.clamp(max=W)  # a sibling of the last position gives no further code
         images = (rejected & (self.nodes.tries[first.clamp(max=W - 1)] > 1)).nonzero().flatten()
         if len(images):
             self.siblings = state.sibling_uniforms(1)
@@ -345,7 +345,8 @@ class _Walk:
             known = False  # only the first candidate is known to be rejected
             p, q = _residual(p, q, code.to(p.device))
             accepted |= (p.sum(1) == 0).cpu()  # p and q are equal up to rounding
-            exhausted = ~accepted & (rank + 1 >= nodes.tries[node])
+            tries = torch.where(at + 1 < self.left[image], nodes.tries[node], 1)
+            exhausted = ~accepted & (rank + 1 >= tries)
             if exhausted.any():
                 uniform = self.uniforms[1, image[exhausted], at[exhausted]].to(p.device)
                 code = code.clone()

@@ -23,7 +23,7 @@ from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.sampling import tree as trees
-from lumina_mgpt.sampling.jacobi import sample_jacobi
+from lumina_mgpt.sampling.jacobi import sample_jacobi, spare_slots
 
 SHAPES = {"regular": trees.regular, "chains": trees.chains, "grow": trees.grow}
 
@@ -58,7 +58,7 @@ def forwards(pipeline: Pipeline, start: list[int], settings: SamplingConfig, rep
     """Returns the number of forwards after the prompt of one image, and the number of codes that they read."""
     layout = pipeline.checkpoint.layout()
     coupling, tree = parse(text)
-    spare = trees.spare_slots(layout, window, tree)
+    spare = spare_slots(layout, window, len(tree))
     rows = 1 if settings.cfg == 1 else 2
     config, dtype = pipeline.model.config, pipeline.dtype
     cache = KVCache(config, rows, len(start) + layout.length, dtype, pipeline.device, spare)

@@ -10,8 +10,10 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.kv_cache import KVCache
 from lumina_mgpt.model.step import CachedStep
 from lumina_mgpt.model.transformer import Transformer
+from lumina_mgpt.pipeline import Pipeline
 from lumina_mgpt.sampling import tree
 from lumina_mgpt.sampling.autoregressive import sample
+from lumina_mgpt.sampling.jacobi import spare_slots
 from lumina_mgpt.unirep import ImageLayout, generation_prompt
 
 
@@ -113,14 +115,30 @@ def plant_independent_siblings(monkeypatch):
 def plant_siblings_with_replacement(monkeypatch):
     """Siblings are drawn with replacement and verified as if without."""
     zeroed = torch.Tensor.scatter_
-    monkeypatch.setattr(
-        torch.Tensor,
-        "scatter_",
-        lambda self, dim, index, value: self if value == 0.0 and self.ndim == 3 else zeroed(self, dim, index, value),
-    )
+
+    def leave(self, dim, index, value):
+        return self if isinstance(value, float) else zeroed(self, dim, index, value)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_", leave)
 
 
 def plant_old_distribution(monkeypatch):
+    """A draft that survives keeps the distribution that it was drawn from."""
+    verify = tree.TreeState.verify
+
+    def keep_old(self, target):
+        positions = self.final[:, None] + torch.arange(self.nodes.W)
+        columns, ring = positions.clamp(max=self.N), self._ring_index(positions, self.proposals)
+        drafts, proposal = self.codes.gather(1, columns), self.proposals[self.rows, ring]
+        verify(self, target)
+        same = self.codes.gather(1, columns) == drafts
+        rows = self.rows.expand_as(columns)[same]
+        self.proposals[rows, ring[same]] = proposal[same]
+
+    monkeypatch.setattr(tree.TreeState, "verify", keep_old)
+
+
+def plant_distribution_of_the_window(monkeypatch):
     """Later drafts that follow an accepted sibling keep the distributions of the window."""
     verify = tree.TreeState.verify
 
@@ -156,6 +174,7 @@ PLANTS = [
     plant_independent_siblings,
     plant_siblings_with_replacement,
     plant_old_distribution,
+    plant_distribution_of_the_window,
     plant_wrong_mask,
     plant_cache_not_moved,
 ]
@@ -211,7 +230,7 @@ def test_each_node_has_the_logits_of_its_path(vocabulary, tiny_checkpoint):
     shape = tuple(sorted({*tree.regular(3, 3), *tree.chains(2, 6)}, key=len))
     window = len(shape) + 7
     length = max(map(len, prompts)) + layout.length
-    cache = KVCache(config, 4, length, torch.float64, "cpu", tree.spare_slots(layout, window, shape))
+    cache = KVCache(config, 4, length, torch.float64, "cpu", spare_slots(layout, window, len(shape)))
     step = CheckedStep(model, cache, vocabulary.code_slice)
     step.layout = layout
     settings, speculation = SamplingConfig(cfg=2.0, temperature=2.0), Speculation("maximal", window)
@@ -223,11 +242,11 @@ def test_each_node_has_the_logits_of_its_path(vocabulary, tiny_checkpoint):
 
 def test_images_are_independent_of_batch_composition(vocabulary):
     layout, config = ImageLayout(vocabulary, 1, 1, given=4), SamplingConfig(cfg=1.0, top_k=5)
-    prompts, keys = [generation_prompt(text, vocabulary) for text in ("a cat", "", "a dog")], [(5, 0), (5, 1), (6, 0)]
-    known = torch.zeros((3, 4), dtype=torch.long)
+    prompts, keys = [generation_prompt("a cat", vocabulary)] * 30, [(5, repeat) for repeat in range(30)]
+    known = torch.zeros((30, 4), dtype=torch.long)
     shape, speculation = tree.regular(3, 3), Speculation("maximal", 15)
     batch = tree.sample_tree(TreeTableStep(layout), prompts, layout, config, keys, speculation, shape, given=known)
-    for b in range(3):
+    for b in range(30):
         one = slice(b, b + 1)
         arguments = TreeTableStep(layout), prompts[one], layout, config, keys[one], speculation, shape
         assert torch.equal(tree.sample_tree(*arguments, given=known[one])[0], batch[b])
@@ -261,3 +280,22 @@ def test_unusable_settings_are_refused(vocabulary, coupling, window):
     arguments = [prompt], layout, SamplingConfig(), [(0, 0)], Speculation(coupling, window), tree.regular(3, 3)
     with pytest.raises(InputError, match="must"):
         tree.sample_tree(TreeTableStep(layout), *arguments)
+    with pytest.raises(InputError, match="--tree|tree"):
+        Speculation(coupling, window, tree=10)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_pipeline_samples_with_a_tree(tiny_checkpoint, cache_dtype):
+    """Greedy images are those of the plain sampler; nodes are moved across row ends, in an int8 cache with scales."""
+    pipeline = Pipeline.from_pretrained(tiny_checkpoint, device="cpu", cache_dtype=cache_dtype)
+    layout = pipeline.checkpoint.layout(32, 64)
+    starts = pipeline.checkpoint.prompt_ids(["a cat", "a hedgehog on blue"], layout)
+    greedy = SamplingConfig(cfg=2.0, top_k=1)
+    plain = pipeline.sample(starts, layout, greedy, [0, 1])
+    assert torch.equal(
+        pipeline.sample(starts, layout, greedy, [0, 1], speculation=Speculation("maximal", 20, tree=9)), plain
+    )
+    warm = SamplingConfig(cfg=2.0, temperature=0.3)
+    codes = pipeline.sample(starts, layout, warm, [0, 1], speculation=Speculation("maximal", 20, tree=9))
+    again = pipeline.sample(starts[1:], layout, warm, [1], speculation=Speculation("maximal", 20, tree=9))
+    assert torch.equal(again[0], codes[1]) and pipeline.forwards < 32
