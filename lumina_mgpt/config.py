@@ -319,4 +319,5 @@ class Speculation:
 
     def record(self) -> dict[str, object]:
         """Returns what has to be known to sample an image again."""
-        return {"coupling": self.coupling, "window": self.window} | ({"tree": self.tree} if self.tree else {})
+        record: dict[str, object] = {"coupling": self.coupling, "window": self.window}
+        return record | {"tree": self.tree} if self.tree else record

@@ -7,6 +7,7 @@ of a single step round differently. This changes a code at near ties in float32,
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -140,9 +141,9 @@ def jacobi_codes(
 def _maker(speculation: Speculation, step: Step) -> "Callable[..., _State]":
     if not speculation.tree:
         return _State
-    from lumina_mgpt.sampling.tree import TreeState, grow  # this module imports `_State`
+    from lumina_mgpt.sampling.tree import TreeState, TreeStep, grow  # this module imports `_State`
 
-    return partial(TreeState, step=step, tree=grow(speculation.tree))
+    return partial(TreeState, step=cast(TreeStep, step), tree=grow(speculation.tree))
 
 
 class _State:
