@@ -186,7 +186,7 @@ def settings_of(
     drafts: dict[str, object] = {}
     if request.speculation:
         window = request.speculation.window or default_window(device, bool(group))
-        drafts = {"coupling": request.speculation.coupling, "window": window}
+        drafts = replace(request.speculation, window=window).record()
     width, height = prepared.layout.size
     return {
         "benchmark": args.benchmark,
