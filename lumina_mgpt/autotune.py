@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lumina_mgpt.config import SamplingConfig, Speculation
+from lumina_mgpt.devices import LARGEST_AUTO_BATCH
 from lumina_mgpt.measure import wait
 from lumina_mgpt.model.compiled import compile_forward, has_compiler
 from lumina_mgpt.pipeline import Pipeline
@@ -67,7 +68,7 @@ def fastest(pipeline: Pipeline, prepared: PreparedRequest) -> Speculation | None
     `pipeline.compiled` if these save more time than the remaining compilation takes.
     """
     request, layout, start = prepared.request, prepared.layout, prepared.starts[0]
-    batch = request.batch_size or pipeline.batch_size(len(start), layout, request.sampling)
+    batch = request.batch_size or pipeline.batch_size(len(start), layout, request.sampling, largest=LARGEST_AUTO_BATCH)
     total = len(request.jobs)
     images, batches = min(batch, max(1, total)), -(-total // batch)
     given = torch.zeros((images, layout.given), dtype=torch.long)

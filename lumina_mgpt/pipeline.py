@@ -15,11 +15,11 @@ from lumina_mgpt.config import SamplingConfig, Speculation
 from lumina_mgpt.conversation import AnswerStream, Conversation
 from lumina_mgpt.describing import describe
 from lumina_mgpt.devices import (
-    LARGEST_AUTO_BATCH,
     activation_bytes,
     batch_limit,
     cache_bytes,
     default_window,
+    largest_batch,
     resolve_device,
     resolve_dtype,
 )
@@ -283,9 +283,9 @@ class Pipeline:
         layout: ImageLayout,
         settings: SamplingConfig,
         speculation: Speculation | None = None,
-        largest: int = LARGEST_AUTO_BATCH,
+        largest: int | None = None,
     ) -> int:
-        """Returns the automatic batch size: as many images as fit into memory, at most `largest` and at least 1.
+        """Returns the automatic batch size: as many images as fit, 1 to `largest`, or to `largest_batch`.
 
         On a CUDA GPU, an image takes its part of the cache and of a forward's temporaries. The images may take 90 % of
         the free memory, less what the image tokenizer needs to decode one image. Elsewhere, only the cache counts, and
@@ -310,7 +310,7 @@ class Pipeline:
         limit = batch_limit(self.device, self.image_tokenizer.working_bytes(width * height))
         if self.parallel:  # all processes need the same batches
             limit = self.parallel.least(limit)
-        return max(1, min(largest, limit // image))
+        return max(1, min(largest or largest_batch(self.device, bool(speculation)), limit // image))
 
     def sample(
         self,

@@ -55,7 +55,8 @@ class GenerationRequest:
         shown: what the panel that the instruction describes displays (default: `task.shown`).
         instruction: whole instruction, in place of the task's own, see `Task.worded`; prompts have no effect on it.
         views: number of images of one answer (default: `task.views`). Only tasks with several images take another.
-        batch_size: images sampled together; None: as many as fit the cache limit, at most 8.
+        batch_size: images sampled together; None: as many as fit the cache limit, at most
+            `devices.largest_batch`.
         share: (rank, count): this process is number `rank` (from 0) of `count` processes. It makes every count-th
             image, starting with index `rank`.
 

@@ -266,7 +266,10 @@ def add_text_sampling(group: argparse._ActionsContainer) -> None:
 def add_batch_size(group: argparse._ActionsContainer) -> None:
     """Adds --batch_size."""
     group.add_argument(
-        "--batch_size", type=whole, help="images sampled together; affects speed and memory only (default: up to 8)"
+        "--batch_size",
+        type=whole,
+        help="images sampled together; affects speed and memory only (default: up to 8, "
+        "and up to 32 for plain sampling on a CPU)",
     )
 
 

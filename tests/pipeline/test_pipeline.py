@@ -195,7 +195,9 @@ def test_opening_reads_no_weights(tiny_checkpoint, tmp_path):
 
 def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
     layout = pipeline.checkpoint.layout(64, 64)
-    assert pipeline.batch_size(100, layout, SamplingConfig()) == 8
+    assert pipeline.batch_size(100, layout, SamplingConfig()) == 32
+    assert pipeline.batch_size(100, layout, SamplingConfig(), Speculation()) == 8
+    assert pipeline.batch_size(100, layout, SamplingConfig(), largest=5) == 5
     monkeypatch.setattr(
         pipeline,
         "checkpoint",
@@ -208,7 +210,7 @@ def test_batches_are_sized_by_their_cache(pipeline, monkeypatch):
     settings = SamplingConfig(cfg=1.0)
     assert pipeline.batch_size(3000, layout, settings) == 2  # 1 MiB an id in fp32
     monkeypatch.setattr(pipeline, "cache_dtype", torch.int8)
-    assert pipeline.batch_size(3000, layout, settings) == 8
+    assert pipeline.batch_size(3000, layout, settings) == 11
     monkeypatch.setattr(pipeline_module, "ring_bytes", lambda layout, speculation: 2 << 30)
     assert pipeline.batch_size(3000, layout, settings, Speculation()) == 3
 

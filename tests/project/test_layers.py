@@ -58,7 +58,7 @@ LAYERS["pipeline"] = set(LAYERS) - {"console", "launcher", "outputs"}
 LAYERS["editing"] = {"pipeline", "preparation", "results"}
 LAYERS["scoring"] = {"errors", "checks", "families", "request", "results", "unirep", "user_functions"}
 LAYERS["scoring"] |= {"pipeline", "preparation"}
-LAYERS["autotune"] = {"config", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
+LAYERS["autotune"] = {"config", "devices", "measure", "model", "pipeline", "preparation", "sampling", "unirep"}
 LAYERS["data"] = FOUNDATIONS | {
     "checks",
     "config",
