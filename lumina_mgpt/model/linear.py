@@ -6,8 +6,11 @@ from torch import Tensor, nn
 
 # F.linear in float32 uses MKL; this operator uses oneDNN.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-# With AMX, MKL is faster up to these numbers of rows and of weights.
-_MKL_ROWS, _MKL_WEIGHTS = (3, 1 << 19) if torch.cpu.get_capabilities().get("amx_tile") else (0, 0)
+_AMX = torch.cpu.get_capabilities().get("amx_tile")
+# With AMX, MKL is faster up to these numbers of rows, and for any number of rows up to this number of weights.
+_MKL_ROWS, _MKL_WEIGHTS = (3, 1 << 19) if _AMX else (0, 0)
+# Without AMX, it is faster for these few rows of a matrix that stays in the processor's cache.
+_FEW_ROWS, _CACHED_WEIGHTS = (0, 0) if _AMX else (4, 1 << 20)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,13 +27,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (memory: 32)     oneDNN      33   28
 
     A weight of 384 x 384 with AMX and the same rows takes, in microseconds: MKL 10, 10, 11, 21, 23, 32, 47; oneDNN 24,
-    35, 35, 36, 39, 50, 67. Both libraries accumulate in float32, in different orders.
+    35, 35, 36, 39, 50, 67. Without AMX, a weight of 1024 x 384 takes on two cores, for 1, 2, 4 and 16 rows: MKL 16, 13,
+    18, 76; oneDNN 26, 59, 59, 82. Both libraries accumulate in float32, in different orders.
 
     Shapes: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
     """
     if _ONEDNN and x.numel() and x.device.type == "cpu" and x.dtype == torch.float32 == weight.dtype:
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
-            if x.numel() > _MKL_ROWS * x.shape[-1] and weight.numel() > _MKL_WEIGHTS:
+            few = x.numel() <= _FEW_ROWS * x.shape[-1] and weight.numel() <= _CACHED_WEIGHTS
+            if not few and x.numel() > _MKL_ROWS * x.shape[-1] and weight.numel() > _MKL_WEIGHTS:
                 return _ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
