@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lumina_mgpt.errors import InputError
 from lumina_mgpt.model.compiled import IDS, PARTS, CompiledForward
 from lumina_mgpt.model.graphs import Graphs
 from lumina_mgpt.model.kv_cache import CUDA_SLOTS, KVCache
