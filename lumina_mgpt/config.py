@@ -298,8 +298,6 @@ class Speculation:
         window: number of drafts that one forward verifies, 1 to 4096. A pipeline replaces None by
             `devices.default_window`; samplers need a number.
         proposal: distribution from which a new draft is drawn, one of PROPOSALS.
-        tree: number of alternatives to drafts that a forward also reads, 0 to 1024; see `sampling.tree`. They count in
-            the window. Other numbers than 0 need the coupling `maximal`.
 
     Raises:
         InputError: a value is out of range.
@@ -308,7 +306,6 @@ class Speculation:
     coupling: str = "noise"
     window: int | None = None
     proposal: str = "above"
-    tree: int = 0
 
     def __post_init__(self) -> None:
         require(self.coupling in COUPLINGS, "coupling", self.coupling, f"must be one of {', '.join(COUPLINGS)}")
@@ -316,14 +313,3 @@ class Speculation:
         if self.window is not None:
             rule = "must be a whole number in 1 ... 4096; try 32"
             object.__setattr__(self, "window", whole_number("window", self.window, 1, 4096, rule))
-        rule = "must be a whole number in 0 ... 1024; try a quarter of the window"
-        object.__setattr__(self, "tree", whole_number("tree", self.tree, 0, 1024, rule))
-        rule = "needs the coupling maximal; choose that, or no tree"
-        require(not self.tree or self.coupling == "maximal", "tree", self.tree, rule)
-        rule = f"must be less than the window of {self.window}; try a quarter of it"
-        require(self.window is None or self.tree < self.window, "tree", self.tree, rule)
-
-    def record(self) -> dict[str, object]:
-        """Returns what has to be known to sample an image again."""
-        record: dict[str, object] = {"coupling": self.coupling, "window": self.window}
-        return record | {"tree": self.tree} if self.tree else record

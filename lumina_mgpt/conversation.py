@@ -219,7 +219,7 @@ class Conversation:
         """Number of cache slots after the answer's end, for pads and drafts."""
         if speculation is None or speculation.window is None or plan.text_only:
             return _PADS
-        return _PADS + self._window_ids(speculation.window) + 2 * speculation.tree
+        return _PADS + self._window_ids(speculation.window)
 
     def _window_ids(self, window: int) -> int:
         """Largest number of ids of a window, 0 for no window. In the narrowest images it has most row ends."""

@@ -366,7 +366,7 @@ class Pipeline:
         """
         rows, length = len(starts) * (1 if settings.cfg == 1.0 else 2), max(map(len, starts)) + layout.length
         window = speculation.window if speculation and speculation.window else 0
-        spare = spare_slots(layout, window, speculation.tree) if speculation and window else 0
+        spare = spare_slots(layout, window) if window else 0
         if self.device.type == "cuda":
             return self._cuda_step(rows, length, spare, cuda_width(window_ids(layout, window) if window else 0))
         spare = compiled_spare(length, spare) if self.compiled else spare

@@ -186,7 +186,7 @@ def settings_of(
     drafts: dict[str, object] = {}
     if request.speculation:
         window = request.speculation.window or default_window(device, bool(group))
-        drafts = replace(request.speculation, window=window).record()
+        drafts = {"coupling": request.speculation.coupling, "window": window}
     width, height = prepared.layout.size
     return {
         "benchmark": args.benchmark,

@@ -139,7 +139,7 @@ def describe(pipeline: "Pipeline", args: argparse.Namespace, settings: Mapping[s
     text: dict[str, object] = {"want": args.want, **asdict(sampling_config(pipeline.checkpoint, sampling))}
     speculation = pipeline.with_window(settings["speculation"])
     if speculation is not None:
-        text |= speculation.record()
+        text |= {"coupling": speculation.coupling, "window": speculation.window}
     return text | generate.describe_pipeline(pipeline, generate.loading_text(args))
 
 

@@ -316,7 +316,7 @@ def describe(pipeline: "Pipeline", prepared: "PreparedRequest", loading: Mapping
     sampling = {name: value for name, value in sampling.items() if not name.startswith("text_")}  # images have no text
     speculation = pipeline.with_window(request.speculation)
     if speculation is not None:
-        sampling |= speculation.record()
+        sampling |= {"coupling": speculation.coupling, "window": speculation.window}
     return {"width": width, "height": height} | sampling | describe_pipeline(pipeline, loading)
 
 

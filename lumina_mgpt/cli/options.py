@@ -298,12 +298,6 @@ def add_speculation_options(parser: argparse.ArgumentParser, fast: bool = True) 
     group.add_argument(
         "--window", type=whole, help="drafts verified by one forward (default: depends on device and precision)"
     )
-    group.add_argument(
-        "--tree",
-        type=whole,
-        metavar="N",
-        help="with --coupling maximal: N codes of the window are alternatives to drafts (default: 0)",
-    )
 
 
 def speculation_settings(args: argparse.Namespace) -> Speculation | None:
@@ -315,11 +309,9 @@ def speculation_settings(args: argparse.Namespace) -> Speculation | None:
     Raises:
         InputError: options do not fit each other.
     """
-    given = {name: getattr(args, name) for name in ("coupling", "window", "tree") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("coupling", "window") if getattr(args, name) is not None}
     if getattr(args, "fast", False) and (args.speculative_jacobi or given):
-        raise InputError(
-            "--fast chooses --speculative_jacobi, --coupling, --window and --tree itself; leave those out, or it"
-        )
+        raise InputError("--fast chooses --speculative_jacobi, --coupling and --window itself; leave those out, or it")
     if args.speculative_jacobi:
         return Speculation(**given)
     for name, value in given.items():

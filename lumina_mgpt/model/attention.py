@@ -51,7 +51,6 @@ class Span:
         filled: int | None,
         dtype: torch.dtype,
         device: torch.device,
-        seen: Tensor | None = None,
     ) -> "Span":
         """Returns the span of `length` queries per row at `positions`, without host synchronization.
 
@@ -60,8 +59,6 @@ class Span:
             cache: cache that holds the keys; None if the keys are those of the queries themselves.
             filled: number of key slots to read; None for all slots. An int for `positions` overrides it.
             dtype: dtype of the mask.
-            seen: whether each query attends to each slot, (B, T, filled) bool; None if it attends to all slots up to
-                its own. `positions` must be a tensor then.
         """
         if cache is None:
             return cls(positions, length, None, True)
@@ -69,13 +66,12 @@ class Span:
             filled = positions + length
             if positions == 0 or length == 1:  # the queries see all filled slots, or a lower triangle of them
                 return cls(positions, filled, None, positions == 0 and length > 1)
-            last = torch.arange(positions, filled, device=device)[None, :]
+            seen = torch.arange(positions, filled, device=device)[None, :]
         else:
             filled = cache.slots if filled is None else filled
-            last = positions
+            seen = positions
         assert 0 < filled <= cache.slots, f"filled = {filled} of {cache.slots} slots"
-        hidden = ~seen[:, None] if seen is not None else cache.index[:filled] > last[:, None, :, None]
-        # (B or 1, 1, T, S)
+        hidden = cache.index[:filled] > seen[:, None, :, None]  # (B or 1, 1, T, S)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         return cls(positions, filled, mask, False)
 

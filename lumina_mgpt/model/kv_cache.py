@@ -100,12 +100,6 @@ class KVCache:
         for tensor in self.tensors():
             tensor[:, :, :filled] = tensor[source.to(tensor.device), :, :filled]
 
-    def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copies slot `source[i]` of row `rows[i]` to slot `target[i]`, for every i. Shapes: each (n,)."""
-        for tensor in self.tensors():
-            row, old, new = (index.to(tensor.device) for index in (rows, source, target))
-            tensor[row, :, new] = tensor[row, :, old]
-
     def keep_rows(self, rows: Tensor) -> None:
         """Drops all rows but `rows`, and frees their memory. Row `rows[r]` becomes row r.
 

@@ -74,37 +74,17 @@ class CachedStep:
 
         return keep
 
-    def __call__(
-        self, ids: Tensor, positions: Tensor, read: Tensor, slots: Tensor | None = None, seen: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, read: Tensor) -> Tensor:
         """Returns the logits after the ids at columns `read`.
 
-        Args:
-            slots, seen: for a tree of drafts; see `sampling.tree.TreeStep`. Such a step runs neither compiled nor as a
-                graph.
-
-        Shapes: ids, positions, slots (R, T) int64; read (R, Q) int64; seen (R, T, S) bool -> (R, Q, C).
+        Shapes: ids, positions (R, T) int64; read (R, Q) int64 -> (R, Q, C).
         """
         self.calls += 1
-        if slots is not None and seen is not None:
-            if self.model.attn != "sdpa":
-                raise InputError(
-                    f"attn={self.model.attn} cannot read a tree, got one; use attn=sdpa, or no tree", "tree"
-                )
-            inputs = (tensor.to(self.device, non_blocking=True) for tensor in (ids, positions, slots, seen))
-            ids, positions, slots, seen = inputs
-            filled = seen.shape[-1]
-            hidden = self.model(ids, positions=positions, cache=self.cache, filled=filled, slots=slots, seen=seen)
-            return self._logits(hidden, read)
         T = ids.shape[1]
         if self.calls > 1:
             return (self._on_cuda if self.device.type == "cuda" else self._later)(ids, positions, read)
         fresh = torch.equal(positions, torch.arange(T).expand_as(positions))
         return self._fresh(ids, read) if fresh else self._later(ids, positions, read)
-
-    def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copies slot `source[i]` of row `rows[i]` of the cache to slot `target[i]`, for every i. Shapes: each (n,)."""
-        self.cache.move(rows, source, target)
 
     def restart(self) -> None:
         """Prepares for the prompts of another batch of the same shape. Graphs and memory are kept."""

@@ -275,8 +275,6 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         filled: int | None = None,
         documents: tuple[int, ...] = (),
-        slots: Tensor | None = None,
-        seen: Tensor | None = None,
     ) -> Tensor:
         """Returns the hidden states after the final norm. `project` computes logits from them.
 
@@ -289,8 +287,6 @@ class Transformer(nn.Module):
                 slots).
             documents: lengths of the sequences that each row packs, T in total. The sequences do not attend to each
                 other, and the positions of each start at 0. Not allowed with a cache.
-            slots: cache slot of each id, (B, T) (default: the positions).
-            seen: whether each id attends to each slot, (B, T, filled) bool; given together with `slots`.
 
         Shapes: ids (B, T), positions (B, T); returns (B, T, D).
         """
@@ -304,8 +300,7 @@ class Transformer(nn.Module):
             span, length = Span(0, T, None, True, documents), max(documents)
             positions = torch.cat([torch.arange(n, device=ids.device) for n in documents])
         else:
-            place = positions if slots is None else slots
-            span = Span.of(T, place, cache, filled, hidden.dtype, ids.device, seen)
+            span = Span.of(T, positions, cache, filled, hidden.dtype, ids.device)
         if isinstance(positions, int):
             positions = torch.arange(positions, positions + T, device=ids.device)
         rope = rope_angles(self.config, positions, length, hidden.dtype)

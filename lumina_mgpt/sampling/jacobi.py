@@ -5,9 +5,7 @@ the plain sampler. With the coupling `noise` they are even identical, up to roun
 of a single step round differently. This changes a code at near ties in float32, and more often in half precision.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import cast
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,19 +30,18 @@ from lumina_mgpt.unirep import ImageLayout
 
 
 def window_size(layout: ImageLayout, speculation: Speculation) -> int:
-    """Returns the number of drafts per round and image: `speculation.window` without the tree, at most all codes."""
+    """Returns the number of drafts per round and image: `speculation.window`, or all codes if the image has fewer."""
     assert speculation.window is not None, "a sampler needs a window"
-    return min(speculation.window - speculation.tree, layout.num_codes)
+    return min(speculation.window, layout.num_codes)
 
 
-def spare_slots(layout: ImageLayout, window: int, tree: int = 0) -> int:
+def spare_slots(layout: ImageLayout, window: int) -> int:
     """Returns the number of cache slots needed after the end of the image.
 
-    The window of a nearly complete image extends past the end of the image and writes to these slots. The nodes of a
-    tree follow it, each of them with at most one row end.
+    The window of a nearly complete image extends past the end of the image and writes to these slots.
     """
-    drafts = min(window - tree, layout.num_codes)
-    return drafts + drafts // layout.cols + 1 + 2 * tree
+    window = min(window, layout.num_codes)
+    return window + window // layout.cols + 1
 
 
 def window_ids(layout: ImageLayout, window: int) -> int:
@@ -101,14 +98,10 @@ def jacobi_codes(
     held: Sequence[int] | None = None,
     stop: int | None = None,
     kept: Kept | None = None,
-    make_state: "Callable[..., _State] | None" = None,
 ) -> Iterator[Tensor]:
     """Yields all codes so far after each row that is final in every image, and at the end.
 
-    Other arguments are those of `sample_jacobi` and of `autoregressive.sample_codes`. At least one code is not given.
-
-    Args:
-        make_state: what makes the state of the images (default: what `speculation` needs).
+    Arguments are those of `sample_jacobi` and of `autoregressive.sample_codes`. At least one code is not given.
 
     Shapes: yields (B, n), where n is a multiple of `cols` or `stop`: a view of final codes, for which no kernel starts.
     """
@@ -116,7 +109,7 @@ def jacobi_codes(
     given = check_given(given, keys, layout, len(prompts))
     call, origin = first_call(prompts, layout, given, guided=settings.cfg != 1.0, held=held)
     log_probs = code_log_probs(step(*call), settings)  # (B, 1, C)
-    state = (make_state or _maker(speculation, step))(layout, settings, keys, speculation, origin, log_probs[:, 0])
+    state = _State(layout, settings, keys, speculation, origin, log_probs[:, 0])
     state.start(given, log_probs[:, 0])
     reported = layout.given // layout.cols
     while True:
@@ -136,14 +129,6 @@ def jacobi_codes(
             continue  # the images that go on may have more final rows, or be complete
         log_probs = code_log_probs(step(*state.window_call()), settings)  # (B, W, C)
         state.verify(log_probs)
-
-
-def _maker(speculation: Speculation, step: Step) -> "Callable[..., _State]":
-    if not speculation.tree:
-        return _State
-    from lumina_mgpt.sampling.tree import TreeState, TreeStep, grow  # this module imports `_State`
-
-    return partial(TreeState, step=cast(TreeStep, step), tree=grow(speculation.tree))
 
 
 class _State:

@@ -45,5 +45,5 @@ def settings_text(request: GenerationRequest, job: ImageJob) -> dict[str, object
     text: dict[str, object] = {"prompt": job.prompt, "repeat": job.repeat}
     text |= {name: getattr(sampling, name) for name in ("cfg", "top_k", "temperature", "seed")}
     if request.speculation is not None:
-        text |= request.speculation.record()
+        text |= {"coupling": request.speculation.coupling, "window": request.speculation.window}
     return text | {"software": f"lumina_mgpt {__version__}"}
