@@ -17,10 +17,12 @@ class Turn:
     Attributes:
         image: the whole image.
         result: the edited picture alone.
+        seed: the seed that it was sampled with.
     """
 
     image: Image.Image
     result: Image.Image
+    seed: int
 
 
 def turns_of(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Turn]:
@@ -42,7 +44,7 @@ def _panel_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -
     for index, sampling in enumerate(prepared.request.sampling.with_seeds(len(prepared.starts))):
         (result,) = pipeline.stream(prepared.single(index, panel, sampling=sampling), on_row)
         panel = result.panel_codes
-        yield Turn(result.image, result.panel)
+        yield Turn(result.image, result.panel, sampling.seed)
 
 
 def _conversation_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: OnRow) -> Iterator[Turn]:
@@ -60,4 +62,4 @@ def _conversation_turns(pipeline: Pipeline, prepared: PreparedRequest, on_row: O
             if isinstance(event, RowDone):
                 on_row(RowsDone(jobs[index : index + 1], event.codes[None], event.layout))
             elif isinstance(event, ImageDone):
-                yield Turn(event.image, event.image)
+                yield Turn(event.image, event.image, sampling.seed)

@@ -139,7 +139,7 @@ def make(
     layout, instructions = prepared.layout, prepared.request.prompts
     picture, turns = prepared.picture, len(instructions)
     assert picture is not None
-    strip, seeds = [picture], prepared.request.sampling.with_seeds(turns)
+    strip = [picture]
     total = turns * (layout.num_codes - layout.given)
     try:
         interval, silent = cli.bar_interval(), output is None
@@ -155,7 +155,7 @@ def make(
                 if number == 1:
                     output.save(plan.panel_file, picture)
                 strip.append(edited.result)
-                text = dict(described) | {"instruction": instruction, "turn": number, "seed": seeds[number - 1].seed}
+                text = dict(described) | {"instruction": instruction, "turn": number, "seed": edited.seed}
                 if layout.panels > 1:
                     output.save(result_file(f"edit_{number}"), edited.result, text)
                 path = output.save(f"edit_{number}.png", edited.image, text)
