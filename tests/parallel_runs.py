@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which torch.distributed.tensor imports at its first use; not part of what is measured
 import torch.distributed.tensor.parallel  # takes seconds, here once for all processes
 from PIL import Image
 
