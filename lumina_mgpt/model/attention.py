@@ -14,9 +14,8 @@ from lumina_mgpt.kernels import dispatch
 from lumina_mgpt.model.causal_attention import CausalAttention
 from lumina_mgpt.model.kv_cache import Cached, KVCache, Scaled
 
-QUERY_BLOCK = 128  # queries of one block of `_causal_blocks`
-MAX_CAUSAL_BLOCKS = 1024  # longest sequence of `_causal_blocks`
 HALVES = (torch.bfloat16, torch.float16)
+_TRAINED = (torch.bfloat16, torch.float32)  # types that `CausalAttention` serves on a CPU
 # Except on CUDA: up to this many queries attention reads int8 integers; above, a layer's cache is dequantized.
 INT8_QUERIES = 256
 # On a CPU: how many numbers of a cache are converted to float32 at once (4 MB: 1024 slots, 8 heads of width 128), and
@@ -137,9 +136,7 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     k, v = (part.dequantize(q.dtype) if isinstance(part, Scaled) else part for part in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16 and not grouped:
-        return _causal_blocks(q, k, v).transpose(1, 2)
-    if span.causal and q.requires_grad and q.device.type == "cpu" and q.dtype == torch.float32 and not grouped:
+    if span.causal and q.requires_grad and q.device.type == "cpu" and not grouped and q.dtype in _TRAINED:
         return CausalAttention.apply(q, k, v).transpose(1, 2)
     if grouped and span.mask is not None and q.device.type == "cuda":
         return _grouped(q, k, v, span.mask).transpose(1, 2)
@@ -195,27 +192,6 @@ def _native(q: Tensor, k: Cached, v: Cached, span: Span) -> Tensor:
     if isinstance(k, Scaled) and isinstance(v, Scaled):
         return torch.ops.lumina_mgpt.one_query(q.contiguous(), k.integers, v.integers, k.scales, v.scales, slots)
     return torch.ops.lumina_mgpt.one_query(q.contiguous(), k, v, None, None, slots)
-
-
-def _causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by plain products, one block of queries at a time against the keys that it sees.
-
-    For training on a CPU, where the backward of torch's fused kernel is slow. Forward and backward of 32 rows, 6 heads
-    of 64, in bf16, ms on one core (fused kernel, this function, this function compiled): 213, 119, 87 for T = 256;
-    415, 207, 156 for T = 350. It stores the probabilities for the backward, so T > 1024 uses the fused kernel.
-
-    Shapes: q, k, v and the result (B, N, T, H).
-    """
-    T, H = q.shape[-2:]
-    if T > MAX_CAUSAL_BLOCKS:
-        return torch_attention(q, k, v, is_causal=True)
-    mixed = []
-    for start in range(0, T, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, T)
-        unseen = q.new_full((stop - start, stop), float("-inf")).triu_(start + 1)
-        scores = q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2)
-        mixed.append(torch.add(unseen, scores, alpha=H**-0.5).softmax(-1) @ v[:, :, :stop])
-    return torch.cat(mixed, 2)
 
 
 def _outside_torch_kernel(q: Tensor, k: Cached, cached: bool) -> bool:
