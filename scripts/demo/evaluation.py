@@ -75,7 +75,8 @@ class _Stack:
     """All emoji as matrices, to compare a cell with all of them by matrix products.
 
     Attributes:
-        pictures: what `of` was given.
+        pictures: the emoji by name, as given.
+        names: their names, in the order of the matrices.
         premultiplied: colour times opacity, (emoji, pixels · 3).
         opacity: (emoji, pixels).
     """
