@@ -32,10 +32,11 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor):
-        parts = (d_out, *ctx.saved_tensors)
+        saved = ctx.saved_tensors  # read once: checkpointing frees what it has unpacked
+        parts = (d_out, *saved)
         with torch.autocast("cpu", enabled=False):  # which would compute the products in bfloat16
             gradients = _gradients(*(part.float() if part.dtype == torch.bfloat16 else part for part in parts))
-        return tuple(gradient.to(part.dtype) for gradient, part in zip(gradients, ctx.saved_tensors[:3], strict=True))
+        return tuple(gradient.to(part.dtype) for gradient, part in zip(gradients, saved[:3], strict=True))
 
 
 def _gradients(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_formula import formula, heads
+from torch.utils.checkpoint import checkpoint
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
@@ -166,6 +167,13 @@ def test_gradients_in_bfloat16_under_autocast():
     wanted = torch.autograd.grad(attention.sdpa(*wide, span_for(0, 200, None), False), wide, outward)
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == torch.bfloat16 and (one.double() - other).norm() < 0.02 * other.norm()
+
+
+def test_gradients_under_activation_checkpointing():
+    q, k, v = (part.requires_grad_() for part in torch.randn(3, 1, 2, 150, 8))
+    plain = torch.autograd.grad(CausalAttention.apply(q, k, v).sum(), (q, k, v))
+    recomputed = checkpoint(CausalAttention.apply, q, k, v, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(recomputed.sum(), (q, k, v)), plain))
 
 
 def test_written_out_only_where_it_pays(monkeypatch):
