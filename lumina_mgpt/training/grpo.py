@@ -23,7 +23,14 @@ from lumina_mgpt.prompt_files import read_prompts
 from lumina_mgpt.training import base
 from lumina_mgpt.training.adapters import without_adapters
 from lumina_mgpt.training.distributed import Processes, clip_gradients, place, read
-from lumina_mgpt.training.grpo_objective import Inputs, PolicyModel, advantages, image_inputs, policy_terms
+from lumina_mgpt.training.grpo_objective import (
+    Inputs,
+    PolicyModel,
+    advantages,
+    image_inputs,
+    policy_terms,
+    process_advantages,
+)
 from lumina_mgpt.training.grpo_options import GrpoConfig
 from lumina_mgpt.training.grpo_prompts import PromptFeed, Prompts
 from lumina_mgpt.training.grpo_rewards import Rewards
@@ -62,7 +69,8 @@ class GrpoTrainer(Trainer):
     # -- what differs from the finetuning ------------------------------------------------------------------------------
 
     def _read_sources(self) -> list:
-        self.rewards = Rewards(self.grpo.rewards, self.settings.data.batch_size)
+        by_code = self.grpo.supervision == "process"
+        self.rewards = Rewards(self.grpo.rewards, self.settings.data.batch_size, by_code)
         return read_prompts(None, self.grpo.prompt_file, "prompt_file")
 
     def _read_data(self, sources: list, vocabulary: Vocabulary, config: ModelConfig) -> tuple[Prompts, PromptFeed]:
@@ -79,7 +87,7 @@ class GrpoTrainer(Trainer):
             raise InputError(f"must be a task that makes one image, got {options.task}; try t2i", "task")
         layout = checkpoint.layout(options.width, options.height, task)
         prompts = Prompts(sources, checkpoint.prompt_ids(sources, layout, task, parameter="prompt_file"), layout)
-        self.rewards.check(sources[0], layout.size)
+        self.rewards.check(sources[0], layout.size, config.family)
         narrow = runtime.precision == "bf16"
         self.sampler = GroupSampler(checkpoint, images, prompts, options, self.processes, narrow)
         self.policy = options.sampling(config.num_image_codes)
@@ -128,13 +136,15 @@ class GrpoTrainer(Trainer):
         groups = self.sampler.draw(self.model, self.feed.next_step(), seed, "images", self.at)
         times.append(time.monotonic())
         scores, pictures = self._score(groups)
-        rewards = self.rewards.total(scores).view(-1, self.grpo.group_size)  # (groups, group size)
+        rewards, advantage = self._compare(self.rewards.total(scores))
         times.append(time.monotonic())
-        learned = self._learn(groups, advantages(rewards, self.grpo.advantage).flatten(), began)
+        learned = self._learn(groups, advantage, began)
         self._draw_sheet(pictures, groups, rewards)
         times.append(time.monotonic())
         size = self.grpo.group_size
         alike = rewards.amax(1) == rewards.amin(1)
+        if self.rewards.by_code:
+            scores = scores.sum(2)
         sums = [*scores.sum(0).tolist(), *(float(part.sum()) for part in (rewards, rewards.std(1), alike))]
         *means, total, spread, equal = (value / self.grpo.images for value in self.processes.sum(*sums))
         self.at, self.tokens = self.at + 1, self.tokens + self.grpo.images * self.dataset.layout.num_codes
@@ -154,8 +164,21 @@ class GrpoTrainer(Trainer):
         }
         self.metrics.step(row)
 
+    def _compare(self, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the rewards of the images and the advantages of their codes.
+
+        Shapes: rewards (B,) or, of each code, (B, codes) -> (groups, group size) and (B · codes,).
+        """
+        options = self.grpo
+        rewards = rewards.unflatten(0, (-1, options.group_size))
+        if self.rewards.by_code:
+            each = process_advantages(rewards, options.advantage, options.discount)
+            return rewards.sum(2), each.flatten()
+        each = advantages(rewards, options.advantage).flatten()
+        return rewards, each.repeat_interleave(self.dataset.layout.num_codes)
+
     def _score(self, groups: Groups) -> tuple[Tensor, list]:
-        """Returns the scores of this process's images, (B, rewards), and their pictures if they are needed."""
+        """Returns the scores of this process's images as `Rewards.with_own`, and their pictures if they are needed."""
         pictures: list[Image.Image] = []
         with self.processes.together("score its images"):  # else the others would wait for it
             if self.rewards.need_pictures or self._sheet_due:
@@ -196,7 +219,7 @@ class GrpoTrainer(Trainer):
         parts = [
             image_inputs(groups.starts[span], groups.codes[span], layout, self.policy.cfg != 1.0) for span in spans
         ]
-        columns, weights = layout.vocabulary.code_slice, advantage.float().repeat_interleave(layout.num_codes)
+        columns, weights = layout.vocabulary.code_slice, advantage.float()
         reference: list[Tensor | None] = [None] * len(parts)
         if options.kl:
             reference = [self._reference_log_probs(part, columns, self.policy) for part in parts]

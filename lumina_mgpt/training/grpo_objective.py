@@ -126,6 +126,28 @@ def advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     return torch.where(equal, 0.0, centred)
 
 
+def process_advantages(rewards: Tensor, scale: str = "std", discount: float = 1.0) -> Tensor:
+    """Returns the advantage of each code: its reward and those of the codes after it, compared within the group.
+
+    The return of code t is the sum over j >= t of discount ** (j - t) · rewards[j]. The advantage is the return minus
+    the mean of the group at this code.
+
+    Args:
+        scale: "std" divides by the standard deviation of all these differences of a group, "mean" does not.
+
+    Shapes: rewards (groups, group size, codes), float64 -> the same.
+    Source: process supervision in DeepSeekMath (arXiv 2402.03300), section 4.1.3. There, the mean is that of all steps
+        of a group, and there is no discount.
+    """
+    returns = rewards.clone()
+    for at in range(rewards.shape[2] - 2, -1, -1):
+        returns[:, :, at] += discount * returns[:, :, at + 1]
+    centred = returns - returns.mean(1, keepdim=True)
+    if scale == "std":
+        centred = centred / (centred.square().mean((1, 2), keepdim=True).sqrt() + _EPSILON)
+    return torch.where(returns.amax(1, keepdim=True) == returns.amin(1, keepdim=True), 0.0, centred)
+
+
 class Terms(NamedTuple):
     """Sums over the codes of some images: the loss with gradient, and the others without.
 

@@ -14,6 +14,7 @@ from lumina_mgpt.training.options import (
     MISSING,
     NOT_NEGATIVE,
     POSITIVE,
+    SHARE,
     Options,
     Rule,
     TrainingConfig,
@@ -99,6 +100,13 @@ class GrpoOptions(Options):
         "reward minus the mean of the group; std: over its standard deviation, too",
         choices=("std", "mean"),
     )
+    supervision: str = option(
+        "outcome",
+        "what a code earns; outcome: the advantage of its image. process: that of its own share of the reward and of "
+        "the codes after it, which needs --reward bayes",
+        choices=("outcome", "process"),
+    )
+    discount: float = option(1.0, "process: factor of the reward of each further code; 0: its own share alone", SHARE)
     clip: float = option(0.2, "ratios of probabilities below 1 - CLIP or above 1 + CLIP earn nothing more", FRACTION)
     clip_high: float = option(0.0, "another limit above 1 (default: --clip)", NOT_NEGATIVE)
     kl: float = option(0.04, "weight of the divergence from the model that the run started from", NOT_NEGATIVE)

@@ -28,13 +28,14 @@ class Rewards:
     Args:
         rewards: names and weights.
         batch: images that the reference reads together.
+        by_code: whether scores are those of each code, which only `bayes` has.
 
     Raises:
         InputError: a function cannot be loaded.
     """
 
-    def __init__(self, rewards: Sequence[Reward], batch: int) -> None:
-        self.rewards, self.batch = rewards, batch
+    def __init__(self, rewards: Sequence[Reward], batch: int, by_code: bool = False) -> None:
+        self.rewards, self.batch, self.by_code = rewards, batch, by_code
         self.scorers = []
         for reward in rewards:
             try:
@@ -51,15 +52,20 @@ class Rewards:
         """Whether a reward needs images, not only codes."""
         return any(scorer.function is not None for scorer in self.scorers)
 
-    def check(self, prompt: str, size: tuple[int, int]) -> None:
+    def check(self, prompt: str, size: tuple[int, int], family: Family) -> None:
         """Calls each function with two plain pictures, so that its faults are found before any sampling.
 
         Args:
             size: width and height of the pictures.
 
         Raises:
-            InputError: a function raises, or does not return one finite number for each picture.
+            InputError: a function raises, or does not return one finite number for each picture; or a reward gives no
+                scores of codes, and these are wanted.
         """
+        for scorer in self.scorers if self.by_code else ():
+            if scorer.function is not None or scorer.kind(family) != "bayes":
+                rule = f"must be bayes for --supervision process, which gives each code a score, got {scorer.name}"
+                raise InputError(rule, "reward")
         pictures = [Image.new("RGB", size, color) for color in ("gray", "white")]
         for scorer in self.scorers:
             if scorer.function is not None:
@@ -92,13 +98,15 @@ class Rewards:
     ) -> Tensor:
         """Returns the scores of all rewards for B images, without weights. All processes call the method together.
 
+        With `by_code`, these are the scores of each code, whose sum is that of the image.
+
         Args:
             found: what `of_functions` returned.
             prompts: the prompt of each image.
             starts: its ids, up to image start.
             codes: codes of the images, (B, rows, cols), on the CPU.
 
-        Shapes: -> (B, rewards), float64 on the CPU.
+        Shapes: -> (B, rewards), or (B, rewards, codes) with `by_code`, float64 on the CPU.
         """
         columns = []
         for scorer, scores in zip(self.scorers, found, strict=True):
@@ -108,13 +116,15 @@ class Rewards:
                 if scorer.kind(family) == "reading":
                     parts.append(_reading(prompts[span], codes[span], layout.vocabulary, likelihood))
                 else:
-                    parts.append(_bayes(starts[span], codes[span], layout, likelihood))
+                    each = _bayes(starts[span], codes[span], layout, likelihood)
+                    parts.append(each if self.by_code else each.sum(1))
             columns.append(torch.cat(parts))
         return torch.stack(columns, 1)
 
     def total(self, scores: Tensor) -> Tensor:
-        """Returns the weighted sum of the scores. Shapes: (B, rewards) -> (B,)."""
-        return scores @ torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
+        """Returns the weighted sum of the scores. Shapes: (B, rewards, ...) -> (B, ...)."""
+        weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64)
+        return torch.einsum("br...,r->b...", scores, weights)
 
 
 def _call(scorer: Scorer, pictures: list[Image.Image], prompts: list[str]) -> tuple[float, ...]:
@@ -126,7 +136,12 @@ def _call(scorer: Scorer, pictures: list[Image.Image], prompts: list[str]) -> tu
 
 
 def _bayes(starts: Sequence[Sequence[int]], codes: Tensor, layout: ImageLayout, likelihood: Likelihood) -> Tensor:
-    """Returns log P(codes | prompt) - log P(codes) of each image, in nats: `scoring.bayes_score` for a batch."""
+    """Returns log P(code | prompt, codes before) - log P(code | codes before) of each code, in nats.
+
+    Their sum is `scoring.bayes_score`. A score is the change of log P(prompt | codes so far) by the code.
+
+    Shapes: codes (B, rows, cols) -> (B, rows · cols).
+    """
     columns = layout.vocabulary.code_slice
     settings = SamplingConfig(cfg=1.0, top_k=layout.vocabulary.num_image_codes)
     nothing: list[list[int]] = [[]] * len(codes)  # the unconditional rows of guidance
@@ -134,7 +149,7 @@ def _bayes(starts: Sequence[Sequence[int]], codes: Tensor, layout: ImageLayout, 
         likelihood(image_inputs(rows, codes, layout, guided=False), columns, settings).cpu().double()
         for rows in (starts, nothing)
     ]
-    return (both[0] - both[1]).view(len(codes), -1).sum(1)
+    return (both[0] - both[1]).view(len(codes), -1)
 
 
 def _reading(prompts: Sequence[str], codes: Tensor, vocabulary: Vocabulary, likelihood: Likelihood) -> Tensor:

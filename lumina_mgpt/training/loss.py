@@ -14,6 +14,7 @@ WHOLE_LOGITS = 1 << 25  # up to this number (128 MiB in float32) the loss is not
 # faster than those of 391.
 CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 1 << 26, 3 << 25
 CACHE_LOGITS = 1 << 19  # on a CPU: logits of a few rows, 2 MiB, that are computed in the processor's cache
+SLAB_ROWS = 1 << 12  # on a CPU: rows of the head's gradient that are added together, in the processor's cache
 SUM_ROWS = 32  # on a GPU: rows of logits that are computed together
 MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the head takes longer than the product
 
@@ -58,7 +59,6 @@ class ChunkedLoss(torch.autograd.Function):
         weight: weight of the head.
         targets: label of each row.
         z_weight, tail_weight: weights of the z-loss and of the tail term, see `token_losses`.
-
         memory: a tensor that the gradient of the weight overwrites; None to allocate one.
 
     Shapes: rows (L, D), weight and memory (V, D), targets (L,). Returns three scalars: the sum cross + z_weight * z,
@@ -95,9 +95,8 @@ class ChunkedLoss(torch.autograd.Function):
                     d_rows[span] = d_logits @ head
                 if d_weight is not None and direct:
                     d_weight.addmm_(d_logits.T, chunk, beta=int(span.start > 0))
-                elif d_weight is not None:  # in parts: a whole product would take the memory of another head
-                    for slab in _spans(len(head), max(1, CHUNK_LOGITS // head.shape[1])):
-                        d_weight[slab] += d_logits[:, slab].T @ chunk
+                elif d_weight is not None:
+                    _add_product(d_weight, d_logits, chunk)
         ctx.gradients = d_rows, d_weight
         ctx.mark_non_differentiable(cross, z)
         return cross + z_weight * z, cross, z
@@ -129,6 +128,20 @@ def _gradient_like(weight: Tensor, memory: Tensor | None, direct: bool) -> Tenso
     return memory if direct else memory.zero_()
 
 
+def _add_product(total: Tensor, d_logits: Tensor, chunk: Tensor) -> None:
+    """Adds `d_logits.T @ chunk` to `total`, whose dtype is wider, without the memory of a whole product.
+
+    Shapes: total (V, D), d_logits (L, V), chunk (L, D).
+    """
+    count = SLAB_ROWS if total.device.type == "cpu" else max(1, CHUNK_LOGITS // total.shape[1])
+    product = chunk.new_empty(min(count, len(total)), total.shape[1])
+    wide = torch.empty_like(product, dtype=total.dtype)  # a sum of two dtypes would allocate it for each slab
+    for slab in _spans(len(total), count):
+        size = slab.stop - slab.start
+        torch.mm(d_logits[:, slab].T, chunk, out=product[:size])
+        total[slab] += wide[:size].copy_(product[:size])
+
+
 def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight: float) -> tuple[Tensor, Tensor]:
     """Returns both sums of `token_losses`. The gradient of cross + z_weight * z overwrites the logits.
 
@@ -138,11 +151,12 @@ def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight
     if logits.device.type == "cpu":
         threads = torch.get_num_threads()  # the same number of rows for each
         count = threads * max(1, CACHE_LOGITS // (threads * logits.shape[-1]))
-    sums = []
+    sums, narrow = [], logits.dtype != torch.float32
+    memory = logits.new_empty((count, logits.shape[1]) if narrow else 0, dtype=torch.float32)
     for part, labels in zip(logits.split(count), targets.split(count), strict=True):
-        wide = part.float()
+        wide = memory[: len(part)].copy_(part) if narrow else part
         sums.append(_block_with_gradient(wide, labels, z_weight, tail_weight))
-        if wide is not part:
+        if narrow:
             part.copy_(wide)
     cross, z = torch.stack(sums).sum(0)
     return cross, z

@@ -3,10 +3,10 @@
     python scripts/benchmarks/bench_train.py
 
 The sides are the plain loop, the same compiled by torch.compile, this project's step, the same with `--compile`, and
-with `--checkpointing`. Each side runs in its own process, in float32. `--runs` rounds run all sides in turn; a speed is
-a ratio of two sides of one round. The first step of a process is not timed: it compiles, and allocates the optimizer's
-state. `beyond_gb` is peak memory less weights, gradients and optimizer state, which take 16 bytes a parameter on each
-side; on compiled sides it includes the compiler.
+with `--checkpointing`. Each side runs in its own process, in float32, or with `--precision bf16` in torch's autocast
+as in the trainer. `--runs` rounds run all sides in turn; a speed is a ratio of two sides of one round. The first step of
+a process is not timed: it compiles, and allocates the optimizer's state. `beyond_gb` is peak memory less weights,
+gradients and optimizer state, which take 16 bytes a parameter on each side; on compiled sides it includes the compiler.
 
 The defaults need 12 GB and many minutes, most of which the compiler takes. The last line is JSON. Linux only.
 """
@@ -40,6 +40,7 @@ SIZES = {
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="bench_train.py", description="Measures a training step against a plain loop.")
     add_sizes(parser, SIZES)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of matrix products")
     parser.add_argument("--runs", type=cli.whole, default=3, help="runs of each side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="measure only these sides")
     parser.add_argument("--side", choices=SIDES, help="measure only this side, once, in this process")
@@ -101,6 +102,8 @@ def chameleon_of(model):
 
 def timed(model, optimizer, loss: Callable, args: argparse.Namespace) -> dict:
     """Runs training steps of `loss`; see `measure`."""
+    import torch
+
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM
@@ -108,7 +111,8 @@ def timed(model, optimizer, loss: Callable, args: argparse.Namespace) -> dict:
     losses, seconds = [], []
     for _ in range(args.steps):
         began = time.monotonic()
-        value = loss()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            value = loss()
         value.backward()
         optimizer.step()
         model.zero_grad()
@@ -140,7 +144,7 @@ def bench(args: argparse.Namespace) -> None:
 
 def one_run(side: str, args: argparse.Namespace) -> dict:
     """Returns what `measure` returns for one side, in a new process."""
-    line = [sys.executable, __file__, "--side", side]
+    line = [sys.executable, __file__, "--side", side, "--precision", args.precision]
     line += [part for name in SIZES for part in (f"--{name}", str(getattr(args, name)))]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

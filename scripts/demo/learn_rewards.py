@@ -37,14 +37,18 @@ _MISSES = 200  # captions in a row that are there already, after which no more a
 _SEED = 50_000  # of the noise, other than that of evaluate.py
 
 
-def prompts_of(held_out: bool, count: int, seed: int) -> dict[str, Scene]:
-    """Returns different captions of single emoji, held out of training or not, with their scenes.
+def prompts_of(held_out: bool, count: int, seed: int, row: str = "one emoji") -> dict[str, Scene]:
+    """Returns different captions with their scenes, held out of training or not: single emoji, or two side by side.
 
     Raises:
         InputError: there are not that many captions.
     """
     rng = random.Random(f"{seed} {held_out}")
-    pool = [scene for scene in scenes.all_singles(known_names()) if scene.held_out == held_out]
+    if row == "two emoji":
+        pairs = scenes.random_pairs(known_names(), 2 * count, held_out, rng)  # a third of them is not side by side
+        pool = [scene for scene in pairs if scene.arrangement == "beside"]
+    else:
+        pool = [scene for scene in scenes.all_singles(known_names()) if scene.held_out == held_out]
     found: dict[str, Scene] = {}
     misses = 0
     while len(found) < count and misses < _MISSES:
@@ -60,7 +64,7 @@ def prompts_of(held_out: bool, count: int, seed: int) -> dict[str, Scene]:
 def write_prompts(args: argparse.Namespace) -> None:
     """Writes the prompts to train on, one a line, and their scenes."""
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    known = prompts_of(False, args.prompts, args.seed)
+    known = prompts_of(False, args.prompts, args.seed, args.row)
     write_atomic(args.out_dir / "prompts.txt", "".join(f"{text}\n" for text in known))
     rewards.write_scenes(args.out_dir / "scenes.json", args.row, known)
     print(f"{len(known)} prompts in {args.out_dir / 'prompts.txt'}")
@@ -68,7 +72,7 @@ def write_prompts(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """Generates images of held-out prompts, and writes their scores and distances to `NAME.json`."""
-    asked = prompts_of(True, args.prompts, args.seed)
+    asked = prompts_of(True, args.prompts, args.seed, args.row)
     checkpoint = Checkpoint.open(cli.checkpoint_path(args.model_path), args.movqgan_path)
     pipeline = cli.load_pipeline(args, checkpoint, resolve_device(args.device))
     pictures, task = rewards.emoji_pictures(), checkpoint.config.family.task(rewards.ROWS[args.row])
@@ -76,6 +80,7 @@ def measure(args: argparse.Namespace) -> None:
     distances: list[float] = []
     sheet: list[Image.Image] = []
     texts = list(asked)
+    width, height = next(iter(asked.values())).size
     bar = tqdm(total=len(texts), desc=args.name, unit="prompt", mininterval=cli.bar_interval())
     for start in range(0, len(texts), _BATCH):
         several = (
@@ -83,7 +88,7 @@ def measure(args: argparse.Namespace) -> None:
         )  # images of a prompt; the first is the same for any number
         part = texts[start : start + _BATCH]
         settings = dict(n=several, cfg=args.cfg, top_k=args.top_k, batch_size=_BATCH, seed=_SEED + start, task=task)
-        images = [result.image for result in pipeline.stream(GenerationRequest.of(part, **settings))]
+        images = [result.image for result in pipeline.stream(GenerationRequest.of(part, width, height, **settings))]
         for number, text in enumerate(part):
             group = images[number * several : (number + 1) * several]
             found = [rewards.scores(args.row, asked[text], image, pictures) for image in group]

@@ -3,17 +3,19 @@
 #
 #   scripts/demo/learn_rewards.sh [WORK]    # work folder, relative to the project's root; default work/grpo
 #
-# MODEL is the checkpoint (default: the first one of the project's history, which leaves more to learn than today's), ROW
+# MODEL is the checkpoint (default: an earlier one of the project's history, which leaves more to learn than today's), ROW
 # the row of the evaluation, MINUTES the time of the training. PROMPTS and HELD_OUT are the numbers of prompts, SEVERAL
-# the number of those with four images, OPTIONS further options of the training. After an interruption, the same command
-# resumes. Needs npm, which downloads the emoji pictures.
+# the number of those with four images, OPTIONS further options of the training. REWARD holds the options of the reward;
+# REWARD="--reward rewards:right" takes the scores of the evaluation, one for each image. After an interruption, the same
+# command resumes. Needs npm, which downloads the emoji pictures.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-work="${1:-work/grpo}" model="${MODEL:-}" row="${ROW:-one emoji}"
+work="${1:-work/grpo}" model="${MODEL:-}" row="${ROW:-two emoji}"
 export DEMO_EMOJI="${DEMO_EMOJI:-work/demo/emoji}" DEMO_SCENES="$work/scenes.json"
 export PYTHONPATH="$PWD:$PWD/scripts/demo${PYTHONPATH:+:$PYTHONPATH}"
-declare -A tasks=(["one emoji"]=t2i [pair_depth]=depth [pair_canny]=canny)
+declare -A sizes=(["two emoji"]="--width 192 --height 96")
+declare -A tasks=(["one emoji"]=t2i ["two emoji"]=t2i [pair_depth]=depth [pair_canny]=canny)
 
 measure() { # NAME MODEL options
     if [ ! -f "$work/$1.json" ]; then
@@ -27,20 +29,20 @@ if [ -z "$model" ]; then
     model="$work/earlier"
     if [ ! -f "$model/model.safetensors" ]; then
         mkdir -p "$model"
-        git archive 979ecdc assets/demo | tar -x -C "$model" --strip-components=2
+        git archive e515151 assets/demo | tar -x -C "$model" --strip-components=2
     fi
 fi
 python scripts/demo/learn_rewards.py prompts --out_dir "$work" --row "$row" --prompts "${PROMPTS:-2000}"
 measure before "$model" --several "${SEVERAL:-256}"
 measure guided "$model" --cfg 4 --several 0
 if [ ! -d "$work/run/export" ]; then
-    # OPTIONS is split into words.
+    reward="${REWARD:---reward bayes --supervision process --discount 0 --advantage mean}"
+    # Sizes, rewards and OPTIONS are split into words.
     # shellcheck disable=SC2086
     python -m lumina_mgpt grpo --init_from "$model" --prompt_file "$work/prompts.txt" --task "${tasks[$row]}" \
-        --reward rewards:right --output_dir "$work/run" --resume auto --max_minutes "${MINUTES:-45}" \
-        --groups 8 --group_size 8 --batch_size 32 --sample_batch 64 --lr 1e-4 --warmup 0.05 --kl 0.02 --updates 2 \
-        --precision fp32 --export_dtype fp32 --save_minutes 10 --save_iteration_interval 0 --sample_every 10 \
-        ${OPTIONS:-}
+        ${sizes[$row]:-} $reward --groups 8 --group_size 8 --batch_size 32 --sample_batch 32 --lr 1e-4 --kl 0.3 \
+        --updates 2 --output_dir "$work/run" --resume auto --max_minutes "${MINUTES:-10}" --export_dtype fp32 --save_minutes 5 \
+        --save_iteration_interval 0 --sample_every 5 ${OPTIONS:-}
 fi
 measure after "$work/run/export" --several "${SEVERAL:-256}"
 python scripts/demo/learn_rewards.py compare --out_dir "$work"

@@ -22,7 +22,7 @@ from lumina_mgpt.errors import InputError
 from lumina_mgpt.io import read_json
 
 # Row of the evaluation -> name of its task.
-ROWS = {"one emoji": "t2i", "pair_depth": "depth", "pair_canny": "canny"}
+ROWS = {"one emoji": "t2i", "two emoji": "t2i", "pair_depth": "depth", "pair_canny": "canny"}
 
 
 @functools.cache
@@ -36,20 +36,21 @@ def emoji_pictures() -> dict[str, np.ndarray]:
 @functools.cache
 def _asked() -> tuple[str, dict[str, Scene]]:
     stored = read_json(Path(os.environ.get("DEMO_SCENES", "work/grpo/scenes.json")))
-    return stored["row"], {text: Scene((name,), color) for text, (name, color) in stored["scenes"].items()}
+    return stored["row"], {text: Scene(tuple(names), *rest) for text, (names, *rest) in stored["scenes"].items()}
 
 
 def write_scenes(path: Path, row: str, scenes: dict[str, Scene]) -> None:
     """Writes the scene of each prompt, as `right` reads it."""
-    listed = {text: (scene.names[0], scene.color) for text, scene in scenes.items()}
+    listed = {text: (scene.names, scene.color, scene.arrangement) for text, scene in scenes.items()}
     path.write_text(json.dumps({"row": row, "scenes": listed}, indent=0) + "\n")
 
 
 def scores(row: str, scene: Scene, image: Image.Image, pictures: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns the scores of an image by name, the first of them whether the emoji is right."""
-    if row == "one emoji":
+    """Returns the scores of an image by name, the first of them whether all its emoji are right."""
+    if row in ("one emoji", "two emoji"):
+        found = [evaluation.nearest_emoji(cell, scene.color, pictures) for cell in evaluation.cells(image, scene)]
         return {
-            "right emoji": float(evaluation.shows(scene, image, pictures)),
+            "right emoji": float(found == list(scene.names)),
             "right background": float(evaluation.nearest_color(image) == scene.color),
         }
     found = evaluation.scores(Example(row, scene, scene, ""), image, pictures)

@@ -25,7 +25,7 @@ from lumina_mgpt.results import Result
 from lumina_mgpt.scoring import bayes_score, read_score
 from lumina_mgpt.training.export import export_checkpoint
 from lumina_mgpt.training.grpo import GrpoTrainer
-from lumina_mgpt.training.grpo_objective import PolicyModel, advantages, image_inputs, policy_terms
+from lumina_mgpt.training.grpo_objective import PolicyModel, advantages, image_inputs, policy_terms, process_advantages
 from lumina_mgpt.training.grpo_options import GrpoConfig
 from lumina_mgpt.training.grpo_prompts import PromptFeed
 from lumina_mgpt.unirep import ImageLayout, encode_image
@@ -120,6 +120,21 @@ def test_the_gradient_is_that_of_the_enumerated_expectation(small, monkeypatch, 
     assert entropy[0].item() == pytest.approx(-(first.exp() * first).sum().item(), abs=1e-10)
 
 
+def test_the_gradient_of_process_supervision_is_that_of_the_sum(small):
+    """All images at once, weighted by their probabilities: the means that are subtracted change nothing."""
+    model, layout = small
+    rewards = torch.randn(1, 81, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rewards = rewards.view(3, 3, 3, 3, 4)
+    for code in range(4):  # the reward of a code may depend on the codes up to it
+        rewards[..., code] = rewards[..., code].mean(tuple(range(code + 1, 4)), keepdim=True)
+    rewards = rewards.reshape(1, 81, 4)
+    wanted = gradients(model, -(image_log_probs(model, layout, PROMPT).sum(1).exp() * rewards[0].sum(1)).sum())
+    logs = image_log_probs(model, layout, PROMPT)
+    weights = logs.detach().sum(1).exp()[:, None] * process_advantages(rewards, "mean")[0]
+    terms = policy_terms(logs.flatten(), logs.detach().flatten(), None, weights.flatten())
+    torch.testing.assert_close(gradients(model, terms.loss), wanted, rtol=1e-7, atol=1e-12)
+
+
 def test_the_divergence_and_its_gradient():
     """The expectation of the estimate is KL(policy || reference), and its gradient on the codes is 1 - q / p."""
     logits = torch.tensor([0.3, -1.0, 0.5], dtype=torch.float64, requires_grad=True)
@@ -160,6 +175,20 @@ def test_advantages_compare_within_a_group():
     assert advantages(rewards, "mean").tolist() == [[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     found = advantages(rewards)
     assert found[0].tolist() == pytest.approx([-1, 1, 0], abs=1e-3) and not found[1].any()
+
+
+@pytest.mark.parametrize("discount, second", [(1.0, 3.0), (0.5, 2.0), (0.0, 1.0)])
+def test_advantages_of_codes_count_later_rewards(discount, second):
+    """The group's mean is taken at each code, so that a reward which all images have at a code changes nothing."""
+    rewards = torch.tensor([[[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]], [[1.0, 5.0, 7.0]] * 2], dtype=torch.float64)
+    found = process_advantages(rewards, "mean", discount)
+    wanted = torch.tensor([discount * second, second, 2.0], dtype=torch.float64) / 2
+    torch.testing.assert_close(found[0], torch.stack([wanted, -wanted]))
+    assert not found[1].any()
+    again = process_advantages(rewards + torch.tensor([3.0, -1.0, 5.0]), "mean", discount)
+    torch.testing.assert_close(again, found)
+    scaled = process_advantages(rewards, "std", discount)
+    assert scaled[0].square().mean().item() == pytest.approx(1, rel=1e-3) and not scaled[1].any()
 
 
 def test_a_step_has_the_gradient_of_the_formula(make, monkeypatch):
@@ -286,6 +315,31 @@ def test_own_rewards_are_those_of_the_frozen_reference(make, enumerable):
         result = Result(prepared.request.jobs[0], 0, None, grid, encode_image(grid, pipeline.checkpoint.vocabulary), 1)
         wanted = [score(pipeline, prepared, result) for score in (bayes_score, read_score)]
         assert scores[number].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_process_supervision_raises_the_reading_of_the_base(make, enumerable, small, discount):
+    """The enumerated expectation of log P(prompt | image), less a constant, by the weights before the training."""
+    config = make(
+        ("bayes",), supervision="process", discount=discount, kl=0.0, groups=2, group_size=8, max_steps=STEPS, lr=1e-2
+    )
+    trainer = GrpoTrainer(config, ONE)
+    trainer.run()
+    model, layout = small
+    for start in map(list, trainer.dataset.starts):
+        with torch.no_grad():
+            given, alone = (image_log_probs(model, layout, start, cfg).sum(1) for cfg in (1.0, 0.0))
+            after = image_log_probs(trainer.model.double(), layout, start).sum(1)
+        gains = [float((logs.exp() * (given - alone)).sum()) for logs in (given, after)]
+        best = float((given - alone).max())
+        assert gains[1] > gains[0] + 0.5 * (best - gains[0]), (gains, best)
+    rows = metrics_of(config.training.output_dir)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 1 and rows[0]["equal_groups"] == 0
+
+
+def test_scores_of_codes_need_bayes(make):
+    with pytest.raises(InputError, match="reward must be bayes for --supervision process.*got enumerable:wanted_codes"):
+        GrpoTrainer(make(supervision="process"), ONE)
 
 
 @pytest.mark.slow
