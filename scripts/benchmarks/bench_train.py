@@ -4,8 +4,8 @@
 
 The sides are the plain loop, the same compiled by torch.compile, this project's step, the same with `--compile`, and
 with `--checkpointing`. Each side runs in its own process, in float32, or with `--precision bf16` in torch's autocast
-as in the trainer. `--runs` rounds run all sides in turn; a speed is a ratio of two sides of one round. The first step of
-a process is not timed: it compiles, and allocates the optimizer's state. `beyond_gb` is peak memory less weights,
+as in the trainer. `--runs` rounds run all sides in turn; a speed is a ratio of two sides of one round. The first step
+of a process is not timed: it compiles, and allocates the optimizer's state. `beyond_gb` is peak memory less weights,
 gradients and optimizer state, which take 16 bytes a parameter on each side; on compiled sides it includes the compiler.
 
 The defaults need 12 GB and many minutes, most of which the compiler takes. The last line is JSON. Linux only.

@@ -4,9 +4,10 @@
 #   pip install -e '.[demo]'
 #   scripts/demo/distill.sh [WORK]    # work folder of scripts/demo/train.sh; default work/demo
 #
-# MINUTES limits the training, PROMPTS is the number of prompts in each row of the evaluation, IMAGES the number of images
-# that each setting is timed with. Data that train.sh has made in WORK are used; else they are made, which needs npm.
-# After an interruption, the same command resumes. --compile needs a C++ compiler.
+# RECORDS is the number of records of each file that are used, MINUTES limits the training, PROMPTS is the number of
+# prompts in each row of the evaluation, IMAGES the number of images that each setting is timed with. Data that train.sh
+# has made in WORK are used; else they are made, which needs npm. After an interruption, the same command resumes.
+# --compile needs a C++ compiler.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -23,17 +24,18 @@ if [ ! -f "$work/data.done" ]; then
     touch "$work/data.done"
 fi
 for name in records omni pairs; do
-    if [ ! -f "$work/tokens/$name.jsonl" ]; then
-        python scripts/pre_tokenize.py --in_filename "$work/$name.jsonl" --out_dir "$work/tokens/$name" --keep_size \
+    if [ ! -f "$out/tokens/$name.jsonl" ]; then
+        shuf -n "${RECORDS:-12000}" --random-source=<(yes) "$work/$name.jsonl" > "$out/$name.jsonl"
+        python scripts/pre_tokenize.py --in_filename "$out/$name.jsonl" --out_dir "$out/tokens/$name" --keep_size \
             --model_path assets/demo --target_size 96
-        python scripts/concat_record.py --sub_record_dir "$work/tokens/$name" --save_path "$work/tokens/$name.jsonl"
+        python scripts/concat_record.py --sub_record_dir "$out/tokens/$name" --save_path "$out/tokens/$name.jsonl"
     fi
 done
 
 echo "== 2/4 training"
 # Noise in the codes, as in the training of the checkpoint: sampled images have wrong codes, too.
-WORK="$work" lumina-mgpt distill-guidance --cfg 4 --init_from assets/demo --data_config configs/data/demo_omni.yaml \
-    --output_dir "$out/run" --max_minutes "${MINUTES:-60}" --max_tokens 6144 --optimizer muon --muon_lr 0.003 --lr 6e-4 \
+WORK="$out" lumina-mgpt distill-guidance --cfg 4 --init_from assets/demo --data_config configs/data/demo_omni.yaml \
+    --output_dir "$out/run" --max_minutes "${MINUTES:-40}" --max_tokens 6144 --optimizer muon --muon_lr 0.003 --lr 6e-4 \
     --warmup 0.02 --clip_grad 1 --code_noise 0.1 --spare_panel 0.8 --compile --save_minutes 5 \
     --save_iteration_interval 0 --export_dtype fp16 --resume auto
 

@@ -3,8 +3,8 @@
 #
 #   scripts/demo/learn_rewards.sh [WORK]    # work folder, relative to the project's root; default work/grpo
 #
-# MODEL is the checkpoint (default: an earlier one of the project's history, which leaves more to learn than today's), ROW
-# the row of the evaluation, MINUTES the time of the training. PROMPTS and HELD_OUT are the numbers of prompts, SEVERAL
+# MODEL is the checkpoint (default: an earlier one from the history, which leaves more to learn than the current one), ROW
+# the row of the evaluation, STEPS the steps of the training. PROMPTS and HELD_OUT are the numbers of prompts, SEVERAL
 # the number of those with four images, OPTIONS further options of the training. REWARD holds the options of the reward;
 # REWARD="--reward rewards:right" takes the scores of the evaluation, one for each image. After an interruption, the same
 # command resumes. Needs npm, which downloads the emoji pictures.
@@ -41,8 +41,8 @@ if [ ! -d "$work/run/export" ]; then
     # shellcheck disable=SC2086
     python -m lumina_mgpt grpo --init_from "$model" --prompt_file "$work/prompts.txt" --task "${tasks[$row]}" \
         ${sizes[$row]:-} $reward --groups 8 --group_size 8 --batch_size 32 --sample_batch 32 --lr 1e-4 --kl 0.3 \
-        --updates 2 --output_dir "$work/run" --resume auto --max_minutes "${MINUTES:-10}" --export_dtype fp32 --save_minutes 5 \
-        --save_iteration_interval 0 --sample_every 5 ${OPTIONS:-}
+        --updates 2 --max_steps "${STEPS:-12}" --output_dir "$work/run" --resume auto --export_dtype fp32 \
+        --save_minutes 5 --save_iteration_interval 0 --sample_every 5 ${OPTIONS:-}
 fi
 measure after "$work/run/export" --several "${SEVERAL:-256}"
 python scripts/demo/learn_rewards.py compare --out_dir "$work"

@@ -47,11 +47,21 @@ def test_the_reward_is_the_mean_of_the_scores(pictures, asked):
         rewards.right(images[:1], ["a cat"])
 
 
-def test_prompts_to_train_on_are_of_other_scenes():
-    training, held_out = (learn_rewards.prompts_of(held, 300, 0) for held in (False, True))
+def test_both_emoji_must_be_right(pictures, asked):
+    wanted = Scene(("owl", "grapes"), "red", "beside")
+    asked("two emoji", {"an owl left of grapes": wanted})
+    drawn = [wanted, Scene(("grapes", "owl"), "red", "beside"), Scene(("owl", "hedgehog"), "red", "beside")]
+    found = rewards.right([scenes.render(scene, pictures) for scene in drawn], ["an owl left of grapes"] * 3)
+    assert found == [1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("row, emoji", [("one emoji", 1), ("two emoji", 2)])
+def test_prompts_to_train_on_are_of_other_scenes(row, emoji):
+    training, held_out = (learn_rewards.prompts_of(held, 300, 0, row) for held in (False, True))
     assert len(training) == len(held_out) == 300 and not set(training.values()) & set(held_out.values())
-    assert all(scene.held_out for scene in held_out.values())
-    assert learn_rewards.prompts_of(True, 100, 0) == dict(list(held_out.items())[:100])
+    assert all(scene.held_out and len(scene.names) == emoji for scene in held_out.values())
+    assert len({scene.size for scene in (*training.values(), *held_out.values())}) == 1
+    assert learn_rewards.prompts_of(True, 300, 0, row) == held_out
     with pytest.raises(InputError, match="prompts must be at most about"):
         learn_rewards.prompts_of(True, 100_000, 0)
 
