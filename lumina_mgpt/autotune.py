@@ -27,7 +27,7 @@ from lumina_mgpt.unirep import ImageLayout
 logger = logging.getLogger(__name__)
 
 CANDIDATES = tuple(Speculation("maximal", window) for window in (8, 16, 32, 64))  # in ascending order of the window
-_TIMED = 4  # forwards that are timed, after the one with the prompt and one more
+_TIMED = 5  # forwards that are timed, after the one with the prompt
 _ROWS = 2  # a trial samples at least this many rows: the first row has no codes above it, and takes more forwards
 _SHARE = 0.01  # and at least this share of all codes of the request
 _SLOWER = 1.25  # wider windows are not tried after one that takes this many times as long as the best so far
@@ -147,7 +147,7 @@ def _sampled(step: Step, trial: _Trial, choice: Speculation | None) -> Measured:
         if len(began) > 1:
             fed.append(positions[: len(prompts), 0])
             final = torch.searchsorted(layout.code_offsets, fed[-1] - origin) + 1
-            if len(began) > 2 + _TIMED and (choice is None or int(final.min()) >= goal):
+            if len(began) > 1 + _TIMED and (choice is None or int(final.min()) >= goal):
                 raise _Enough
         return step(ids, positions, read)
 
@@ -162,7 +162,7 @@ def _sampled(step: Step, trial: _Trial, choice: Speculation | None) -> Measured:
         pass
     else:
         began.append(time.perf_counter())  # a small image needs fewer forwards
-    seconds = min(after - before for before, after in zip(began[1 : 2 + _TIMED], began[2 : 3 + _TIMED], strict=False))
+    seconds = min(after - before for before, after in zip(began[1 : 1 + _TIMED], began[2 : 2 + _TIMED], strict=False))
     return Measured(seconds, _accepted(fed, origin, layout) if choice else 1.0)
 
 

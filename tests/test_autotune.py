@@ -69,3 +69,34 @@ def test_acceptance_decides(pipeline, monkeypatch, changing, window):
     prepared = pipeline.checkpoint.prepare(GenerationRequest.of(["a cat"], 64, 64))
     choice = autotune.fastest(pipeline, prepared)
     assert (choice.window if choice else None) == window
+
+
+@pytest.mark.parametrize(
+    ("seconds", "window"),
+    [
+        ({None: 1.0, 8: 10.0, 16: 1.5, 32: 9.0, 64: 0.5}, 16),  # the narrowest may be slow; after 32, none is tried
+        ({None: 1.0, 8: 1.5, 16: 1.2, 32: 0.9, 64: 1.0}, 32),
+    ],
+)
+def test_wider_windows_are_tried_until_one_is_slow(pipeline, monkeypatch, seconds, window):
+    """Two codes a forward with each window."""
+    measure = lambda _, trial, choice: autotune.Measured(  # noqa: E731
+        seconds[choice and choice.window], 2.0 if choice else 1.0
+    )
+    monkeypatch.setattr(autotune, "_measure", measure)
+    prepared = pipeline.checkpoint.prepare(GenerationRequest.of(["a cat"], 64, 256))
+    choice = autotune.fastest(pipeline, prepared)
+    assert choice is not None and choice.window == window
+
+
+@pytest.mark.parametrize(("images", "compiled"), [(2, False), (5, True)])
+def test_compilation_is_tried_if_all_batches_take_long(pipeline, monkeypatch, images, compiled):
+    """32 codes of one second each: two images of a batch take 32 seconds, and five take three batches."""
+    tried = []
+    monkeypatch.setattr(autotune, "_measure", lambda _, trial, choice: autotune.Measured(1.0, 1.0))
+    monkeypatch.setattr(autotune, "_COMPILING_MAY_PAY", 50)
+    monkeypatch.setattr(autotune, "has_compiler", lambda device: True)
+    monkeypatch.setattr(autotune, "_compile_if_faster", lambda *args: tried.append(args[-1]))
+    prepared = pipeline.checkpoint.prepare(GenerationRequest.of(["a cat"], 32, 64, n=images, batch_size=2))
+    autotune.fastest(pipeline, prepared)
+    assert tried == ([96.0] if compiled else [])

@@ -21,7 +21,7 @@ _WITHOUT = ("model_config", "zero_image_head", "z_loss_weight", "tail_weight")
 def build_parser() -> cli.Parser:
     # Errors name the option of the model's kind of image tokenizer.
     parser = cli.Parser(
-        {"vqgan_path": "--vqgan_path"},
+        {"vqgan_path": "--vqgan_path", "guidance_scale": "--cfg"},
         prog="lumina-mgpt distill-guidance",
         description="Trains a model to give, without guidance, the images that it gives with guidance.",
     )
@@ -30,14 +30,17 @@ def build_parser() -> cli.Parser:
     # The target is a distribution, not one code, and the teacher has no dropout: nothing needs regularization.
     parser.set_defaults(guidance_scale=4.0, dropout=0.0, wd=0.0, z_loss_weight=0.0)
     parser.set_defaults(model_size=None, warmup_epochs=None)
+    (scale,) = (action for action in parser._actions if action.dest == "guidance_scale")
+    scale.help = "guidance scale that the weights learn, above 1"
     return parser
 
 
 def distill(args: argparse.Namespace) -> int:
     """Trains and exports. Checks first what `finetune` does not require."""
     if not args.export_only:
-        if not args.guidance_scale:
-            raise InputError("must be above 1, got 0; give the scale that images are generated with", "guidance_scale")
+        if not 1 < args.guidance_scale <= 1000:
+            rule = f"must be above 1 and at most 1000, got {args.guidance_scale:g}"
+            raise InputError(f"{rule}; give the scale that images are generated with", "guidance_scale")
         if not args.init_from:
             raise InputError("is missing; give the checkpoint to train, which is the teacher, too", "init_from")
     return finetune.finetune(args)

@@ -290,7 +290,7 @@ def add_speculation_options(parser: argparse.ArgumentParser, fast: bool = True) 
         group.add_argument(
             "--fast",
             action="store_true",
-            help="time a few forwards and use the fastest window and coupling, for long runs also --compile; exact",
+            help="sample a few codes with several windows and use the fastest, in long runs also --compile; exact",
         )
     group.add_argument(
         "--coupling", choices=COUPLINGS, help=f"how drafts are verified (default: {Speculation.coupling})"

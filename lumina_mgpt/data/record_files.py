@@ -74,7 +74,8 @@ def _checked(row: object, path: str | Path) -> tuple[str, int, int]:
     numbers = [int(value) if isinstance(value, str) and value.isdecimal() else value for value in values[1:]]
     length, record = (value if type(value) is int and 0 <= value < 2**63 else None for value in numbers)
     if not isinstance(file, str) or not length or record is None:
-        raise InputError(f"{path}: a record is {{file, len, id}}, got {str(row)[:200]}; concatenate the records again")
+        rule = f"{path}: a record must have file, len and id, got {str(row)[:200]}"
+        raise InputError(f"{rule}; pre-tokenize the pictures, and concatenate the records")
     return file, length, record
 
 

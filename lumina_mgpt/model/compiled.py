@@ -47,6 +47,7 @@ class CompiledForward:
         self._shapes: set[tuple[int, ...]] = set()  # compiled and timed: rows, ids, slots read, slots of the cache
         self._eager: set[tuple[int, int]] = set()  # rows and ids of steps whose eager forward is faster
         self._full = False  # whether the log says that there are too many shapes
+        self._failed = False  # whether the compiler has failed
 
     def __call__(self, ids: Tensor, *, positions: Tensor, cache: KVCache, filled: int) -> Tensor:
         """Returns the result of the compiled forward. Arguments: as `Transformer.forward`."""
@@ -57,7 +58,8 @@ class CompiledForward:
 
         The first step of a shape is compiled. It then runs a few more times, compiled and eager, to see which is
         faster; this writes the same slots of the cache again. If the eager step is faster, all later steps with the
-        same number of rows and ids are eager, whatever part of the cache they read.
+        same number of rows and ids are eager, whatever part of the cache they read. If the compiler fails, a warning is
+        logged, and all later steps of new shapes are eager.
 
         Args:
             cache: has spare slots for pads: `compiled_spare`.
@@ -73,12 +75,19 @@ class CompiledForward:
             return eager()
         if shape in self._shapes:
             return compiled()
+        if self._failed:
+            return eager()
         if len(self._shapes) == SHAPES:
             if not self._full:
                 logger.info("%d shapes of steps are compiled; steps of other shapes stay eager", SHAPES)
             self._full = True
             return eager()
-        compiled()  # compiles it
+        try:
+            compiled()  # compiles it
+        except (RuntimeError, OSError) as error:  # must not end the run
+            logger.warning("compilation failed, steps stay eager: %s", str(error).strip().split("\n")[0])
+            self._failed = True
+            return eager()
         self._shapes.add(shape)
         hidden, eager_seconds, seconds = _timed(eager, compiled)
         if seconds > eager_seconds:

@@ -30,6 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     35, 35, 36, 39, 50, 67. Without AMX, a weight of 1024 x 384 takes on two cores, for 1, 2, 4 and 16 rows: MKL 16, 13,
     18, 76; oneDNN 26, 59, 59, 82. Both libraries accumulate in float32, in different orders.
 
+    These are figures of Intel processors. Others are treated as those without AMX, which was not measured.
+
     Shapes: x (..., K), weight (N, K), bias (N,) or None -> (..., N).
     """
     if _ONEDNN and x.numel() and x.device.type == "cpu" and x.dtype == torch.float32 == weight.dtype:

@@ -3,7 +3,7 @@
 A step of one or two ids reads all weights and computes little. Between the products, a layer would otherwise call some
 fifty of torch's operators. Norms, the gate of the MLP and residual additions are part of the products here;
 `prepare_heads` does the rest. Numbers are rounded to bf16 where the modules of transformer.py round them, but sums have
-other orders: results differ by rounding.
+other orders: results differ by rounding. Forward hooks of the modules inside a layer do not run.
 """
 
 from typing import Any
@@ -33,8 +33,10 @@ def serves(layer: Any, hidden: Tensor, cache: LayerCache | None, dropout: float)
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     if not all(_fits(linear) for linear in (*linears, mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
         return False
-    norms = layer.input_layernorm.weight, attention.q_norm.weight, hidden
-    if any(tensor.dtype != torch.bfloat16 for tensor in norms) or (hidden.requires_grad and torch.is_grad_enabled()):
+    norms = layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm
+    if any(tensor.dtype != torch.bfloat16 for tensor in (hidden, *(norm.weight for norm in norms))) or (
+        hidden.requires_grad and torch.is_grad_enabled()
+    ):
         return False
     return dispatch.serves_heads(hidden.dtype, cache.stores[0].dtype, attention.head_dim)
 

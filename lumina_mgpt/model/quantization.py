@@ -161,6 +161,8 @@ class Int4Linear(nn.Module):
 def apply_all(x: Tensor, *linears: nn.Module) -> list[Tensor]:
     """Returns the output of each module for the input `x`. Uses one kernel call if the native kernel serves all.
 
+    Forward hooks of the modules do not run then.
+
     Shapes: x (..., K) -> one (..., N) per module, each with its own N.
     """
     int4 = [linear for linear in linears if isinstance(linear, Int4Linear) and linear.native]
@@ -185,7 +187,7 @@ def native(
         gated: whether to return one output: silu of the output of the first of two modules times that of the second.
         residual: is added to the output of a single module; None for none.
 
-    The last four need modules without biases.
+    `gated` and `residual` need modules without biases. Forward hooks of the modules do not run.
 
     Shapes: x (..., K) -> one (..., N) per module, each with its own N; norm (K,), residual (..., N).
 
@@ -194,11 +196,12 @@ def native(
     """
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("packed int4 weights have no gradient")
+    assert not (gated or residual is not None) or all(linear.bias is None for linear in linears)
     rows, group = x.reshape(-1, x.shape[-1]).contiguous(), linears[0].group
     packed, scales = [linear.packed for linear in linears], [linear.scale_and_zero for linear in linears]
     added = None if residual is None else residual.reshape(len(rows), -1).contiguous()
     found = torch.ops.lumina_mgpt.int4_linear(rows, packed, group, scales, norm, eps, gated, added)
-    outs = [out.view(*x.shape[:-1], -1) for out in found]
+    outs = [out.unflatten(0, x.shape[:-1]) for out in found]
     return [out if of.bias is None else out + of.bias for of, out in zip(linears, outs, strict=not gated)]
 
 

@@ -102,7 +102,7 @@ def guided_scale(config: ModelConfig, settings: TrainingConfig) -> float:
         )
     if config.guided:
         logger.warning(
-            "%s gives guidance %g by itself; training on records weakens that, and the export still records it",
+            "%s gives guidance %g by itself; further training changes that, and the export still records it",
             settings.model.init_from,
             config.guided_scale,
         )

@@ -139,10 +139,10 @@ class GrpoTrainer(Trainer):
         rewards, advantage = self._compare(self.rewards.total(scores))
         times.append(time.monotonic())
         learned = self._learn(groups, advantage, began)
-        self._draw_sheet(pictures, groups, rewards)
         times.append(time.monotonic())
+        self._draw_sheet(pictures, groups, rewards)
         size = self.grpo.group_size
-        alike = rewards.amax(1) == rewards.amin(1)
+        alike = (advantage.view(len(rewards), -1) == 0).all(1)
         if self.rewards.by_code:
             scores = scores.sum(2)
         sums = [*scores.sum(0).tolist(), *(float(part.sum()) for part in (rewards, rewards.std(1), alike))]
@@ -172,7 +172,8 @@ class GrpoTrainer(Trainer):
         options = self.grpo
         rewards = rewards.unflatten(0, (-1, options.group_size))
         if self.rewards.by_code:
-            each = process_advantages(rewards, options.advantage, options.discount)
+            discount = 1.0 if options.discount is None else options.discount
+            each = process_advantages(rewards, options.advantage, discount)
             return rewards.sum(2), each.flatten()
         each = advantages(rewards, options.advantage).flatten()
         return rewards, each.repeat_interleave(self.dataset.layout.num_codes)
@@ -212,6 +213,9 @@ class GrpoTrainer(Trainer):
 
         The probabilities before the first update are those that the trained model gives, not the sampler, whose
         rounding differs. The ratios are therefore exactly 1 in the first update.
+
+        Args:
+            advantage: of each code, (B · codes,).
         """
         layout, options = self.dataset.layout, self.grpo
         size = self.settings.data.batch_size
@@ -219,24 +223,22 @@ class GrpoTrainer(Trainer):
         parts = [
             image_inputs(groups.starts[span], groups.codes[span], layout, self.policy.cfg != 1.0) for span in spans
         ]
-        columns, weights = layout.vocabulary.code_slice, advantage.float()
+        columns, shares = layout.vocabulary.code_slice, advantage.float().split(size * layout.num_codes)
         reference: list[Tensor | None] = [None] * len(parts)
         if options.kl:
             reference = [self._reference_log_probs(part, columns, self.policy) for part in parts]
         before: list[Tensor] = []
         codes, scale = options.images * layout.num_codes, self.processes.world
         kept, clipped, fault = [0.0] * 4, 0.0, None
+        high = options.clip if options.clip_high is None else options.clip_high
         for update in range(options.updates):
             sums: list[Tensor] = []
-            for part, span, frozen in zip(parts, weights.split(size * layout.num_codes), reference, strict=True):
-                number = len(sums)
+            for number, (part, share, frozen) in enumerate(zip(parts, shares, reference, strict=True)):
                 now, entropy = self._log_probs(self.module, part, columns, self.policy)
                 if not update:
                     before.append(now.detach())
-                gain = span.to(now.device, now.dtype)
-                terms = policy_terms(
-                    now, before[number], frozen, gain, options.clip, options.clip_high or options.clip, options.kl
-                )
+                gain = share.to(now.device, now.dtype)
+                terms = policy_terms(now, before[number], frozen, gain, options.clip, high, options.kl)
                 # FSDP averages gradients over the processes; the factor `scale` makes that a sum.
                 (terms.loss * (scale / codes)).backward()
                 sums.append(torch.stack([terms.loss.detach(), terms.kl, entropy.sum(), terms.clipped]))

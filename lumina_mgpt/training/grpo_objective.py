@@ -19,7 +19,7 @@ from lumina_mgpt.sampling.logits import code_log_probs
 from lumina_mgpt.training.loss import CHUNK_LOGITS, WHOLE_LOGITS, LossModel
 from lumina_mgpt.unirep import ImageLayout
 
-_EPSILON = 1e-4  # added to the standard deviation of a group's rewards; chosen
+_EPSILON = 1e-4  # added to the standard deviation of a group's rewards, which may be near 0
 
 
 class Inputs(NamedTuple):
@@ -133,18 +133,19 @@ def process_advantages(rewards: Tensor, scale: str = "std", discount: float = 1.
     the mean of the group at this code.
 
     Args:
-        scale: "std" divides by the standard deviation of all these differences of a group, "mean" does not.
+        scale: "std" divides by the standard deviation of all returns of a group from these means, "mean" does not.
 
     Shapes: rewards (groups, group size, codes), float64 -> the same.
-    Source: process supervision in DeepSeekMath (arXiv 2402.03300), section 4.1.3. There, the mean is that of all steps
-        of a group, and there is no discount.
+    Source: process supervision in DeepSeekMath (arXiv 2402.03300), section 4.1.3. There, rewards are normalized with
+        the mean and the standard deviation of all steps of the group before they are summed, and there is no discount.
     """
     returns = rewards.clone()
     for at in range(rewards.shape[2] - 2, -1, -1):
         returns[:, :, at] += discount * returns[:, :, at + 1]
     centred = returns - returns.mean(1, keepdim=True)
     if scale == "std":
-        centred = centred / (centred.square().mean((1, 2), keepdim=True).sqrt() + _EPSILON)
+        variance = centred.square().sum((1, 2), keepdim=True) / ((rewards.shape[1] - 1) * rewards.shape[2])
+        centred = centred / (variance.sqrt() + _EPSILON)
     return torch.where(returns.amax(1, keepdim=True) == returns.amin(1, keepdim=True), 0.0, centred)
 
 
@@ -175,13 +176,14 @@ def policy_terms(
 
     With the ratio r = exp(now - before) and the advantage A, the loss of a code is
     -min(r · A, clip(r, 1 - low, 1 + high) · A) + kl · (exp(d) - d - 1), where d = reference - now. The second term is
-    an estimate of the divergence of the policy from the reference that is never negative.
+    an estimate of the divergence KL(policy ‖ reference) that is never negative. Its gradient is in expectation that of
+    KL(reference ‖ policy).
 
     Args:
         now: log-probabilities of the sampled codes, with gradient.
         before: those of the policy that sampled them, without.
         reference: those of the reference; None if `kl` is 0.
-        advantage: that of the image of each code.
+        advantage: the advantage of each code.
         kl: weight of the divergence, at least 0.
 
     Shapes: now, before, reference, advantage (L,).

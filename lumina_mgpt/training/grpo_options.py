@@ -97,18 +97,22 @@ class GrpoOptions(Options):
     )
     advantage: str = option(
         "std",
-        "reward minus the mean of the group; std: over its standard deviation, too",
+        "reward minus the mean of the group; std: divided by its standard deviation",
         choices=("std", "mean"),
     )
     supervision: str = option(
         "outcome",
-        "what a code earns; outcome: the advantage of its image. process: that of its own share of the reward and of "
-        "the codes after it, which needs --reward bayes",
+        "outcome: all codes have the advantage of the image; process: each code has its own, from its reward and those "
+        "of the codes after it, which needs --reward bayes",
         choices=("outcome", "process"),
     )
-    discount: float = option(1.0, "process: factor of the reward of each further code; 0: its own share alone", SHARE)
-    clip: float = option(0.2, "ratios of probabilities below 1 - CLIP or above 1 + CLIP earn nothing more", FRACTION)
-    clip_high: float = option(0.0, "another limit above 1 (default: --clip)", NOT_NEGATIVE)
+    discount: float | None = option(
+        None,
+        "process: factor of later rewards, once for each code between (default: 1); 0: the code's own alone",
+        SHARE,
+    )
+    clip: float = option(0.2, "limits ratios of probabilities to 1 - CLIP and 1 + CLIP", FRACTION)
+    clip_high: float | None = option(None, "another upper limit, 1 + CLIP_HIGH (default: --clip)", NOT_NEGATIVE)
     kl: float = option(0.04, "weight of the divergence from the model that the run started from", NOT_NEGATIVE)
     updates: int = option(1, "optimizer steps on the images of one step", AT_LEAST_ONE)
     rewards: tuple[Reward, ...] = ()
@@ -141,6 +145,13 @@ class GrpoOptions(Options):
 
     def _check_together(self) -> None:
         SamplingConfig(cfg=self.cfg, temperature=self.temperature)
+        process = self.supervision == "process"
+        if self.discount is not None and not process:
+            raise InputError("has no effect without --supervision process; add that, or leave it out", "discount")
+        for reward in self.rewards if process else ():
+            if reward.name not in ("bayes", "own"):
+                rule = f"must be bayes for --supervision process, which gives each code a reward, got {reward.name}"
+                raise InputError(rule, "reward")
         if not self.rewards:
             raise InputError("is missing; give own, or module:function with (images, prompts) -> scores", "reward")
         names = [reward.name for reward in self.rewards]

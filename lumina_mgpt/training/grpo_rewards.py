@@ -59,13 +59,17 @@ class Rewards:
             size: width and height of the pictures.
 
         Raises:
-            InputError: a function raises, or does not return one finite number for each picture; or a reward gives no
-                scores of codes, and these are wanted.
+            InputError: a function raises, or does not return one finite number for each picture; or the model cannot
+                give a reward of its own.
         """
-        for scorer in self.scorers if self.by_code else ():
-            if scorer.function is not None or scorer.kind(family) != "bayes":
-                rule = f"must be bayes for --supervision process, which gives each code a score, got {scorer.name}"
+        for scorer in self.scorers:
+            if scorer.function is not None:
+                continue
+            if self.by_code and scorer.kind(family) != "bayes":
+                rule = f"must be bayes for --supervision process, which gives each code a reward, got {scorer.name}"
                 raise InputError(rule, "reward")
+            if scorer.kind(family) == "reading" and not family.answers_in_text:
+                raise InputError(f"{scorer.name} needs a checkpoint that describes images; give bayes", "reward")
         pictures = [Image.new("RGB", size, color) for color in ("gray", "white")]
         for scorer in self.scorers:
             if scorer.function is not None:

@@ -244,7 +244,8 @@ class LossModel(nn.Module):
         hidden = self.model(ids, documents=documents)  # (B, T, D)
         rows = hidden.flatten(0, 1)[index]
         head = self.model.lm_head.weight
-        if len(rows) * len(head) <= WHOLE_LOGITS:
+        self._chunked = len(rows) * len(head) > WHOLE_LOGITS
+        memory, self._memory = self._memory, None
+        if not self._chunked:
             return self.whole_losses(rows, targets)
-        memory, self._memory, self._chunked = self._memory, None, True
         return ChunkedLoss.apply(rows, head, targets, self.z_weight, self.tail_weight, memory)

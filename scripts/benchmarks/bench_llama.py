@@ -23,8 +23,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_large import SEVEN_B, fill_cache, random_model
 from common import add_sizes, add_threads, print_header, print_row, set_threads
+from large_models import SEVEN_B, fill_cache, random_model
 
 from lumina_mgpt import cli
 from lumina_mgpt.config import ModelConfig
@@ -233,7 +233,8 @@ class Library:
 def write_models(library: Library, gguf: Any, config: ModelConfig, work: Path, formats: list[str]) -> dict[str, Path]:
     """Writes the random model in each format, unless the folder has it from an earlier run. Returns the files."""
     work.mkdir(parents=True, exist_ok=True)
-    stem = f"llama-{config.num_hidden_layers}x{config.hidden_size}x{config.intermediate_size}"
+    sizes = config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads
+    stem = "llama-" + "x".join(map(str, sizes))
     source, files = work / f"{stem}-f16.gguf", {name: work / f"{stem}-{name}.gguf" for name in formats}
     for name, file in files.items():
         if file.exists():

@@ -59,6 +59,22 @@ def test_the_model_of_llama_has_the_shapes_of_ours(script):
     assert sorted(shape for _, shape in script.tensor_shapes(config)) == sorted(ours)
 
 
+def test_models_are_written_once_for_each_shape(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "write_gguf", lambda gguf, config, file: file.write_text(str(config.hidden_size)))
+    made = []
+
+    class Library:
+        def quantize(self, source, target, name):
+            made.append(name)
+            target.write_text(source.read_text())
+
+    config = ModelConfig.from_yaml(script.SEVEN_B)
+    others = [config, config, replace(config, num_attention_heads=16, num_key_value_heads=16)]
+    files = [script.write_models(Library(), None, each, tmp_path, ["q4_0", "q4_k_m"]) for each in others]
+    assert files[0] == files[1] != files[2] and made == ["q4_0", "q4_k_m"] * 2
+    assert all(path.read_text() == "4096" for found in files for path in found.values())
+
+
 def test_it_times_both_sides_and_prints_ratios(bench, script, monkeypatch, capsys):
     """llama.cpp is planted: its steps take twice and three times as long as ours, whatever these take."""
     fake = SimpleNamespace(__version__="1.2", llama_log_callback=lambda f: f)

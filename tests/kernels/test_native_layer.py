@@ -58,6 +58,15 @@ def test_norm_gate_and_residual_are_part_of_products(rows):
     assert torch.equal(y, residual + first(x)), "rounded as the sum of the rounded product"
 
 
+def test_no_rows_and_no_biases_in_fused_products():
+    (module, _), biased = int4(128, 192), Int4Linear(192, 128, 32, torch.nn.Parameter(torch.zeros(128)))
+    assert module(torch.zeros(2, 0, 192, dtype=BF16)).shape == (2, 0, 128)
+    x = torch.zeros(1, 1, 192, dtype=BF16)
+    for options in ({"gated": True}, {"residual": x[..., :128]}):
+        with pytest.raises(AssertionError):
+            quantization.native(x, [biased, biased], **options)
+
+
 def close(y, expected):
     assert y.dtype == BF16 and y.shape == expected.shape
     assert (y.double() - expected).norm() < 0.006 * expected.norm()

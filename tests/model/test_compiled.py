@@ -75,6 +75,22 @@ def test_steps_stay_eager_where_compiled_ones_are_slower(model, caplog):
     assert line.startswith("steps of 2 x 16 ids stay eager: compiled steps are slower, ")
 
 
+def test_steps_stay_eager_if_the_compiler_fails(model, caplog):
+    calls = []
+
+    def fails(ids: Tensor, **given) -> Tensor:
+        calls.append(ids.shape[1])
+        raise RuntimeError("the compiler has no OpenMP\nand more lines")
+
+    compiled = CompiledForward(model, fails)
+    steps = [(9, 1), (10, 11), (12, 1)]
+    for mine, expected in zip(run(model, compiled, steps), run(model, None, steps), strict=True):
+        assert torch.equal(mine, expected)
+    assert calls == [1], "no other shape is tried"
+    (record,) = caplog.records
+    assert record.getMessage() == "compilation failed, steps stay eager: the compiler has no OpenMP"
+
+
 def test_a_faster_compiled_step_is_timed_once_for_each_part_of_the_cache(model, caplog):
     eager, quick = Forward(model, 0.03), Forward(model, 0.0)
     compiled = CompiledForward(eager, quick)

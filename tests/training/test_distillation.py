@@ -367,13 +367,13 @@ def test_guided_weights_are_not_guided_again_unasked(guided, distilling):
 def test_finetuning_keeps_the_record_and_warns(guided, settings, caplog):
     trainer = Trainer(changed(settings, init_from=str(guided / "export"), max_steps=1), ONE)
     assert trainer.model.config.guided_scale == 3.0
-    assert "training on records weakens that" in caplog.text
+    assert "further training changes that" in caplog.text
 
 
 def test_the_command_names_its_options(tmp_path, capsys):
     needed = ["--data_config", "x", "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--batch_size", "1"]
     for options, message in (
-        (["--cfg", "0", "--init_from", "x"], "--guidance_scale must be above 1, got 0"),
+        (["--cfg", "0", "--init_from", "x"], "--cfg must be above 1 and at most 1000, got 0"),
         ([], "--init_from is missing"),
         (["--init_from", "x", "--cfg", "1"], "--guidance_scale must be above 1 and at most 1000"),
     ):

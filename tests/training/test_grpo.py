@@ -175,6 +175,8 @@ def test_advantages_compare_within_a_group():
     assert advantages(rewards, "mean").tolist() == [[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     found = advantages(rewards)
     assert found[0].tolist() == pytest.approx([-1, 1, 0], abs=1e-3) and not found[1].any()
+    for scale in ("std", "mean"):  # images of one code
+        torch.testing.assert_close(process_advantages(rewards[..., None], scale)[..., 0], advantages(rewards, scale))
 
 
 @pytest.mark.parametrize("discount, second", [(1.0, 3.0), (0.5, 2.0), (0.0, 1.0)])
@@ -188,12 +190,21 @@ def test_advantages_of_codes_count_later_rewards(discount, second):
     again = process_advantages(rewards + torch.tensor([3.0, -1.0, 5.0]), "mean", discount)
     torch.testing.assert_close(again, found)
     scaled = process_advantages(rewards, "std", discount)
-    assert scaled[0].square().mean().item() == pytest.approx(1, rel=1e-3) and not scaled[1].any()
+    assert scaled[0].square().sum().item() == pytest.approx(3, rel=1e-3) and not scaled[1].any()
 
 
-def test_a_step_has_the_gradient_of_the_formula(make, monkeypatch):
-    """Two updates of a step with guidance: the first gradient is the mean over images and codes of -A · d log p."""
+@pytest.mark.parametrize("discount", [None, 0.0, 0.5])
+def test_a_step_has_the_gradient_of_the_formula(make, monkeypatch, discount):
+    """Two updates of a step with guidance: the first gradient is the mean over images and codes of -A · d log p.
+
+    With a discount, A is that of each code: of its share of Bayes' reading, and of those of the codes after it.
+    """
     config = make(cfg=2.0, groups=2, group_size=6, batch_size=5, clip_grad=0.0, kl=0.0, lr=1e-9, max_steps=1)
+    if discount is not None:
+        process = dict(supervision="process", discount=discount, advantage="mean")
+        config = make(
+            ("bayes",), **process, cfg=2.0, group_size=6, batch_size=5, clip_grad=0.0, kl=0.0, lr=1e-9, max_steps=1
+        )
     trainer = GrpoTrainer(config, ONE)
     drawn, seen = [], []
     draw, update = trainer.sampler.draw, trainer._update
@@ -209,11 +220,22 @@ def test_a_step_has_the_gradient_of_the_formula(make, monkeypatch):
     (groups,) = drawn
     pictures = trainer.sampler.decode(groups.codes)
     rewards = torch.tensor(wanted_codes(pictures, groups.prompts), dtype=torch.float64).view(2, 6)
-    scaled = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
     layout, loss = trainer.dataset.layout, torch.zeros(())
-    for start, grid, advantage in zip(groups.starts, groups.codes, scaled.flatten(), strict=True):
+    scaled = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    wanted_advantages = scaled.view(12, 1).expand(12, 4)
+    if discount is not None:
+        with torch.no_grad():
+            shares = [
+                image_log_probs(initial, layout, list(start), 1.0, grids=grid[None])[0]
+                - image_log_probs(initial, layout, list(start), 0.0, grids=grid[None])[0]
+                for start, grid in zip(groups.starts, groups.codes, strict=True)
+            ]
+        powers = torch.tensor([[discount ** max(0, j - t) if j >= t else 0.0 for j in range(4)] for t in range(4)])
+        returns = (torch.stack(shares) @ powers.T).view(2, 6, 4)
+        wanted_advantages = (returns - returns.mean(1, keepdim=True)).view(12, 4)
+    for start, grid, advantage in zip(groups.starts, groups.codes, wanted_advantages, strict=True):
         logs = image_log_probs(initial, layout, list(start), 2.0, grids=grid[None])
-        loss = loss - advantage.float() * logs.sum() / 48
+        loss = loss - (advantage.float() * logs[0]).sum() / 48
     wanted = gradients(initial, loss)
     scale = max(part.abs().max() for part in wanted)
     for found, part in zip(seen[0], wanted, strict=True):
@@ -264,6 +286,7 @@ def test_a_constant_reward_changes_nothing(make, enumerable, adapters):
 
 CASES = {
     "all weights": {"updates": 2, "ema": 0.9, "own": True},
+    "process supervision": {"supervision": "process", "discount": 0.5, "only": "bayes"},
     "adapters, guided, speculative": {"lora_rank": 2, "cfg": 2.0, "speculation": Speculation("maximal", 3)},
 }
 
@@ -272,6 +295,8 @@ CASES = {
 def test_a_resumed_run_equals_an_uninterrupted_one(make, tmp_path, case):
     values = dict(CASES[case])
     rewards = ("enumerable:wanted_codes", *(["own=0.1"] if values.pop("own", False) else []))
+    if "only" in values:
+        rewards = (values.pop("only"),)
     speculation = values.pop("speculation", None)
     whole = make(rewards, speculation, output_dir=str(tmp_path / "whole"), **values)
     GrpoTrainer(whole, ONE).run()
@@ -318,7 +343,7 @@ def test_own_rewards_are_those_of_the_frozen_reference(make, enumerable):
 
 
 @pytest.mark.parametrize("discount", [0.0, 1.0])
-def test_process_supervision_raises_the_reading_of_the_base(make, enumerable, small, discount):
+def test_each_supervision_by_bayes_raises_the_reading_of_the_base(make, enumerable, small, discount):
     """The enumerated expectation of log P(prompt | image), less a constant, by the weights before the training."""
     config = make(
         ("bayes",), supervision="process", discount=discount, kl=0.0, groups=2, group_size=8, max_steps=STEPS, lr=1e-2
@@ -337,9 +362,9 @@ def test_process_supervision_raises_the_reading_of_the_base(make, enumerable, sm
     assert rows[-1]["reward"] > rows[0]["reward"] + 1 and rows[0]["equal_groups"] == 0
 
 
-def test_scores_of_codes_need_bayes(make):
-    with pytest.raises(InputError, match="reward must be bayes for --supervision process.*got enumerable:wanted_codes"):
-        GrpoTrainer(make(supervision="process"), ONE)
+def test_own_may_not_be_bayes(make):
+    with pytest.raises(InputError, match="reward must be bayes for --supervision process.*got own"):
+        GrpoTrainer(make(("own",), supervision="process"), ONE)
 
 
 @pytest.mark.slow
@@ -408,6 +433,8 @@ def test_prompts_are_taken_once_an_epoch():
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"cfg": 0.0}, "cfg must be above 0"),
         ({"clip": 1.0}, r"clip must be in \[0, 1\)"),
+        ({"supervision": "process"}, "must be bayes for --supervision process.*got enumerable:wanted_codes"),
+        ({"discount": 0.5}, "discount has no effect without --supervision process; add that"),
         ({"init_from": None}, "init_from is missing"),
     ],
 )

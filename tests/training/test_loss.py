@@ -100,7 +100,8 @@ def test_large_logits_do_not_overflow(small_chunks):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
 
 
-def test_the_memory_of_the_heads_gradient_is_used_again(small_chunks):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_memory_of_the_heads_gradient_is_used_again(small_chunks, monkeypatch, narrow):
     """The second gradient is in the memory of the first, with the values of a model without such memory."""
     config = ModelConfig(
         vocab_size=60,
@@ -117,7 +118,9 @@ def test_the_memory_of_the_heads_gradient_is_used_again(small_chunks):
     ids, index = torch.arange(12).view(1, 12), torch.arange(11)
 
     def gradient(module: LossModel, shift: int) -> Tensor:
-        module((ids + shift) % 60, index, ids[0, 1:])[0].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = module((ids + shift) % 60, index, ids[0, 1:])[0]
+        loss.backward()
         return model.lm_head.weight.grad
 
     module = LossModel(model)
@@ -132,3 +135,8 @@ def test_the_memory_of_the_heads_gradient_is_used_again(small_chunks):
     first = gradient(fresh, 5).clone()
     torch.testing.assert_close(gradient(fresh, 7), accumulated)
     assert not torch.equal(first, accumulated)
+    fresh.zero_grad()
+    assert fresh._memory is not None
+    monkeypatch.setattr(loss, "WHOLE_LOGITS", 1 << 20)
+    gradient(fresh, 5)
+    assert fresh._memory is None  # a loss that needs no memory gives it back
