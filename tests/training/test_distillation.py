@@ -375,7 +375,7 @@ def test_the_command_names_its_options(tmp_path, capsys):
     for options, message in (
         (["--cfg", "0", "--init_from", "x"], "--cfg must be above 1 and at most 1000, got 0"),
         ([], "--init_from is missing"),
-        (["--init_from", "x", "--cfg", "1"], "--guidance_scale must be above 1 and at most 1000"),
+        (["--init_from", "x", "--cfg", "1"], "--cfg must be above 1 and at most 1000"),
     ):
         assert main_of("distill_guidance")([*needed, *options]) == 2
         error = capsys.readouterr().err
