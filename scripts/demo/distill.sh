@@ -25,7 +25,7 @@ if [ ! -f "$work/data.done" ]; then
 fi
 for name in records omni pairs; do
     if [ ! -f "$out/tokens/$name.jsonl" ]; then
-        shuf -n "${RECORDS:-6000}" --random-source=<(yes) "$work/$name.jsonl" > "$out/$name.jsonl"
+        shuf -n "${RECORDS:-3000}" --random-source=<(yes) "$work/$name.jsonl" > "$out/$name.jsonl"
         python scripts/pre_tokenize.py --in_filename "$out/$name.jsonl" --out_dir "$out/tokens/$name" --keep_size \
             --model_path assets/demo --target_size 96
         python scripts/concat_record.py --sub_record_dir "$out/tokens/$name" --save_path "$out/tokens/$name.jsonl"

@@ -28,11 +28,13 @@ from tqdm import tqdm
 from lumina_mgpt import cli
 from lumina_mgpt.devices import resolve_device
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.images import stacked
 from lumina_mgpt.io import read_json, write_atomic
 from lumina_mgpt.pipeline import Checkpoint
 from lumina_mgpt.request import GenerationRequest
 
 _BATCH = 32  # images in a batch
+_SHOWN = 8  # images of a measurement that are kept
 _MISSES = 200  # captions in a row that are there already, after which no more are searched for
 _SEED = 50_000  # of the noise, other than that of evaluate.py
 
@@ -83,9 +85,7 @@ def measure(args: argparse.Namespace) -> None:
     width, height = next(iter(asked.values())).size
     bar = tqdm(total=len(texts), desc=args.name, unit="prompt", mininterval=cli.bar_interval())
     for start in range(0, len(texts), _BATCH):
-        several = (
-            args.repeats if start < args.several else 1
-        )  # images of a prompt; the first is the same for any number
+        several = args.repeats if start < args.several else 1  # the first image is the same for any number
         part = texts[start : start + _BATCH]
         settings = dict(n=several, cfg=args.cfg, top_k=args.top_k, batch_size=_BATCH, seed=_SEED + start, task=task)
         images = [result.image for result in pipeline.stream(GenerationRequest.of(part, width, height, **settings))]
@@ -101,7 +101,9 @@ def measure(args: argparse.Namespace) -> None:
     bar.close()
     figures = {"row": args.row, "cfg": args.cfg, "prompts": texts, "scores": columns, "distances": distances}
     write_atomic(args.out_dir / f"{args.name}.json", json.dumps(figures) + "\n")
-    evaluation.contact_sheet(sheet[:24], texts[:24], 8).save(args.out_dir / f"{args.name}.png", optimize=True)
+    evaluation.contact_sheet(sheet[:_SHOWN], texts[:_SHOWN], _SHOWN).save(
+        args.out_dir / f"{args.name}.png", optimize=True
+    )
     for name, values in columns.items():
         print(f"{args.name}, {name}: {evaluation.Mean(tuple(values))} ({len(values)} prompts)")
     if distances:
@@ -115,7 +117,10 @@ def distance(first: Image.Image, second: Image.Image) -> float:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Prints the change between two measurements, with the standard error of paired differences."""
+    """Prints the change between two measurements, with the standard error of paired differences.
+
+    Writes `compared.png`: the images of some prompts before, and below them those after.
+    """
     before, after = (read_json(args.out_dir / f"{name}.json") for name in ("before", "after"))
     if before["prompts"] != after["prompts"] or before["row"] != after["row"]:
         raise InputError(f"{args.out_dir}: before.json and after.json must be of the same prompts; measure again")
@@ -133,6 +138,8 @@ def compare(args: argparse.Namespace) -> None:
         print("| " + " | ".join([name, *cells]) + " |")
     means = [np.mean(part["distances"]) if part["distances"] else math.nan for part in (before, after)]
     print(f"pixel distance of right images of a prompt: {means[0]:.4f} -> {means[1]:.4f}, {means[1] / means[0]:.0%}")
+    sheets = [Image.open(args.out_dir / f"{name}.png") for name in ("before", "after")]
+    stacked(sheets).save(args.out_dir / "compared.png", optimize=True)
 
 
 def build_parser() -> cli.Parser:
@@ -140,12 +147,12 @@ def build_parser() -> cli.Parser:
     commands = parser.add_subparsers(dest="command", required=True)
     for work in (write_prompts, measure, compare):
         name = "prompts" if work is write_prompts else work.__name__
-        sub = commands.add_parser(name, help=work.__doc__)
+        sub = commands.add_parser(name, help=(work.__doc__ or "").split("\n")[0])
         sub.set_defaults(work=work)
         sub.add_argument("--out_dir", type=Path, default=Path("work/grpo"), help="folder of all files")
         if work is compare:
             continue
-        sub.add_argument("--row", choices=tuple(rewards.ROWS), default="one emoji", help="row of the evaluation")
+        sub.add_argument("--row", choices=tuple(rewards.ROWS), default="two emoji", help="row of the evaluation")
         sub.add_argument("--prompts", type=cli.whole, default=2000 if name == "prompts" else 1000, help="their number")
         sub.add_argument("--seed", type=cli.whole, default=0, help="seed of the prompts")
         if work is measure:
@@ -153,7 +160,12 @@ def build_parser() -> cli.Parser:
             sub.add_argument("--name", required=True, help="before, after or guided: name of the file to write")
             sub.add_argument("--cfg", type=cli.number, default=1.0, help="guidance scale")
             sub.add_argument("--top_k", type=cli.whole, default=4096, help="sample from this number of codes")
-            sub.add_argument("--several", type=cli.whole, default=256, help="prompts with several images")
+            sub.add_argument(
+                "--several",
+                type=cli.whole,
+                default=256,
+                help="prompts with several images; rounded up to whole batches of 32",
+            )
             sub.add_argument("--repeats", type=cli.whole, default=4, help="images of each of these")
     return parser
 

@@ -7,7 +7,7 @@
 # the row of the evaluation, STEPS the steps of the training. PROMPTS and HELD_OUT are the numbers of prompts, SEVERAL
 # the number of those with four images, OPTIONS further options of the training. REWARD holds the options of the reward;
 # REWARD="--reward rewards:right" takes the scores of the evaluation, one for each image. After an interruption, the same
-# command resumes. Needs npm, which downloads the emoji pictures.
+# command resumes; take another WORK for other settings. Needs npm, which downloads the emoji pictures, and a git clone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -27,9 +27,10 @@ measure() { # NAME MODEL options
 mkdir -p "$work"
 if [ -z "$model" ]; then
     model="$work/earlier"
-    if [ ! -f "$model/model.safetensors" ]; then
-        mkdir -p "$model"
-        git archive e515151 assets/demo | tar -x -C "$model" --strip-components=2
+    if [ ! -d "$model" ]; then
+        rm -rf "$model.partial" && mkdir "$model.partial"
+        git archive e515151 assets/demo | tar -x -C "$model.partial" --strip-components=2
+        mv "$model.partial" "$model"
     fi
 fi
 python scripts/demo/learn_rewards.py prompts --out_dir "$work" --row "$row" --prompts "${PROMPTS:-2000}"
