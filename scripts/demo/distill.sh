@@ -35,9 +35,9 @@ done
 echo "== 2/4 training"
 # Noise in the codes, as in the training of the checkpoint: sampled images have wrong codes, too.
 WORK="$out" lumina-mgpt distill-guidance --cfg 4 --init_from assets/demo --data_config configs/data/demo_omni.yaml \
-    --output_dir "$out/run" --max_minutes "${MINUTES:-40}" --max_tokens 6144 --optimizer muon --muon_lr 0.003 --lr 6e-4 \
-    --warmup 0.02 --clip_grad 1 --code_noise 0.1 --spare_panel 0.8 --compile --save_minutes 5 \
-    --save_iteration_interval 0 --export_dtype fp16 --resume auto
+    --output_dir "$out/run" --max_minutes "${MINUTES:-32}" --max_tokens 6144 --optimizer muon --muon_lr 0.003 --lr 6e-4 \
+    --warmup 0.02 --clip_grad 1 --code_noise 0.1 --spare_panel 0.8 --compile --pad_multiple 64 \
+    --save_minutes 5 --save_iteration_interval 0 --export_dtype fp16 --resume auto
 
 echo "== 3/4 evaluation"
 for model in assets/demo "$out/run/export"; do # the original with guidance 4, then the other without guidance
