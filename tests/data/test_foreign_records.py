@@ -185,7 +185,7 @@ def test_a_record_file_that_does_not_list_its_shards_is_refused(made, capsys, li
 def test_damaged_rows_of_a_record_file_are_refused(tmp_path, row):
     """Bug: an infinite length, or one of 30 digits, gave a traceback in the training."""
     (tmp_path / "all.jsonl").write_text(row + "\n")
-    with pytest.raises(InputError, match="all.jsonl: a record is {file, len, id}"):
+    with pytest.raises(InputError, match="all.jsonl: a record must have file, len and id"):
         TokenDataset([Source(str(tmp_path / "all.jsonl"))], None)
 
 
