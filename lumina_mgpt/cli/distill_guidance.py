@@ -30,16 +30,14 @@ def build_parser() -> cli.Parser:
     # The target is a distribution, not one code, and the teacher has no dropout: nothing needs regularization.
     parser.set_defaults(guidance_scale=4.0, dropout=0.0, wd=0.0, z_loss_weight=0.0)
     parser.set_defaults(model_size=None, warmup_epochs=None)
-    (scale,) = (action for action in parser._actions if action.dest == "guidance_scale")
-    scale.help = "guidance scale that the weights learn, above 1"
     return parser
 
 
 def distill(args: argparse.Namespace) -> int:
     """Trains and exports. Checks first what `finetune` does not require."""
     if not args.export_only:
-        if not 1 < args.guidance_scale <= 1000:
-            rule = f"must be above 1 and at most 1000, got {args.guidance_scale:g}"
+        if not args.guidance_scale:
+            rule = "must be above 1 and at most 1000, got 0"
             raise InputError(f"{rule}; give the scale that images are generated with", "guidance_scale")
         if not args.init_from:
             raise InputError("is missing; give the checkpoint to train, which is the teacher, too", "init_from")

@@ -147,11 +147,11 @@ class GrpoOptions(Options):
         SamplingConfig(cfg=self.cfg, temperature=self.temperature)
         process = self.supervision == "process"
         if self.discount is not None and not process:
-            raise InputError("has no effect without --supervision process; add that, or leave it out", "discount")
+            raise InputError("has no effect without supervision=process; add that, or leave it out", "discount")
         for reward in self.rewards if process else ():
-            if reward.name not in ("bayes", "own"):
-                rule = f"must be bayes for --supervision process, which gives each code a reward, got {reward.name}"
-                raise InputError(rule, "reward")
+            if reward.name != "bayes":
+                rule = "must be bayes with supervision=process, since each code needs a reward"
+                raise InputError(f"{rule}, got {reward.name}; give bayes, or leave supervision out", "reward")
         if not self.rewards:
             raise InputError("is missing; give own, or module:function with (images, prompts) -> scores", "reward")
         names = [reward.name for reward in self.rewards]

@@ -63,13 +63,8 @@ class Rewards:
                 give a reward of its own.
         """
         for scorer in self.scorers:
-            if scorer.function is not None:
-                continue
-            if self.by_code and scorer.kind(family) != "bayes":
-                rule = f"must be bayes for --supervision process, which gives each code a reward, got {scorer.name}"
-                raise InputError(rule, "reward")
-            if scorer.kind(family) == "reading" and not family.answers_in_text:
-                raise InputError(f"{scorer.name} needs a checkpoint that describes images; give bayes", "reward")
+            if scorer.name == "reading" and not family.answers_in_text:
+                raise InputError("reading needs a checkpoint that describes images; give bayes", "reward")
         pictures = [Image.new("RGB", size, color) for color in ("gray", "white")]
         for scorer in self.scorers:
             if scorer.function is not None:

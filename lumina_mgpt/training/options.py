@@ -39,7 +39,7 @@ POSITIVE = Rule("must be above 0", lambda value: value > 0)
 AT_LEAST_ONE = Rule("must be at least 1", lambda value: value >= 1)
 FRACTION = Rule("must be in [0, 1)", lambda value: 0 <= value < 1)
 SHARE = Rule("must be in [0, 1]", lambda value: 0 <= value <= 1)
-GUIDANCE = Rule("must be above 1 and at most 1000, or 0 for none", lambda value: value == 0 or 1 < value <= 1000)
+GUIDANCE = Rule("must be above 1 and at most 1000", lambda value: value == 0 or 1 < value <= 1000)
 FACTOR = Rule("must be above 1, or 0 for none", lambda value: value == 0 or value > 1)
 
 
@@ -253,9 +253,7 @@ class RegularizationOptions(Options):
 class DistillationOptions(Options):
     """Chooses the teacher of a distillation of guidance. `distillation.DistillationTrainer` uses these options."""
 
-    guidance_scale: float = option(
-        0.0, "guidance scale whose distribution the weights learn; 0 for an ordinary training", GUIDANCE
-    )
+    guidance_scale: float = option(0.0, "guidance scale whose distribution the weights learn, above 1", GUIDANCE)
     own_samples: float = option(
         0.0, "share of the steps that learn on images that the model in training samples, not on the records", SHARE
     )

@@ -39,7 +39,7 @@ _MISSES = 200  # captions in a row that are there already, after which no more a
 _SEED = 50_000  # of the noise, other than that of evaluate.py
 
 
-def prompts_of(held_out: bool, count: int, seed: int, row: str = "one emoji") -> dict[str, Scene]:
+def prompts_of(held_out: bool, count: int, seed: int, row: str) -> dict[str, Scene]:
     """Returns different captions with their scenes, held out of training or not: single emoji, or two side by side.
 
     Raises:
@@ -100,10 +100,9 @@ def measure(args: argparse.Namespace) -> None:
             bar.update()
     bar.close()
     figures = {"row": args.row, "cfg": args.cfg, "prompts": texts, "scores": columns, "distances": distances}
-    write_atomic(args.out_dir / f"{args.name}.json", json.dumps(figures) + "\n")
-    evaluation.contact_sheet(sheet[:_SHOWN], texts[:_SHOWN], _SHOWN).save(
-        args.out_dir / f"{args.name}.png", optimize=True
-    )
+    shown = evaluation.contact_sheet(sheet[:_SHOWN], texts[:_SHOWN], _SHOWN)
+    shown.save(args.out_dir / f"{args.name}.png", optimize=True)
+    write_atomic(args.out_dir / f"{args.name}.json", json.dumps(figures) + "\n")  # last: it shows that all is there
     for name, values in columns.items():
         print(f"{args.name}, {name}: {evaluation.Mean(tuple(values))} ({len(values)} prompts)")
     if distances:

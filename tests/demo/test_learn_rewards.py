@@ -63,7 +63,7 @@ def test_prompts_to_train_on_are_of_other_scenes(row, emoji):
     assert len({scene.size for scene in (*training.values(), *held_out.values())}) == 1
     assert learn_rewards.prompts_of(True, 300, 0, row) == held_out
     with pytest.raises(InputError, match="prompts must be at most about"):
-        learn_rewards.prompts_of(True, 100_000, 0)
+        learn_rewards.prompts_of(True, 100_000, 0, "one emoji")
 
 
 def test_measurements_have_the_same_noise_and_are_compared(pictures, tmp_path, monkeypatch, capsys):
@@ -81,6 +81,7 @@ def test_measurements_have_the_same_noise_and_are_compared(pictures, tmp_path, m
     assert learn_rewards.main(["compare", *start]) == 0
     text = capsys.readouterr().out
     assert "+2.000 ± 0.000" in text and "0.3000 -> 0.3000, 100%" in text
+    assert (tmp_path / "compared.png").exists()
     after["prompts"][0] = "another"
     (tmp_path / "after.json").write_text(json.dumps(after))
     assert learn_rewards.main(["compare", *start]) == 2

@@ -343,7 +343,7 @@ def test_own_rewards_are_those_of_the_frozen_reference(make, enumerable):
 
 
 @pytest.mark.parametrize("discount", [0.0, 1.0])
-def test_each_supervision_by_bayes_raises_the_reading_of_the_base(make, enumerable, small, discount):
+def test_process_supervision_raises_the_reading_of_the_base(make, enumerable, small, discount):
     """The enumerated expectation of log P(prompt | image), less a constant, by the weights before the training."""
     config = make(
         ("bayes",), supervision="process", discount=discount, kl=0.0, groups=2, group_size=8, max_steps=STEPS, lr=1e-2
@@ -360,11 +360,6 @@ def test_each_supervision_by_bayes_raises_the_reading_of_the_base(make, enumerab
         assert gains[1] > gains[0] + 0.5 * (best - gains[0]), (gains, best)
     rows = metrics_of(config.training.output_dir)
     assert rows[-1]["reward"] > rows[0]["reward"] + 1 and rows[0]["equal_groups"] == 0
-
-
-def test_own_may_not_be_bayes(make):
-    with pytest.raises(InputError, match="reward must be bayes for --supervision process.*got own"):
-        GrpoTrainer(make(("own",), supervision="process"), ONE)
 
 
 @pytest.mark.slow
@@ -433,8 +428,9 @@ def test_prompts_are_taken_once_an_epoch():
         ({"group_size": 1}, "group_size must be at least 2"),
         ({"cfg": 0.0}, "cfg must be above 0"),
         ({"clip": 1.0}, r"clip must be in \[0, 1\)"),
-        ({"supervision": "process"}, "must be bayes for --supervision process.*got enumerable:wanted_codes"),
-        ({"discount": 0.5}, "discount has no effect without --supervision process; add that"),
+        ({"supervision": "process"}, "reward must be bayes with supervision=process.*got enumerable:wanted_codes"),
+        ({"supervision": "process", "rewards": ("own",)}, "reward must be bayes .*got own"),
+        ({"discount": 0.5}, "discount has no effect without supervision=process; add that"),
         ({"init_from": None}, "init_from is missing"),
     ],
 )
