@@ -11,11 +11,9 @@ from torch import Tensor
 from lumina_mgpt.cuda import torch_attention
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.kernels import dispatch
-from lumina_mgpt.model.causal_attention import CausalAttention
 from lumina_mgpt.model.kv_cache import Cached, KVCache, Scaled
 
 HALVES = (torch.bfloat16, torch.float16)
-_TRAINED = (torch.bfloat16, torch.float32)  # types that `CausalAttention` serves on a CPU
 # Except on CUDA: up to this many queries attention reads int8 integers; above, a layer's cache is dequantized.
 INT8_QUERIES = 256
 # On a CPU: how many numbers of a cache are converted to float32 at once (4 MB: 1024 slots, 8 heads of width 128), and
@@ -115,7 +113,7 @@ def backend(name: str) -> Backend:
 def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     """Computes attention by torch's scaled_dot_product_attention, or by faster code where there is some.
 
-    The faster code covers one query or a few queries per row on a KV cache, and training on a CPU.
+    The faster code covers one query or a few queries per row on a KV cache.
 
     Args:
         cached: whether k and v are views of a KV cache.
@@ -136,8 +134,6 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     k, v = (part.dequantize(q.dtype) if isinstance(part, Scaled) else part for part in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if span.causal and q.requires_grad and q.device.type == "cpu" and not grouped and q.dtype in _TRAINED:
-        return CausalAttention.apply(q, k, v).transpose(1, 2)
     if grouped and span.mask is not None and q.device.type == "cuda":
         return _grouped(q, k, v, span.mask).transpose(1, 2)
     mixed = torch_attention(q, k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=grouped)

@@ -1,6 +1,5 @@
 """Attention backends against attention written as its formula."""
 
-import itertools
 import sys
 import types
 
@@ -8,13 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_formula import formula, heads
-from torch.utils.checkpoint import checkpoint
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.model import attention
 from lumina_mgpt.model.attention import Span
-from lumina_mgpt.model.causal_attention import CausalAttention
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
 
 CONFIG = ModelConfig(
@@ -131,22 +128,6 @@ def test_rows_of_a_cache_are_spread(dtype):
     assert all(tensor.count_nonzero() for tensor in cache.layers[0].stores)
 
 
-@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
-def test_written_out_equals_the_kernel(length):
-    """Values and gradients in float64, at the edges of blocks, in the memory layout of the model."""
-    q, k, v = (heads(2, length, 3, 8, seed=s).transpose(1, 2).requires_grad_() for s in range(3))
-    outward = heads(2, 3, length, 8, seed=9)
-    results = []
-    for attend in (
-        CausalAttention.apply,
-        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True),
-    ):
-        out = attend(q, k, v)
-        results.append((out, *torch.autograd.grad(out, (q, k, v), outward)))
-    for recomputed, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(recomputed, theirs, rtol=0, atol=1e-12)
-
-
 def test_attention_for_training_equals_attention_without_gradients():
     """Bit for bit: GRPO compares the two."""
     q, k, v = (heads(2, 200, 3, 8, seed=s, dtype=torch.float32) for s in range(3))
@@ -154,38 +135,6 @@ def test_attention_for_training_equals_attention_without_gradients():
     plain = attention.sdpa(q, k, v, span, False)
     trained = attention.sdpa(*(part.clone().requires_grad_() for part in (q, k, v)), span, False)
     assert trained.requires_grad and torch.equal(plain, trained)
-
-
-def test_gradients_in_bfloat16_under_autocast():
-    """Products are in float32: compiled products of bfloat16 blocks gave gradients that were not numbers."""
-    q, k, v = (heads(2, 200, 3, 8, seed=s, dtype=torch.float32).bfloat16() for s in range(3))
-    wide, narrow = ([part.to(dtype).requires_grad_() for part in (q, k, v)] for dtype in (torch.float64, q.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = attention.sdpa(*narrow, span_for(0, 200, None), False)
-    outward = heads(*out.shape, seed=9)
-    found = torch.autograd.grad(out, narrow, outward.to(out.dtype))
-    wanted = torch.autograd.grad(attention.sdpa(*wide, span_for(0, 200, None), False), wide, outward)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == torch.bfloat16 and (one.double() - other).norm() < 0.02 * other.norm()
-
-
-def test_gradients_under_activation_checkpointing():
-    q, k, v = (part.requires_grad_() for part in torch.randn(3, 1, 2, 150, 8))
-    plain = torch.autograd.grad(CausalAttention.apply(q, k, v).sum(), (q, k, v))
-    recomputed = checkpoint(CausalAttention.apply, q, k, v, use_reentrant=False)
-    assert all(map(torch.equal, torch.autograd.grad(recomputed.sum(), (q, k, v)), plain))
-
-
-def test_written_out_only_where_it_pays(monkeypatch):
-    """bf16 and float32 on a CPU with gradients; inference goes to the kernel."""
-    used = []
-    monkeypatch.setattr(CausalAttention, "apply", lambda q, k, v: used.append(q.dtype) or q)
-    span = span_for(0, 6, None)
-    for dtype, grad in itertools.product((torch.bfloat16, torch.float32), (True, False)):
-        used.clear()
-        q = heads(1, 6, 2, 8, dtype=dtype).requires_grad_(grad)
-        attention.sdpa(q, q.detach(), q.detach(), span, False)
-        assert used == ([dtype] if grad else [])
 
 
 def fake_flash(q, k_cache, v_cache, *, cache_seqlens, causal):

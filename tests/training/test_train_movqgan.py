@@ -109,6 +109,20 @@ def test_training_the_decoder_keeps_the_codes(folder, tmp_path, config, file):
     assert any(key.startswith("decoder.") for key in changed) and any("post_quant_conv" in key for key in changed)
 
 
+def test_the_decoder_learns_from_the_codes_that_pictures_get(folder, tmp_path, monkeypatch):
+    """Latents in bfloat16 gave two codes in five another value."""
+    train(folder, tmp_path / "first", 8)
+    settings = replace(SETTINGS, decoder_of=str(tmp_path / "first" / "movqgan.safetensors"))
+    trainer = ImageTokenizerTrainer(CONFIG, settings, Pictures({folder: 1.0}), tmp_path / "second")
+    pixels = trainer.pictures.batch(np.random.default_rng(0), settings.pixels)
+    quantizer, seen = trainer.model.quantize, []
+    nearest = quantizer.nearest
+    monkeypatch.setattr(quantizer, "nearest", lambda cells: seen.append(cells) or nearest(cells))
+    trainer._train_step(pixels, torch.Generator())
+    expected = trainer.model.latent(pixels).permute(0, 2, 3, 1)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-5)
+
+
 def test_weights_without_a_decoder_are_refused(folder, tmp_path):
     train(folder, tmp_path / "first", 2, config=PLAIN)
     state = load_state_dict(tmp_path / "first" / "vqgan.safetensors")
