@@ -2,13 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.io import lines_of, read_text
+from lumina_mgpt.io import lines_of, read_json, read_text
 
-PROMPTS_FILE = "prompts.txt"  # in a checkpoint folder: example prompts
+# In a checkpoint folder: prompts of text to image; and other examples.
+PROMPTS_FILE, EXAMPLES_FILE = "prompts.txt", "examples.json"
+CHAT = "chat"  # the key of messages in EXAMPLES_FILE
 
 
 EXAMPLE_PROMPTS = (
@@ -51,6 +53,24 @@ def example_prompts(folder: Path) -> list[str]:
     """
     file = folder / PROMPTS_FILE
     return (_not_blank(read_text(file)) if file.exists() else [])[:5] or list(EXAMPLE_PROMPTS)
+
+
+def other_examples(folder: Path) -> Mapping[str, tuple[str, ...]]:
+    """Returns the examples in the checkpoint's `examples.json`; nothing without that file.
+
+    The file maps the name of a task with a given picture to prompts for it, and CHAT to messages.
+
+    Raises:
+        InputError: the file cannot be read, or does not have this form.
+    """
+    file = folder / EXAMPLES_FILE
+    if not file.exists():
+        return {}
+    found = read_json(file)
+    for name, texts in found.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise InputError(f"{file}: {name!r} must hold a list of texts, none empty; correct or remove the file")
+    return {name: tuple(texts) for name, texts in found.items()}
 
 
 def known_names(folder: Path) -> list[str]:

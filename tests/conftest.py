@@ -105,6 +105,11 @@ TINY_SIZES = dict(
     base_size=64,
 )
 TINY_NAMES = ("hedgehog", "slice of pizza", "snowman", "red apple", "cat")
+TINY_EXAMPLES = {
+    "edit": ["make the background red"],
+    "subject": ["the same on a pink background"],
+    "chat": ["Draw this:\na cat"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +125,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     _oracle_weights().write_movqgan(folder / "movqgan_270M.ckpt", blocks=1, codes=TINY_SIZES["num_image_codes"])
     (folder / "names.txt").write_text("\n".join(TINY_NAMES) + "\n")
     (folder / "prompts.txt").write_text("".join(f"a {name} on a white background\n" for name in TINY_NAMES))
+    (folder / "examples.json").write_text(json.dumps(TINY_EXAMPLES))
     return folder
 
 

@@ -11,6 +11,7 @@ from lumina_mgpt.cli.runner import REFUSED
 from lumina_mgpt.console import Stopped
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.outputs import OutputFolder
+from lumina_mgpt.prompt_files import CHAT, other_examples
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 HELP = """\
 /image FILE  attach a picture to the next message; <|image|> in the message is its place (default: before the text)
 /new         begin a new conversation
+/examples    messages that the checkpoint was trained on
 /quit        end the program; so does the end of the input
 /help        this list
 Ctrl-C       stop an answer and keep what came
@@ -97,6 +99,9 @@ class Terminal:
         elif name == "/new":
             self.conversation, self.pictures = self.pipeline.conversation(), []
             print("[a new conversation]")
+        elif name == "/examples":
+            texts = other_examples(self.pipeline.checkpoint.folder).get(CHAT, ())
+            print("\n".join(text.replace("\n", "\\\n") for text in texts) or "[the checkpoint names none]")
         elif name == "/help":
             print(HELP)
         elif name != "/quit":

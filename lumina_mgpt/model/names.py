@@ -19,6 +19,7 @@ COMPANIONS = (
     "merges.txt",
     "names.txt",
     "prompts.txt",
+    "examples.json",
     "movqgan*.safetensors",
     "*movqgan*.ckpt",
     "vqgan*.safetensors",

@@ -13,9 +13,19 @@ from torch import Tensor
 from lumina_mgpt.config import SamplingConfig
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.page.edit_part import conversation_field, message, saved_picture
-from lumina_mgpt.page.fields import Frame, buttons, command_field, opened, picture_field, status, status_field
+from lumina_mgpt.page.fields import (
+    Frame,
+    buttons,
+    command_field,
+    opened,
+    picture_field,
+    show_examples,
+    status,
+    status_field,
+)
 from lumina_mgpt.page.runs import PREVIEWS, Reply, message_of, stream_reply
 from lumina_mgpt.page.settings import SEEDS, command_line, number
+from lumina_mgpt.prompt_files import CHAT
 from lumina_mgpt.results import AnswerImage
 from lumina_mgpt.server.values import check_count, check_length
 
@@ -66,6 +76,7 @@ class ChatPart:
                 self.status, self.command = status_field(name), command_field(name, "The settings on the command line")
             with gr.Column(elem_classes="set"):
                 self._settings(default)
+                show_examples([[text] for text in frame.offer.others.get(CHAT, ())], [self.text])
         self._connect()
 
     def _settings(self, default: SamplingConfig) -> None:

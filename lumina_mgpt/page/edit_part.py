@@ -19,6 +19,7 @@ from lumina_mgpt.page.fields import (
     command_field,
     opened,
     picture_field,
+    show_examples,
     sizes_of,
     status,
     status_field,
@@ -85,6 +86,7 @@ class EditPart:
             with gr.Column(elem_classes="set"):
                 self.settings = SettingsFields(frame, task, sizes_of(frame.offer, task), many=False)
                 gr.Markdown("The settings of the first turn apply to all turns. Each turn adds 1 to the seed.")
+                show_examples([[text] for text in frame.offer.others.get("edit", ())], [self.instruction])
         self._connect()
 
     def _connect(self) -> None:

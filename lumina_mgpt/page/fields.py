@@ -101,6 +101,12 @@ def buttons(verb: str, name: str) -> tuple[gr.Button, gr.Button]:
         )
 
 
+def show_examples(rows: list[list[str]], fields: list[Any]) -> None:
+    """Shows examples, if there are any. A click on a row puts its values into the fields."""
+    if rows:
+        gr.Examples(rows, fields, label="Examples")
+
+
 def picture_field(label: str, name: str) -> gr.Image:
     """Returns a field for an uploaded picture. Its value is the path of the unmodified upload."""
     field = gr.Image(

@@ -18,6 +18,7 @@ from lumina_mgpt.page.fields import (
     default_sampling,
     opened,
     picture_field,
+    show_examples,
     sizes_of,
     status,
     status_field,
@@ -63,8 +64,11 @@ class ImagesPart:
             with gr.Column(elem_classes="set"):
                 offer, task = frame.offer, self.tasks[first]
                 self.settings = SettingsFields(frame, task, sizes_of(offer, task), many=not given)
-                if not given:
-                    gr.Examples([[text] for text in offer.examples], [self.prompt], label="Examples")
+                if given:
+                    examples = [[name, text] for name in self.tasks for text in offer.others.get(name, ())]
+                    show_examples(examples, [self.task, self.prompt])
+                else:
+                    show_examples([[text] for text in offer.examples], [self.prompt])
         self._connect()
 
     def _form(self, first: str, given: bool) -> None:

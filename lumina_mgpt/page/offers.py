@@ -25,7 +25,8 @@ class Offer:
         tasks: name -> task without a given picture, one image an answer.
         picture_tasks: name -> task with a given picture, without editing.
         edit: the task of editing; None if the family has none.
-        examples: prompts.
+        examples: prompts of text to image.
+        others: name of a task with a given picture -> prompts, and `chat` -> messages, see `other_examples`.
         names: what a small checkpoint can draw; empty if it does not say so.
     """
 
@@ -34,6 +35,7 @@ class Offer:
     picture_tasks: Mapping[str, Task]
     edit: Task | None
     examples: tuple[str, ...]
+    others: Mapping[str, tuple[str, ...]]
     names: tuple[str, ...]
 
     @classmethod
@@ -46,6 +48,7 @@ class Offer:
             picture_tasks={name: task for name, task in family.i2i_tasks.items() if name != "edit"},
             edit=family.i2i_tasks.get("edit"),
             examples=tuple(prompt_files.example_prompts(checkpoint.folder)),
+            others=prompt_files.other_examples(checkpoint.folder),
             names=tuple(prompt_files.known_names(checkpoint.folder)),
         )
 

@@ -262,7 +262,7 @@ class VQGAN(nn.Module):
         if self.config.decoder:
             self.decoder.to(dtype)
         if torch.device(device).type == "cpu":  # convolutions and norms are faster there with adjacent channels
-            self.to(memory_format=torch.channels_last)
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     def latent(self, pixels: Tensor) -> Tensor:

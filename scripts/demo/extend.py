@@ -31,37 +31,47 @@ def build_parser() -> cli.Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the extended checkpoint."""
-    import examples
+    """Writes the extended checkpoint. One that was extended before is copied."""
     import more_pieces
-    from tokenizers import Tokenizer
 
     from lumina_mgpt.model.convert import copy_companions
     from lumina_mgpt.model.hub import resolve
     from lumina_mgpt.model.reading import load_model, require_plain_weights
-    from lumina_mgpt.model.transformer import Transformer
     from lumina_mgpt.model.writing import save_model
 
     require_new(args.save_path, "save_path")
     source = resolve(cli.checkpoint_path(args.model_path))
     require_plain_weights(source, "model_path", "edited")
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    known = [text for path in args.known for text in examples.texts(path)]
-    new = [text for path in sorted(args.records.glob("*.jsonl")) for text in examples.texts(path)]
-    merges = more_pieces.learned(tokenizer, known, new, PIECES)
-    old = load_model(source, None, "cpu")
-    first = old.config.vocab_size
-    model = Transformer(replace(old.config, vocab_size=first + PIECES, abilities=ABILITIES))
-    state = old.state_dict()
-    for name in ("embed_tokens.weight", "lm_head.weight"):
-        state[name] = _more_rows(state[name], tokenizer, merges)
-    model.load_state_dict(state)
-    content = more_pieces.extended(read_json(source / "tokenizer.json"), merges, first)
+    old, content = load_model(source, None, "cpu"), read_json(source / "tokenizer.json")
+    model, merges = old, []
+    if old.config.abilities != ABILITIES:
+        model, merges = _extended(old, source, args)
+        content = more_pieces.extended(content, merges, old.config.vocab_size)
     with new_folder(args.save_path, "save_path") as folder:
         save_model(model, folder, old.embed_tokens.weight.dtype)
         copy_companions(source, folder)
         write_atomic(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"{len(merges)} new pieces of text in {args.save_path}")
+
+
+def _extended(old, source: Path, args: argparse.Namespace) -> tuple:
+    """The model with more rows and with ABILITIES, and the new merges of the text tokenizer."""
+    import examples
+    import more_pieces
+    from tokenizers import Tokenizer
+
+    from lumina_mgpt.model.transformer import Transformer
+
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    known = [text for path in args.known for text in examples.texts(path)]
+    new = [text for path in sorted(args.records.glob("*.jsonl")) for text in examples.texts(path)]
+    merges = more_pieces.learned(tokenizer, known, new, PIECES)
+    model = Transformer(replace(old.config, vocab_size=old.config.vocab_size + PIECES, abilities=ABILITIES))
+    state = old.state_dict()
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        state[name] = _more_rows(state[name], tokenizer, merges)
+    model.load_state_dict(state)
+    return model, merges
 
 
 def _more_rows(rows, tokenizer, merges: list[tuple[str, str]]):

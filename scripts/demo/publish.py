@@ -5,14 +5,37 @@
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 
 from lumina_mgpt import cli
-from lumina_mgpt.io import new_folder, require_new
+from lumina_mgpt.io import new_folder, require_new, write_atomic
+from lumina_mgpt.prompt_files import EXAMPLES_FILE, PROMPTS_FILE
 
 LARGEST = 15_000_000  # bytes of a weight file
+PROMPTS = (
+    "a hedgehog on a sky blue background",
+    "three strawberries on a white background",
+    "a green fox on a lavender background",
+    "an owl to the right of a cactus on a pink background",
+    "a blue fish and a red apple on a grey background",
+)
+EXAMPLES = {
+    "edit": ["make the background red", "replace the penguin with a snowman", "make the penguin green"],
+    "subject": ["the same on a navy background"],
+    "detect": ["The penguin."],
+    "chat": [
+        "Draw a fox to the left of an owl on a sky blue background.",
+        "Describe the picture.",
+        "What is to the right of the fox?",
+        "How many owls are there?",
+        "What colour is the background?",
+        "Make the fox green.",
+        "Generate 8 object views of 64x64 according to the following prompt:\na red mug on a white background",
+    ],
+}
 
 
 def build_parser() -> cli.Parser:
@@ -37,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     with new_folder(args.save_path, "save_path") as folder:
         save_model(model, folder, max_shard_bytes=LARGEST)
         copy_companions(source, folder)
+        write_atomic(folder / PROMPTS_FILE, "".join(f"{prompt}\n" for prompt in PROMPTS))
+        write_atomic(folder / EXAMPLES_FILE, json.dumps(EXAMPLES, indent=1) + "\n")
         if args.movqgan_path:
             shutil.copyfile(args.movqgan_path, folder / "movqgan.safetensors")
         sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}

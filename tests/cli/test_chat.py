@@ -338,6 +338,14 @@ def test_new_conversations_and_errors(given, talk, tmp_path, capsys, monkeypatch
     assert "/quit        end" in out
 
 
+def test_examples_are_shown_as_they_are_typed(tiny_checkpoint, given, talk, tmp_path, capsys):
+    out = ["--save_path", str(tmp_path / "out")]
+    assert talk(["--model_path", str(tiny_checkpoint), *out], "/examples") == 0
+    assert capsys.readouterr().out == "Draw this:\\\na cat\n"
+    assert talk(given("text"), "/examples") == 0
+    assert capsys.readouterr().out == "[the checkpoint names none]\n"
+
+
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(given, talk, tmp_path, capsys, monkeypatch):
     from lumina_mgpt.conversation import AnswerStream
     from lumina_mgpt.results import RowDone

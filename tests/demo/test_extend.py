@@ -5,11 +5,13 @@ from pathlib import Path
 
 import extend
 import more_pieces
+import publish
 import pytest
 import torch
 from tokenizers import Tokenizer
 
 from lumina_mgpt.pipeline import Checkpoint
+from lumina_mgpt.prompt_files import example_prompts, other_examples
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo"
@@ -61,6 +63,25 @@ def test_the_extended_checkpoint_names_its_abilities(extended):
     assert family.answers_in_text and not Checkpoint.open(DEMO).config.family.answers_in_text
     assert family.task("multiview").views == 8 and family.task("detect", i2i=True).box
     assert family.task("edit", i2i=True).panels == 2  # the tasks of the family stay
+
+
+def test_an_extended_checkpoint_is_copied(extended, tmp_path):
+    options = ["--model_path", str(extended), "--known", "none", "--records", "none"]
+    assert extend.main([*options, "--save_path", str(tmp_path / "s")]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "s" / name).read_bytes() == (extended / name).read_bytes(), name
+
+
+def test_the_published_checkpoint_has_small_files_and_examples(extended, tmp_path):
+    options = ["--model_path", str(extended), "--movqgan_path", str(DEMO / "movqgan.safetensors")]
+    assert publish.main([*options, "--save_path", str(tmp_path / "demo")]) == 0
+    checkpoint = Checkpoint.open(tmp_path / "demo")
+    assert len(list((tmp_path / "demo").glob("model*.safetensors"))) > 1
+    assert all(file.stat().st_size < 16e6 for file in (tmp_path / "demo").iterdir())
+    assert example_prompts(checkpoint.folder) == list(publish.PROMPTS)
+    examples = other_examples(checkpoint.folder)
+    assert set(examples) == {"chat", *(set(examples) & set(checkpoint.config.family.i2i_tasks))}
+    assert all(checkpoint.vocabulary.encode_text(text) for texts in examples.values() for text in texts)
 
 
 def test_a_merge_that_changes_a_known_text_is_not_learned():

@@ -231,7 +231,8 @@ def test_the_saved_form(tiny_checkpoint, tiny_int4):
     assert name + "weight" not in tensors
     kept = before.keys() & tensors.keys()
     assert all(torch.equal(before[key], tensors[key]) for key in kept) and len(before) - len(kept) == 14
-    companions = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "names.txt", "prompts.txt"}
+    companions = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    companions |= {"names.txt", "prompts.txt", "examples.json"}
     files = {path.name for path in tiny_int4.iterdir()}
     assert files == companions | {"config.json", "model.safetensors", "movqgan_270M.ckpt"}
     assert [path.name for path in tiny_int4.parent.iterdir()] == ["tiny"], "nothing temporary stays"

@@ -49,10 +49,14 @@ def tiny(desktop, served_tiny) -> Iterator[Shown]:
 
 
 @pytest.fixture(scope="session")
-def served_chat(oracle_v1_checkpoint) -> Iterator[tuple[str, Engine]]:
+def served_chat(oracle_v1_checkpoint, tmp_path_factory) -> Iterator[tuple[str, Engine]]:
     checkpoint = Checkpoint.open(oracle_v1_checkpoint("mixed"))
+    folder = tmp_path_factory.mktemp("chat")
+    (folder / "examples.json").write_text('{"chat": ["What is it?", "Is there a fox?"]}')
     small = replace(checkpoint, config=replace(checkpoint.config, base_size=64))
-    engine = Engine(Pipeline.from_pretrained(small, "cpu"), "chat")
+    pipeline = Pipeline.from_pretrained(small, "cpu")
+    pipeline.checkpoint = replace(small, folder=folder)  # whose examples the page reads
+    engine = Engine(pipeline, "chat")
     with serving(engine, page=mount) as served:
         yield served.url, engine
     engine.close()

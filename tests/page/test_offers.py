@@ -9,6 +9,7 @@ from lumina_mgpt.cli import generate, tasks
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.page.offers import Offer, computes_map, task_label
 from lumina_mgpt.page.settings import Settings, command_line, request_command
+from lumina_mgpt.prompt_files import other_examples
 from lumina_mgpt.prompts import I2I_TASKS
 from lumina_mgpt.request import GenerationRequest
 from lumina_mgpt.resources import demo_checkpoint
@@ -28,6 +29,16 @@ def test_the_demo_offers_its_sizes_tasks_and_names():
     assert list(offer.tasks)[:2] == ["t2i", "depth"] and "depth" in offer.picture_tasks
     assert offer.edit is I2I_TASKS["edit"] and "edit" not in offer.picture_tasks
     assert "hedgehog" in offer.names and offer.examples[0] == "a hedgehog on a sky blue background"
+
+
+def test_other_examples(tiny_checkpoint, tmp_path):
+    others = Offer.of(Checkpoint.open(tiny_checkpoint)).others
+    assert others["edit"] == ("make the background red",) and set(others) == {"edit", "subject", "chat"}
+    assert other_examples(tmp_path) == {}
+    for content in ('["a"]', '{"chat": "a"}', '{"chat": ["a", " "]}', '{"chat": [1]}', "{"):
+        (tmp_path / "examples.json").write_text(content)
+        with pytest.raises(InputError, match="examples.json"):
+            other_examples(tmp_path)
 
 
 def test_every_offered_size_fits_the_checkpoint(tiny_checkpoint, oracle_v1_checkpoint):

@@ -185,6 +185,21 @@ def test_the_names_go_into_the_prompt(tiny):
     expect(tiny["prompt"].locator("textarea")).to_have_value("a red apple on a sky blue background")
 
 
+def test_examples_fill_the_fields(tiny, chat):
+    tiny.page.get_by_text("a red apple on a white background", exact=True).click()
+    expect(tiny["prompt"].locator("textarea")).to_have_value("a red apple on a white background")
+    task = tiny.open("task", "Tasks")
+    task.page.get_by_text("the same on a pink background", exact=True).click()
+    expect(task["prompt"].locator("textarea")).to_have_value("the same on a pink background")
+    expect(task["task"].locator("input")).to_have_value("the subject elsewhere")
+    edit = tiny.open("edit", "Edit")
+    edit.page.get_by_text("make the background red", exact=True).click()
+    expect(edit["prompt"].locator("textarea, input")).to_have_value("make the background red")
+    talk = chat.open("chat", "Chat")
+    talk.page.get_by_text("Is there a fox?", exact=True).click()
+    expect(talk["prompt"].locator("textarea")).to_have_value("Is there a fox?")
+
+
 def test_a_picture_is_described_and_talked_about(chat):
     page = chat.open("chat", "Chat")
     page.upload(ROOT / "assets" / "subject.png")
