@@ -25,8 +25,9 @@ from lumina_mgpt.training.loss import LossModel
 TIMEOUT = timedelta(minutes=30)  # of a collective operation: then a process is lost, and the run ends
 LONG_TIMEOUT = timedelta(days=1)  # for work that one process may have more of, such as the generation of samples
 _HASH = 64  # characters of a fingerprint
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _SEPARATE_BYTES = 1 << 20  # blocks of at least this size are mapped and unmapped individually
+_KEPT_BYTES = 1 << 25  # and with `keep_freed_memory`; the largest threshold that every glibc takes
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,23 @@ def return_freed_memory() -> None:
     before torch allocates its first tensor, which is when torch reads the variable.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _set_malloc({_M_MMAP_THRESHOLD: _SEPARATE_BYTES})
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep the CPU memory of freed tensors below 32 MiB for the next ones (Linux only).
+
+    A step then maps hardly any memory. With `return_freed_memory`, the kernel takes a fifth to a third of the time of a
+    step, to clear pages. Freed blocks cost 0.6 GB for the model of bench_train.py.
+    """
+    _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BYTES, _M_TRIM_THRESHOLD: (1 << 31) - 1})
+
+
+def _set_malloc(values: dict[int, int]) -> None:
+    """Sets parameters of glibc's malloc; does nothing without glibc."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _SEPARATE_BYTES)
+        for parameter, value in values.items():
+            libc.mallopt(parameter, value)
 
 
 def place(module: LossModel, processes: Processes, cpu_offload: bool = False, narrow: bool = False) -> None:

@@ -22,7 +22,7 @@ from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base, identity, loading, run_folder
 from lumina_mgpt.training.adapters import choose_trained
-from lumina_mgpt.training.distributed import Processes, clip_gradients, place, read
+from lumina_mgpt.training.distributed import Processes, clip_gradients, keep_freed_memory, place, read
 from lumina_mgpt.training.export import keep_companions
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.loading import build_model
@@ -108,6 +108,8 @@ class Trainer:
         self.model = model.train()
         if runtime.compile:
             self.module.compile_parts()
+        if self.processes.device.type == "cpu" and not runtime.checkpointing:  # which saves memory for time
+            keep_freed_memory()
         place(self.module, self.processes, runtime.cpu_offload, runtime.precision == "bf16")
         use_sparse_embedding(model)
         self.optimizers = build_optimizers(model, settings.optimizer)

@@ -7,6 +7,8 @@ with `--checkpointing`. Each side runs in its own process, in float32, or with `
 as in the trainer. `--runs` rounds run all sides in turn; a speed is a ratio of two sides of one round. The first step
 of a process is not timed: it compiles, and allocates the optimizer's state. `beyond_gb` is peak memory less weights,
 gradients and optimizer state, which take 16 bytes a parameter on each side; on compiled sides it includes the compiler.
+Freed memory is kept for the next tensors, as in the trainer. With `--freed returned`, and with checkpointing, it goes
+back to the system, which takes less memory and more time.
 
 The defaults need 12 GB and many minutes, most of which the compiler takes. The last line is JSON. Linux only.
 """
@@ -41,6 +43,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="bench_train.py", description="Measures a training step against a plain loop.")
     add_sizes(parser, SIZES)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of matrix products")
+    parser.add_argument("--freed", choices=("kept", "returned"), default="kept", help="where freed memory goes")
     parser.add_argument("--runs", type=cli.whole, default=3, help="runs of each side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="measure only these sides")
     parser.add_argument("--side", choices=SIDES, help="measure only this side, once, in this process")
@@ -53,11 +56,13 @@ def measure(args: argparse.Namespace) -> dict:
 
     from lumina_mgpt.config import ModelConfig
     from lumina_mgpt.model.transformer import Transformer
-    from lumina_mgpt.training.distributed import return_freed_memory
+    from lumina_mgpt.training.distributed import keep_freed_memory, return_freed_memory
     from lumina_mgpt.training.loss import LossModel
     from lumina_mgpt.training.optimizer import BETAS, AdamW, use_sparse_embedding
 
-    return_freed_memory()  # as the trainer does; it helps the plain loop too
+    return_freed_memory()  # as the trainer does
+    if args.freed == "kept" and args.side != "checkpointing":
+        keep_freed_memory()  # which makes the plain loop faster, too
     torch.set_num_threads(args.threads)
     heads = max(1, args.hidden // 128)
     config = ModelConfig(
@@ -144,7 +149,7 @@ def bench(args: argparse.Namespace) -> None:
 
 def one_run(side: str, args: argparse.Namespace) -> dict:
     """Returns what `measure` returns for one side, in a new process."""
-    line = [sys.executable, __file__, "--side", side, "--precision", args.precision]
+    line = [sys.executable, __file__, "--side", side, "--precision", args.precision, "--freed", args.freed]
     line += [part for name in SIZES for part in (f"--{name}", str(getattr(args, name)))]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

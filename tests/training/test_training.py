@@ -117,6 +117,15 @@ def test_overfits_a_batch(settings, optimizer):
     assert losses[0] > 3 and losses[-1] < 0.3
 
 
+def test_freed_memory_is_kept_unless_memory_matters_more(settings, monkeypatch):
+    calls = []
+    monkeypatch.setattr("lumina_mgpt.training.trainer.keep_freed_memory", lambda: calls.append(1))
+    Trainer(changed(settings, checkpointing=True), ONE)
+    assert not calls
+    Trainer(settings, ONE)
+    assert calls
+
+
 def test_schedule_rises_and_falls():
     values = [schedule(n / 100, 0.1, 0.2) for n in range(101)]
     assert values[0] == 0 and values[10] == pytest.approx(1) and values[100] == pytest.approx(0.2)
