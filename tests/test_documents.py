@@ -22,6 +22,7 @@ WITHOUT_PARSER = {
     "scripts/sample_i2i.sh",
     "scripts/demo/train.sh",
     "scripts/demo/train_more.sh",
+    "scripts/demo/tokens.sh",
     "scripts/train_progressive.sh",
 }
 

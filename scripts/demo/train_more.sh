@@ -23,6 +23,7 @@ decoder="${DECODER_MINUTES:-$([ "$device" = cuda ] && echo 6 || echo 30)}"
 learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 24 || echo 450)}"
 last="${LAST_MINUTES:-$([ "$device" = cuda ] && echo 8 || echo 110)}"
 tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 49152 || echo 6144)}"
+tokenizers="$([ "$device" = cuda ] && echo 1 || nproc)"
 mkdir -p "$work"
 exec 9> "$work/lock" # children inherit the lock: a training may outlive this script
 flock -n 9 || { echo "error: another run is using $work; stop it first" >&2; exit 2; }
@@ -57,7 +58,7 @@ first_records() { # records of the first training, which the script must not for
 }
 
 pre_tokenize() { # records, name
-    once "tokens_$2" python scripts/pre_tokenize.py --in_filename "$1" --out_dir "$work/tokens/$2" --keep_size \
+    once "tokens_$2" scripts/demo/tokens.sh "$tokenizers" --in_filename "$1" --out_dir "$work/tokens/$2" --keep_size \
         --model_path "$work/start" --target_size 96 --device "$device"
     once "concat_$2" python scripts/concat_record.py --sub_record_dir "$work/tokens/$2" \
         --save_path "$work/tokens/$2.jsonl"
