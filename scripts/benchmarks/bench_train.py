@@ -144,7 +144,8 @@ def bench(args: argparse.Namespace) -> None:
         print(json.dumps(measure(args)))
         return
     rounds = [{side: one_run(side, args) for side in args.sides} for _ in range(args.runs)]
-    print(json.dumps({side: summary(side, rounds) for side in args.sides}))
+    how = {"precision": args.precision, "freed": args.freed}
+    print(json.dumps(how | {side: summary(side, rounds) for side in args.sides}))
 
 
 def one_run(side: str, args: argparse.Namespace) -> dict:

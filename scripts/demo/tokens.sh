@@ -6,12 +6,13 @@ set -euo pipefail
 count="$1"
 shift
 running=()
-stop() {
+stop() { # exit status
     kill -TERM "${running[@]}" 2> /dev/null || true # a job in the background ignores SIGINT
     wait
-    exit 130
+    exit "$1"
 }
-trap stop INT TERM
+trap 'stop 130' INT
+trap 'stop 143' TERM
 for ((rank = 0; rank < count; rank++)); do
     OMP_NUM_THREADS=1 python scripts/pre_tokenize.py "$@" --splits "$count" --rank "$rank" &
     running+=($!)

@@ -42,8 +42,9 @@ once() {
         exit 3
     fi
     echo "== $name"
-    # SIGINT lets a training finish its step and write a checkpoint.
-    timeout --foreground --signal=INT --kill-after=300 "$left" "$@" || code=$?
+    # SIGTERM lets a training finish its step and write a checkpoint. SIGINT is ignored where this script runs in the
+    # background.
+    timeout --foreground --signal=TERM --kill-after=300 "$left" "$@" || code=$?
     if [ "$code" = 124 ]; then
         echo "more to do from $name on: give the same command again"
         exit 3

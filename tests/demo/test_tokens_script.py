@@ -51,9 +51,9 @@ def test_a_stop_ends_all_processes(tokenize):
     deadline = time.monotonic() + 60
     while len(members(process.pid)) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 130 and not members(process.pid)
+    assert process.returncode == 143 and not members(process.pid)
 
 
 def members(session: int) -> list[int]:
