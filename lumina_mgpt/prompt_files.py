@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import task_names
 from lumina_mgpt.io import lines_of, read_json, read_text
 
 # In a checkpoint folder: prompts of text to image; and other examples.
@@ -66,8 +67,10 @@ def other_examples(folder: Path) -> Mapping[str, tuple[str, ...]]:
     file = folder / EXAMPLES_FILE
     if not file.exists():
         return {}
-    found = read_json(file)
+    found, known = read_json(file), (CHAT, *task_names(i2i=True))
     for name, texts in found.items():
+        if name not in known:
+            raise InputError(f"{file}: {name!r} must be one of {', '.join(known)}; correct or remove the file")
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise InputError(f"{file}: {name!r} must hold a list of texts, none empty; correct or remove the file")
     return {name: tuple(texts) for name, texts in found.items()}

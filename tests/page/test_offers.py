@@ -35,7 +35,7 @@ def test_other_examples(tiny_checkpoint, tmp_path):
     others = Offer.of(Checkpoint.open(tiny_checkpoint)).others
     assert others["edit"] == ("make the background red",) and set(others) == {"edit", "subject", "chat"}
     assert other_examples(tmp_path) == {}
-    for content in ('["a"]', '{"chat": "a"}', '{"chat": ["a", " "]}', '{"chat": [1]}', "{"):
+    for content in ('["a"]', '{"sing": ["a"]}', '{"chat": "a"}', '{"chat": ["a", " "]}', '{"chat": [1]}', "{"):
         (tmp_path / "examples.json").write_text(content)
         with pytest.raises(InputError, match="examples.json"):
             other_examples(tmp_path)
