@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HELP = """\
 /image FILE  attach a picture to the next message; <|image|> in the message is its place (default: before the text)
 /new         begin a new conversation
-/examples    messages that the checkpoint was trained on
+/examples    messages to try, if the checkpoint names some
 /quit        end the program; so does the end of the input
 /help        this list
 Ctrl-C       stop an answer and keep what came

@@ -20,7 +20,7 @@ PROMPTS = (
     "three strawberries on a white background",
     "a green fox on a lavender background",
     "an owl to the right of a cactus on a pink background",
-    "a blue fish and a red apple on a grey background",
+    "a blue owl and a red penguin on a gray background",
 )
 EXAMPLES = {
     "edit": ["make the background red", "replace the penguin with a snowman", "make the penguin green"],

@@ -1,13 +1,16 @@
 """More text pieces and rows for a trained checkpoint: what it could do stays the same."""
 
 import json
+import re
 from pathlib import Path
 
+import emoji
 import extend
 import more_pieces
 import publish
 import pytest
 import torch
+import words
 from tokenizers import Tokenizer
 
 from lumina_mgpt.pipeline import Checkpoint
@@ -82,6 +85,15 @@ def test_the_published_checkpoint_has_small_files_and_examples(extended, tmp_pat
     examples = other_examples(checkpoint.folder)
     assert set(examples) == {"chat", *(set(examples) & set(checkpoint.config.family.i2i_tasks))}
     assert all(checkpoint.vocabulary.encode_text(text) for texts in examples.values() for text in texts)
+
+
+@pytest.mark.parametrize("prompt", publish.PROMPTS)
+def test_example_prompts_have_known_names_and_colors(prompt):
+    shown, ground = prompt.removesuffix(" background").rsplit(" on a ", 1)
+    names = emoji.known_names()
+    assert ground in emoji.COLORS
+    for thing in re.split(" and | to the right of ", shown):
+        assert thing.endswith(tuple(f" {form}" for name in names for form in (name, words.plural(name)))), thing
 
 
 def test_a_merge_that_changes_a_known_text_is_not_learned():
