@@ -12,6 +12,7 @@ from lumina_mgpt.cuda import torch_attention
 from lumina_mgpt.errors import InputError, package_error
 from lumina_mgpt.kernels import dispatch
 from lumina_mgpt.model.kv_cache import Cached, KVCache, Scaled
+from lumina_mgpt.model.short_attention import LONGEST, ShortAttention
 
 HALVES = (torch.bfloat16, torch.float16)
 # Except on CUDA: up to this many queries attention reads int8 integers; above, a layer's cache is dequantized.
@@ -113,7 +114,7 @@ def backend(name: str) -> Backend:
 def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     """Computes attention by torch's scaled_dot_product_attention, or by faster code where there is some.
 
-    The faster code covers one query or a few queries per row on a KV cache.
+    The faster code covers one query or a few queries per row on a KV cache, and compiled training on a CPU.
 
     Args:
         cached: whether k and v are views of a KV cache.
@@ -134,10 +135,18 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     k, v = (part.dequantize(q.dtype) if isinstance(part, Scaled) else part for part in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
+    if span.causal and not grouped and _trains_compiled(q):
+        return ShortAttention.apply(q, k, v).transpose(1, 2)
     if grouped and span.mask is not None and q.device.type == "cuda":
         return _grouped(q, k, v, span.mask).transpose(1, 2)
     mixed = torch_attention(q, k, v, attn_mask=span.mask, is_causal=span.causal, enable_gqa=grouped)
     return mixed.transpose(1, 2)
+
+
+def _trains_compiled(q: Tensor) -> bool:
+    """Returns whether `ShortAttention` computes the gradient faster than torch's kernel. q: (B, N, T, H)."""
+    serves = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST
+    return serves and q.requires_grad and torch.compiler.is_compiling()
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from attention_formula import formula, heads
 
 from lumina_mgpt.config import ModelConfig
 from lumina_mgpt.errors import InputError
-from lumina_mgpt.model import attention
+from lumina_mgpt.model import attention, short_attention
 from lumina_mgpt.model.attention import Span
 from lumina_mgpt.model.kv_cache import KVCache, Scaled
 
@@ -126,6 +126,42 @@ def test_rows_of_a_cache_are_spread(dtype):
         assert torch.equal(new[:, :, :3], old[[1, 0, 1], :, :3])
         assert torch.equal(new[:, :, 3:], old[:, :, 3:])
     assert all(tensor.count_nonzero() for tensor in cache.layers[0].stores)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 65), (5, 96), (3, 300)])
+def test_compiled_training_in_bfloat16(rows, length, monkeypatch):
+    """Values are those of torch's kernel; gradients have the errors of its gradients, in pieces of some rows too."""
+    monkeypatch.setattr(short_attention, "SCORES", 2 * 3 * 96 * 96)
+    calls, gradients = [], short_attention._compiled()
+    monkeypatch.setattr(
+        short_attention, "_compiled", lambda: lambda *parts: calls.append(len(parts[0])) or gradients(*parts)
+    )
+    q, k, v = (heads(rows, length, 3, 8, seed=s, dtype=torch.bfloat16) for s in range(3))
+    outward, span = heads(rows, length, 3, 8, seed=9, dtype=torch.bfloat16), span_for(0, length, None)
+    found = []
+    for attend in (torch.compile(attention.sdpa, dynamic=False), attention.sdpa):
+        given = [part.clone().requires_grad_() for part in (q, k, v)]
+        out = attend(*given, span, False)
+        found.append((out, torch.autograd.grad(out, given, outward)))
+    (out, compiled), (kernel, _) = found
+    torch.testing.assert_close(out, kernel, rtol=0, atol=0)
+    exact = [part.double().requires_grad_() for part in (q, k, v)]
+    wanted = torch.autograd.grad(attention.sdpa(*exact, span, False), exact, outward.double())
+    for one, other in zip(compiled, wanted, strict=True):
+        assert one.dtype == torch.bfloat16 and one.shape == other.shape
+        assert (one.double() - other).norm() <= 0.01 * other.norm() + 1e-3
+    assert sum(calls) == rows and max(calls) <= max(1, 2 * 96 * 96 // length**2)
+
+
+def test_only_compiled_training_in_bfloat16_differs(monkeypatch):
+    def used(*_):
+        raise AssertionError("torch's kernel is faster here")
+
+    monkeypatch.setattr(attention.ShortAttention, "apply", used)
+    for dtype, length, trained in [(torch.float32, 9, True), (torch.bfloat16, 9, False), (torch.bfloat16, 9, None)]:
+        attend = attention.sdpa if trained is None else torch.compile(attention.sdpa, dynamic=False)
+        q, k, v = (heads(2, length, 3, 8, seed=s, dtype=dtype).requires_grad_(trained is not False) for s in range(3))
+        attend(q, k, v, span_for(0, length, None), False)
 
 
 def test_attention_for_training_equals_attention_without_gradients():
