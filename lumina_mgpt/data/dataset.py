@@ -145,7 +145,8 @@ class TokenDataset:
             except ValueError as error:
                 raise InputError(
                     f"{source.path} was made with another vocabulary ({error}); pre-tokenize with the tokenizer and "
-                    "config.json of this model"
+                    "config.json of this model",
+                    "data_config",
                 ) from None
 
     def fingerprint(self) -> str:

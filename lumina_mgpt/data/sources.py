@@ -45,13 +45,17 @@ class Source:
 
     def __post_init__(self) -> None:
         if not isinstance(self.type, str):
-            raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
+            raise InputError(f"type of {self.path} must be a name, got {self.type!r}", "data_config")
         if not is_number(self.ratio) or not 0 < self.ratio <= _RATIO_LIMIT:
-            raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
+            raise InputError(
+                f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}", "data_config"
+            )
         if not is_number(self.weight) or not 0 <= self.weight <= _WEIGHT_LIMIT:
-            raise InputError(f"weight of {self.path} must be a number from 0 to {_WEIGHT_LIMIT}, got {self.weight!r}")
+            raise InputError(
+                f"weight of {self.path} must be a number from 0 to {_WEIGHT_LIMIT}, got {self.weight!r}", "data_config"
+            )
         if not isinstance(self.given, bool):
-            raise InputError(f"given of {self.path} must be true or false, got {self.given!r}")
+            raise InputError(f"given of {self.path} must be true or false, got {self.given!r}", "data_config")
 
 
 def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
@@ -74,7 +78,8 @@ def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
         if not 0 < ratio <= _RATIO_LIMIT:
             raise InputError(
                 f"weight of {source.path} must give a ratio above 0 and at most {_RATIO_LIMIT}, got {source.weight!r} "
-                f"of {total!r}, a ratio of {ratio:.3g}; change the weights"
+                f"of {total!r}, a ratio of {ratio:.3g}; change the weights",
+                "data_config",
             )
     return [replace(source, ratio=ratio) for source, ratio in zip(sources, ratios, strict=True)]
 

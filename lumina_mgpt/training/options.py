@@ -365,6 +365,8 @@ class TrainingConfig(Options):
             )
         if self.distillation.guidance_scale:
             self._check_distillation()
+        if self.logging.sample_prompts and not self.logging.sample_every:
+            raise InputError("needs sample_every=N, the steps between the pictures", "sample_prompts")
         if self.data.pack:  # packed rows differ in shape, and noise is taken from other rows
             for name, given in (("compile", self.runtime.compile), ("code_noise", self.regularization.code_noise)):
                 if given:

@@ -185,8 +185,9 @@ def test_errors_name_the_file_or_parameter(vocabulary, tmp_path, dataset):
         TokenDataset([source], vocabulary).check(int(np.sort(TokenDataset([source], vocabulary).lengths)[3]))
     for text in ("META: []", "META: [{path: a, wait: 2}]", "DATA: [{path: a}]", "META: [{path: a, ratio: -1}]", "{"):
         (tmp_path / "data.yaml").write_text(text)
-        with pytest.raises(InputError, match="data.yaml|ratio"):
+        with pytest.raises(InputError, match="data.yaml|ratio") as caught:
             read_sources(tmp_path / "data.yaml")
+        assert caught.value.parameter == "data_config"
     (tmp_path / "a1.safetensors").unlink()
     with pytest.raises(InputError, match="a1.safetensors"):
         TokenDataset([source], vocabulary).read(5, 0)
@@ -200,8 +201,9 @@ def test_errors_name_the_file_or_parameter(vocabulary, tmp_path, dataset):
 def test_tokens_of_another_vocabulary_are_refused(vocabulary, tmp_path):
     source = make_source(tmp_path, vocabulary, 6)
     other = Vocabulary(vocabulary._tokenizer, 500, 12, vocab_size=576)
-    with pytest.raises(InputError, match="another vocabulary"):
+    with pytest.raises(InputError, match="another vocabulary") as caught:
         TokenDataset([source], other).check(4096)
+    assert caught.value.parameter == "data_config"
 
 
 def test_corruption_replaces_codes_by_codes_only():

@@ -93,6 +93,11 @@ def test_a_packed_run_learns_and_resumes(settings):
         changed(packed, compile=True)
 
 
+def test_sample_prompts_need_steps_between_pictures(settings):
+    with pytest.raises(InputError, match="sample_prompts needs sample_every=N"):
+        changed(settings, sample_prompts="prompts.txt")
+
+
 def test_spare_panel_needs_code_noise(settings):
     cases = (
         ({"spare_panel": 0.5}, "spare_panel 0.5 means nothing without code_noise"),
