@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,9 +72,20 @@ def other_examples(folder: Path) -> Mapping[str, tuple[str, ...]]:
     for name, texts in found.items():
         if name not in known:
             raise InputError(f"{file}: {name!r} must be one of {', '.join(known)}; correct or remove the file")
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise InputError(f"{file}: {name!r} must hold a list of texts, none empty; correct or remove the file")
+        if not isinstance(texts, list) or not all(map(_shows, texts)):
+            rule = "must hold a list of texts, none of them empty or with control characters"
+            raise InputError(f"{file}: {name!r} {rule}; correct or remove the file")
     return {name: tuple(texts) for name, texts in found.items()}
+
+
+def _shows(text: object) -> bool:
+    """Whether a value of a file is text that can be shown, with line breaks or without."""
+    controls = ("Cc", "Cs")  # the second: half of a character
+    return (
+        isinstance(text, str)
+        and bool(text.strip())
+        and not any(letter != "\n" and unicodedata.category(letter) in controls for letter in text)
+    )
 
 
 def known_names(folder: Path) -> list[str]:

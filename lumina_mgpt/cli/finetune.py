@@ -121,9 +121,11 @@ def train(settings: TrainingConfig, make_trainer: "MakeTrainer | None" = None) -
         all; and the path of the last checkpoint, or None.
     """
     from lumina_mgpt.training.distillation_trainer import trainer_of
-    from lumina_mgpt.training.distributed import Processes
+    from lumina_mgpt.training.distributed import Processes, keep_freed_memory
 
     processes = Processes.start(settings.runtime.device, settings.runtime.cpu_offload)
+    if processes.device.type == "cpu" and not settings.runtime.checkpointing:  # checkpointing trades time for memory
+        keep_freed_memory()
     try:
         make = make_trainer or trainer_of(settings)
         trainer = make(settings, processes)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HELP = """\
 /image FILE  attach a picture to the next message; <|image|> in the message is its place (default: before the text)
 /new         begin a new conversation
-/examples    messages to try, if the checkpoint names some
+/examples    messages to try, if the checkpoint has some
 /quit        end the program; so does the end of the input
 /help        this list
 Ctrl-C       stop an answer and keep what came
@@ -101,7 +101,8 @@ class Terminal:
             print("[a new conversation]")
         elif name == "/examples":
             texts = other_examples(self.pipeline.checkpoint.folder).get(CHAT, ())
-            print("\n".join(text.replace("\n", "\\\n") for text in texts) or "[the checkpoint names none]")
+            typed = [" " * text.startswith("/") + text.replace("\n", "\\\n") for text in texts]
+            print("\n".join(typed) or "[the checkpoint has no examples]")
         elif name == "/help":
             print(HELP)
         elif name != "/quit":

@@ -16,7 +16,7 @@ from lumina_mgpt.data.record_files import read_record_file
 from lumina_mgpt.data.seeding import generator, uniform
 from lumina_mgpt.data.shards import Sequence, read_sequence
 from lumina_mgpt.data.sources import Source, weighted
-from lumina_mgpt.errors import InputError
+from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.unirep import IGNORED, decode_image, drop_context
 from lumina_mgpt.vocabulary import Vocabulary
 
@@ -90,7 +90,9 @@ class TokenDataset:
         """Table (records, 4) of a source: file number, record, length, kind."""
         known: dict[str, int] = {}
         table = []
-        for file, length, record in read_record_file(source.path):
+        with caused_by("data_config"):
+            entries = read_record_file(source.path)
+        for file, length, record in entries:
             if file not in known:
                 known[file] = len(self.files)
                 self.files.append(file)
@@ -134,7 +136,8 @@ class TokenDataset:
                 "max_seq_len",
             )
         for source, (start, _) in zip(self.sources, self.spans, strict=True):
-            ids = self.sequence(start).ids.tolist()
+            with caused_by("data_config"):
+                ids = self.sequence(start).ids.tolist()
             ends = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_end_id]
             begins = [n for n, id_ in enumerate(ids) if id_ == self.vocabulary.image_start_id]
             try:

@@ -45,17 +45,13 @@ class Source:
 
     def __post_init__(self) -> None:
         if not isinstance(self.type, str):
-            raise InputError(f"type of {self.path} must be a name, got {self.type!r}", "data_config")
+            raise InputError(f"type of {self.path} must be a name, got {self.type!r}")
         if not is_number(self.ratio) or not 0 < self.ratio <= _RATIO_LIMIT:
-            raise InputError(
-                f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}", "data_config"
-            )
+            raise InputError(f"ratio of {self.path} must be above 0 and at most {_RATIO_LIMIT}, got {self.ratio!r}")
         if not is_number(self.weight) or not 0 <= self.weight <= _WEIGHT_LIMIT:
-            raise InputError(
-                f"weight of {self.path} must be a number from 0 to {_WEIGHT_LIMIT}, got {self.weight!r}", "data_config"
-            )
+            raise InputError(f"weight of {self.path} must be a number from 0 to {_WEIGHT_LIMIT}, got {self.weight!r}")
         if not isinstance(self.given, bool):
-            raise InputError(f"given of {self.path} must be true or false, got {self.given!r}", "data_config")
+            raise InputError(f"given of {self.path} must be true or false, got {self.given!r}")
 
 
 def weighted(sources: list[Source], counts: list[int]) -> list[Source]:
@@ -122,7 +118,10 @@ def read_sources(data_config: str | Path) -> list[Source]:
         if not valid or not _KEYS >= set(entry) or {"ratio", "weight"} <= set(entry):
             rule = "an entry has path, type, ratio or weight, and given"
             raise InputError(f"{data_config}: {rule}, got {entry!r}", "data_config")
-        sources.append(Source(**entry))
+        try:
+            sources.append(Source(**entry))
+        except InputError as error:
+            raise InputError(f"{data_config}: {error}", "data_config") from None
     if len({source.weight > 0 for source in sources}) > 1:
         raise InputError(f"{data_config}: give all entries a weight above 0, or none", "data_config")
     return sources

@@ -135,7 +135,7 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     k, v = (part.dequantize(q.dtype) if isinstance(part, Scaled) else part for part in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    if span.causal and not grouped and _trains_compiled(q):
+    if span.causal and not grouped and _trains_compiled(q, k, v):
         return ShortAttention.apply(q, k, v).transpose(1, 2)
     if grouped and span.mask is not None and q.device.type == "cuda":
         return _grouped(q, k, v, span.mask).transpose(1, 2)
@@ -143,9 +143,9 @@ def sdpa(q: Tensor, k: Cached, v: Cached, span: Span, cached: bool) -> Tensor:
     return mixed.transpose(1, 2)
 
 
-def _trains_compiled(q: Tensor) -> bool:
-    """Returns whether `ShortAttention` computes the gradient faster than torch's kernel. q: (B, N, T, H)."""
-    serves = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST
+def _trains_compiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Returns whether `ShortAttention` computes the gradient faster than torch's kernel. Shapes (B, N, T, H)."""
+    serves = q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.shape[2] <= LONGEST
     return serves and q.requires_grad and torch.compiler.is_compiling()
 
 

@@ -27,7 +27,7 @@ LONG_TIMEOUT = timedelta(days=1)  # for work that one process may have more of, 
 _HASH = 64  # characters of a fingerprint
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _SEPARATE_BYTES = 1 << 20  # blocks of at least this size are mapped and unmapped individually
-_KEPT_BYTES = 1 << 25  # and with `keep_freed_memory`; the largest threshold that every glibc takes
+_KEPT_BYTES = 1 << 25  # the same for `keep_freed_memory`: the largest threshold that every glibc takes
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ def return_freed_memory() -> None:
 
 def keep_freed_memory() -> None:
     """Makes glibc keep the CPU memory of freed tensors below 32 MiB for the next ones (Linux only).
+
+    The setting is that of the whole process, and cannot be taken back: call it in commands only.
 
     A step then maps hardly any memory. With `return_freed_memory`, the kernel takes a fifth to a third of the time of a
     step, to clear pages. Freed blocks cost 0.6 GB for the model of bench_train.py.

@@ -304,7 +304,9 @@ class RuntimeOptions(Options):
     precision: str = option("bf16", "of the matrix products; weights stay float32", choices=("bf16", "fp32"))
     compile: bool = option(False, "torch.compile layers and loss")
     cpu_offload: bool = option(False, "keep weights and optimizer state in the CPU's memory (CUDA only)")
-    checkpointing: bool = option(False, "recompute activations in the backward pass")
+    checkpointing: bool = option(
+        False, "recompute activations in the backward pass, and return freed memory at once: less memory, more time"
+    )
     seed: int = option(0, "seed of weights, data order and dropout")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads of this process, 0 for torch's default")
@@ -365,8 +367,6 @@ class TrainingConfig(Options):
             )
         if self.distillation.guidance_scale:
             self._check_distillation()
-        if self.logging.sample_prompts and not self.logging.sample_every:
-            raise InputError("needs sample_every=N, the steps between the pictures", "sample_prompts")
         if self.data.pack:  # packed rows differ in shape, and noise is taken from other rows
             for name, given in (("compile", self.runtime.compile), ("code_noise", self.regularization.code_noise)):
                 if given:

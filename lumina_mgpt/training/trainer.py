@@ -22,7 +22,7 @@ from lumina_mgpt.io import alone_in
 from lumina_mgpt.model.transformer import Transformer
 from lumina_mgpt.training import base, identity, loading, run_folder
 from lumina_mgpt.training.adapters import choose_trained
-from lumina_mgpt.training.distributed import Processes, clip_gradients, keep_freed_memory, place, read
+from lumina_mgpt.training.distributed import Processes, clip_gradients, place, read
 from lumina_mgpt.training.export import keep_companions
 from lumina_mgpt.training.guard import Guard
 from lumina_mgpt.training.loading import build_model
@@ -73,6 +73,8 @@ class Trainer:
         self.samples = None
         if logs.sample_every:
             self.samples = self._sample_images(model, vocabulary)
+        elif logs.sample_prompts:
+            raise InputError("needs sample_every=N, the steps between the pictures", "sample_prompts")
         if self.start is not None:
             self._resume(self.start)
         self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, logs.tensorboard)
@@ -108,8 +110,6 @@ class Trainer:
         self.model = model.train()
         if runtime.compile:
             self.module.compile_parts()
-        if self.processes.device.type == "cpu" and not runtime.checkpointing:  # which saves memory for time
-            keep_freed_memory()
         place(self.module, self.processes, runtime.cpu_offload, runtime.precision == "bf16")
         use_sparse_embedding(model)
         self.optimizers = build_optimizers(model, settings.optimizer)

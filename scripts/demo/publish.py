@@ -1,7 +1,9 @@
-"""Writes a demo checkpoint in files of at most 15 MB each, with another decoder of its image tokenizer.
+"""Writes a demo checkpoint in files of at most 15 MB each, with examples and another decoder of its image tokenizer.
 
     python scripts/demo/publish.py --model_path work/demo/export-last --save_path work/demo/demo \\
         --movqgan_path work/demo/decoder/movqgan.safetensors
+
+Examples are `prompts.txt` and `examples.json`, in place of those of the checkpoint.
 """
 
 import argparse
@@ -11,8 +13,9 @@ import sys
 from pathlib import Path
 
 from lumina_mgpt import cli
+from lumina_mgpt.families import Family
 from lumina_mgpt.io import new_folder, require_new, write_atomic
-from lumina_mgpt.prompt_files import EXAMPLES_FILE, PROMPTS_FILE
+from lumina_mgpt.prompt_files import CHAT, EXAMPLES_FILE, PROMPTS_FILE
 
 LARGEST = 15_000_000  # bytes of a weight file
 PROMPTS = (
@@ -46,6 +49,11 @@ def build_parser() -> cli.Parser:
     return parser
 
 
+def shown(family: Family) -> set[str]:
+    """The kinds of examples that serve a checkpoint of this family."""
+    return {*family.i2i_tasks, *([CHAT] if family.answers_in_text else [])}
+
+
 def run(args: argparse.Namespace) -> None:
     """Writes the checkpoint."""
     from lumina_mgpt.model.convert import copy_companions
@@ -61,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
         save_model(model, folder, max_shard_bytes=LARGEST)
         copy_companions(source, folder)
         write_atomic(folder / PROMPTS_FILE, "".join(f"{prompt}\n" for prompt in PROMPTS))
-        write_atomic(folder / EXAMPLES_FILE, json.dumps(EXAMPLES, indent=1) + "\n")
+        offered = {name: texts for name, texts in EXAMPLES.items() if name in shown(model.config.family)}
+        write_atomic(folder / EXAMPLES_FILE, json.dumps(offered, indent=1) + "\n")
         if args.movqgan_path:
             shutil.copyfile(args.movqgan_path, folder / "movqgan.safetensors")
         sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}

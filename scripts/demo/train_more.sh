@@ -8,9 +8,10 @@
 # if there is more to do. The same command then continues, also after an interruption. All its files are in WORK, so the
 # folder of the code may be another one. Status 0 means that the new checkpoint is in OUT (default: WORK/demo).
 #
-# START is the checkpoint to begin with (default: assets/demo); one that this script made learns more. DECODER_MINUTES,
-# LEARN_MINUTES and LAST_MINUTES limit each training in all, MAX_TOKENS is the size of a batch, RECORDS a factor of the
-# numbers of records, OPTIONS further options of the transformer's training. Needs npm, which downloads the pictures, and a C++ compiler for torch.compile.
+# START is the checkpoint to begin with (default: assets/demo). It may be the result of an earlier run of this script.
+# DECODER_MINUTES, LEARN_MINUTES and LAST_MINUTES limit each training in all, MAX_TOKENS is the size of a batch, RECORDS
+# a factor of the numbers of records, OPTIONS further options of the transformer's training. Needs npm, which downloads
+# the pictures, and a C++ compiler for torch.compile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -23,10 +24,13 @@ decoder="${DECODER_MINUTES:-$([ "$device" = cuda ] && echo 6 || echo 30)}"
 learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 24 || echo 450)}"
 last="${LAST_MINUTES:-$([ "$device" = cuda ] && echo 8 || echo 110)}"
 tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 49152 || echo 6144)}"
-tokenizers="$([ "$device" = cuda ] && echo 1 || nproc)"
 mkdir -p "$work"
 exec 9> "$work/lock" # children inherit the lock: a training may outlive this script
 flock -n 9 || { echo "error: another run is using $work; stop it first" >&2; exit 2; }
+# The number of processes that tokenize. It is kept: the shards of two divisions cannot be joined.
+[ -s "$work/tokenizers" ] || python -c "import os, torch
+print(1 if '$device' != 'cpu' and torch.cuda.is_available() else len(os.sched_getaffinity(0)))" > "$work/tokenizers"
+tokenizers="$(cat "$work/tokenizers")"
 export WORK="$work" # read by the data file
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}" # compiled parts serve the next call
 ends=$((SECONDS + $(python -c "print(round(60 * $stage))")))
@@ -42,7 +46,7 @@ once() {
         exit 3
     fi
     echo "== $name"
-    # SIGTERM lets a training finish its step and write a checkpoint. SIGINT is ignored where this script runs in the
+    # SIGTERM lets the transformer's training finish its step and write a checkpoint. SIGINT is ignored where this script runs in the
     # background.
     timeout --foreground --signal=TERM --kill-after=300 "$left" "$@" || code=$?
     if [ "$code" = 124 ]; then
@@ -59,7 +63,9 @@ first_records() { # records of the first training, which the script must not for
 }
 
 pre_tokenize() { # records, name
-    once "tokens_$2" scripts/demo/tokens.sh "$tokenizers" --in_filename "$1" --out_dir "$work/tokens/$2" --keep_size \
+    local records
+    records="$(wc -l < "$1")"
+    once "tokens_$2" scripts/demo/tokens.sh "$((records < tokenizers ? records : tokenizers))" --in_filename "$1" --out_dir "$work/tokens/$2" --keep_size \
         --model_path "$work/start" --target_size 96 --device "$device"
     once "concat_$2" python scripts/concat_record.py --sub_record_dir "$work/tokens/$2" \
         --save_path "$work/tokens/$2.jsonl"

@@ -343,7 +343,7 @@ def test_examples_are_shown_as_they_are_typed(tiny_checkpoint, given, talk, tmp_
     assert talk(["--model_path", str(tiny_checkpoint), *out], "/examples") == 0
     assert capsys.readouterr().out == "Draw this:\\\na cat\n"
     assert talk(given("text"), "/examples") == 0
-    assert capsys.readouterr().out == "[the checkpoint names none]\n"
+    assert capsys.readouterr().out == "[the checkpoint has no examples]\n"
 
 
 def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(given, talk, tmp_path, capsys, monkeypatch):

@@ -46,6 +46,19 @@ def test_an_error_of_one_process_is_that_of_the_script(tokenize):
     assert process.returncode == 2 and "target_size" in err
 
 
+def test_the_first_process_that_fails_ends_the_others(tmp_path):
+    """The script waited for its processes in turn, and left those that still ran."""
+    (tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in *"--rank 2") exit 2;; esac\nexec sleep 60\n')
+    (tmp_path / "python").chmod(0o755)
+    found = environment() | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    script = ["bash", "scripts/demo/tokens.sh"]
+    process = subprocess.Popen([*script, "3"], cwd=ROOT, env=found, start_new_session=True)
+    assert process.wait(timeout=30) == 2 and not members(process.pid)
+    for count in ("", "0", "--help"):
+        done = subprocess.run([*script, count], cwd=ROOT, env=found, capture_output=True, text=True)
+        assert done.returncode == 2 and "COUNT must be a number above 0" in done.stderr
+
+
 def test_a_stop_ends_all_processes(tokenize):
     process = tokenize(3)
     deadline = time.monotonic() + 60

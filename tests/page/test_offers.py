@@ -31,11 +31,22 @@ def test_the_demo_offers_its_sizes_tasks_and_names():
     assert "hedgehog" in offer.names and offer.examples[0] == "a hedgehog on a sky blue background"
 
 
+UNSHOWN = ('{"chat": ["\\u001b[2J"]}', '{"chat": ["half of \\ud83d"]}', '{"edit": ["a\\r\\nb"]}')
+
+
 def test_other_examples(tiny_checkpoint, tmp_path):
     others = Offer.of(Checkpoint.open(tiny_checkpoint)).others
     assert others["edit"] == ("make the background red",) and set(others) == {"edit", "subject", "chat"}
     assert other_examples(tmp_path) == {}
-    for content in ('["a"]', '{"sing": ["a"]}', '{"chat": "a"}', '{"chat": ["a", " "]}', '{"chat": [1]}', "{"):
+    for content in (
+        '["a"]',
+        '{"sing": ["a"]}',
+        '{"chat": "a"}',
+        '{"chat": ["a", " "]}',
+        '{"chat": [1]}',
+        "{",
+        *UNSHOWN,
+    ):
         (tmp_path / "examples.json").write_text(content)
         with pytest.raises(InputError, match="examples.json"):
             other_examples(tmp_path)

@@ -107,7 +107,7 @@ def test_the_fingerprint_of_the_first_process_is_that_of_all(monkeypatch, finger
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("called", ["", "return_freed_memory()", "return_freed_memory(); keep_freed_memory()"])
 def test_freed_memory_is_returned_to_the_system_or_kept(called):
-    """Every second of 64 tensors of 8 MB is freed; glibc returns them only if it shall."""
+    """Every second of 64 tensors of 8 MB is freed; glibc returns them only after return_freed_memory()."""
     program = f"""
 import torch
 from lumina_mgpt.training.distributed import keep_freed_memory, return_freed_memory

@@ -16,6 +16,7 @@ from commands import line_of
 from safetensors.torch import load_file
 from training_runs import ONE, ROOT, changed, command, environment, metrics_of, weights_of
 
+from lumina_mgpt.cli.finetune import train
 from lumina_mgpt.data.batches import Planned, collate
 from lumina_mgpt.data.shards import Sequence, read_sequence, write_shard
 from lumina_mgpt.errors import InputError
@@ -95,7 +96,7 @@ def test_a_packed_run_learns_and_resumes(settings):
 
 def test_sample_prompts_need_steps_between_pictures(settings):
     with pytest.raises(InputError, match="sample_prompts needs sample_every=N"):
-        changed(settings, sample_prompts="prompts.txt")
+        Trainer(changed(settings, sample_prompts="prompts.txt"), ONE)
 
 
 def test_spare_panel_needs_code_noise(settings):
@@ -123,12 +124,18 @@ def test_overfits_a_batch(settings, optimizer):
 
 
 def test_freed_memory_is_kept_unless_memory_matters_more(settings, monkeypatch):
-    calls = []
-    monkeypatch.setattr("lumina_mgpt.training.trainer.keep_freed_memory", lambda: calls.append(1))
-    Trainer(changed(settings, checkpointing=True), ONE)
-    assert not calls
-    Trainer(settings, ONE)
-    assert calls
+    calls: list[str] = []
+    for name in ("return_freed_memory", "keep_freed_memory"):
+        monkeypatch.setattr(f"lumina_mgpt.training.distributed.{name}", lambda name=name: calls.append(name))
+
+    def make(*_):
+        raise InputError("enough")
+
+    for checkpointing, expected in ((True, []), (False, ["keep_freed_memory"])):
+        with pytest.raises(InputError, match="enough"):
+            train(changed(settings, checkpointing=checkpointing, device="cpu"), make)
+        assert calls == ["return_freed_memory", *expected]
+        calls.clear()
 
 
 def test_schedule_rises_and_falls():
