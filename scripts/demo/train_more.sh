@@ -9,9 +9,9 @@
 # folder of the code may be another one. Status 0 means that the new checkpoint is in OUT (default: WORK/demo).
 #
 # START is the checkpoint to begin with (default: assets/demo). It may be the result of an earlier run of this script.
-# DECODER_MINUTES, LEARN_MINUTES and LAST_MINUTES limit each training in all, MAX_TOKENS is the size of a batch, RECORDS
-# a factor of the numbers of records, OPTIONS further options of the transformer's training. Needs npm, which downloads
-# the pictures, and a C++ compiler for torch.compile.
+# DECODER_MINUTES, CORE_MINUTES, LEARN_MINUTES and LAST_MINUTES limit each training in all, MAX_TOKENS is the size of a
+# batch, RECORDS a factor of the numbers of records, OPTIONS further options of the transformer's training. Needs npm,
+# which downloads the pictures, and a C++ compiler for torch.compile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -21,16 +21,13 @@ start="${START:-assets/demo}"
 out="${OUT:-$work/demo}"
 stage="${STAGE:-$([ "$device" = cuda ] && echo 8 || echo 95)}"
 decoder="${DECODER_MINUTES:-$([ "$device" = cuda ] && echo 6 || echo 30)}"
-learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 24 || echo 450)}"
+core="${CORE_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
+learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
 last="${LAST_MINUTES:-$([ "$device" = cuda ] && echo 8 || echo 110)}"
 tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 49152 || echo 6144)}"
 mkdir -p "$work"
 exec 9> "$work/lock" # children inherit the lock: a training may outlive this script
 flock -n 9 || { echo "error: another run is using $work; stop it first" >&2; exit 2; }
-# The number of processes that tokenize. It is kept: the shards of two divisions cannot be joined.
-[ -s "$work/tokenizers" ] || python -c "import os, torch
-print(1 if '$device' != 'cpu' and torch.cuda.is_available() else len(os.sched_getaffinity(0)))" > "$work/tokenizers"
-tokenizers="$(cat "$work/tokenizers")"
 export WORK="$work" # read by the data file
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$work/inductor}" # compiled parts serve the next call
 ends=$((SECONDS + $(python -c "print(round(60 * $stage))")))
@@ -46,8 +43,8 @@ once() {
         exit 3
     fi
     echo "== $name"
-    # SIGTERM lets the transformer's training finish its step and write a checkpoint. SIGINT is ignored where this script runs in the
-    # background.
+    # SIGTERM lets the transformer's training finish its step and write a checkpoint. SIGINT is ignored where this
+    # script runs in the background.
     timeout --foreground --signal=TERM --kill-after=300 "$left" "$@" || code=$?
     if [ "$code" = 124 ]; then
         echo "more to do from $name on: give the same command again"
@@ -63,21 +60,25 @@ first_records() { # records of the first training, which the script must not for
 }
 
 pre_tokenize() { # records, name
-    local records
-    records="$(wc -l < "$1")"
-    once "tokens_$2" scripts/demo/tokens.sh "$((records < tokenizers ? records : tokenizers))" --in_filename "$1" --out_dir "$work/tokens/$2" --keep_size \
-        --model_path "$work/start" --target_size 96 --device "$device"
+    # The number of processes is kept in a file: the shards of two divisions cannot be joined.
+    [ -s "$work/processes" ] || python -c "import os, torch
+print(1 if '$device' != 'cpu' and torch.cuda.is_available() else len(os.sched_getaffinity(0)))" > "$work/processes"
+    local processes records
+    processes="$(cat "$work/processes")" records="$(wc -l < "$1")"
+    once "tokens_$2" scripts/demo/tokens.sh "$((records < processes ? records : processes))" --in_filename "$1" \
+        --out_dir "$work/tokens/$2" --keep_size --model_path "$work/start" --target_size 96 --device "$device"
     once "concat_$2" python scripts/concat_record.py --sub_record_dir "$work/tokens/$2" \
         --save_path "$work/tokens/$2.jsonl"
 }
 
-train() { # name, checkpoint to begin with, minutes, code noise, share of rows with clean given pictures, options
+train() { # name, data, checkpoint to begin with, minutes, code noise, options
     # OPTIONS is split into words.
     # shellcheck disable=SC2086
-    once "$1" bash scripts/train.sh --data_config "${DATA:-configs/data/demo_mixture.yaml}" --output_dir "$work/$1" \
-        --init_from "$2" --resume auto --max_minutes "$3" --code_noise "$4" --spare_panel "$5" --save_minutes 5 \
-        --save_iteration_interval 0 --compile --pad_multiple 64 --optimizer muon --wd 0.02 --dropout 0 --clip_grad 1 \
-        --max_tokens "$tokens" --max_seq_len 2048 --export_dtype fp16 --export_dir "$work/export-$1" "${@:6}" ${OPTIONS:-}
+    once "$1" bash scripts/train.sh --data_config "${DATA:-configs/data/$2.yaml}" --output_dir "$work/$1" \
+        --init_from "$3" --resume auto --max_minutes "$4" --code_noise "$5" --spare_panel 0.8 --save_minutes 5 \
+        --save_iteration_interval 0 --compile --pad_multiple 64 --optimizer muon --muon_lr 0.003 --wd 0.02 \
+        --dropout 0 --clip_grad 1 --max_tokens "$tokens" --max_seq_len 2048 --export_dtype fp16 \
+        --export_dir "$work/export-$1" "${@:6}" ${OPTIONS:-}
 }
 
 first_records
@@ -91,12 +92,14 @@ done
 # enough, and fits into memory.
 images=("$work/pictures/single=4" "$work/pictures/beside=1" "$work/pictures/above=1" "$work/pictures/maps=1.5")
 for folder in "$work"/drawn/0*; do images+=("$folder=1"); done
-once decoder python -m lumina_mgpt train-movqgan --decoder_of "$start/movqgan.safetensors" --out_dir "$work/decoder" --lr 1e-3 \
-    --minutes "$decoder" --images "${images[@]}"
-train learn "$work/start" "$learn" 0.35 0.8 --warmup 0.02 --tail_weight 0.1 --muon_lr 0.006 --lr 1.2e-3 --min_lr 4e-4 \
-    --seed 61
+once decoder python -m lumina_mgpt train-movqgan --decoder_of "$start/movqgan.safetensors" --out_dir "$work/decoder" \
+    --lr 1e-3 --minutes "$decoder" --images "${images[@]}"
+# First drawing and reading of single pictures, which all other tasks consist of, then all tasks.
+train core demo_core "$work/start" "$core" 0.3 --warmup 0.01 --tail_weight 0.1 --lr 8e-4 --min_lr 1e-4 --seed 72
+train learn demo_mixture "$work/export-core" "$learn" 0.3 --warmup 0.02 --tail_weight 0.1 --lr 8e-4 \
+    --min_lr 2e-4 --seed 61
 # Less noise gives clearer pictures, and the tail term makes guidance safe: see train.sh.
-train last "$work/export-learn" "$last" 0.25 0.8 --warmup 0.02 --tail_weight 0.7 --muon_lr 0.004 --lr 8e-4 --seed 67
+train last demo_mixture "$work/export-learn" "$last" 0.25 --warmup 0.02 --tail_weight 0.7 --lr 6e-4 --seed 67
 once publish python scripts/demo/publish.py --model_path "$work/export-last" --save_path "$out" \
     --movqgan_path "$work/decoder/movqgan.safetensors"
 echo "the checkpoint is in $out; measure it with scripts/demo/evaluate.py --model_path $out --emoji_dir $work/emoji"

@@ -315,6 +315,13 @@ def test_the_data_file_lists_every_kind_once():
     assert text.count("/tokens/") == len(mixture.kinds()) + 3
 
 
+def test_the_data_file_of_the_first_stage_names_sources_of_the_other():
+    lines = (ROOT / "configs/data/demo_core.yaml").read_text().splitlines()
+    whole = (ROOT / "configs/data/demo_mixture.yaml").read_text()
+    sources = [line.rpartition(", weight")[0] for line in lines if "/tokens/" in line]
+    assert sources and all(f"{source}, " in whole for source in sources)
+
+
 def test_a_conversation_becomes_one_picture():
     """Each turn has its words and its pictures, none of them cut off or on top of another."""
     import one_conversation
