@@ -1,5 +1,6 @@
 """Commands with unusual streams, paths, names, prompts, environments, signals and leftover files."""
 
+import contextlib
 import io
 import os
 import signal
@@ -64,7 +65,9 @@ def picture(path: Path | str, size: tuple[int, int] = (64, 64)) -> str:
 
 
 def names(folder: str = "out") -> list[str]:
-    return sorted(os.listdir(folder)) if os.path.exists(folder) else []
+    with contextlib.suppress(FileNotFoundError):  # another process may remove the folder at any time
+        return sorted(os.listdir(folder))
+    return []
 
 
 def text_of(name: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 
 from lumina_mgpt.measure import anonymous_bytes, peak_anonymous
 
-CPU_SLACK = 40e6  # bytes on a CPU: scratch memory of its kernels, and small objects
+CPU_SLACK = 60e6  # bytes on a CPU: scratch memory of its kernels (0.03 to 0.05 GB with AMX), and small objects
 
 
 @dataclass
