@@ -124,9 +124,9 @@ def train(settings: TrainingConfig, make_trainer: "MakeTrainer | None" = None) -
     from lumina_mgpt.training.distributed import Processes, keep_freed_memory
 
     processes = Processes.start(settings.runtime.device, settings.runtime.cpu_offload)
-    if processes.device.type == "cpu" and not settings.runtime.checkpointing:  # checkpointing trades time for memory
-        keep_freed_memory()
     try:
+        if processes.device.type == "cpu" and not settings.runtime.checkpointing:  # which trades time for memory
+            keep_freed_memory()
         make = make_trainer or trainer_of(settings)
         trainer = make(settings, processes)
         return trainer.run(), processes.first, trainer.saver.last

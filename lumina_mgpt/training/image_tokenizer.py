@@ -306,9 +306,8 @@ class ImageTokenizerTrainer:
         """Trains on one batch; returns its loss and PSNR."""
         done = self.elapsed / (self.settings.minutes * 60)
         rate = self.settings.lr * min(1.0, (self.step + 1) / self.settings.warmup_steps) * max(0.02, 1 - done)
-        with torch.autocast(
-            "cpu", torch.bfloat16, enabled=not self.settings.decoder_of
-        ):  # bfloat16 would change the codes
+        narrow = not self.settings.decoder_of  # bfloat16 would change the codes
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
             latent = self.model.latent(pixels)
         commitment = latent.new_zeros(())
         if self.quantizing:

@@ -50,6 +50,8 @@ class Trainer:
 
     def __init__(self, settings: TrainingConfig, processes: Processes) -> None:
         self.settings, self.processes = settings, processes
+        if settings.logging.sample_prompts and not settings.logging.sample_every:
+            raise InputError("needs sample_every=N, the steps between the pictures", "sample_prompts")
         self.output_dir = Path(settings.output_dir)
         if settings.runtime.threads:
             torch.set_num_threads(settings.runtime.threads)
@@ -73,8 +75,6 @@ class Trainer:
         self.samples = None
         if logs.sample_every:
             self.samples = self._sample_images(model, vocabulary)
-        elif logs.sample_prompts:
-            raise InputError("needs sample_every=N, the steps between the pictures", "sample_prompts")
         if self.start is not None:
             self._resume(self.start)
         self.metrics = Metrics(self.output_dir, self.at, self.progress, processes.first, logs.tensorboard)

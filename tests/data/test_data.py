@@ -185,7 +185,7 @@ def test_errors_name_the_file_or_parameter(vocabulary, tmp_path, dataset):
         TokenDataset([source], vocabulary).check(int(np.sort(TokenDataset([source], vocabulary).lengths)[3]))
     for text in ("META: []", "META: [{path: a, wait: 2}]", "DATA: [{path: a}]", "META: [{path: a, ratio: -1}]", "{"):
         (tmp_path / "data.yaml").write_text(text)
-        with pytest.raises(InputError, match="data.yaml|ratio") as caught:
+        with pytest.raises(InputError, match="data.yaml") as caught:
             read_sources(tmp_path / "data.yaml")
         assert caught.value.parameter == "data_config"
     (tmp_path / "a1.safetensors").unlink()

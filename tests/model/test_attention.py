@@ -163,26 +163,29 @@ def test_compiled_training_in_bfloat16(rows, length, factor, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("length", "groups", "dtype", "trained", "compiled"),
+    ("length", "groups", "dtype", "trained", "compiled", "served"),
     [
-        (9, 1, torch.float32, True, True),
-        (9, 1, torch.bfloat16, False, True),
-        (9, 1, torch.bfloat16, True, False),
-        (9, 3, torch.bfloat16, True, True),
-        (513, 1, torch.bfloat16, True, True),
+        (9, 1, torch.bfloat16, True, True, True),
+        (9, 1, torch.float32, True, True, False),
+        (9, 1, torch.bfloat16, False, True, False),
+        (9, 1, torch.bfloat16, True, False, False),
+        (9, 3, torch.bfloat16, True, True, False),
+        (513, 1, torch.bfloat16, True, True, False),
     ],
 )
 def test_only_compiled_training_of_short_sequences_in_bfloat16_differs(
-    length, groups, dtype, trained, compiled, monkeypatch
+    length, groups, dtype, trained, compiled, served, monkeypatch
 ):
-    used = []
-    monkeypatch.setattr(attention.ShortAttention, "apply", lambda q, k, v: used.append(q) or q)
+    used, gradients = [], short_attention._compiled()
+    monkeypatch.setattr(short_attention, "_compiled", lambda: lambda *parts: used.append(1) or gradients(*parts))
     attend = torch.compile(attention.sdpa, dynamic=False) if compiled else attention.sdpa
     q, k, v = (
         heads(2, length, n, 8, seed=n, dtype=dtype).requires_grad_(trained) for n in (3, 3 // groups, 3 // groups)
     )
-    attend(q, k, v, span_for(0, length, None), False)
-    assert not used
+    out = attend(q, k, v, span_for(0, length, None), False)
+    if trained:
+        out.sum().backward()
+    assert bool(used) == served
 
 
 def test_attention_for_training_equals_attention_without_gradients():
