@@ -67,7 +67,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene. Its objects are in the order of its caption."""
+    """A scene. A relation is that of its first object to its second."""
 
     size: tuple[int, int]
     background: str

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from coloring import OBJECT_COLORS
-from composed import Item, Picture, relation
+from composed import Item, Picture, in_reading_order, relation
 from emoji import ALIASES, is_plural, known_names, picture_paths, with_article, with_articles
 from scenes import noun
 
@@ -94,7 +94,8 @@ def objects(picture: Picture, rng: random.Random | None = None, related: bool = 
     """What a scene shows, without its background. The phrasing is fixed unless `rng` is given.
 
     Args:
-        related: whether to say where one of two objects is.
+        related: whether to say where one of two objects is. Otherwise they are named in reading order, so that the
+            words tell which comes first: a model that draws row by row cannot see it from the first rows of an object.
     """
     items = picture.items
     if len(items) > 1 and len({item.what for item in items}) == 1:
@@ -104,7 +105,7 @@ def objects(picture: Picture, rng: random.Random | None = None, related: bool = 
     if side:
         words = rng.choice(_RELATIONS[side]) if rng else _RELATIONS[side][0]
         return f"{thing(items[0], rng)} {words} {thing(items[1], rng)}"
-    return listed([thing(item, rng) for item in items])
+    return listed([thing(item, rng) for item in in_reading_order(picture).items])
 
 
 def caption(picture: Picture, rng: random.Random | None = None, related: bool = True, shown: str = "") -> str:

@@ -23,20 +23,20 @@ NEW = ["How many hedgehogs are there?", "three owls", "I don't know.", "How many
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory) -> Path:
+def extended(tiny_checkpoint, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("extended")
     rows = [{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]} for text in NEW * 2]
     (folder / "records").mkdir()
     (folder / "records" / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     known = [{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": ""}]} for text in KNOWN]
     (folder / "known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known))
-    arguments = ["--model_path", DEMO, "--known", folder / "known.jsonl", "--records", folder / "records"]
+    arguments = ["--model_path", tiny_checkpoint, "--known", folder / "known.jsonl", "--records", folder / "records"]
     assert extend.main([*map(str, arguments), "--save_path", str(folder / "start")]) == 0
     return folder / "start"
 
 
-def test_known_texts_keep_their_ids_and_new_ones_become_shorter(extended):
-    before, after = Checkpoint.open(DEMO).vocabulary, Checkpoint.open(extended).vocabulary
+def test_known_texts_keep_their_ids_and_new_ones_become_shorter(tiny_checkpoint, extended):
+    before, after = Checkpoint.open(tiny_checkpoint).vocabulary, Checkpoint.open(extended).vocabulary
     assert (before.bos_id, before.turn_end_id, before.code_slice) == (after.bos_id, after.turn_end_id, after.code_slice)
     assert [before.grid_id(n) for n in (1, 3, 64)] == [after.grid_id(n) for n in (1, 3, 64)]
     for text in KNOWN:
@@ -48,11 +48,13 @@ def test_known_texts_keep_their_ids_and_new_ones_become_shorter(extended):
     assert max(after.encode_text(NEW[0])) >= before.vocab_size
 
 
-def test_the_extended_model_computes_the_same(extended):
+def test_the_extended_model_computes_the_same(tiny_checkpoint, extended):
     from lumina_mgpt.model.reading import load_model
 
-    old, new = (load_model(folder, torch.float32, "cpu") for folder in (DEMO, extended))
-    ids = torch.tensor([[*Checkpoint.open(DEMO).vocabulary.encode_text(KNOWN[1]), 1500, 2000, 3000]])
+    old, new = (load_model(folder, torch.float32, "cpu") for folder in (tiny_checkpoint, extended))
+    vocabulary = Checkpoint.open(tiny_checkpoint).vocabulary
+    codes = range(vocabulary.code_slice.start, vocabulary.code_slice.start + 3)
+    ids = torch.tensor([[*vocabulary.encode_text(KNOWN[1]), *codes]])
     with torch.no_grad():
         before, after = (model.project(model(ids)) for model in (old, new))
     assert after.shape[-1] == old.config.vocab_size + extend.PIECES
@@ -61,9 +63,9 @@ def test_the_extended_model_computes_the_same(extended):
     assert rows.isfinite().all() and rows.norm(dim=1).max() < 2 * old.embed_tokens.weight.norm(dim=1).max()
 
 
-def test_the_extended_checkpoint_names_its_abilities(extended):
+def test_the_extended_checkpoint_names_its_abilities(tiny_checkpoint, extended):
     family = Checkpoint.open(extended).config.family
-    assert family.answers_in_text and not Checkpoint.open(DEMO).config.family.answers_in_text
+    assert family.answers_in_text and not Checkpoint.open(tiny_checkpoint).config.family.answers_in_text
     assert family.task("multiview").views == 8 and family.task("detect", i2i=True).box
     assert family.task("edit", i2i=True).panels == 2  # the tasks of the family stay
 
@@ -75,15 +77,15 @@ def test_an_extended_checkpoint_is_copied(extended, tmp_path):
         assert (tmp_path / "s" / name).read_bytes() == (extended / name).read_bytes(), name
 
 
-def test_the_published_checkpoint_has_small_files_and_examples(extended, tmp_path):
-    options = ["--model_path", str(extended), "--movqgan_path", str(DEMO / "movqgan.safetensors")]
+def test_the_published_checkpoint_has_small_files_and_examples(tmp_path):
+    options = ["--model_path", str(DEMO), "--movqgan_path", str(DEMO / "movqgan.safetensors")]
     assert publish.main([*options, "--save_path", str(tmp_path / "demo")]) == 0
     checkpoint = Checkpoint.open(tmp_path / "demo")
     assert len(list((tmp_path / "demo").glob("model*.safetensors"))) > 1
     assert all(file.stat().st_size < 16e6 for file in (tmp_path / "demo").iterdir())
     assert example_prompts(checkpoint.folder) == list(publish.PROMPTS)
     examples = other_examples(checkpoint.folder)
-    assert set(examples) == {"chat", *(set(examples) & set(checkpoint.config.family.i2i_tasks))}
+    assert set(examples) == set(publish.EXAMPLES) & publish.shown(checkpoint.config.family)
     assert all(checkpoint.vocabulary.encode_text(text) for texts in examples.values() for text in texts)
 
 

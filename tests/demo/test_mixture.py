@@ -147,6 +147,7 @@ def test_captions_can_be_understood():
     swapped = replace(fox, items=fox.items[::-1])
     assert reading.described(swapped) == reading.described(fox)
     assert words.caption(swapped) == "an owl to the right of a fox on a red background"
+    assert words.caption(swapped, related=False) == "a fox and an owl on a red background"
     for wrong in ("", "a fox", "a fax on a red background", "three fox on a red background", "a fox and on red"):
         assert words.parsed(wrong) is None, wrong
 
