@@ -31,10 +31,11 @@ KINDS: Mapping[str, int] = MappingProxyType({"caption": 6000, "question": 16000,
 DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
-_MORE = (2, 4)  # further questions about the picture of a training record
+_MORE = (5, 10)  # further questions about the picture of a training record, which cost less than another picture
 # Sizes that `lumina-mgpt describe` scales without a crop to a size of about 96 x 96 pixels, and what they become.
 _SCALED = {(128, 128): (96, 96), (192, 96): (128, 64), (96, 192): (64, 128)}
 _SCALED_SHARE = 0.3  # of the training pictures of these sizes
+_HARDER = ("count", "count", "what")  # kinds of questions that training asks more often
 _PLACES = ("middle", "left", "right", "top", "bottom")
 _WHICH = ("the first", "the second", "both", "neither")
 
@@ -201,6 +202,17 @@ def questions(picture: Picture, names: Sequence[str], rng: random.Random) -> lis
     return rng.sample(asked, len(asked))
 
 
+def many_questions(picture: Picture, names: Sequence[str], rng: random.Random) -> list[Question]:
+    """Different questions about a picture, several of a kind, in random order."""
+    asked = [question for _ in range(2) for question in questions(picture, names, rng)]
+    if rng.random() < 0.3:
+        asked.append(_count(picture, rng, rng.choice(countable([n for n in names if n not in picture.names]))))
+    # These have several wordings, of which one is enough.
+    once = ("what", "background", "color", "where")
+    different = {(q.kind, q.answer if q.kind in once else q.text): q for q in asked}
+    return rng.sample(list(different.values()), len(different))
+
+
 # -- examples ----------------------------------------------------------------------------------------------------------
 
 
@@ -267,19 +279,25 @@ def _as_file(picture: Picture, rng: random.Random, held_out: bool) -> Picture | 
     return Scaled(picture) if scaled else picture
 
 
-def _more(picture: Picture, names: Sequence[str], rng: random.Random) -> tuple[str, ...]:
-    chosen = questions(picture, names, rng)[: rng.randint(*_MORE)]
-    return tuple(text for question in chosen for text in (question.text, question.answer))
+def _more(picture: Picture, names: Sequence[str], rng: random.Random, first: Question | None = None) -> tuple[str, ...]:
+    """Further questions with their answers, and after a first question, at times a description."""
+    chosen = many_questions(picture, names, rng)
+    if first:
+        chosen = [other for other in chosen if (other.kind, other.answer) != (first.kind, first.answer)]
+    turns = [(question.text, question.answer) for question in chosen[: rng.randint(*_MORE)]]
+    if first and rng.random() < 0.5:
+        turns.insert(rng.randint(0, len(turns)), (rng.choice(_DESCRIBE), described(picture)))
+    return tuple(text for turn in turns for text in turn)
 
 
 def _question(names: Sequence[str], rng: random.Random, held_out: bool) -> Example:
-    question = QUESTIONS[rng.choice(list(QUESTIONS))](names, rng)
+    question = QUESTIONS[rng.choice([*QUESTIONS, *_HARDER])](names, rng)
     picture = question.picture
     assert picture
     text = f"{question.text} {PICTURE}" if rng.random() < 0.5 else shown_first(question.text)
     turns = (text, question.answer)
     if not held_out:
-        turns += _more(picture, names, rng)
+        turns += _more(picture, names, rng, question)
     return Example("question", turns, ((_as_file(picture, rng, held_out),),), question)
 
 

@@ -180,6 +180,15 @@ def test_questions_are_true_and_their_answers_balanced():
     assert answers["Is there a fox?"] == "yes" and answers["Is there a key?"] == "no"
 
 
+def test_training_asks_several_different_questions_about_a_picture():
+    rng = random.Random(9)
+    for kind in ("question", "caption"):
+        for example in reading.examples(kind, NAMES, 100, rng):
+            asked = [text.replace(PICTURE, "").strip() for text in example.turns[::2]]
+            assert len(set(asked)) == len(asked) >= 3, asked
+            assert sum("background" in text for text in asked) < 2, asked  # not in two wordings
+
+
 def test_pictures_are_told_apart_by_what_they_show():
     for example in reading.examples("pictures", NAMES, 120, random.Random(6), held_out=True):
         text, answer = example.turns
