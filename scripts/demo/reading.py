@@ -27,7 +27,7 @@ from lumina_mgpt.images import center_crop
 from lumina_mgpt.prompts import PICTURE
 
 # Kind -> number of training records. Several questions about one picture make one record.
-KINDS: Mapping[str, int] = MappingProxyType({"caption": 6000, "question": 16000, "pictures": 4000, "unknown": 2000})
+KINDS: Mapping[str, int] = MappingProxyType({"caption": 12000, "question": 24000, "pictures": 4000, "unknown": 2000})
 DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
