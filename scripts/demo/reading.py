@@ -31,7 +31,7 @@ KINDS: Mapping[str, int] = MappingProxyType({"caption": 12000, "question": 24000
 DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
-_MORE = (5, 10)  # further questions about the picture of a training record, which cost less than another picture
+_MORE = (5, 10)  # further questions about the picture of a training record at most; another picture would cost more
 # Sizes that `lumina-mgpt describe` scales without a crop to a size of about 96 x 96 pixels, and what they become.
 _SCALED = {(128, 128): (96, 96), (192, 96): (128, 64), (96, 192): (64, 128)}
 _SCALED_SHARE = 0.3  # of the training pictures of these sizes
