@@ -67,7 +67,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene. A relation is that of its first object to its second."""
+    """A scene. Of two objects, captions say where the first is, seen from the second."""
 
     size: tuple[int, int]
     background: str

@@ -31,7 +31,7 @@ KINDS: Mapping[str, int] = MappingProxyType({"caption": 12000, "question": 24000
 DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
-_MORE = (5, 10)  # further questions about the picture of a training record at most; another picture would cost more
+_MORE = (5, 10)  # least and most further questions about a picture in training, if so many different ones fit it
 # Sizes that `lumina-mgpt describe` scales without a crop to a size of about 96 x 96 pixels, and what they become.
 _SCALED = {(128, 128): (96, 96), (192, 96): (128, 64), (96, 192): (64, 128)}
 _SCALED_SHARE = 0.3  # of the training pictures of these sizes
@@ -48,6 +48,12 @@ class Question:
     text: str
     answer: str
     picture: Picture | None = None
+
+    @property
+    def topic(self) -> tuple[str, str]:
+        """What is asked, whatever the wording. Equal for two questions about a picture if one of them is enough."""
+        reworded = self.kind in ("what", "background", "color", "where")
+        return self.kind, self.answer if reworded else self.text
 
 
 @dataclass(frozen=True)
@@ -203,13 +209,11 @@ def questions(picture: Picture, names: Sequence[str], rng: random.Random) -> lis
 
 
 def many_questions(picture: Picture, names: Sequence[str], rng: random.Random) -> list[Question]:
-    """Different questions about a picture, several of a kind, in random order."""
+    """Questions about a picture with different topics, at times several of a kind, in random order."""
     asked = [question for _ in range(2) for question in questions(picture, names, rng)]
     if rng.random() < 0.3:
         asked.append(_count(picture, rng, rng.choice(countable([n for n in names if n not in picture.names]))))
-    # These have several wordings, of which one is enough.
-    once = ("what", "background", "color", "where")
-    different = {(q.kind, q.answer if q.kind in once else q.text): q for q in asked}
+    different = {question.topic: question for question in asked}
     return rng.sample(list(different.values()), len(different))
 
 
@@ -280,10 +284,10 @@ def _as_file(picture: Picture, rng: random.Random, held_out: bool) -> Picture | 
 
 
 def _more(picture: Picture, names: Sequence[str], rng: random.Random, first: Question | None = None) -> tuple[str, ...]:
-    """Further questions with their answers, and after a first question, at times a description."""
+    """Further questions with their answers. If the record begins with a question, it may also ask for a description."""
     chosen = many_questions(picture, names, rng)
     if first:
-        chosen = [other for other in chosen if (other.kind, other.answer) != (first.kind, first.answer)]
+        chosen = [other for other in chosen if other.topic != first.topic]
     turns = [(question.text, question.answer) for question in chosen[: rng.randint(*_MORE)]]
     if first and rng.random() < 0.5:
         turns.insert(rng.randint(0, len(turns)), (rng.choice(_DESCRIBE), described(picture)))

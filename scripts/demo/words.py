@@ -94,8 +94,8 @@ def objects(picture: Picture, rng: random.Random | None = None, related: bool = 
     """What a scene shows, without its background. The phrasing is fixed unless `rng` is given.
 
     Args:
-        related: whether to say where one of two objects is. Otherwise the order of the words is the reading order of
-            the objects. A model that draws row by row could not tell it from the first rows of an object.
+        related: whether to say where one of two objects is. Objects without that are named in reading order: a model
+            that draws row by row cannot see from the first rows of an object which one it is.
     """
     items = picture.items
     if len(items) > 1 and len({item.what for item in items}) == 1:

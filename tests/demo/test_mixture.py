@@ -187,6 +187,10 @@ def test_training_asks_several_different_questions_about_a_picture():
             asked = [text.replace(PICTURE, "").strip() for text in example.turns[::2]]
             assert len(set(asked)) == len(asked) >= 3, asked
             assert sum("background" in text for text in asked) < 2, asked  # not in two wordings
+    for _ in range(100):
+        picture = reading.random_picture(NAMES, rng)
+        kinds = Counter(question.kind for question in reading.many_questions(picture, NAMES, rng))
+        assert max(kinds["what"], kinds["background"], kinds["where"]) < 2 and kinds["color"] <= len(picture.items)
 
 
 def test_pictures_are_told_apart_by_what_they_show():
