@@ -350,12 +350,18 @@ def _unknown(names: Sequence[str], unknown: Sequence[str], rng: random.Random) -
     name = rng.choice(names if known else unknown)
     about, form = Term(name, known), rng.random()
     if form < 0.35:
-        picture = arranged([(name, None)], rng)
+        picture = _not_held_out(name, rng)
         answer = thing(picture.items[0]) if known else UNKNOWN
         return Example("unknown", (shown_first(_what(picture, rng).text), answer), ((picture,),), about)
     if form < 0.7:
         text = f"Do you know what {with_article(word_for(name, rng))} is?"
         return Example("unknown", (text, "Yes." if known else UNKNOWN), (), about)
-    picture = arranged([(name, None)], rng)
+    picture = _not_held_out(name, rng)
     text = request(caption(picture, rng), rng)
     return Example("unknown", (text, PICTURE if known else UNKNOWN), ((picture,),) if known else (), about)
+
+
+def _not_held_out(name: str, rng: random.Random) -> Picture:
+    while (picture := arranged([(name, None)], rng)).held_out:
+        pass
+    return picture
