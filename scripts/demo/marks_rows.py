@@ -19,9 +19,7 @@ def _answers(bench: Bench, todo: Sequence[Example], label: str) -> tuple[list[Im
     asked = [turns_of(bench, example) for example in todo]
     about = [example.about for example in todo]
     given: list[Picture] = [shown.picture if isinstance(shown, marks.Marked) else shown for shown in about]
-    codes = bench.answered_in_pictures(
-        asked, [picture.size for picture in given], label, cfg=marks.TASK.sampling["cfg"]
-    )
+    codes = bench.answered_in_pictures(asked, [picture.size for picture in given], label, **marks.TASK.sampling)
     images = [bench.shown(grid) for grid in codes]
     bench.sheet(label, images, [example.turns[0].partition("<")[0] for example in todo])
     return images, [bench.through_tokenizer(picture.draw(bench.pictures)) for picture in given]

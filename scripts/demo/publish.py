@@ -18,18 +18,19 @@ from lumina_mgpt.io import new_folder, require_new, write_atomic
 from lumina_mgpt.prompt_files import CHAT, EXAMPLES_FILE, PROMPTS_FILE
 
 LARGEST = 15_000_000  # bytes of a weight file
-PROMPTS = (
+PROMPTS = (  # of one object each, as they are drawn in the base size
     "a hedgehog on a sky blue background",
-    "three strawberries on a white background",
+    "a strawberry on a white background",
     "a green fox on a lavender background",
-    "an owl to the right of a cactus on a pink background",
-    "a blue owl and a red penguin on a gray background",
+    "a blue owl on a pink background",
+    "a rocket on a navy background",
 )
 EXAMPLES = {
-    "edit": ["make the background red", "replace the penguin with a snowman", "make the penguin green"],
+    "edit": ["make the background red", "replace the penguin with a snowman", "remove the penguin"],
     "subject": ["the same on a navy background"],
     "detect": ["The penguin."],
     "chat": [
+        "Draw three strawberries on a white background.",
         "Draw a fox to the left of an owl on a sky blue background.",
         "Describe the picture.",
         "What is to the right of the fox?",

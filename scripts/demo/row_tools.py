@@ -73,7 +73,7 @@ class Bench:
         return tokenizer.decode(tokenizer.encode([image], parts), parts)[0]
 
     def answered_in_pictures(
-        self, asked: Sequence[Sequence[Turn]], sizes: Sequence[Size], label: str, cfg: float | None = None
+        self, asked: Sequence[Sequence[Turn]], sizes: Sequence[Size], label: str, **sampling: float
     ) -> list[Tensor]:
         """Codes (rows, cols) of the picture that answers each conversation, in order.
 
@@ -81,14 +81,15 @@ class Bench:
             asked: conversations that end with a turn of the human; images are codes.
             sizes: (width, height) of each answer.
             label: name on the progress bar.
-            cfg: guidance (default: that of the evaluation).
+            sampling: values of `SamplingConfig` in place of those of the evaluation.
         """
         vocabulary, found = self.pipeline.checkpoint.vocabulary, dict[int, Tensor]()
         with tqdm(total=len(asked), desc=label, unit="picture", mininterval=cli.bar_interval()) as bar:
             for part in _batches(sizes):
                 starts = [generation_prompt(asked[n], vocabulary) for n in part]
                 layout = ImageLayout.from_pixels(vocabulary, *sizes[part[0]])
-                settings = SamplingConfig(cfg=self.args.cfg if cfg is None else cfg, seed=self.args.seed + part[0])
+                usual = {"cfg": self.args.cfg, "seed": self.args.seed + part[0]}
+                settings = SamplingConfig(**usual | sampling)
                 codes = self.pipeline.sample(starts, layout, settings, range(len(part)))
                 found.update(zip(part, codes, strict=True))
                 bar.update(len(part))

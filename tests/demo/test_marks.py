@@ -230,8 +230,8 @@ def bench(pictures) -> SimpleNamespace:
 
 @pytest.mark.parametrize("right", [True, False])
 def test_rows_of_detection(bench, right):
-    def answered(asked, sizes, label, cfg):
-        assert cfg == 1 and [size for size in sizes] == [turns[0][1][-1].size for turns in asked]
+    def answered(asked, sizes, label, cfg, top_k):
+        assert (cfg, top_k) == (1, 200) and [size for size in sizes] == [turns[0][1][-1].size for turns in asked]
         if right and label == "detect":
             todo = marks.examples("detect", NAMES, 6, random.Random("detect"), held_out=True)
             return [example.about.draw(bench.pictures) for example in todo]
