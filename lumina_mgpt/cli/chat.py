@@ -28,18 +28,19 @@ from lumina_mgpt.cli.terminal import Terminal
 from lumina_mgpt.errors import InputError, caused_by
 from lumina_mgpt.io import parse_json, read_text, write_atomic
 from lumina_mgpt.outputs import OutputFolder
+from lumina_mgpt.prompts import FIRST_TASKS
 from lumina_mgpt.request import image_count
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lumina_mgpt.families import Family
     from lumina_mgpt.pipeline import Pipeline
     from lumina_mgpt.preparation import Checkpoint
 
     Turns = list[tuple[str, list[str | Image.Image]]]
 
 _ANSWER = "answer.json"
-_VIEWS = 16  # of a multiview answer, as in the paper
 
 
 def build_parser() -> cli.Parser:
@@ -54,7 +55,9 @@ def build_parser() -> cli.Parser:
         choices=("any", "text", "image", "images"),
         help="what an answer is; any: the model's choice; image: one image; images: --views images in a row",
     )
-    group.add_argument("--views", type=cli.whole, help="images of an answer with --want images (default: 16)")
+    group.add_argument(
+        "--views", type=cli.whole, help="images of an answer with --want images (default: as trained, else 16)"
+    )
     for side in ("--width", "--height"):
         group.add_argument(
             side,
@@ -101,7 +104,7 @@ def chat(args: argparse.Namespace) -> int:
         sampling | limit | {"want": args.want, "size": size_of(args, checkpoint), "speculation": speculation}
     )
     if args.want == "images":
-        settings["views"] = _VIEWS if args.views is None else args.views
+        settings["views"] = args.views or views_of(checkpoint.config.family)
     pipeline = cli.load_pipeline(args, checkpoint, device, text=True)
     described = describe(pipeline, args, settings)
     if turns is None:
@@ -121,6 +124,11 @@ def check_options(args: argparse.Namespace) -> None:
         image_count("views", args.views)
     if args.views is not None and args.want != "images":
         raise InputError(f"--views {args.views} has no effect without --want images; add that, or leave it out")
+
+
+def views_of(family: "Family") -> int:
+    """Returns the default number of images of an answer with several: that of the family, or of Lumina-mGPT."""
+    return family.tasks.get("multiview", FIRST_TASKS["multiview"]).views
 
 
 def size_of(args: argparse.Namespace, checkpoint: "Checkpoint") -> tuple[int, int] | None:

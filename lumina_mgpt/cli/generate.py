@@ -182,9 +182,10 @@ def _check_views(args: argparse.Namespace, plan: OutputPlan, best: "best_of.Best
 def print_hints(prepared: "PreparedRequest", checkpoint: "Checkpoint") -> None:
     """Prints a hint for each prompt that contains none of the names that a small checkpoint knows.
 
-    With a given picture, the function prints no hint.
+    With a given picture, and for views of an object, the function prints no hint.
     """
-    names = [] if prepared.picture else prompt_files.known_names(checkpoint.folder)
+    unlisted = prepared.picture or prepared.request.task.views > 1
+    names = [] if unlisted else prompt_files.known_names(checkpoint.folder)
     for prompt in filter(None, prepared.request.prompts):
         hint = prompt_files.unknown_hint(prompt, names)
         if hint:

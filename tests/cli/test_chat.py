@@ -15,7 +15,9 @@ from commands import environment, line_of, main_of, module_of
 from documents import guide_text
 from PIL import Image
 
+from lumina_mgpt.cli.chat import views_of
 from lumina_mgpt.errors import InputError
+from lumina_mgpt.families import SECOND, with_abilities
 
 GREEDY = ("--text_top_k", "1", "--device", "cpu", "--target_size", "64")
 QUESTION = "A dog is playing in the water"
@@ -224,6 +226,11 @@ def test_images_in_a_row_and_a_broken_off_one(given, tmp_path, capsys):
     assert found["reason"] == "length" and found["images"] == ["answer_0.png"] and len(found["ids"]) == 24
     out = capsys.readouterr().out
     assert "broken off after 3 of 4 rows" in out and "is not complete" in out
+
+
+def test_default_number_of_images_in_a_row():
+    assert views_of(with_abilities(SECOND, {"multiview": {"views": 8, "side": 64}})) == 8
+    assert views_of(SECOND) == 16
 
 
 def test_speculation_gives_the_same_answer(given, tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from PIL import Image
 
 from lumina_mgpt import cli, prompt_files
 from lumina_mgpt.autotune import Measured
+from lumina_mgpt.cli.generate import print_hints
 from lumina_mgpt.model.compiled import CompiledForward
 from lumina_mgpt.outputs import OutputFolder
 
@@ -231,6 +233,14 @@ def test_a_prompt_of_unknown_things_gets_a_hint(generate, capsys):
     assert generate("--prompt", "a hedghog on a white background") == 0
     hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("hint:"))
     assert "'a hedghog on a white background'" in hint and "hedgehog" in hint and "names.txt" in hint
+
+
+@pytest.mark.parametrize("views, hints", [(1, 1), (8, 0)])
+def test_names_are_not_those_of_objects_with_several_views(views, hints, capsys):
+    request = SimpleNamespace(task=SimpleNamespace(views=views), prompts=["a mug on a white background"])
+    checkpoint = SimpleNamespace(folder=SCRIPT.parent.parent / "assets" / "demo")
+    print_hints(SimpleNamespace(picture=None, request=request), checkpoint)
+    assert capsys.readouterr().err.count("hint:") == hints
 
 
 def test_hints():
