@@ -6,13 +6,13 @@
 #   scripts/demo/train.sh [WORK]    # work folder, relative to the project's root; default work/demo
 #
 # Takes about eight hours on two CPU cores. MOVQGAN_MINUTES, DECODER_MINUTES, MINUTES, OMNI_MINUTES, EDGES_MINUTES and
-# LAST_MINUTES limit the time of each training, OUT is the folder of the result. After an interruption, the same command
-# resumes. Needs npm, which downloads the pictures, and a C++ compiler for torch.compile.
+# LAST_MINUTES limit the time of each training, OUT is the folder of the result (default: WORK/demo). After an
+# interruption, the same command resumes. Needs npm, which downloads the pictures, and a C++ compiler for torch.compile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 work="${1:-work/demo}"
-out="${OUT:-assets/demo}"
+out="${OUT:-$work/demo}"
 pictures="$work/pictures"
 mkdir -p "$work"
 exec 9> "$work/lock" # children inherit the lock: a training may outlive this script

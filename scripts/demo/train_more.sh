@@ -8,10 +8,10 @@
 # if there is more to do. The same command then continues, also after an interruption. All its files are in WORK, so the
 # folder of the code may be another one. Status 0 means that the new checkpoint is in OUT (default: WORK/demo).
 #
-# START is the checkpoint to begin with (default: assets/demo). It may be the result of an earlier run of this script.
-# DECODER_MINUTES, CORE_MINUTES, LEARN_MINUTES and LAST_MINUTES limit each training in all, MAX_TOKENS is the size of a
-# batch, RECORDS a factor of the numbers of records, OPTIONS further options of the transformer's training. Needs npm,
-# which downloads the pictures, and a C++ compiler for torch.compile.
+# START is the checkpoint to begin with (default: assets/demo): the result of train.sh, or of an earlier run of this
+# script. DECODER_MINUTES, CORE_MINUTES, LEARN_MINUTES and LAST_MINUTES limit each training in all, MAX_TOKENS is the size
+# of a batch, RECORDS a factor of the numbers of records, OPTIONS further options of the transformer's training. Needs
+# npm, which downloads the pictures, and a C++ compiler for torch.compile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
