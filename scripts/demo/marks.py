@@ -70,10 +70,11 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
             pictures without any.
     """
     found: list[Example] = []
-    while len(found) < count:
-        picture, asked = _scene(names, rng)
-        if picture.held_out != held_out:
-            continue
+    for _ in range(count):
+        number = rng.choice(_ITEMS)  # does not depend on what is held out
+        while (scene := _scene(number, names, rng))[0].held_out != held_out:
+            pass
+        picture, asked = scene
         shown: Picture | Marked = Marked(picture, asked)
         if kind == "detect_absent":
             asked = Item(rng.choice([name for name in names if name not in picture.names]), 0, 0, 0)
@@ -83,9 +84,9 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
     return found
 
 
-def _scene(names: Sequence[str], rng: random.Random) -> tuple[Picture, Item]:
-    """A scene, and one of its objects, that has no equal in it."""
-    chosen = rng.sample(names, rng.choice(_ITEMS))
+def _scene(number: int, names: Sequence[str], rng: random.Random) -> tuple[Picture, Item]:
+    """A scene of this number of objects, and one of them, that has no equal in it."""
+    chosen = rng.sample(names, number)
     fits = set(colorable(names))
     what: list[tuple[str, str | None]] = [
         (name, rng.choice(list(OBJECT_COLORS)) if name in fits and rng.random() < _COLORED else None) for name in chosen

@@ -27,15 +27,25 @@ from lumina_mgpt.images import center_crop
 from lumina_mgpt.prompts import PICTURE
 
 # Kind -> number of training records. Several questions about one picture make one record.
-KINDS: Mapping[str, int] = MappingProxyType({"caption": 12000, "question": 24000, "pictures": 4000, "unknown": 2000})
+KINDS: Mapping[str, int] = MappingProxyType({"caption": 18000, "question": 22000, "pictures": 4000, "unknown": 2000})
 DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
-_MORE = (5, 10)  # least and most further questions about a picture in training, if so many different ones fit it
+_ITEMS = (1, 1, 1, 2, 2, 2, 3, 4)  # numbers of objects in a picture
 # Sizes that `lumina-mgpt describe` scales without a crop to a size of about 96 x 96 pixels, and what they become.
-_SCALED = {(128, 128): (96, 96), (192, 96): (128, 64), (96, 192): (64, 128)}
+_SCALED = {(192, 96): (128, 64), (96, 192): (64, 128)}
 _SCALED_SHARE = 0.3  # of the training pictures of these sizes
-_HARDER = ("count", "count", "what")  # kinds of questions that training asks more often
+# Kinds of first questions in training; a repeated one is more frequent. Those of _KEPT with 0 come first or not at all.
+_FIRST = (
+    "what", "what", "what", "exists", "exists", "count", "count", "count", "beside", "beside", "color", "where",
+    "background",
+)  # fmt: skip
+# Answer, or kind of question -> share of the further questions that training keeps; all of the others. A name in an
+# earlier text gives away "what" and "exists", and the answers are too frequent.
+_KEPT: Mapping[str, float] = MappingProxyType(
+    {"what": 0.0, "exists": 0.0, "background": 0.3, "one": 0.15, "none": 0.15, "in the middle": 0.2}
+)
+_FEW_ANSWERS = ("background", "color", "count", "exists", "where")  # kinds of questions
 _PLACES = ("middle", "left", "right", "top", "bottom")
 _WHICH = ("the first", "the second", "both", "neither")
 
@@ -48,12 +58,6 @@ class Question:
     text: str
     answer: str
     picture: Picture | None = None
-
-    @property
-    def topic(self) -> tuple[str, str]:
-        """What is asked, whatever the wording. Equal for two questions about a picture if one of them is enough."""
-        reworded = self.kind in ("what", "background", "color", "where")
-        return self.kind, self.answer if reworded else self.text
 
 
 @dataclass(frozen=True)
@@ -208,13 +212,30 @@ def questions(picture: Picture, names: Sequence[str], rng: random.Random) -> lis
     return rng.sample(asked, len(asked))
 
 
-def many_questions(picture: Picture, names: Sequence[str], rng: random.Random) -> list[Question]:
-    """Questions about a picture with different topics, at times several of a kind, in random order."""
-    asked = [question for _ in range(2) for question in questions(picture, names, rng)]
-    if rng.random() < 0.3:
+def further(picture: Picture, names: Sequence[str], rng: random.Random) -> list[Question]:
+    """Questions for training about a picture that one was asked about, in random order: see _KEPT."""
+    asked = questions(picture, names, rng)
+    if rng.random() < 0.2:
         asked.append(_count(picture, rng, rng.choice(countable([n for n in names if n not in picture.names]))))
-    different = {question.topic: question for question in asked}
-    return rng.sample(list(different.values()), len(different))
+    return [one for one in asked if rng.random() < _KEPT.get(one.answer, _KEPT.get(one.kind, 1.0))]
+
+
+def balanced(kind: str, names: Sequence[str], rng: random.Random, held_out: bool) -> Question:
+    """A question about a picture with a held-out combination, or without any.
+
+    Neither the number of objects nor the answer, of kinds that have few, depends on `held_out`: a scene of more objects
+    has a held-out combination more often.
+    """
+
+    def key(question: Question) -> tuple:
+        assert question.picture
+        return len(question.picture.items), question.answer if kind in _FEW_ANSWERS else ""
+
+    wanted = key(QUESTIONS[kind](names, rng))
+    while True:
+        question = QUESTIONS[kind](names, rng)
+        if question.picture and question.picture.held_out == held_out and key(question) == wanted:
+            return question
 
 
 # -- examples ----------------------------------------------------------------------------------------------------------
@@ -242,12 +263,7 @@ def examples(
 
 def asked(kind: str, names: list[str], count: int, rng: random.Random) -> list[Question]:
     """Held-out questions of one kind, for the evaluation; answers are equally frequent."""
-    found: list[Question] = []
-    while len(found) < count:
-        question = QUESTIONS[kind](names, rng)
-        if question.picture and question.picture.held_out:
-            found.append(question)
-    return found
+    return [balanced(kind, names, rng, held_out=True) for _ in range(count)]
 
 
 def shown_first(text: str) -> str:
@@ -255,9 +271,9 @@ def shown_first(text: str) -> str:
     return f"{PICTURE} {text}"
 
 
-def random_picture(names: Sequence[str], rng: random.Random) -> Picture:
-    """A scene of any of the kinds that the demo draws."""
-    count, color = rng.choice((1, 1, 1, 2, 2, 2, 3, 4)), rng.random() < 0.4
+def random_picture(names: Sequence[str], rng: random.Random, count: int | None = None) -> Picture:
+    """A scene of any of the kinds that the demo draws, of `count` objects (default: a random number)."""
+    count, color = count or rng.choice(_ITEMS), rng.random() < 0.4
     pool = colorable(names) if color else list(names)
     if count > 1 and rng.random() < 0.35:
         return arranged([(rng.choice(countable(pool)), None)] * count, rng)
@@ -268,13 +284,12 @@ def random_picture(names: Sequence[str], rng: random.Random) -> Picture:
 
 
 def _caption(names: Sequence[str], rng: random.Random, held_out: bool) -> Example:
-    picture = random_picture(names, rng)
+    count = rng.choice(_ITEMS)
+    while (picture := random_picture(names, rng, count)).held_out != held_out:
+        pass
     # `describe` writes the picture after its question.
     text = f"{DESCRIBE} {PICTURE}" if held_out or rng.random() < 0.6 else shown_first(rng.choice(_DESCRIBE))
-    turns = (text, described(picture))
-    if not held_out:
-        turns += _more(picture, names, rng)
-    return Example("caption", turns, ((_as_file(picture, rng, held_out),),), picture)
+    return Example("caption", (text, described(picture)), ((_as_file(picture, rng, held_out),),), picture)
 
 
 def _as_file(picture: Picture, rng: random.Random, held_out: bool) -> Picture | Scaled:
@@ -283,26 +298,19 @@ def _as_file(picture: Picture, rng: random.Random, held_out: bool) -> Picture | 
     return Scaled(picture) if scaled else picture
 
 
-def _more(picture: Picture, names: Sequence[str], rng: random.Random, first: Question | None = None) -> tuple[str, ...]:
-    """Further questions with their answers. If the record begins with a question, it may also ask for a description."""
-    chosen = many_questions(picture, names, rng)
-    if first:
-        chosen = [other for other in chosen if other.topic != first.topic]
-    turns = [(question.text, question.answer) for question in chosen[: rng.randint(*_MORE)]]
-    if first and rng.random() < 0.5:
-        turns.insert(rng.randint(0, len(turns)), (rng.choice(_DESCRIBE), described(picture)))
-    return tuple(text for turn in turns for text in turn)
-
-
 def _question(names: Sequence[str], rng: random.Random, held_out: bool) -> Example:
-    question = QUESTIONS[rng.choice([*QUESTIONS, *_HARDER])](names, rng)
+    question = balanced(rng.choice(_FIRST), names, rng, held_out)
     picture = question.picture
     assert picture
     text = f"{question.text} {PICTURE}" if rng.random() < 0.5 else shown_first(question.text)
-    turns = (text, question.answer)
+    turns = [text, question.answer]
     if not held_out:
-        turns += _more(picture, names, rng, question)
-    return Example("question", turns, ((_as_file(picture, rng, held_out),),), question)
+        for other in further(picture, names, rng):
+            turns += [other.text, other.answer] if other.kind != question.kind else []
+        # A caption counts equal objects only where there are no others.
+        if len({item.what for item in picture.items}) in (1, len(picture.items)) and rng.random() < 0.5:
+            turns += [rng.choice(_DESCRIBE), described(picture)]
+    return Example("question", tuple(turns), ((_as_file(picture, rng, held_out),),), question)
 
 
 def _two_pictures(names: Sequence[str], rng: random.Random, held_out: bool) -> Example:

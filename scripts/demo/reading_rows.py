@@ -85,7 +85,9 @@ def unknown(bench: Bench) -> Figures:
         drawn = bench.begins_with_picture(asked)
         refused = [answer == UNKNOWN and not picture for answer, picture in zip(answers, drawn, strict=True)]
         if known:
-            figures |= {"known: not refused": share(not answer for answer in refused)}
+            said = zip(answers[::2], drawn[::2], strict=True)
+            yes = [answer == "Yes." and not picture for answer, picture in said]
+            figures |= {"known: yes, or drawn": share([*yes, *drawn[1::2]])}
         else:
             figures |= {"refused": share(refused)}
             figures |= {"refused, what": share(refused[::2]), "refused, draw": share(refused[1::2])}

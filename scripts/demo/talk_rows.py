@@ -1,11 +1,14 @@
 """Row of the evaluation: drawing, editing and asking in one conversation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import reading
 import talks
+from composed import Picture, relation
+from evaluation import Share
 from finder import background_right
+from PIL import Image
 from reading_rows import matches
 from row_tools import Bench, Figures, Row, share
 from words import parsed
@@ -33,14 +36,27 @@ def conversations(bench: Bench) -> Figures:
         text for example, talk in zip(todo, wanted, strict=True)
         for text in (example.turns[0].split("\n")[-1], talk.instruction)
     ])  # fmt: skip
-    every = list(zip(before, after, first, second, wanted, strict=True))
-    right = bench.finder.right
+    scenes = [talk.before for talk in wanted], [talk.after for talk in wanted]
+
+    def drawn_right(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> Share:
+        pairs = zip(images, pictures, strict=True)
+        return share(bench.finder.right(i, p, _placed(p)) and background_right(i, p) for i, p in pairs)
+
+    def described_right(answers: Sequence[str], pictures: Sequence[Picture]) -> Share:
+        return share(matches(parsed(words), p, _placed(p)) for words, p in zip(answers, pictures, strict=True))
+
     return {
-        "edited right": share(right(b, talk.after) and background_right(b, talk.after) for _, b, _, _, talk in every),
-        "drawn right": share(right(a, talk.before) and background_right(a, talk.before) for a, _, _, _, talk in every),
-        "first description right": share(matches(parsed(words), talk.before, False) for _, _, words, _, talk in every),
-        "second description right": share(matches(parsed(words), talk.after, False) for _, _, _, words, talk in every),
+        "edited right": drawn_right(after, scenes[1]),
+        "drawn right": drawn_right(before, scenes[0]),
+        "first description right": described_right(first, scenes[0]),
+        "second description right": described_right(second, scenes[1]),
     }
+
+
+def _placed(picture: Picture) -> bool:
+    """Whether a caption says where the objects are: for two different ones, side by side or one above the other."""
+    items = picture.items
+    return len(items) == 2 and items[0].what != items[1].what and relation(*items) is not None
 
 
 ROWS: Mapping[str, Row] = MappingProxyType({"talk": conversations})

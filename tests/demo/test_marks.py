@@ -247,7 +247,7 @@ def test_rows_of_detection(bench, right):
     assert found["box right (tokenizer)"] == Share(6, 6)
     assert found["box right"] == found["box found"] == Share(6 if right else 0, 6)
     assert found["overlap"].value > 0.6 if right else found["overlap"].value == 0
-    assert marks_rows.ROWS["detect_absent"](bench) == {"no box": Share(6 if right else 0, 6)}
+    assert marks_rows.ROWS["detect_absent"](bench) == {"unchanged": Share(6 if right else 0, 6)}
     assert bench.sheets == [("detect", 6, 6), ("detect_absent", 6, 6)]
 
 

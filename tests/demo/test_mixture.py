@@ -180,17 +180,32 @@ def test_questions_are_true_and_their_answers_balanced():
     assert answers["Is there a fox?"] == "yes" and answers["Is there a key?"] == "no"
 
 
-def test_training_asks_several_different_questions_about_a_picture():
-    rng = random.Random(9)
-    for kind in ("question", "caption"):
-        for example in reading.examples(kind, NAMES, 100, rng):
-            asked = [text.replace(PICTURE, "").strip() for text in example.turns[::2]]
-            assert len(set(asked)) == len(asked) >= 3, asked
-            assert sum("background" in text for text in asked) < 2, asked  # not in two wordings
-    for _ in range(100):
-        picture = reading.random_picture(NAMES, rng)
-        kinds = Counter(question.kind for question in reading.many_questions(picture, NAMES, rng))
-        assert max(kinds["what"], kinds["background"], kinds["where"]) < 2 and kinds["color"] <= len(picture.items)
+def test_training_answers_need_the_picture():
+    """No name in an earlier text answers a question, and no answer is too frequent."""
+    answers: dict[str, Counter] = {}
+    for example in reading.examples("question", NAMES, 600, random.Random(9)):
+        asked = [text.replace(PICTURE, "").strip() for text in example.turns[::2]]
+        assert len(set(asked)) == len(asked)
+        assert not any(text.startswith(("What is it", "What is this", "Is there")) for text in asked[1:]), asked
+        for text, answer in zip(asked, example.turns[1::2], strict=True):
+            kind = "count" if text.startswith("How many") else text.split()[0]
+            answers.setdefault(kind, Counter())[answer] += 1
+    for kind, most in (("count", 0.35), ("Is", 0.6), ("Where", 0.4)):
+        assert max(answers[kind].values()) < most * answers[kind].total(), (kind, answers[kind])
+
+
+def test_held_out_questions_have_the_numbers_of_objects_and_answers_of_the_others():
+    for kind in reading.QUESTIONS:
+        held, kept = (
+            [reading.balanced(kind, NAMES, random.Random(n), held_out) for n in range(150)]
+            for held_out in (True, False)
+        )
+        assert all(question.picture.held_out for question in held)
+        assert not any(question.picture.held_out for question in kept)
+        numbers = [Counter(len(question.picture.items) for question in made) for made in (held, kept)]
+        assert numbers[0] == numbers[1]
+        if kind in ("count", "exists", "where", "color", "background"):
+            assert Counter(q.answer for q in held) == Counter(q.answer for q in kept)
 
 
 def test_pictures_are_told_apart_by_what_they_show():
@@ -257,11 +272,11 @@ def test_some_pictures_to_read_have_the_size_of_a_file(pictures):
     made = reading.examples("caption", NAMES, 200, random.Random(10))
     scaled = [panel for panel in every_picture(made) if isinstance(panel, reading.Scaled)]
     assert scaled and len(scaled) < 60
-    whole = Picture((128, 128), "red", (Item("fox", 64, 0, 0), Item("owl", 64, 64, 64)))
+    whole = Picture((192, 96), "red", (Item("fox", 96, 0, 0), Item("owl", 96, 96, 0)))
     image = whole.draw(pictures)
-    assert best_size(image.size, candidate_sizes(96)) == (96, 96)
+    assert best_size(image.size, candidate_sizes(96)) == (128, 64)
     small = reading.Scaled(whole)
-    assert small.key != whole.key and small.draw(pictures) == crop_panel(image, (96, 96))
+    assert small.key != whole.key and small.draw(pictures) == crop_panel(image, (128, 64))
 
 
 # -- measures ----------------------------------------------------------------------------------------------------------
