@@ -198,7 +198,4 @@ def _offset(spare: int, rng: random.Random) -> int:
 
 def in_reading_order(picture: Picture) -> Picture:
     """The scene with its objects from left to right, row by row from the top."""
-    items = sorted(picture.items, key=lambda item: (item.top // SMALL, item.left))
-    if picture.size[1] == SMALL or picture.size[1] - picture.items[0].side < SMALL:  # one row
-        items = sorted(picture.items, key=lambda item: item.left)
-    return replace(picture, items=tuple(items))
+    return replace(picture, items=tuple(sorted(picture.items, key=lambda item: (item.top // SMALL, item.left))))

@@ -29,7 +29,6 @@ import normals_rows
 import numpy as np
 import omni
 import reading_rows
-import row_tools
 import scenes
 import talk_rows
 import views_rows
@@ -58,9 +57,10 @@ TEXT_ROWS = ("one emoji", "two emoji")
 UNNAMED = {f"{kind} unnamed": kind for kind in ("depth", "canny")}  # row -> kind; the prompt gives only the background
 TASK_ROWS = (*omni.KINDS, *UNNAMED)
 FIRST_ROWS = (*TEXT_ROWS, *TASK_ROWS)  # those of every demo checkpoint
-MORE_ROWS = row_tools.rows_of(
-    drawing_rows.ROWS, reading_rows.ROWS, talk_rows.ROWS, marks_rows.ROWS, normals_rows.ROWS, views_rows.ROWS
-)
+MORE_ROWS = {
+    **drawing_rows.ROWS, **reading_rows.ROWS, **talk_rows.ROWS, **marks_rows.ROWS, **normals_rows.ROWS,
+    **views_rows.ROWS,
+}  # fmt: skip
 ROWS = (*FIRST_ROWS, *MORE_ROWS)
 
 
@@ -223,18 +223,22 @@ def report_more(test: Bench, rows: list[str]) -> dict[str, dict[str, list[float]
     return figures
 
 
-def means(figures: dict[str, object]) -> dict[str, float]:
-    """Means over rows that belong together, as far as all of them are there: the first figure of each counts."""
+def means(figures: dict[str, object]) -> dict[str, object]:
+    """Means over rows that belong together, with their standard errors, and the least of their values.
+
+    The first figure of each row counts. Groups of which a row is missing are left out.
+    """
     groups = {
         "six categories": drawing_rows.CATEGORIES,
         "questions": [row for row in reading_rows.ROWS if row.startswith("question ")],
     }
-    found: dict[str, float] = {}
+    found: dict[str, object] = {}
     for name, rows in groups.items():
         cells = [figures.get(row) for row in rows]
-        firsts = [next(iter(cell.values()))[0] for cell in cells if isinstance(cell, dict)]
+        firsts = np.array([next(iter(cell.values())) for cell in cells if isinstance(cell, dict)])
         if len(firsts) == len(rows):
-            found |= {f"{name}, mean": float(np.mean(firsts)), f"{name}, least": min(firsts)}
+            mean = [float(firsts[:, 0].mean()), float(np.hypot.reduce(firsts[:, 1])) / len(firsts)]
+            found |= {f"{name}, mean": mean, f"{name}, least": float(firsts[:, 0].min())}
     return found
 
 

@@ -339,7 +339,8 @@ def _with(picture: Picture, name: str, there: bool, names: Sequence[str], rng: r
         return picture
     if there:
         return replaced(picture, rng.randrange(len(picture.items)), (name, None))
-    at = rng.sample([other for other in names if other != name and other not in picture.names], len(picture.items))
+    pool = colorable(names) if any(item.color for item in picture.items) else names
+    at = rng.sample([other for other in pool if other != name and other not in picture.names], len(picture.items))
     items = [
         replace(item, name=new) if item.name == name else item for item, new in zip(picture.items, at, strict=True)
     ]

@@ -3,7 +3,7 @@
 import argparse
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -149,8 +149,3 @@ def _batches(keys: Sequence[Size]) -> Iterable[list[int]]:
     for key in sorted(set(keys)):
         same = [n for n, other in enumerate(keys) if other == key]
         yield from (same[start : start + _BATCH] for start in range(0, len(same), _BATCH))
-
-
-def rows_of(*tables: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows of several modules in order."""
-    return {name: row for table in tables for name, row in table.items()}

@@ -302,3 +302,12 @@ def test_batches_of_an_evaluation_have_different_noise(tiny_checkpoint, monkeypa
     assert list(script.drawn(pipeline, prompts, (32, 64), args, panels, task=I2I_TASKS["edit"])) == prompts
     assert [request.sampling.seed for request in asked] == [50, 52, 54]
     assert [request.panels for request in asked] == [("A", "B"), ("C", "D"), ("E",)]
+
+
+def test_means_of_rows_have_standard_errors():
+    script = module_of("evaluate")
+    rows = {row: {"objects right": [0.9, 0.03], "tokenizer": [1.0, 0.0]} for row in script.drawing_rows.CATEGORIES}
+    rows |= {"two": {"objects right": [0.6, 0.04]}, "question what": {"right": [1.0, 0.0]}}
+    found = script.means(rows)
+    assert set(found) == {"six categories, mean", "six categories, least"} and found["six categories, least"] == 0.6
+    assert found["six categories, mean"] == pytest.approx([0.85, (5 * 0.03**2 + 0.04**2) ** 0.5 / 6])
