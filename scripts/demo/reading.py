@@ -32,6 +32,7 @@ DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
 _ITEMS = (1, 1, 1, 2, 2, 2, 3, 4)  # numbers of objects in a picture
+_TRAINED_ITEMS = (1, 2, 2, 3, 3, 4, 4, 4)  # of captions in training: more names for each code
 # Sizes that `lumina-mgpt describe` scales without a crop to a size of about 96 x 96 pixels, and what they become.
 _SCALED = {(192, 96): (128, 64), (96, 192): (64, 128)}
 _SCALED_SHARE = 0.3  # of the training pictures of these sizes
@@ -284,7 +285,7 @@ def random_picture(names: Sequence[str], rng: random.Random, count: int | None =
 
 
 def _caption(names: Sequence[str], rng: random.Random, held_out: bool) -> Example:
-    count = rng.choice(_ITEMS)
+    count = rng.choice(_ITEMS if held_out else _TRAINED_ITEMS)
     while (picture := random_picture(names, rng, count)).held_out != held_out:
         pass
     # `describe` writes the picture after its question.
