@@ -27,7 +27,7 @@ from lumina_mgpt.images import center_crop
 from lumina_mgpt.prompts import PICTURE
 
 # Kind -> number of training records. Several questions about one picture make one record.
-KINDS: Mapping[str, int] = MappingProxyType({"caption": 18000, "question": 22000, "pictures": 4000, "unknown": 2000})
+KINDS: Mapping[str, int] = MappingProxyType({"caption": 18000, "question": 22000, "pictures": 4000, "unknown": 6000})
 DESCRIBE = "Describe the image in detail."  # what `lumina-mgpt describe` asks
 _DESCRIBE = (DESCRIBE, DESCRIBE, "Describe the picture.", "What does the picture show?")
 _NOTHING, _YES, _NO = "nothing", "yes", "no"
@@ -364,8 +364,12 @@ def _unknown(names: Sequence[str], unknown: Sequence[str], rng: random.Random) -
         answer = thing(picture.items[0]) if known else UNKNOWN
         return Example("unknown", (shown_first(_what(picture, rng).text), answer), ((picture,),), about)
     if form < 0.7:
-        text = f"Do you know what {with_article(word_for(name, rng))} is?"
-        return Example("unknown", (text, "Yes." if known else UNKNOWN), (), about)
+        terms = [Term(rng.choice(names if yes else unknown), yes) for yes in rng.choices((True, False), k=6)]
+        turns: list[str] = []
+        for term in (about, *terms[: rng.randint(2, 6)]):
+            text = f"Do you know what {with_article(word_for(term.name, rng))} is?"
+            turns += [text, "Yes." if term.known else UNKNOWN]
+        return Example("unknown", tuple(turns), (), about)
     picture = _not_held_out(name, rng)
     text = request(caption(picture, rng), rng)
     return Example("unknown", (text, PICTURE if known else UNKNOWN), ((picture,),) if known else (), about)
