@@ -140,15 +140,12 @@ def relation(first: Item, second: Item) -> Side | None:
 
 
 def place(item: Item, size: tuple[int, int]) -> str | None:
-    """Where an object is in a picture: in the middle, left, right, top or bottom; None if that is not clear."""
+    """Where an object is in a picture: "middle", a side ("left") or a corner ("top left"); None if that is unclear."""
     x, y = (2 * middle / side - 1 for middle, side in zip(item.middle, size, strict=True))  # from -1 to 1
-    if max(abs(x), abs(y)) < 0.1:
-        return "middle"
-    if max(abs(x), abs(y)) < 0.3 or min(abs(x), abs(y)) > 0.1:
+    if any(0.1 <= abs(value) < 0.3 for value in (x, y)):
         return None
-    if abs(x) > abs(y):
-        return "left" if x < 0 else "right"
-    return "top" if y < 0 else "bottom"
+    sides = ["top" if y < 0 else "bottom"] * (abs(y) >= 0.3) + ["left" if x < 0 else "right"] * (abs(x) >= 0.3)
+    return " ".join(sides) or "middle"
 
 
 def fitting_backgrounds(colors: Sequence[str | None]) -> list[str]:

@@ -21,6 +21,9 @@ LINE = (255, 0, 255)  # color of the box, which no background has
 WIDTH = 4  # of its lines in pixels: half of a code
 RIGHT = 0.5  # least intersection over union of a box that is right
 _ITEMS = (1, 2, 2, 3, 4)  # numbers of objects in a picture
+# Number -> sizes of the pictures. Copying a picture of another size takes another distance in the sequence, and each
+# distance is learned by itself.
+_SIZES = {1: ((96, 96),), 2: ((128, 64), (64, 128), (128, 128)), 3: ((128, 128),), 4: ((128, 128),)}
 _COLORED = 0.4  # share of objects in another colour than their own
 _TWINS = 0.2  # share of pictures that show what is asked for again, in another colour
 
@@ -94,7 +97,7 @@ def _scene(number: int, names: Sequence[str], rng: random.Random) -> tuple[Pictu
     name = chosen[0]
     if len(what) > 1 and name in fits and rng.random() < _TWINS:
         what[:2] = [(name, color) for color in rng.sample(list(OBJECT_COLORS), 2)]
-    picture = arranged(what, rng)
+    picture = arranged(what, rng, size=rng.choice(_SIZES[number]))
     return picture, picture.items[0]
 
 

@@ -38,8 +38,8 @@ _SCALED = {(192, 96): (128, 64), (96, 192): (64, 128)}
 _SCALED_SHARE = 0.3  # of the training pictures of these sizes
 # Kinds of first questions in training; a repeated one is more frequent. Those of _KEPT with 0 come first or not at all.
 _FIRST = (
-    "what", "what", "what", "exists", "exists", "count", "count", "count", "beside", "beside", "color", "where",
-    "background",
+    "what", "what", "what", "exists", "exists", "exists", "count", "count", "count", "beside", "beside", "where",
+    "where", "where", "where", "color", "background",
 )  # fmt: skip
 # Answer, or kind of question -> share of the further questions that training keeps; all of the others. A name in an
 # earlier text gives away "what" and "exists", and the answers are too frequent.
@@ -47,18 +47,19 @@ _KEPT: Mapping[str, float] = MappingProxyType(
     {"what": 0.0, "exists": 0.0, "background": 0.3, "one": 0.15, "none": 0.15, "in the middle": 0.2}
 )
 _FEW_ANSWERS = ("background", "color", "count", "exists", "where")  # kinds of questions
-_PLACES = ("middle", "left", "right", "top", "bottom")
+_PLACES = ("middle", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
 _WHICH = ("the first", "the second", "both", "neither")
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, and its answer."""
+    """A question about a picture, and its answer. `name`: what is counted, or may be there."""
 
     kind: str
     text: str
     answer: str
     picture: Picture | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _asked_count(names: Sequence[str], rng: random.Random) -> Question:
 def _count(picture: Picture, rng: random.Random, name: str) -> Question:
     found = picture.names.count(name)
     text = f"How many {plural(word_for(name, rng))} are there?"
-    return Question("count", text, NUMBERS[found] if found else "none", picture)
+    return Question("count", text, NUMBERS[found] if found else "none", picture, name)
 
 
 def _asked_beside(names: Sequence[str], rng: random.Random) -> Question:
@@ -150,7 +151,7 @@ def _beside(picture: Picture, rng: random.Random) -> Question:
     side = relation(first, second)
     assert side
     answer = thing(first)
-    if rng.random() < 0.2:
+    if rng.random() < 0.3:
         side, answer = OPPOSITE[side], _NOTHING
     where = {"left": "to the left of", "right": "to the right of"}.get(side, side)
     return Question("beside", f"What is {where} {the(second, rng)}?", answer, picture)
@@ -162,24 +163,38 @@ def _asked_exists(names: Sequence[str], rng: random.Random) -> Question:
 
 def _exists(picture: Picture, rng: random.Random, names: Sequence[str]) -> Question:
     there = rng.random() < 0.5
-    name = rng.choice(picture.names if there else [name for name in names if name not in picture.names])
-    return Question("exists", f"Is there {with_article(word_for(name, rng))}?", _YES if there else _NO, picture)
+    return _is_there(picture, rng, rng.choice(picture.names if there else _absent(picture, names)))
+
+
+def _is_there(picture: Picture, rng: random.Random, name: str) -> Question:
+    answer = _YES if name in picture.names else _NO
+    return Question("exists", f"Is there {with_article(word_for(name, rng))}?", answer, picture, name)
+
+
+def _absent(picture: Picture, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in picture.names]
 
 
 def _asked_where(names: Sequence[str], rng: random.Random) -> Question:
     wanted = rng.choice(_PLACES)
     while True:
-        picture = arranged([(rng.choice(names), None)], rng)
-        if place(picture.items[0], picture.size) == wanted:
-            return _where(picture, rng)
+        picture = arranged([(name, None) for name in rng.sample(names, rng.randint(1, 4))], rng)
+        found = [item.name for item in picture.items if place(item, picture.size) == wanted]
+        if found:
+            return _where(picture, rng, rng.choice(found))
 
 
-def _where(picture: Picture, rng: random.Random) -> Question:
-    (item,) = picture.items
+def _where(picture: Picture, rng: random.Random, name: str) -> Question:
+    (item,) = (item for item in picture.items if item.name == name)
     found = place(item, picture.size)
-    return Question(
-        "where", f"Where is {the(item, rng)}?", f"{'in' if found == 'middle' else 'at'} the {found}", picture
-    )
+    answer = f"{'in' if found == 'middle' else 'at'} the {found}"
+    return Question("where", f"Where is {the(item, rng)}?", answer, picture, name)
+
+
+def _placed(picture: Picture) -> list[str]:
+    """Names of single objects whose place is clear."""
+    clear = [item.name for item in picture.items if place(item, picture.size)]
+    return [name for name in clear if picture.names.count(name) == 1]
 
 
 # Kind of question -> function that makes a picture and a question about it. Answers of a kind are equally frequent.
@@ -202,7 +217,8 @@ def questions(picture: Picture, names: Sequence[str], rng: random.Random) -> lis
     asked = [_background(picture, rng), _exists(picture, rng, names)]
     if len(items) == 1:
         asked.append(_what(picture, rng))
-        asked += [_where(picture, rng)] if place(items[0], picture.size) else []
+    if placed := _placed(picture):
+        asked.append(_where(picture, rng, rng.choice(placed)))
     if any(item.color for item in items) and len(few) == len(items):
         asked.append(_color(picture, rng))
     if len(items) == 2 and relation(*items) and len(few) == 2:
@@ -217,8 +233,25 @@ def further(picture: Picture, names: Sequence[str], rng: random.Random) -> list[
     """Questions for training about a picture that one was asked about, in random order: see _KEPT."""
     asked = questions(picture, names, rng)
     if rng.random() < 0.2:
-        asked.append(_count(picture, rng, rng.choice(countable([n for n in names if n not in picture.names]))))
+        asked.append(_count(picture, rng, rng.choice(countable(_absent(picture, names)))))
     return [one for one in asked if rng.random() < _KEPT.get(one.answer, _KEPT.get(one.kind, 1.0))]
+
+
+def about_others(question: Question, names: Sequence[str], rng: random.Random) -> list[Question]:
+    """For training: the same question about each other object of the picture, and about some that it does not show.
+
+    Only for the kinds that compare a name with the picture, which are learned slowly.
+    """
+    picture, ask = question.picture, {"exists": _is_there, "count": _count, "where": _where}.get(question.kind)
+    if not picture or not ask:
+        return []
+    shown = _placed(picture) if question.kind == "where" else sorted({*picture.names})
+    absent = {"exists": len(shown), "count": rng.randint(0, 1)}.get(question.kind, 0)
+    missing = rng.sample(_absent(picture, names), absent)
+    chosen = [name for name in (*shown, *missing) if name != question.name]
+    if question.kind == "count":
+        chosen = countable(chosen)
+    return [ask(picture, rng, name) for name in rng.sample(chosen, len(chosen))]
 
 
 def balanced(kind: str, names: Sequence[str], rng: random.Random, held_out: bool) -> Question:
@@ -306,8 +339,9 @@ def _question(names: Sequence[str], rng: random.Random, held_out: bool) -> Examp
     text = f"{question.text} {PICTURE}" if rng.random() < 0.5 else shown_first(question.text)
     turns = [text, question.answer]
     if not held_out:
-        for other in further(picture, names, rng):
-            turns += [other.text, other.answer] if other.kind != question.kind else []
+        more = [other for other in further(picture, names, rng) if other.kind != question.kind]
+        for other in (*about_others(question, names, rng), *more):
+            turns += [other.text, other.answer]
         # A caption counts equal objects only where there are no others.
         if len({item.what for item in picture.items}) in (1, len(picture.items)) and rng.random() < 0.5:
             turns += [rng.choice(_DESCRIBE), described(picture)]
