@@ -120,16 +120,16 @@ def _asked_color(names: Sequence[str], rng: random.Random) -> Question:
     return _color(picture, rng)
 
 
-def _color(picture: Picture, rng: random.Random) -> Question:
-    item = rng.choice([item for item in picture.items if item.color])
+def _color(picture: Picture, rng: random.Random, name: str | None = None) -> Question:
+    item = rng.choice([item for item in picture.items if item.color and name in (None, item.name)])
     text = rng.choice(("What colour is {o}?", "What is the colour of {o}?")).format(o=the((item.name, None), rng))
-    return Question("color", text, item.color or "", picture)
+    return Question("color", text, item.color or "", picture, item.name)
 
 
 def _asked_count(names: Sequence[str], rng: random.Random) -> Question:
     name, other = rng.sample(countable(names), 2)
     count = rng.randint(0, 4)
-    others = rng.randint(1, 4) if not count else rng.randint(0, min(2, 4 - count))
+    others = rng.randint(0 if count else 1, 4 - count)
     return _count(arranged([(name, None)] * count + [(other, None)] * others, rng), rng, name)
 
 
@@ -242,7 +242,8 @@ def about_others(question: Question, names: Sequence[str], rng: random.Random) -
 
     Only for the kinds that compare a name with the picture, which are learned slowly.
     """
-    picture, ask = question.picture, {"exists": _is_there, "count": _count, "where": _where}.get(question.kind)
+    makers = {"exists": _is_there, "count": _count, "where": _where, "color": _color}
+    picture, ask = question.picture, makers.get(question.kind)
     if not picture or not ask:
         return []
     shown = _placed(picture) if question.kind == "where" else sorted({*picture.names})
