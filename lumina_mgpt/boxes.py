@@ -13,6 +13,18 @@ _MOST = 0.3  # largest share of changed pixels of the whole image: else it is an
 _INSIDE = 0.5  # largest share of changed pixels in the middle, relative to the sides: else all of the picture differs
 
 
+def changed_pixels(image: Image.Image, reference: Image.Image) -> np.ndarray:
+    """Returns where two images differ by more than encoding and decoding change. Shapes: (height, width) bool.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    if image.size != reference.size:
+        raise ValueError(f"the images must have one size, got {image.size} and {reference.size}")
+    pixels, before = (np.asarray(picture.convert("RGB"), np.int16) for picture in (image, reference))
+    return np.abs(pixels - before).max(-1) >= _CHANGED
+
+
 def find_box(image: Image.Image, reference: Image.Image) -> Box | None:
     """Returns the rectangle whose outline differs between two images of the same size; None if there is none.
 
@@ -27,10 +39,7 @@ def find_box(image: Image.Image, reference: Image.Image) -> Box | None:
     Raises:
         ValueError: the sizes differ.
     """
-    if image.size != reference.size:
-        raise ValueError(f"the images must have one size, got {image.size} and {reference.size}")
-    pixels, before = (np.asarray(picture.convert("RGB"), np.int16) for picture in (image, reference))
-    changed = np.abs(pixels - before).max(-1) >= _CHANGED  # (height, width)
+    changed = changed_pixels(image, reference)
     if changed.mean() > _MOST:
         return None
     left, right = _pairs(changed.sum(0))

@@ -5,7 +5,7 @@ The objects of a scene do not overlap. Their places are multiples of 8 pixels, t
 
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from types import MappingProxyType
@@ -187,6 +187,13 @@ def arranged(
     ground = background or rng.choice(fitting_backgrounds([color for _, color in what]))
     items = [Item(name, side, *corner, color) for (name, color), corner in zip(what, corners, strict=True)]
     return Picture((width, height), ground, tuple(items))
+
+
+def first_of(make: Callable[[], Picture], held_out: bool) -> Picture:
+    """The first scene that `make` gives with a held-out combination, or without any."""
+    while (picture := make()).held_out != held_out:
+        pass
+    return picture
 
 
 def _offset(spare: int, rng: random.Random) -> int:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 from coloring import OBJECT_COLORS
-from composed import Item, Picture, appearance, arranged, colorable
+from composed import Item, Picture, appearance, arranged, colorable, first_of
 from examples import Example
 from PIL import Image, ImageDraw
 from words import the, thing, word_for
@@ -21,8 +21,7 @@ LINE = (255, 0, 255)  # color of the box, which no background has
 WIDTH = 4  # of its lines in pixels: half of a code
 RIGHT = 0.5  # least intersection over union of a box that is right
 _ITEMS = (1, 2, 2, 3, 4)  # numbers of objects in a picture
-# Number -> sizes of the pictures. Copying a picture of another size takes another distance in the sequence, and each
-# distance is learned by itself.
+# Number -> sizes of the pictures. Few of them: the model learns to copy pictures of each size by itself.
 _SIZES = {1: ((96, 96),), 2: ((128, 64), (64, 128), (128, 128)), 3: ((128, 128),), 4: ((128, 128),)}
 _COLORED = 0.4  # share of objects in another colour than their own
 _TWINS = 0.2  # share of pictures that show what is asked for again, in another colour
@@ -75,9 +74,8 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
     found: list[Example] = []
     for _ in range(count):
         number = rng.choice(_ITEMS)  # does not depend on what is held out
-        while (scene := _scene(number, names, rng))[0].held_out != held_out:
-            pass
-        picture, asked = scene
+        picture = first_of(lambda number=number: _scene(number, names, rng), held_out)
+        asked = picture.items[0]
         shown: Picture | Marked = Marked(picture, asked)
         if kind == "detect_absent":
             asked = Item(rng.choice([name for name in names if name not in picture.names]), 0, 0, 0)
@@ -87,8 +85,8 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
     return found
 
 
-def _scene(number: int, names: Sequence[str], rng: random.Random) -> tuple[Picture, Item]:
-    """A scene of this number of objects, and one of them, that has no equal in it."""
+def _scene(number: int, names: Sequence[str], rng: random.Random) -> Picture:
+    """A scene of this number of objects, the first of which has no equal in it."""
     chosen = rng.sample(names, number)
     fits = set(colorable(names))
     what: list[tuple[str, str | None]] = [
@@ -97,8 +95,7 @@ def _scene(number: int, names: Sequence[str], rng: random.Random) -> tuple[Pictu
     name = chosen[0]
     if len(what) > 1 and name in fits and rng.random() < _TWINS:
         what[:2] = [(name, color) for color in rng.sample(list(OBJECT_COLORS), 2)]
-    picture = arranged(what, rng, size=rng.choice(_SIZES[number]))
-    return picture, picture.items[0]
+    return arranged(what, rng, size=rng.choice(_SIZES[number]))
 
 
 def _words(picture: Picture, asked: Item, rng: random.Random, varied: bool) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import marks
-import numpy as np
 from composed import Picture
 from evaluation import Mean
 from examples import Example
@@ -12,8 +11,9 @@ from PIL import Image
 from reading_rows import turns_of
 from row_tools import Bench, Figures, Row, share
 
-_VISIBLE = 48  # difference of a colour channel, in 0 ... 255, that the search for a box counts, too
-_SPECKS = 0.02  # share of pixels: a third of the least box has as many
+from lumina_mgpt.boxes import changed_pixels
+
+_SPECKS = 0.02  # share of the pixels: less than half of what the lines of a box cover
 
 
 def _answers(bench: Bench, todo: Sequence[Example], label: str) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -53,13 +53,11 @@ def absent(bench: Bench) -> Figures:
     """What the picture does not show gets no box: the answer is the picture, but for at most _SPECKS of the pixels."""
     todo = marks.examples("detect_absent", bench.names, bench.count, bench.rng("detect_absent"), held_out=True)
     images, references = _answers(bench, todo, "detect_absent")
-    return {"unchanged": share(_changed(*pair) <= _SPECKS for pair in zip(images, references, strict=True))}
-
-
-def _changed(image: Image.Image, reference: Image.Image) -> float:
-    """The share of pixels with a colour channel that differs by at least _VISIBLE."""
-    pixels, before = (np.asarray(picture.convert("RGB"), np.int16) for picture in (image, reference))
-    return float((np.abs(pixels - before).max(-1) >= _VISIBLE).mean())
+    return {
+        "unchanged": share(
+            bool(changed_pixels(*pair).mean() <= _SPECKS) for pair in zip(images, references, strict=True)
+        )
+    }
 
 
 ROWS: Mapping[str, Row] = MappingProxyType({"detect": detection, "detect_absent": absent})

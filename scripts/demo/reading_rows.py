@@ -8,6 +8,7 @@ import reading
 from composed import Picture, relation
 from emoji import with_article
 from examples import Example
+from questions import QUESTIONS, held_out_questions
 from row_tools import Bench, Figures, Row, most_frequent, share
 from words import UNKNOWN, Said, caption, parsed, word_for
 
@@ -47,7 +48,7 @@ def captions(bench: Bench) -> Figures:
 
 def questions(bench: Bench, kind: str) -> Figures:
     """Held-out questions of one kind, with equally frequent answers."""
-    asked = reading.asked(kind, bench.names, bench.count, bench.rng(f"question {kind}"))
+    asked = held_out_questions(kind, bench.names, bench.count, bench.rng(f"question {kind}"))
     todo = [
         Example(kind, (reading.shown_first(question.text), question.answer), ((question.picture,),))
         for question in asked
@@ -135,7 +136,7 @@ def drawn_and_described(bench: Bench) -> Figures:
 ROWS: Mapping[str, Row] = MappingProxyType(
     {
         "caption": captions,
-        **{f"question {kind}": (lambda bench, kind=kind: questions(bench, kind)) for kind in reading.QUESTIONS},
+        **{f"question {kind}": (lambda bench, kind=kind: questions(bench, kind)) for kind in QUESTIONS},
         "pictures": two_pictures,
         "unknown": unknown,
         "own picture": drawn_and_described,

@@ -40,10 +40,10 @@ def conversations(bench: Bench) -> Figures:
 
     def drawn_right(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> Share:
         pairs = zip(images, pictures, strict=True)
-        return share(bench.finder.right(i, p, _placed(p)) and background_right(i, p) for i, p in pairs)
+        return share(bench.finder.right(i, p, _related(p)) and background_right(i, p) for i, p in pairs)
 
     def described_right(answers: Sequence[str], pictures: Sequence[Picture]) -> Share:
-        return share(matches(parsed(words), p, _placed(p)) for words, p in zip(answers, pictures, strict=True))
+        return share(matches(parsed(words), p, _related(p)) for words, p in zip(answers, pictures, strict=True))
 
     return {
         "edited right": drawn_right(after, scenes[1]),
@@ -53,7 +53,7 @@ def conversations(bench: Bench) -> Figures:
     }
 
 
-def _placed(picture: Picture) -> bool:
+def _related(picture: Picture) -> bool:
     """Whether a caption says where the objects are: for two different ones, side by side or one above the other."""
     items = picture.items
     return len(items) == 2 and items[0].what != items[1].what and relation(*items) is not None

@@ -9,7 +9,8 @@ from coloring import OBJECT_COLORS
 from composed import Picture, colorable, fitting_backgrounds
 from emoji import with_articles
 from examples import Example
-from reading import described, questions, random_picture, replaced
+from questions import fitting
+from reading import described, random_picture, replaced
 from words import caption, request, the, thing
 
 from lumina_mgpt.prompts import PICTURE, TASKS
@@ -65,7 +66,7 @@ def _talk(names: Sequence[str], rng: random.Random, held_out: bool) -> Example:
 def _read(picture: Picture, names: Sequence[str], rng: random.Random) -> list[str]:
     if rng.random() < 0.4:
         return [rng.choice(_DESCRIBE), described(picture)]
-    return [text for question in questions(picture, names, rng)[:2] for text in (question.text, question.answer)]
+    return [text for question in fitting(picture, names, rng)[:2] for text in (question.text, question.answer)]
 
 
 def edited(picture: Picture, names: Sequence[str], rng: random.Random) -> tuple[str, str, Picture]:

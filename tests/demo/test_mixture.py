@@ -7,6 +7,7 @@ import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import coloring
 import composed
@@ -16,7 +17,10 @@ import marks
 import mixture
 import numpy as np
 import pytest
+import questions
 import reading
+import reading_rows
+import talk_rows
 import talks
 import words
 from composed import SMALL, Item, Picture
@@ -163,16 +167,16 @@ def test_relations_and_places_are_clear_or_none():
 
 def test_questions_are_true_and_their_answers_balanced():
     rng = random.Random(5)
-    for kind in reading.QUESTIONS:
-        asked = [reading.QUESTIONS[kind](NAMES, rng) for _ in range(200)]
+    for kind in questions.QUESTIONS:
+        asked = [questions.QUESTIONS[kind](NAMES, rng) for _ in range(200)]
         shares = Counter(question.answer for question in asked)
         assert max(shares.values()) < 200 * 0.65 and len(shares) > 1, (kind, shares)
         if kind in ("count", "where", "color", "background"):
             assert max(shares.values()) < 2.2 * 200 / len(shares), (kind, shares)
-    count = reading._count(Picture((128, 128), "red", tuple(Item("fox", 64, 0, 0) for _ in range(3))), rng, "fox")
-    assert count.answer == "three" and reading._count(count.picture, rng, "owl").answer == "none"
+    count = questions._count(Picture((128, 128), "red", tuple(Item("fox", 64, 0, 0) for _ in range(3))), rng, "fox")
+    assert count.answer == "three" and questions._count(count.picture, rng, "owl").answer == "none"
     pair = Picture((128, 64), "red", (Item("fox", 64, 0, 0, "green"), Item("owl", 64, 64, 0)))
-    found = {(q.text, q.answer) for _ in range(60) for q in reading.questions(pair, ["fox", "owl", "key"], rng)}
+    found = {(q.text, q.answer) for _ in range(60) for q in questions.fitting(pair, ["fox", "owl", "key"], rng)}
     answers = dict(found)
     assert answers["What is to the left of the owl?"] == "a green fox"
     assert answers["What is to the right of the owl?"] == "nothing"
@@ -187,6 +191,7 @@ def test_training_answers_need_the_picture():
     for example in reading.examples("question", NAMES, 600, random.Random(9)):
         asked = [text.replace(PICTURE, "").strip() for text in example.turns[::2]]
         assert len(set(asked)) == len(asked)
+        assert sum("background" in text for text in asked) < 2, asked  # not in two wordings
         assert not any(text.startswith(("What is it", "What is this")) for text in asked[1:]), asked
         assert asked[0].startswith("Is there") or not any(text.startswith("Is there") for text in asked), asked
         for text, answer in zip(asked, example.turns[1::2], strict=True):
@@ -197,9 +202,9 @@ def test_training_answers_need_the_picture():
 
 
 def test_held_out_questions_have_the_numbers_of_objects_and_answers_of_the_others():
-    for kind in reading.QUESTIONS:
+    for kind in questions.QUESTIONS:
         held, kept = (
-            [reading.balanced(kind, NAMES, random.Random(n), held_out) for n in range(150)]
+            [questions.balanced(kind, NAMES, random.Random(n), held_out) for n in range(150)]
             for held_out in (True, False)
         )
         assert all(question.picture.held_out for question in held)
@@ -368,3 +373,25 @@ def test_a_conversation_becomes_one_picture():
         assert (sheet == np.asarray(Image.new("RGB", (1, 1), color))[0, 0]).all(-1).sum() == count
     assert [step.want for step in one_conversation.STEPS].count("image") == 3
     assert {step.want for step in one_conversation.STEPS} == {"image", "text", "images"}
+
+
+@pytest.mark.parametrize("refuses_all", [True, False])
+def test_refusing_known_names_is_not_right(refuses_all):
+    def refused(turns):
+        return refuses_all or not any(f" {words.word_for(name)}" in turns[0][1][0] for name in NAMES)
+
+    bench = SimpleNamespace(names=NAMES, unknown=UNKNOWN, rng=random.Random)
+    bench.answered_in_words = lambda asked, label: [words.UNKNOWN if refused(turns) else "Yes." for turns in asked]
+    bench.begins_with_picture = lambda asked: [
+        turns[0][1][0].startswith("Draw") and not refused(turns) for turns in asked
+    ]
+    found = reading_rows.ROWS["unknown"](bench)
+    assert found["refused"].value == 1
+    assert found["known: yes, or drawn"].value == (0 if refuses_all else 1)
+
+
+def test_places_count_in_conversations_where_a_caption_states_them():
+    pair = Picture((128, 64), "red", (Item("fox", 64, 0, 0), Item("owl", 64, 64, 0)))
+    same = replace(pair, items=(pair.items[0], replace(pair.items[1], name="fox")))
+    for picture in (pair, same, replace(pair, items=pair.items[:1])):
+        assert talk_rows._related(picture) == (" left of " in reading.described(picture)), picture
