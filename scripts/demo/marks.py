@@ -16,7 +16,7 @@ from lumina_mgpt.boxes import Box, find_box
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, PICTURE
 
 TASK = FIRST_I2I_TASKS["detect"]
-KINDS: Mapping[str, int] = MappingProxyType({"detect": 6000, "detect_absent": 600})
+KINDS: Mapping[str, int] = MappingProxyType({"detect": 14000, "detect_absent": 600})
 LINE = (255, 0, 255)  # color of the box, which no background has
 WIDTH = 4  # of its lines in pixels: half of a code
 RIGHT = 0.5  # least intersection over union of a box that is right

@@ -182,9 +182,9 @@ def _unknown(names: Sequence[str], unknown: Sequence[str], rng: random.Random) -
         answer = thing(picture.items[0]) if known else UNKNOWN
         return Example("unknown", (shown_first(ask_what(picture, rng).text), answer), ((picture,),), about)
     if form < 0.7:
-        terms = [Term(rng.choice(names if yes else unknown), yes) for yes in rng.choices((True, False), k=6)]
+        terms = [Term(rng.choice(names if yes else unknown), yes) for yes in rng.choices((True, False), k=12)]
         turns: list[str] = []
-        for term in (about, *terms[: rng.randint(2, 6)]):
+        for term in (about, *terms[: rng.randint(4, 12)]):
             text = f"Do you know what {with_article(word_for(term.name, rng))} is?"
             turns += [text, "Yes." if term.known else UNKNOWN]
         return Example("unknown", tuple(turns), (), about)
