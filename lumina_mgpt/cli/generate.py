@@ -10,7 +10,8 @@ With a given picture, a single image is named {i2i_task}.png. Several images are
 {i2i_task}_{prompt index}_{repeat}.png. The picture is saved as {i2i_task}_ref_center_crop.png.
 
 If an image NAME.png has two panels, its lower panel is also saved alone, as NAME_result.png. With --task multiview,
-NAME.png is a contact sheet, and each image is also saved alone, as NAME_view_00.png and so on.
+NAME.png is a contact sheet, and each image is also saved alone, as NAME_view_00.png and so on, or
+NAME_view_0.png and so on for at most ten.
 
 Under `accelerate launch` or torchrun, each process generates its share of the images. With --tensor_parallel N, N
 processes have the same share, and the first of them writes the files and reports.
@@ -79,7 +80,7 @@ def add_size_options(group: argparse._ActionsContainer) -> None:
         "--width",
         type=cli.whole,
         help="width in pixels, a multiple of 32 (default: the checkpoint's base size; Lumina-mGPT: that of the given "
-        "picture after its crop; multiview: 384)",
+        "picture after its crop; multiview: as trained, else 384)",
     )
     group.add_argument(
         "--height",

@@ -195,7 +195,7 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
         help="the whole instruction, in place of the task's own and of --prompt; <|image|> is the place of the given "
         "picture (default: at the end)",
     )
-    group.add_argument("--views", type=whole, help="images of --task multiview (default: 16)")
+    group.add_argument("--views", type=whole, help="images of --task multiview (default: as trained, else 16)")
 
 
 def add_panel_prompt(group: argparse._ActionsContainer) -> None:

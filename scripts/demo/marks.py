@@ -36,7 +36,7 @@ class Marked:
 
     @property
     def key(self) -> str:
-        return f"box {self.item} {self.picture.key}"
+        return f"square {self.item} {self.picture.key}"
 
     def box(self, pictures: dict[str, np.ndarray]) -> Box:
         """The least box around the object: left, top, right, bottom; right and bottom are the first outside."""
@@ -46,18 +46,15 @@ class Marked:
         return left + int(columns[0]), top + int(rows[0]), left + int(columns[-1]) + 1, top + int(rows[-1]) + 1
 
     def draw(self, pictures: dict[str, np.ndarray]) -> Image.Image:
-        """The scene with lines of WIDTH pixels around the object, inside of its square and at multiples of WIDTH.
+        """The scene with lines of WIDTH pixels around the object, WIDTH pixels inside of the edges of its square.
 
-        A code then has one of few forms: a half, a corner or a line through it. The lines cover at most 2 pixels of the
-        object, or more where it reaches to the edge of its square.
+        The lines go through the inner halves of the outermost codes of the square, whatever the form of the object: a
+        small model learns which object is meant, but hardly the least box around it. For 99 % of the emoji, this box
+        and the least one have an intersection over union above RIGHT.
         """
         image, item = self.picture.draw(pictures), self.item
-        left, top, right, bottom = self.box(pictures)
-        corner = [max((start - 2) // WIDTH * WIDTH, least) for start, least in ((left, item.left), (top, item.top))]
-        opposite = [
-            min(-(-(end + 2) // WIDTH) * WIDTH, least + item.side) - 1
-            for end, least in ((right, item.left), (bottom, item.top))
-        ]
+        corner = item.left + WIDTH, item.top + WIDTH
+        opposite = item.left + item.side - WIDTH - 1, item.top + item.side - WIDTH - 1
         ImageDraw.Draw(image).rectangle((*corner, *opposite), outline=LINE, width=WIDTH)
         return image
 

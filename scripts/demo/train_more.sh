@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Trains the demo checkpoint on: drawing by the categories of GenEval, reading, conversations, marks, maps and views.
+# Trains the demo checkpoint on: drawing by the categories of GenEval, reading, conversations, detection, maps and views.
 #
 #   pip install -e '.[demo]'
 #   scripts/demo/train_more.sh [WORK]    # work folder, relative to the project's root; default work/demo
 #
-# Each call works for at most STAGE minutes (default 95; 8 with DEVICE=cuda), writes a checkpoint and ends with status 3
-# if there is more to do. The same command then continues, also after an interruption. All its files are in WORK, so the
-# folder of the code may be another one. Status 0 means that the new checkpoint is in OUT (default: WORK/demo).
+# Each call works for at most STAGE minutes (default 95; 8 with DEVICE=cuda) and ends with status 3 if there is more to do.
+# The same command then continues, also after an interruption. All its files are in WORK, so you may continue from another
+# copy of the code. Status 0 means that the new checkpoint is in OUT (default: WORK/demo).
 #
 # START is the checkpoint to begin with (default: assets/demo): the result of train.sh, or of an earlier run of this
-# script. DECODER_MINUTES, CORE_MINUTES, LEARN_MINUTES and LAST_MINUTES limit each training in all, MAX_TOKENS is the size
-# of a batch, RECORDS a factor of the numbers of records, OPTIONS further options of the transformer's training. Needs
-# npm, which downloads the pictures, and a C++ compiler for torch.compile.
+# script. DECODER_MINUTES, CORE_MINUTES, LEARN_MINUTES and LAST_MINUTES limit the total time of each training, MAX_TOKENS is
+# the size of a batch, RECORDS multiplies the numbers of records, OPTIONS are further options of the transformer's training,
+# DATA is another data file. Needs npm, which downloads the pictures, and a C++ compiler for torch.compile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -54,7 +54,7 @@ once() {
     touch "$work/$name.done"
 }
 
-first_records() { # records of the first training, which the script must not forget
+first_records() { # records of the first training, which the model must not forget
     once data python scripts/demo/make_data.py --out_dir "$work"
     once data_omni python scripts/demo/make_data.py --out_dir "$work" --omni
 }
@@ -88,6 +88,8 @@ once start python scripts/demo/extend.py --model_path "$start" --records "$work/
 for file in "$work"/records.jsonl "$work"/omni.jsonl "$work"/pairs.jsonl "$work"/records/*.jsonl; do
     pre_tokenize "$file" "$(basename "$file" .jsonl)"
 done
+once keep python scripts/demo/keep_codes.py --records "$work/records/detect.jsonl" --tokens "$work/tokens/detect" \
+    --model_path "$work/start"
 # Only the decoder learns smaller objects and their colours: the codes stay the same. A sixteenth of the new pictures is
 # enough, and fits into memory.
 images=("$work/pictures/single=4" "$work/pictures/beside=1" "$work/pictures/above=1" "$work/pictures/maps=1.5")
@@ -98,7 +100,7 @@ once decoder python -m lumina_mgpt train-movqgan --decoder_of "$start/movqgan.sa
 train core demo_core "$work/start" "$core" 0.3 --warmup 0.01 --tail_weight 0.1 --lr 8e-4 --min_lr 1e-4 --seed 72
 train learn demo_mixture "$work/export-core" "$learn" 0.3 --warmup 0.02 --tail_weight 0.1 --lr 8e-4 \
     --min_lr 2e-4 --seed 61
-# Less noise gives clearer pictures, and the tail term makes guidance safe: see train.sh.
+# Less noise gives clearer pictures, and the tail term makes wrong codes rarer under guidance: see train.sh.
 train last demo_mixture "$work/export-learn" "$last" 0.25 --warmup 0.02 --tail_weight 0.7 --lr 6e-4 --seed 67
 once publish python scripts/demo/publish.py --model_path "$work/export-last" --save_path "$out" \
     --movqgan_path "$work/decoder/movqgan.safetensors"

@@ -1,0 +1,85 @@
+"""Answers of detection keep the codes of the given picture, except under the lines of the box."""
+
+import json
+import shutil
+from pathlib import Path
+
+import keep_codes
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from lumina_mgpt.data.shards import Sequence, read_index, read_sequence, write_shard
+from lumina_mgpt.pipeline import Checkpoint
+from lumina_mgpt.unirep import decode_image, encode_conversation
+
+DEMO = Path(__file__).parents[2] / "assets" / "demo"
+LINES = (8, 0, 31, 23)  # pixels: codes 1 to 3 of the rows 0 to 2, but for the one in the middle
+
+
+@pytest.fixture
+def tokens(tmp_path) -> Path:
+    """A folder with two records of pictures of 64 x 32 pixels: records.jsonl and one shard, whose codes all differ."""
+    before = Image.new("RGB", (64, 32), "navy")
+    after = before.copy()
+    ImageDraw.Draw(after).rectangle(LINES, outline="magenta", width=4)
+    before.save(tmp_path / "before.png")
+    after.save(tmp_path / "after.png")
+    vocabulary = Checkpoint.open(DEMO).vocabulary
+    sequences, rows = [], []
+    for record in range(2):
+        given = torch.arange(32).reshape(4, 8) + 100 * record
+        turns = [("human", ["Detect: the fox ", given]), ("assistant", [given + 50])]
+        ids, labels = encode_conversation(turns, vocabulary)
+        sequences.append(Sequence(record, torch.tensor(ids), torch.tensor(labels)))
+        said = [{"from": "human", "value": "Detect: the fox <|image|>"}, {"from": "gpt", "value": "<|image|>"}]
+        files = [[str(tmp_path / "before.png")], [str(tmp_path / "after.png")]]
+        rows.append(json.dumps({"conversations": said, "image": files}))
+    (tmp_path / "records.jsonl").write_text("\n".join(rows))
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "0.safetensors", sequences, [{"id": 7, "reason": "damaged"}])
+    return tmp_path
+
+
+def run(folder: Path) -> int:
+    options = ["--records", str(folder / "records.jsonl"), "--tokens", str(folder), "--model_path", str(DEMO)]
+    return keep_codes.main(options)
+
+
+def test_codes_change_under_the_lines_alone(tokens):
+    vocabulary = Checkpoint.open(DEMO).vocabulary
+    old = [read_sequence(tokens / "shards" / "0.safetensors", record) for record in range(2)]
+    under = torch.zeros(4, 8, dtype=torch.bool)
+    under[:3, 1:4] = True
+    under[1, 2] = False
+    for run_number in range(2):  # the second run changes nothing
+        assert run(tokens) == 0
+        tokens = shutil.copytree(
+            tokens, tokens.with_name(f"{tokens.name} {run_number}")
+        )  # open shards are kept by their paths
+        shard = tokens / "shards" / "0.safetensors"
+        assert read_index(shard).bad == [{"id": 7, "reason": "damaged"}]
+        for record, before in enumerate(old):
+            new = read_sequence(shard, record)
+            starts = (new.ids == vocabulary.image_start_id).nonzero().flatten().tolist()
+            ends = ((new.ids == vocabulary.image_end_id).nonzero().flatten() + 1).tolist()
+            given, answer = (decode_image(new.ids[s:e], vocabulary) for s, e in zip(starts, ends, strict=True))
+            assert torch.equal(given, torch.arange(32).reshape(4, 8) + 100 * record)
+            assert torch.equal(answer, torch.where(under, given + 50, given))
+            assert torch.equal(new.labels < 0, before.labels < 0)
+            assert torch.equal(new.labels[new.labels >= 0], new.ids[new.labels >= 0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: Image.new("RGB", (32, 64)).save(folder / "after.png"), "two pictures of one size"),
+        (lambda folder: (folder / "after.png").unlink(), "after.png"),
+        (lambda folder: (folder / "records.jsonl").write_text(""), "holds record 1"),
+        (lambda folder: shutil.rmtree(folder / "shards"), "holds no shards"),
+    ],
+)
+def test_other_input_is_refused(tokens, damage, message, capsys):
+    damage(tokens)
+    assert run(tokens) == 2
+    assert message in capsys.readouterr().err
