@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,12 +36,14 @@ class Example:
         turns: texts of the human and the assistant in turn, with PICTURE for each image.
         images: for each PICTURE, the panels of the image from the top; most images have one.
         about: what the evaluation needs to know. It is not written to files.
+        extra: further keys of the record.
     """
 
     kind: str
     turns: tuple[str, ...]
     images: tuple[tuple[Drawable, ...], ...] = ()
     about: Any = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.turns) % 2 == 0, self.turns
@@ -64,7 +66,7 @@ def record(example: Example, folder: Path) -> dict:
     roles = ("human", "gpt")
     turns = [{"from": roles[n % 2], "value": text} for n, text in enumerate(example.turns)]
     images = [[str(path_of(panel, folder)) for panel in panels] for panels in example.images]
-    return {"conversations": turns, "image": images, "task": example.kind}
+    return {"conversations": turns, "image": images, "task": example.kind, **example.extra}
 
 
 def write(path: Path, todo: Sequence[Example], folder: Path, pictures: dict[str, np.ndarray]) -> None:

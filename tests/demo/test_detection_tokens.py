@@ -1,10 +1,10 @@
-"""Answers of detection keep the codes of the given picture, except under the lines of the box."""
+"""Tokens of detection: codes of the given picture, and labels where a box could begin."""
 
 import json
 import shutil
 from pathlib import Path
 
-import keep_codes
+import detection_tokens
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -34,7 +34,7 @@ def tokens(tmp_path) -> Path:
         sequences.append(Sequence(record, torch.tensor(ids), torch.tensor(labels)))
         said = [{"from": "human", "value": "Detect: the fox <|image|>"}, {"from": "gpt", "value": "<|image|>"}]
         files = [[str(tmp_path / "before.png")], [str(tmp_path / "after.png")]]
-        rows.append(json.dumps({"conversations": said, "image": files}))
+        rows.append(json.dumps({"conversations": said, "image": files, "starts": [[8, 0], [40, 8]]}))
     (tmp_path / "records.jsonl").write_text("\n".join(rows))
     (tmp_path / "shards").mkdir()
     write_shard(tmp_path / "shards" / "0.safetensors", sequences, [{"id": 7, "reason": "damaged"}])
@@ -43,10 +43,12 @@ def tokens(tmp_path) -> Path:
 
 def run(folder: Path) -> int:
     options = ["--records", str(folder / "records.jsonl"), "--tokens", str(folder), "--model_path", str(DEMO)]
-    return keep_codes.main(options)
+    return detection_tokens.main(options)
 
 
-def test_codes_change_under_the_lines_alone(tokens):
+@pytest.mark.parametrize("whole", [True, False])
+def test_codes_change_under_the_lines_alone(tokens, monkeypatch, whole):
+    monkeypatch.setattr(detection_tokens, "_WHOLE", float(whole))
     vocabulary = Checkpoint.open(DEMO).vocabulary
     old = [read_sequence(tokens / "shards" / "0.safetensors", record) for record in range(2)]
     under = torch.zeros(4, 8, dtype=torch.bool)
@@ -66,8 +68,12 @@ def test_codes_change_under_the_lines_alone(tokens):
             given, answer = (decode_image(new.ids[s:e], vocabulary) for s, e in zip(starts, ends, strict=True))
             assert torch.equal(given, torch.arange(32).reshape(4, 8) + 100 * record)
             assert torch.equal(answer, torch.where(under, given + 50, given))
-            assert torch.equal(new.labels < 0, before.labels < 0)
-            assert torch.equal(new.labels[new.labels >= 0], new.ids[new.labels >= 0])
+            labelled = new.labels >= 0
+            assert torch.equal(new.labels[labelled], new.ids[labelled])
+            if whole:
+                assert torch.equal(labelled, before.labels >= 0)
+            else:  # (row, column) 0, 1 and 1, 5
+                assert vocabulary.id_to_code(new.ids[labelled]).tolist() == [given[0, 1] + 50, given[1, 5]]
 
 
 @pytest.mark.parametrize(
