@@ -74,7 +74,7 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
         picture = first_of(lambda number=number: _scene(number, names, rng), held_out)
         asked = picture.items[0]
         shown: Picture | Marked = Marked(picture, asked)
-        extra = {"starts": [(item.left, item.top) for item in picture.items]}  # read by detection_tokens.py
+        extra = {"starts": [(item.left, item.top) for item in picture.items]}  # read by decision_tokens.py
         if kind == "detect_absent":
             asked = Item(rng.choice([name for name in names if name not in picture.names]), 0, 0, 0)
             shown, extra = picture, {}

@@ -190,4 +190,7 @@ def _unknown(names: Sequence[str], unknown: Sequence[str], rng: random.Random) -
         return Example("unknown", tuple(turns), (), about)
     picture = first_of(lambda: arranged([(name, None)], rng), False)
     text = request(caption(picture, rng), rng)
-    return Example("unknown", (text, PICTURE if known else UNKNOWN), ((picture,),) if known else (), about)
+    if not known:
+        return Example("unknown", (text, UNKNOWN), (), about)
+    # Its codes would count more than all words in a batch: see decision_tokens.py.
+    return Example("unknown", (text, PICTURE), ((picture,),), about, {"starts": []})

@@ -88,8 +88,10 @@ once start python scripts/demo/extend.py --model_path "$start" --records "$work/
 for file in "$work"/records.jsonl "$work"/omni.jsonl "$work"/pairs.jsonl "$work"/records/*.jsonl; do
     pre_tokenize "$file" "$(basename "$file" .jsonl)"
 done
-once detection python scripts/demo/detection_tokens.py --records "$work/records/detect.jsonl" \
-    --tokens "$work/tokens/detect" --model_path "$work/start"
+for kind in detect unknown; do
+    once "decisions_$kind" python scripts/demo/decision_tokens.py --records "$work/records/$kind.jsonl" \
+        --tokens "$work/tokens/$kind" --model_path "$work/start"
+done
 # Only the decoder learns smaller objects and their colours: the codes stay the same. A sixteenth of the new pictures is
 # enough, and fits into memory.
 images=("$work/pictures/single=4" "$work/pictures/beside=1" "$work/pictures/above=1" "$work/pictures/maps=1.5")

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import detection_tokens
+import decision_tokens
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -43,12 +43,12 @@ def tokens(tmp_path) -> Path:
 
 def run(folder: Path) -> int:
     options = ["--records", str(folder / "records.jsonl"), "--tokens", str(folder), "--model_path", str(DEMO)]
-    return detection_tokens.main(options)
+    return decision_tokens.main(options)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_codes_change_under_the_lines_alone(tokens, monkeypatch, whole):
-    monkeypatch.setattr(detection_tokens, "_WHOLE", float(whole))
+    monkeypatch.setattr(decision_tokens, "_WHOLE", float(whole))
     vocabulary = Checkpoint.open(DEMO).vocabulary
     old = [read_sequence(tokens / "shards" / "0.safetensors", record) for record in range(2)]
     under = torch.zeros(4, 8, dtype=torch.bool)
@@ -72,8 +72,10 @@ def test_codes_change_under_the_lines_alone(tokens, monkeypatch, whole):
             assert torch.equal(new.labels[labelled], new.ids[labelled])
             if whole:
                 assert torch.equal(labelled, before.labels >= 0)
-            else:  # (row, column) 0, 1 and 1, 5
-                assert vocabulary.id_to_code(new.ids[labelled]).tolist() == [given[0, 1] + 50, given[1, 5]]
+            else:  # the beginning, and (row, column) 0, 1 and 1, 5
+                begin, *codes = new.ids[labelled]
+                assert begin == vocabulary.image_start_id
+                assert vocabulary.id_to_code(torch.stack(codes)).tolist() == [given[0, 1] + 50, given[1, 5]]
 
 
 @pytest.mark.parametrize(
@@ -89,3 +91,15 @@ def test_other_input_is_refused(tokens, damage, message, capsys):
     damage(tokens)
     assert run(tokens) == 2
     assert message in capsys.readouterr().err
+
+
+def test_records_without_starts_stay(tokens):
+    rows = [json.loads(line) for line in (tokens / "records.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["starts"]
+    (tokens / "records.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = read_sequence(tokens / "shards" / "0.safetensors", 1)
+    assert run(tokens) == 0
+    again = shutil.copytree(tokens, tokens.with_name(f"{tokens.name} again"))
+    after = read_sequence(again / "shards" / "0.safetensors", 1)
+    assert torch.equal(after.ids, before.ids) and torch.equal(after.labels, before.labels)

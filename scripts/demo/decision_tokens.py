@@ -1,15 +1,17 @@
-"""Prepares the tokens of detection: what an answer keeps of the given picture, and which of its codes carry loss.
+"""Lets answers in pictures carry loss mainly where they decide something: which object gets a box, whether to draw.
 
-    python scripts/demo/detection_tokens.py --records work/demo/records/detect.jsonl \\
+    python scripts/demo/decision_tokens.py --records work/demo/records/detect.jsonl \\
         --tokens work/demo/tokens/detect --model_path work/demo/start
 
-An answer gets the codes of the given picture, except under the lines of the box. The image tokenizer normalizes over
-the whole picture, so that a box would change about half of all codes, and a model would mostly learn these changes.
+In most records with a key `starts`, only the beginning of the answer's image and its codes at these places carry loss.
+In detection, they are the codes at which a box could begin. A model learns there which object is meant. Other records
+keep all labels.
 
-In most answers, only the codes at which a box could begin carry loss: those at the `starts` of the record. A model
-learns there which object is meant. The other answers carry loss everywhere.
+An answer of detection gets the codes of the given picture, except under the lines of the box. The image tokenizer
+normalizes over the whole picture, so that a box would change about half of all codes, and a model would mostly learn
+these changes.
 
-Each record has two pictures of the same size. The shards are written anew; a second run changes nothing.
+The shards are written anew; a second run changes nothing.
 """
 
 import argparse
@@ -31,8 +33,8 @@ _WHOLE = 0.15  # share of the answers that carry loss everywhere
 
 
 def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="detection_tokens.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--records", type=Path, required=True, help="records of detection, a .jsonl file")
+    parser = cli.Parser(prog="decision_tokens.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--records", type=Path, required=True, help="records, a .jsonl file")
     parser.add_argument("--tokens", type=Path, required=True, help="folder of the pre-tokenized records")
     parser.add_argument("--model_path", default=cli.DEMO, help="checkpoint whose tokenizers made the tokens")
     return parser
@@ -76,7 +78,7 @@ def kept(sequence: "shards.Sequence", files: Sequence[Path], vocabulary: "Vocabu
 def labelled_at(
     sequence: "shards.Sequence", starts: Sequence[Sequence[int]], vocabulary: "Vocabulary"
 ) -> "shards.Sequence":
-    """The sequence with labels only on the codes at these places of its last picture.
+    """The sequence with labels only on the beginning of its last picture, and on the codes at these places of it.
 
     Args:
         starts: left and top of each place in pixels.
@@ -92,6 +94,7 @@ def labelled_at(
     rows, cols = decode_image(sequence.ids[span], vocabulary).shape
     layout = ImageLayout.from_pixels(vocabulary, cols * cell, rows * cell)
     labels = torch.full_like(sequence.labels, IGNORED)
+    labels[span.start] = sequence.labels[span.start]
     for left, top in starts:
         if not (0 <= left < cols * cell and 0 <= top < rows * cell):
             raise InputError(f"record {sequence.record}: the start {left}, {top} is outside of the picture")
@@ -112,8 +115,6 @@ def run(args: argparse.Namespace) -> None:
     vocabulary = Checkpoint.open(cli.checkpoint_path(args.model_path)).vocabulary
     rows = read_rows(args.records, "records")
     records = [parse_record(row) for row in rows]
-    if any(not row.get("starts") for row in rows):
-        raise InputError(f"{args.records} has records without starts; make them by make_mixture.py", "records")
     files = sorted((args.tokens / "shards").glob("*.safetensors"))
     if not files:
         raise InputError(f"{args.tokens} holds no shards; pre-tokenize the records into it", "tokens")
@@ -122,10 +123,13 @@ def run(args: argparse.Namespace) -> None:
         if index.records and max(index.records) >= len(records):
             raise InputError(f"{file} holds record {max(index.records)}, {args.records} has {len(records)}", "records")
         for n in index.records:
-            pictures = [path for panels in records[n].images for path in panels]
-            sequence = kept(read_sequence(file, n), pictures, vocabulary)
-            whole = random.Random(n).random() < _WHOLE
-            sequences.append(sequence if whole else labelled_at(sequence, rows[n]["starts"], vocabulary))
+            sequence, starts = read_sequence(file, n), rows[n].get("starts")
+            if starts:
+                pictures = [path for panels in records[n].images for path in panels]
+                sequence = kept(sequence, pictures, vocabulary)
+            if starts is not None and random.Random(n).random() >= _WHOLE:
+                sequence = labelled_at(sequence, starts, vocabulary)
+            sequences.append(sequence)
         write_shard(file, sequences, index.bad)
 
 
