@@ -121,7 +121,8 @@ def run(args: argparse.Namespace) -> None:
     for file in tqdm(files, desc=args.records.stem, unit="shard", mininterval=cli.bar_interval()):
         index, sequences = read_index(file), []
         if index.records and max(index.records) >= len(records):
-            raise InputError(f"{file} holds record {max(index.records)}, {args.records} has {len(records)}", "records")
+            have = f"{file} holds record {max(index.records)}, {args.records} has {len(records)}"
+            raise InputError(f"{have}; give the file that was tokenized", "records")
         for n in index.records:
             sequence, starts = read_sequence(file, n), rows[n].get("starts")
             if starts:
