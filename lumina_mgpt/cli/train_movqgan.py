@@ -1,4 +1,4 @@
-"""Trains a small image tokenizer on folders of pictures, on a CPU, in a given number of minutes.
+"""Trains a small image tokenizer on folders of pictures, in a given number of minutes.
 
 lumina-mgpt train-movqgan --images work/demo/pictures/single=3 work/demo/pictures/maps=1 --out_dir work/movqgan
 
@@ -25,7 +25,16 @@ LEVELS = {"spatial": (1, 2, 2, 4), "plain": (1, 1, 2, 2, 4)}
 CODE_CHANNELS = {"spatial": 4, "plain": 8}
 SIZES = {"ch": 32, "blocks": 1, "num_codes": 2048}
 OF_THE_FILE = ("norms", "mult", "z_channels", *SIZES)  # what the file of --decoder_of determines
-LARGEST = {"ch": 512, "blocks": 16, "num_codes": 65536, "z_channels": 1024, "threads": 1024, "minutes": 1e6, "lr": 10.0}
+LARGEST = {
+    "ch": 512,
+    "blocks": 16,
+    "num_codes": 65536,
+    "z_channels": 1024,
+    "threads": 1024,
+    "minutes": 1e6,
+    "lr": 10.0,
+    "pixels": 2**30,
+}
 MEANING = {
     "ch": "width of the finest level, a multiple of 32",
     "blocks": "residual blocks a level",
@@ -75,6 +84,10 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--z_channels", type=cli.whole, help="channels of a code (default: 4; plain: 8)")
     parser.add_argument("--decoder_of", help="trained weights: train only their decoder; codes keep their meaning")
     parser.add_argument("--lr", type=cli.number, default=3e-3, help="peak learning rate")
+    parser.add_argument(
+        "--pixels", type=cli.whole, default=4 * 96 * 96, help="pixels in a batch, over all its pictures (a GPU: 600000)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     parser.add_argument("--threads", type=cli.whole, default=2, help="CPU threads")
     parser.add_argument("--seed", type=cli.whole, default=0, help="of weights and batches")
     return parser
@@ -131,11 +144,20 @@ def train(args: argparse.Namespace) -> None:
 
     import torch  # takes seconds: after the checks
 
+    from lumina_mgpt.devices import resolve_device
     from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 
+    device = resolve_device(args.device)
     torch.set_num_threads(args.threads)
     config = model_config(args)
-    settings = MoVQGANTrainingConfig(minutes=args.minutes, decoder_of=args.decoder_of, lr=args.lr, seed=args.seed)
+    settings = MoVQGANTrainingConfig(
+        minutes=args.minutes,
+        decoder_of=args.decoder_of,
+        pixels=args.pixels,
+        lr=args.lr,
+        seed=args.seed,
+        device=device,
+    )
     ImageTokenizerTrainer(config, settings, Pictures(dict(args.images)), args.out_dir).run()
 
 

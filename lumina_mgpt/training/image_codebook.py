@@ -38,7 +38,7 @@ class MovingCodes:
 
     def __init__(self, codes: Tensor, decay: float, dead_below: float) -> None:
         self.codes, self.decay, self.dead_below = codes, decay, dead_below
-        self.sizes = torch.zeros(len(codes))  # (C,)
+        self.sizes = codes.new_zeros(len(codes))  # (C,)
         self.sums = torch.zeros_like(codes)  # (C, Z)
 
     def start(self, centres: Tensor) -> None:
@@ -83,7 +83,8 @@ class MovingCodes:
         far = torch.cat([torch.cdist(part, self.codes).min(1).values for part in flat.split(8192)])
         dead = dead[: len(flat) // 8]
         if len(dead):
-            chosen = torch.multinomial(far + 1e-6, len(dead), generator=generator)
+            # The same choice on every device: a generator of the CPU draws from weights on the CPU.
+            chosen = torch.multinomial((far + 1e-6).cpu(), len(dead), generator=generator)
             self.codes.data[dead] = flat[chosen]
             self.sums[dead], self.sizes[dead] = flat[chosen], 1.0
         return len(dead)

@@ -1,4 +1,4 @@
-"""Trains an image tokenizer of either kind, a MoVQGAN or a VQGAN with plain norms, on a CPU.
+"""Trains an image tokenizer of either kind, a MoVQGAN or a VQGAN with plain norms.
 
 The first steps train an autoencoder without codes. K-means then initializes the codes, and moving averages update them.
 The loss has no perceptual or adversarial term, since these need other trained networks. L1 and L2 errors and a term on
@@ -53,6 +53,7 @@ class MoVQGANTrainingConfig:
         revive_until: fraction of the run after which dead codes no longer move.
         save_minutes: minutes from one save to the next.
         seed: seed of initial weights and batches.
+        device: device of the training.
     """
 
     minutes: float = 45.0
@@ -68,6 +69,7 @@ class MoVQGANTrainingConfig:
     revive_until: float = 0.8
     save_minutes: float = 3.0
     seed: int = 0
+    device: torch.device = torch.device("cpu")
 
 
 class Pictures:
@@ -224,7 +226,7 @@ class ImageTokenizerTrainer:
             for part in (self.model.encoder, self.model.quant_conv):
                 part.requires_grad_(False)
         pictures.check_sides(self.model.config.cell)
-        self.model.quantize.embedding.weight.requires_grad_(False)
+        self.model.to(settings.device).quantize.embedding.weight.requires_grad_(False)
         self.codes = MovingCodes(self.model.quantize.embedding.weight, settings.decay, settings.dead_below)
         self.optimizers = ConvMuon(self.model, settings.lr)
         self.step, self.elapsed, self.quantizing = 0, 0.0, bool(settings.decoder_of)
@@ -239,7 +241,7 @@ class ImageTokenizerTrainer:
             with zipfile.ZipFile(self.state_path) as file:  # torch.load does not check checksums
                 if damaged := file.testzip():
                     raise ValueError(f"checksum of {damaged}")
-            state = torch.load(self.state_path, weights_only=True)
+            state = torch.load(self.state_path, map_location=self.settings.device, weights_only=True)
             fixed = [name for name, p in self.model.named_parameters() if not p.requires_grad]
             if self.settings.decoder_of and any(
                 not torch.equal(self.model.get_parameter(name), state["model"][name]) for name in fixed
@@ -306,8 +308,9 @@ class ImageTokenizerTrainer:
         """Trains on one batch; returns its loss and PSNR."""
         done = self.elapsed / (self.settings.minutes * 60)
         rate = self.settings.lr * min(1.0, (self.step + 1) / self.settings.warmup_steps) * max(0.02, 1 - done)
+        pixels = pixels.to(self.settings.device)
         narrow = not self.settings.decoder_of  # bfloat16 would change the codes
-        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=narrow):
             latent = self.model.latent(pixels)
         commitment = latent.new_zeros(())
         if self.quantizing:
@@ -315,7 +318,7 @@ class ImageTokenizerTrainer:
         else:
             self.latents.append(rearrange(latent.detach().float(), "B Z h w -> (B h w) Z"))
             self.latents = self.latents[-100:]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(pixels.device.type, torch.bfloat16):
             out = self.model.decode_latent(latent)
         loss = reconstruction_loss(out.float(), pixels) + self.settings.commitment * commitment
         if not math.isfinite(loss.item()):
@@ -385,7 +388,7 @@ def export(model: VQGAN, path: Path) -> None:
         OSError, SafetensorError: the file cannot be written; a partial file is removed.
     """
     temporary = path.with_suffix(".part")
-    tensors = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.to("cpu", torch.float16).contiguous() for key, value in model.state_dict().items()}
     try:
         write_tensors(temporary, tensors)
         temporary.replace(path)

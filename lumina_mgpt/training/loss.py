@@ -15,7 +15,7 @@ WHOLE_LOGITS = 1 << 25  # up to this number (128 MiB in float32) the loss is not
 CHUNK_LOGITS, CHUNK_LOGITS_ON_CPU = 1 << 26, 3 << 25
 CACHE_LOGITS = 1 << 19  # on a CPU: logits of a few rows, 2 MiB, that are computed in the processor's cache
 SLAB_ROWS = 1 << 12  # on a CPU: rows of the head's gradient that are added together, in the processor's cache
-SUM_ROWS = 32  # on a GPU: rows of logits that are computed together
+SUM_LOGITS = 1 << 23  # on a GPU: logits that are computed together; with fewer, a GPU waits for the next launch
 MIN_ROWS, MIN_ROWS_ON_GPU = 64, 512  # of one chunk: with fewer, reading the head takes longer than the product
 
 
@@ -147,7 +147,7 @@ def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight
 
     On a CPU, it computes a few rows at a time, so that they stay in the processor's cache.
     """
-    count = SUM_ROWS
+    count = max(1, SUM_LOGITS // logits.shape[-1])
     if logits.device.type == "cpu":
         threads = torch.get_num_threads()  # the same number of rows for each
         count = threads * max(1, CACHE_LOGITS // (threads * logits.shape[-1]))

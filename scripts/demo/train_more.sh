@@ -25,6 +25,7 @@ core="${CORE_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
 learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
 last="${LAST_MINUTES:-$([ "$device" = cuda ] && echo 8 || echo 110)}"
 tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 49152 || echo 6144)}"
+pixels="$([ "$device" = cuda ] && echo 600000 || echo 36864)"
 mkdir -p "$work"
 exec 9> "$work/lock" # children inherit the lock: a training may outlive this script
 flock -n 9 || { echo "error: another run is using $work; stop it first" >&2; exit 2; }
@@ -97,7 +98,7 @@ done
 images=("$work/pictures/single=4" "$work/pictures/beside=1" "$work/pictures/above=1" "$work/pictures/maps=1.5")
 for folder in "$work"/drawn/0*; do images+=("$folder=1"); done
 once decoder python -m lumina_mgpt train-movqgan --decoder_of "$start/movqgan.safetensors" --out_dir "$work/decoder" \
-    --lr 1e-3 --minutes "$decoder" --images "${images[@]}"
+    --lr 1e-3 --minutes "$decoder" --device "$device" --pixels "$pixels" --images "${images[@]}"
 # First drawing and reading of single pictures, which all other tasks consist of, then all tasks.
 train core demo_core "$work/start" "$core" 0.3 --warmup 0.01 --tail_weight 0.1 --lr 8e-4 --min_lr 1e-4 --seed 72
 train learn demo_mixture "$work/export-core" "$learn" 0.3 --warmup 0.02 --tail_weight 0.1 --lr 8e-4 \

@@ -1,18 +1,24 @@
 """Training as on a GPU: how often the host waits, and which device each process takes."""
 
+from dataclasses import replace
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from pretend_gpu import pretend
+from safetensors.torch import load_file
 from training_runs import ONE, changed, metrics_of
 
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.training import distributed
 from lumina_mgpt.training.distributed import Processes
+from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures, export
 from lumina_mgpt.training.sample_images import SampleImages
 from lumina_mgpt.training.trainer import Trainer
+from lumina_mgpt.vqgan.model import VQGAN, VQGANConfig
 
 PACKAGE = "lumina_mgpt/"
 VARIANTS = [
@@ -129,3 +135,42 @@ def test_samples_come_from_the_own_gpu_and_wait_for_a_day(settings, tiny_checkpo
     assert generated == samples.prompts[1::2] and len(samples.prompts) == 5
     assert places == [(torch.bfloat16, torch.device("cuda", 1), True)]
     assert groups == [{"backend": "gloo", "timeout": timedelta(days=1)}]
+
+
+@pytest.mark.parametrize("decoder_alone", [True, False])
+def test_image_tokenizers_train_as_on_a_cpu(tmp_path, monkeypatch, decoder_alone):
+    """The losses are the same, also after codes have begun and moved; with `decoder_of`, only the decoder changes."""
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)  # the learning rate follows the clock
+    torch.manual_seed(0)
+    config = VQGANConfig(ch=32, blocks=1, mult=(1, 1), num_codes=16, attention_levels=(1,))
+    export(VQGAN(config), tmp_path / "start.safetensors")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "one.png")
+    settings = MoVQGANTrainingConfig(
+        minutes=1e6, pixels=2 * 32 * 32, continuous_steps=1, warmup_steps=1, revive_every=2, lr=3e-3
+    )
+    if decoder_alone:
+        settings = replace(settings, decoder_of=str(tmp_path / "start.safetensors"))
+
+    def trained(device: str) -> list[float]:
+        pictures, out = Pictures({tmp_path: 1.0}), tmp_path / device
+        trainer = ImageTokenizerTrainer(config, replace(settings, device=torch.device(device)), pictures, out)
+        losses = []
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            trainer._start_codes(generator)
+            batch = pictures.batch(np.random.default_rng(step), settings.pixels)
+            losses.append(trainer._train_step(batch, generator)[0])
+            trainer.step += 1
+        assert trainer.quantizing
+        trainer.save()
+        return losses
+
+    expected = trained("cpu")
+    with pretend(PACKAGE, "h100"):
+        got = trained("cuda")
+    assert got == pytest.approx(expected, rel=0.02)
+    assert max(got) > 1.04 * min(got)
+    start, end = (load_file(tmp_path / name) for name in ("start.safetensors", "cuda/movqgan.safetensors"))
+    changed_parts = {name.split(".")[0] for name, weight in end.items() if not torch.equal(weight, start[name])}
+    others = set() if decoder_alone else {"encoder", "quant_conv", "quantize"}
+    assert changed_parts == {"decoder", "post_quant_conv"} | others

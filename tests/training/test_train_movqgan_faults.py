@@ -111,6 +111,8 @@ def test_sides_that_do_not_fit_the_codes_are_refused_before_the_training(train, 
         ("num_codes", "100000000000000"),
         ("threads", "0"),
         ("threads", "99999999999"),
+        ("pixels", "0"),
+        ("device", "gpu"),
     ],
 )
 def test_settings_out_of_range_are_refused(train, tmp_path, name, value):
