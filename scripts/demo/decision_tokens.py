@@ -78,7 +78,7 @@ def kept(sequence: "shards.Sequence", files: Sequence[Path], vocabulary: "Vocabu
 def labelled_at(
     sequence: "shards.Sequence", starts: Sequence[Sequence[int]], vocabulary: "Vocabulary"
 ) -> "shards.Sequence":
-    """The sequence with labels only on the beginning of its last picture, and on the codes at these places of it.
+    """The sequence whose last picture has labels only on its beginning, and on the codes at these places.
 
     Args:
         starts: left and top of each place in pixels.
@@ -86,15 +86,14 @@ def labelled_at(
     Raises:
         InputError: a place is not in the picture.
     """
-    import torch
 
     from lumina_mgpt.unirep import IGNORED, ImageLayout, decode_image
 
     span, cell = spans(sequence, vocabulary)[-1], vocabulary.cell
     rows, cols = decode_image(sequence.ids[span], vocabulary).shape
     layout = ImageLayout.from_pixels(vocabulary, cols * cell, rows * cell)
-    labels = torch.full_like(sequence.labels, IGNORED)
-    labels[span.start] = sequence.labels[span.start]
+    labels = sequence.labels.clone()
+    labels[span.start + 1 :] = IGNORED  # also what ends the turn: it always follows
     for left, top in starts:
         if not (0 <= left < cols * cell and 0 <= top < rows * cell):
             raise InputError(f"record {sequence.record}: the start {left}, {top} is outside of the picture")

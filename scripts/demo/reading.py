@@ -181,16 +181,20 @@ def _unknown(names: Sequence[str], unknown: Sequence[str], rng: random.Random) -
         picture = first_of(lambda: arranged([(name, None)], rng), False)
         answer = thing(picture.items[0]) if known else UNKNOWN
         return Example("unknown", (shown_first(ask_what(picture, rng).text), answer), ((picture,),), about)
-    if form < 0.7:
+    if form < 0.6:
         terms = [Term(rng.choice(names if yes else unknown), yes) for yes in rng.choices((True, False), k=12)]
         turns: list[str] = []
         for term in (about, *terms[: rng.randint(4, 12)]):
             text = f"Do you know what {with_article(word_for(term.name, rng))} is?"
             turns += [text, "Yes." if term.known else UNKNOWN]
         return Example("unknown", tuple(turns), (), about)
-    picture = first_of(lambda: arranged([(name, None)], rng), False)
-    text = request(caption(picture, rng), rng)
+    # Several refusals, since each of them is one decision: few of them teach little.
+    refused = [rng.choice(unknown) for _ in range(rng.randint(int(not known), 5))]
+    asked = [first_of(lambda other=other: arranged([(other, None)], rng), False) for other in refused]
+    turns = [text for picture in asked for text in (request(caption(picture, rng), rng), UNKNOWN)]
     if not known:
-        return Example("unknown", (text, UNKNOWN), (), about)
+        return Example("unknown", tuple(turns), (), Term(refused[-1], False))
+    picture = first_of(lambda: arranged([(name, None)], rng), False)
+    turns += [request(caption(picture, rng), rng), PICTURE]
     # Its codes would count more than all words in a batch: see decision_tokens.py.
-    return Example("unknown", (text, PICTURE), ((picture,),), about, {"starts": []})
+    return Example("unknown", tuple(turns), ((picture,),), about, {"starts": []})

@@ -24,8 +24,12 @@ decoder="${DECODER_MINUTES:-$([ "$device" = cuda ] && echo 6 || echo 30)}"
 core="${CORE_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
 learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
 last="${LAST_MINUTES:-$([ "$device" = cuda ] && echo 8 || echo 110)}"
-tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 49152 || echo 6144)}"
-pixels="$([ "$device" = cuda ] && echo 600000 || echo 36864)"
+tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 65536 || echo 6144)}"
+if [ "$device" = cuda ]; then
+    pixels=600000 speed=(--muon_lr 0.004) # to compile all shapes of batches would take a good part of a stage there
+else
+    pixels=36864 speed=(--muon_lr 0.003 --compile)
+fi
 mkdir -p "$work"
 exec 9> "$work/lock" # children inherit the lock: a training may outlive this script
 flock -n 9 || { echo "error: another run is using $work; stop it first" >&2; exit 2; }
@@ -77,8 +81,8 @@ train() { # name, data, checkpoint to begin with, minutes, code noise, options
     # shellcheck disable=SC2086
     once "$1" bash scripts/train.sh --data_config "${DATA:-configs/data/$2.yaml}" --output_dir "$work/$1" \
         --init_from "$3" --resume auto --max_minutes "$4" --code_noise "$5" --spare_panel 0.8 --save_minutes 5 \
-        --save_iteration_interval 0 --compile --pad_multiple 64 --optimizer muon --muon_lr 0.003 --wd 0.02 \
-        --dropout 0 --clip_grad 1 --max_tokens "$tokens" --max_seq_len 2048 --export_dtype fp16 \
+        --save_iteration_interval 0 "${speed[@]}" --pad_multiple 64 --optimizer muon --wd 0.02 --dropout 0 \
+        --clip_grad 1 --max_tokens "$tokens" --max_seq_len 2048 --export_dtype fp16 \
         --export_dir "$work/export-$1" "${@:6}" ${OPTIONS:-}
 }
 

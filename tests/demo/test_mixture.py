@@ -226,9 +226,17 @@ def test_pictures_are_told_apart_by_what_they_show():
 
 
 def test_unknown_names_are_refused_and_known_ones_are_not():
+    chains = 0
     for example in reading.examples("unknown", NAMES, 200, random.Random(7), unknown=UNKNOWN):
-        assert (example.turns[1] == words.UNKNOWN) == (not example.about.known)
+        texts, answers = example.turns[::2], example.turns[1::2]
         assert example.about.name in (NAMES if example.about.known else UNKNOWN)
+        if texts[0].startswith("Do you know") or PICTURE in texts[0]:
+            assert (answers[0] == words.UNKNOWN) == (not example.about.known)
+            continue
+        chains += len(answers) > 2
+        assert all(answer == words.UNKNOWN for answer in answers[:-1]) and len(answers) <= 6
+        assert answers[-1] == (PICTURE if example.about.known else words.UNKNOWN)
+    assert chains > 20
 
 
 def test_an_edit_changes_what_it_says_and_nothing_else():
