@@ -3,6 +3,9 @@
     python scripts/demo/publish.py --model_path work/demo/export-last --save_path work/demo/demo \\
         --movqgan_path work/demo/decoder/movqgan.safetensors
 
+Several checkpoints of one training, each with a share, give the mean of their weights. If the later ones learn one task
+and forget a little of others, the mean is often better at most tasks than each of them (model soups, arXiv 2203.05482).
+
 Examples are `prompts.txt` and `examples.json`, in place of those of the checkpoint.
 """
 
@@ -11,11 +14,17 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumina_mgpt import cli
+from lumina_mgpt.cli.train_movqgan import weighted_folder
+from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import Family
 from lumina_mgpt.io import new_folder, require_new, write_atomic
 from lumina_mgpt.prompt_files import CHAT, EXAMPLES_FILE, PROMPTS_FILE
+
+if TYPE_CHECKING:
+    from lumina_mgpt.model.transformer import Transformer
 
 LARGEST = 15_000_000  # bytes of a weight file
 PROMPTS = (  # of one object each, as they are drawn in the base size
@@ -44,7 +53,14 @@ EXAMPLES = {
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="publish.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--model_path", required=True, help="checkpoint folder or hub id")
+    parser.add_argument(
+        "--model_path",
+        type=weighted_folder,
+        nargs="+",
+        required=True,
+        metavar="CHECKPOINT[=SHARE]",
+        help="checkpoint folder or hub id; of several, the mean of their weights",
+    )
     parser.add_argument("--movqgan_path", type=Path, help="weights of the image tokenizer (default: the checkpoint's)")
     parser.add_argument("--save_path", required=True, type=Path, help="new folder for the result")
     return parser
@@ -55,6 +71,23 @@ def shown(family: Family) -> set[str]:
     return {*family.i2i_tasks, *([CHAT] if family.answers_in_text else [])}
 
 
+def add(total: "Transformer | None", model: "Transformer", share: float) -> "Transformer":
+    """Returns `model`, whose weights become those of `total` plus `share` times its own, summed in float32.
+
+    Raises:
+        InputError: the models are not of the same kind and size.
+    """
+    import torch
+
+    if total is not None and total.config != model.config:
+        raise InputError("must name checkpoints of one training, whose config.json are equal", "model_path")
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            before = 0.0 if total is None else total.state_dict()[name].float()
+            weight.copy_(before + share * weight.float())
+    return model
+
+
 def run(args: argparse.Namespace) -> None:
     """Writes the checkpoint."""
     from lumina_mgpt.model.convert import copy_companions
@@ -63,9 +96,12 @@ def run(args: argparse.Namespace) -> None:
     from lumina_mgpt.model.writing import save_model
 
     require_new(args.save_path, "save_path")
-    source = resolve(cli.checkpoint_path(args.model_path))
-    require_plain_weights(source, "model_path", "copied")
-    model = load_model(source, None, "cpu")
+    total, model = sum(share for _, share in args.model_path), None
+    for name, share in reversed(args.model_path):
+        source = resolve(cli.checkpoint_path(str(name)))
+        require_plain_weights(source, "model_path", "copied")
+        model = add(model, load_model(source, None, "cpu"), share / total)
+    assert model is not None
     with new_folder(args.save_path, "save_path") as folder:
         save_model(model, folder, max_shard_bytes=LARGEST)
         copy_companions(source, folder)

@@ -144,21 +144,23 @@ def test_checkpoint_draws_the_prompt():
         assert ((first - second) ** 2).mean() < 0.7 * min(others)
 
 
-def _documented_commands() -> list[list[str]]:
-    """The different commands of README.md and docs/ that make images with the demo checkpoint."""
-    makers = (
-        ["lumina-mgpt", "generate"],
-        ["lumina-mgpt", "generate-with-image"],
-        ["lumina-mgpt", "edit"],
-        ["lumina-mgpt", "reconstruct"],
-        ["lumina-mgpt", "attention"],
-        ["python", "generate_examples/generate.py"],
-    )
+_MAKERS = (
+    ["lumina-mgpt", "generate"],
+    ["lumina-mgpt", "generate-with-image"],
+    ["lumina-mgpt", "edit"],
+    ["lumina-mgpt", "reconstruct"],
+    ["lumina-mgpt", "attention"],
+    ["python", "generate_examples/generate.py"],
+)
+
+
+def _documented_commands(*starts: list[str]) -> list[list[str]]:
+    """The different commands of README.md and docs/ that begin so and use the demo checkpoint."""
     found = {tuple(sorted(words)): words for words in documents.commands(documents.guide_text())}
     return [
         words
         for words in found.values()
-        if words[:2] in makers
+        if words[:2] in starts
         and not {"--movqgan_path", "--rewrite"} & set(words)
         and not any("Alpha-VLLM/" in word for word in words)
     ]
@@ -175,12 +177,12 @@ def _documented_python() -> list[str]:
 
 
 def test_the_documents_have_commands_and_python():
-    assert len(_documented_commands()) >= 12
+    assert len(_documented_commands(*_MAKERS)) >= 12
     assert len(_documented_python()) >= 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", _documented_commands(), ids=shlex.join)
+@pytest.mark.parametrize("words", _documented_commands(*_MAKERS), ids=shlex.join)
 def test_documented_commands_run(words, tmp_path):
     program, name, *options = words
     start = [str(ROOT / name)] if program == "python" else ["-m", "lumina_mgpt", name]
@@ -195,6 +197,17 @@ def test_documented_commands_run(words, tmp_path):
     assert len(written) > 0
     for path in written:
         Image.open(path).verify()
+
+
+@pytest.mark.parametrize("words", _documented_commands(["lumina-mgpt", "describe"]), ids=shlex.join)
+def test_documented_descriptions_are_right(words, tmp_path):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    command = [sys.executable, "-m", "lumina_mgpt", *words[1:]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "captions.jsonl").read_text() if "--save_path" in words else done.stdout
+    answer = "white" if "--question" in words else "a penguin on a white background"
+    assert [json.loads(line)["answer"].strip() for line in lines.splitlines()] == [answer]
 
 
 @pytest.mark.parametrize("block", _documented_python())

@@ -9,8 +9,10 @@ import more_pieces
 import publish
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from lumina_mgpt.model.reading import load_model
 from lumina_mgpt.pipeline import Checkpoint
 from lumina_mgpt.prompt_files import example_prompts, other_examples
 
@@ -89,6 +91,27 @@ def test_the_published_checkpoint_has_examples_of_all_it_can_do(extended, tmp_pa
     examples = other_examples(checkpoint.folder)
     assert set(examples) == set(publish.EXAMPLES) and "chat" in examples
     assert all(checkpoint.vocabulary.encode_text(text) for texts in examples.values() for text in texts)
+
+
+def test_the_published_weights_are_the_mean_of_several_checkpoints(tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    for file in DEMO.iterdir():
+        if not file.name.startswith("model"):
+            (tmp_path / "other" / file.name).symlink_to(file)
+    first = load_model(DEMO, None, "cpu").state_dict()
+    tensors = {name: 3 * weight for file in DEMO.glob("model*.safetensors") for name, weight in load_file(file).items()}
+    save_file(tensors, tmp_path / "other" / "model.safetensors")
+    shares = [f"{DEMO}=3", f"{tmp_path / 'other'}=1"]
+    assert publish.main(["--model_path", *shares, "--save_path", str(tmp_path / "mean")]) == 0
+    for name, weight in load_model(tmp_path / "mean", None, "cpu").state_dict().items():
+        assert weight.dtype == first[name].dtype
+        torch.testing.assert_close(weight.float(), 1.5 * first[name].float(), rtol=2e-3, atol=1e-6)
+    config = tmp_path / "other" / "config.json"
+    text = config.read_text()
+    config.unlink()
+    config.write_text(text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
+    assert publish.main(["--model_path", *shares, "--save_path", str(tmp_path / "none")]) == 2
+    assert "whose config.json are equal" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("prompt", publish.PROMPTS)
