@@ -17,6 +17,6 @@ sample() {
 }
 
 sample --i2i_task depth --image_path "$project/assets/depth.png" \
-    --image_prompt "a hedgehog on a sky blue background" "$@"
+    --image_prompt "on a sky blue background" "$@"
 sample --i2i_task subject --image_path "$project/assets/subject.png" \
     --image_prompt "a penguin on an orange background" "$@"

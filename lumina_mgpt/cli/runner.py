@@ -18,7 +18,11 @@ REFUSED = 2
 
 
 def run(
-    work: Callable[[argparse.Namespace], int | None], parser: Parser, argv: Sequence[str] | None, stopped: str = ""
+    work: Callable[[argparse.Namespace], int | None],
+    parser: Parser,
+    argv: Sequence[str] | None,
+    stopped: str = "",
+    smaller: str = "--batch_size 1, a smaller --window, --width or --height, or --dtype bf16",
 ) -> int:
     """Parses the options, calls `work` with them and returns the exit status.
 
@@ -31,6 +35,7 @@ def run(
         parser: parser of the command's options.
         argv: options to parse; None: those of this process.
         stopped: end of the message after a signal. If the KeyboardInterrupt has a text, that text replaces it.
+        smaller: options of the command that save memory.
     """
     with safe_output(), stoppable(), _logged():
         try:
@@ -51,9 +56,7 @@ def run(
                 return _refuse("another process of this run ended or does not answer; its own message says why")
             if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
                 raise
-            return _refuse(
-                "out of memory; try --batch_size 1, a smaller --window, --width or --height, or --dtype bf16"
-            )
+            return _refuse(f"out of memory; try {smaller}")
 
 
 def _lost_process(error: BaseException) -> bool:

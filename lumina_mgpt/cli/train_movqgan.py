@@ -33,7 +33,7 @@ LARGEST = {
     "threads": 1024,
     "minutes": 1e6,
     "lr": 10.0,
-    "pixels": 2**30,
+    "pixels": 10**9,
 }
 MEANING = {
     "ch": "width of the finest level, a multiple of 32",
@@ -85,7 +85,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--decoder_of", help="trained weights: train only their decoder; codes keep their meaning")
     parser.add_argument("--lr", type=cli.number, default=3e-3, help="peak learning rate")
     parser.add_argument(
-        "--pixels", type=cli.whole, default=4 * 96 * 96, help="pixels in a batch, over all its pictures (a GPU: 600000)"
+        "--pixels", type=cli.whole, help="pixels in a batch, over all its pictures (default: 36864; on CUDA 600000)"
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     parser.add_argument("--threads", type=cli.whole, default=2, help="CPU threads")
@@ -133,8 +133,9 @@ def model_config(args: argparse.Namespace) -> "VQGANConfig":
 def train(args: argparse.Namespace) -> None:
     check_sizes(args)
     for name, largest in LARGEST.items():
-        if not 0 < getattr(args, name) <= largest:
-            raise InputError(f"must be above 0 and at most {largest:g}, got {getattr(args, name)}", name)
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= largest:
+            raise InputError(f"must be above 0 and at most {largest:g}, got {value}", name)
     if not 0 <= args.seed < 2**63:
         raise InputError(f"must be a whole number in 0 ... 2**63 - 1, got {args.seed}; try 0", "seed")
     folders = Counter(folder for folder, _ in args.images)
@@ -148,12 +149,13 @@ def train(args: argparse.Namespace) -> None:
     from lumina_mgpt.training.image_tokenizer import ImageTokenizerTrainer, MoVQGANTrainingConfig, Pictures
 
     device = resolve_device(args.device)
+    pixels = args.pixels or (600_000 if device.type == "cuda" else 4 * 96 * 96)
     torch.set_num_threads(args.threads)
     config = model_config(args)
     settings = MoVQGANTrainingConfig(
         minutes=args.minutes,
         decoder_of=args.decoder_of,
-        pixels=args.pixels,
+        pixels=pixels,
         lr=args.lr,
         seed=args.seed,
         device=device,
@@ -162,4 +164,5 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(train, build_parser(), argv, stopped="the same command goes on from the last save")
+    stopped = "the same command goes on from the last save"
+    return cli.run(train, build_parser(), argv, stopped, smaller="a smaller --pixels")

@@ -254,6 +254,8 @@ class ImageTokenizerTrainer:
             self.step, self.elapsed, self.quantizing = state["step"], state["elapsed"], state["quantizing"]
         except OSError as error:
             raise InputError(f"{self.state_path} cannot be read ({cause(error)}); {remedy(error)}", "out_dir") from None
+        except (MemoryError, torch.OutOfMemoryError):  # says nothing about the state
+            raise
         except Exception as error:  # the unpickler may raise any class for damaged bytes
             raise InputError(
                 f"{self.state_path} is damaged or of another size ({cause(error)}); remove it to start again", "out_dir"

@@ -145,14 +145,15 @@ def _add_product(total: Tensor, d_logits: Tensor, chunk: Tensor) -> None:
 def _with_gradient(logits: Tensor, targets: Tensor, z_weight: float, tail_weight: float) -> tuple[Tensor, Tensor]:
     """Returns both sums of `token_losses`. The gradient of cross + z_weight * z overwrites the logits.
 
-    On a CPU, it computes a few rows at a time, so that they stay in the processor's cache.
+    It computes a few rows at a time: on a CPU, so that they stay in the processor's cache; on a GPU, about SUM_LOGITS
+    logits, to save memory.
     """
     count = max(1, SUM_LOGITS // logits.shape[-1])
     if logits.device.type == "cpu":
         threads = torch.get_num_threads()  # the same number of rows for each
         count = threads * max(1, CACHE_LOGITS // (threads * logits.shape[-1]))
     sums, narrow = [], logits.dtype != torch.float32
-    memory = logits.new_empty((count, logits.shape[1]) if narrow else 0, dtype=torch.float32)
+    memory = logits.new_empty((min(count, len(logits)), logits.shape[1]) if narrow else 0, dtype=torch.float32)
     for part, labels in zip(logits.split(count), targets.split(count), strict=True):
         wide = memory[: len(part)].copy_(part) if narrow else part
         sums.append(_block_with_gradient(wide, labels, z_weight, tail_weight))

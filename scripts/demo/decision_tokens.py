@@ -3,9 +3,9 @@
     python scripts/demo/decision_tokens.py --records work/demo/records/detect.jsonl \\
         --tokens work/demo/tokens/detect --model_path work/demo/start
 
-In most records with a key `starts`, only the beginning of the answer's image and its codes at these places carry loss.
-In detection, they are the codes at which a box could begin. A model learns there which object is meant. Other records
-keep all labels.
+In most records with a key `starts`, only the beginning of the last image and its codes at these places carry loss, and
+the answers before it. In detection, they are the codes at which a box could begin. A model learns there which object is
+meant. Other records keep all labels.
 
 An answer of detection gets the codes of the given picture, except under the lines of the box. The image tokenizer
 normalizes over the whole picture, so that a box would change about half of all codes, and a model would mostly learn
@@ -86,7 +86,6 @@ def labelled_at(
     Raises:
         InputError: a place is not in the picture.
     """
-
     from lumina_mgpt.unirep import IGNORED, ImageLayout, decode_image
 
     span, cell = spans(sequence, vocabulary)[-1], vocabulary.cell

@@ -13,11 +13,11 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumina_mgpt import cli
-from lumina_mgpt.cli.train_movqgan import weighted_folder
 from lumina_mgpt.errors import InputError
 from lumina_mgpt.families import Family
 from lumina_mgpt.io import new_folder, require_new, write_atomic
@@ -45,7 +45,7 @@ EXAMPLES = {
         "What is to the right of the fox?",
         "How many owls are there?",
         "What colour is the background?",
-        "Make the fox green.",
+        "Make the background pink.",
         "Generate 8 object views of 64x64 according to the following prompt:\na red mug on a white background",
     ],
 }
@@ -55,7 +55,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="publish.py", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--model_path",
-        type=weighted_folder,
+        type=weighted,
         nargs="+",
         required=True,
         metavar="CHECKPOINT[=SHARE]",
@@ -71,20 +71,44 @@ def shown(family: Family) -> set[str]:
     return {*family.i2i_tasks, *([CHAT] if family.answers_in_text else [])}
 
 
-def add(total: "Transformer | None", model: "Transformer", share: float) -> "Transformer":
-    """Returns `model`, whose weights become those of `total` plus `share` times its own, summed in float32.
+def weighted(text: str) -> tuple[str, float]:
+    """Converts an option value `CHECKPOINT` or `CHECKPOINT=SHARE` to both. The default share is 1."""
+    name, found, share = text.rpartition("=")
+    try:
+        value = float(share) if found else None
+    except ValueError:  # an = in a path
+        value = None
+    if value is None:
+        return text, 1.0
+    if not name or not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be CHECKPOINT or CHECKPOINT=SHARE, above 0 up to 1e6, got {text}")
+    return name, value
+
+
+def mean(shares: Sequence[tuple[Path, float]]) -> "Transformer":
+    """Returns the model whose weights are the weighted mean of those of several folders, computed in float32.
 
     Raises:
-        InputError: the models are not of the same kind and size.
+        InputError: a folder has int4 weights, or a checkpoint of another kind than the first one.
     """
     import torch
 
-    if total is not None and total.config != model.config:
-        raise InputError("must name checkpoints of one training, whose config.json are equal", "model_path")
+    from lumina_mgpt.model.reading import load_model, require_plain_weights
+
+    (first, _), *_ = shares
+    total, sums = sum(share for _, share in shares), {}
+    for folder, share in shares:
+        require_plain_weights(folder, "model_path", "copied")
+        model = load_model(folder, None, "cpu")
+        for name in ("config.json", "tokenizer.json"):
+            if (folder / name).read_bytes() != (first / name).read_bytes():
+                rule = f"must name checkpoints of one training, but {name} of {folder} differs from that of {first}"
+                raise InputError(f"{rule}; leave one of them out", "model_path")
+        for name, weight in model.named_parameters():
+            sums[name] = sums.get(name, 0.0) + share / total * weight.detach().float()
     with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            before = 0.0 if total is None else total.state_dict()[name].float()
-            weight.copy_(before + share * weight.float())
+        for name, weight in model.named_parameters():
+            weight.copy_(sums[name])
     return model
 
 
@@ -92,19 +116,14 @@ def run(args: argparse.Namespace) -> None:
     """Writes the checkpoint."""
     from lumina_mgpt.model.convert import copy_companions
     from lumina_mgpt.model.hub import resolve
-    from lumina_mgpt.model.reading import load_model, require_plain_weights
     from lumina_mgpt.model.writing import save_model
 
     require_new(args.save_path, "save_path")
-    total, model = sum(share for _, share in args.model_path), None
-    for name, share in reversed(args.model_path):
-        source = resolve(cli.checkpoint_path(str(name)))
-        require_plain_weights(source, "model_path", "copied")
-        model = add(model, load_model(source, None, "cpu"), share / total)
-    assert model is not None
+    sources = [(resolve(cli.checkpoint_path(name)), share) for name, share in args.model_path]
+    model = mean(sources)
     with new_folder(args.save_path, "save_path") as folder:
         save_model(model, folder, max_shard_bytes=LARGEST)
-        copy_companions(source, folder)
+        copy_companions(sources[0][0], folder)
         write_atomic(folder / PROMPTS_FILE, "".join(f"{prompt}\n" for prompt in PROMPTS))
         offered = {name: texts for name, texts in EXAMPLES.items() if name in shown(model.config.family)}
         write_atomic(folder / EXAMPLES_FILE, json.dumps(offered, indent=1) + "\n")

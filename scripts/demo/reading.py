@@ -188,12 +188,12 @@ def _unknown(names: Sequence[str], unknown: Sequence[str], rng: random.Random) -
             text = f"Do you know what {with_article(word_for(term.name, rng))} is?"
             turns += [text, "Yes." if term.known else UNKNOWN]
         return Example("unknown", tuple(turns), (), about)
-    # Several refusals, since each of them is one decision: few of them teach little.
-    refused = [rng.choice(unknown) for _ in range(rng.randint(int(not known), 5))]
+    # A refusal is one decision among many ids, so a record has several.
+    refused = [*([] if known else [name]), *rng.choices(unknown, k=rng.randint(0, 5 - (not known)))]
     asked = [first_of(lambda other=other: arranged([(other, None)], rng), False) for other in refused]
     turns = [text for picture in asked for text in (request(caption(picture, rng), rng), UNKNOWN)]
     if not known:
-        return Example("unknown", tuple(turns), (), Term(refused[-1], False))
+        return Example("unknown", tuple(turns), (), about)
     picture = first_of(lambda: arranged([(name, None)], rng), False)
     turns += [request(caption(picture, rng), rng), PICTURE]
     # Its codes would count more than all words in a batch: see decision_tokens.py.

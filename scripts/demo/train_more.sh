@@ -4,7 +4,7 @@
 #   pip install -e '.[demo]'
 #   scripts/demo/train_more.sh [WORK]    # work folder, relative to the project's root; default work/demo
 #
-# Each call works for at most STAGE minutes (default 95; 8 with DEVICE=cuda) and ends with status 3 if there is more to do.
+# Each call works for at most STAGE minutes (default 95; 8 on a GPU) and ends with status 3 if there is more to do.
 # The same command then continues, also after an interruption. All its files are in WORK, so you may continue from another
 # copy of the code. Status 0 means that the new checkpoint is in OUT (default: WORK/demo).
 #
@@ -17,19 +17,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 work="${1:-work/demo}"
 device="${DEVICE:-auto}"
+[ "$device" != auto ] || device="$(python -c 'from lumina_mgpt.devices import resolve_device; print(resolve_device())')"
 start="${START:-assets/demo}"
 out="${OUT:-$work/demo}"
-stage="${STAGE:-$([ "$device" = cuda ] && echo 8 || echo 95)}"
-decoder="${DECODER_MINUTES:-$([ "$device" = cuda ] && echo 6 || echo 30)}"
-core="${CORE_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
-learn="${LEARN_MINUTES:-$([ "$device" = cuda ] && echo 12 || echo 190)}"
-last="${LAST_MINUTES:-$([ "$device" = cuda ] && echo 8 || echo 110)}"
-tokens="${MAX_TOKENS:-$([ "$device" = cuda ] && echo 65536 || echo 6144)}"
-if [ "$device" = cuda ]; then
-    pixels=600000 speed=(--muon_lr 0.004) # to compile all shapes of batches would take a good part of a stage there
+if [[ "$device" = cuda* ]]; then # without --compile, which would take a good part of a stage there
+    defaults=(8 6 12 12 8 65536) speed=(--muon_lr 0.004)
 else
-    pixels=36864 speed=(--muon_lr 0.003 --compile)
+    defaults=(95 30 190 190 110 6144) speed=(--muon_lr 0.003 --compile)
 fi
+stage="${STAGE:-${defaults[0]}}" tokens="${MAX_TOKENS:-${defaults[5]}}"
+decoder="${DECODER_MINUTES:-${defaults[1]}}" core="${CORE_MINUTES:-${defaults[2]}}"
+learn="${LEARN_MINUTES:-${defaults[3]}}" last="${LAST_MINUTES:-${defaults[4]}}"
 mkdir -p "$work"
 exec 9> "$work/lock" # children inherit the lock: a training may outlive this script
 flock -n 9 || { echo "error: another run is using $work; stop it first" >&2; exit 2; }
@@ -81,7 +79,7 @@ train() { # name, data, checkpoint to begin with, minutes, code noise, options
     # shellcheck disable=SC2086
     once "$1" bash scripts/train.sh --data_config "${DATA:-configs/data/$2.yaml}" --output_dir "$work/$1" \
         --init_from "$3" --resume auto --max_minutes "$4" --code_noise "$5" --spare_panel 0.8 --save_minutes 5 \
-        --save_iteration_interval 0 "${speed[@]}" --pad_multiple 64 --optimizer muon --wd 0.02 --dropout 0 \
+        --save_iteration_interval 0 --device "$device" "${speed[@]}" --pad_multiple 64 --optimizer muon --wd 0.02 --dropout 0 \
         --clip_grad 1 --max_tokens "$tokens" --max_seq_len 2048 --export_dtype fp16 \
         --export_dir "$work/export-$1" "${@:6}" ${OPTIONS:-}
 }
@@ -102,7 +100,7 @@ done
 images=("$work/pictures/single=4" "$work/pictures/beside=1" "$work/pictures/above=1" "$work/pictures/maps=1.5")
 for folder in "$work"/drawn/0*; do images+=("$folder=1"); done
 once decoder python -m lumina_mgpt train-movqgan --decoder_of "$start/movqgan.safetensors" --out_dir "$work/decoder" \
-    --lr 1e-3 --minutes "$decoder" --device "$device" --pixels "$pixels" --images "${images[@]}"
+    --lr 1e-3 --minutes "$decoder" --device "$device" --images "${images[@]}"
 # First drawing and reading of single pictures, which all other tasks consist of, then all tasks.
 train core demo_core "$work/start" "$core" 0.3 --warmup 0.01 --tail_weight 0.1 --lr 8e-4 --min_lr 1e-4 --seed 72
 train learn demo_mixture "$work/export-core" "$learn" 0.3 --warmup 0.02 --tail_weight 0.1 --lr 8e-4 \

@@ -46,6 +46,25 @@ def run(folder: Path) -> int:
     return decision_tokens.main(options)
 
 
+def test_refusals_before_a_drawing_keep_their_labels(tokens, monkeypatch):
+    monkeypatch.setattr(decision_tokens, "_WHOLE", 0.0)
+    vocabulary = Checkpoint.open(DEMO).vocabulary
+    turns = [("human", ["Draw a sloth."]), ("assistant", ["I don't know."])] * 2
+    turns += [("human", ["Draw an owl."]), ("assistant", [torch.arange(32).reshape(4, 8)])]
+    ids, labels = map(torch.tensor, encode_conversation(turns, vocabulary))
+    write_shard(tokens / "shards" / "0.safetensors", [Sequence(0, ids, labels)], [])
+    said = [{"from": "human", "value": "Draw."}, {"from": "gpt", "value": "I don't know."}] * 2
+    said += [{"from": "human", "value": "Draw."}, {"from": "gpt", "value": "<|image|>"}]
+    row = {"conversations": said, "image": [[str(tokens / "before.png")]], "starts": []}
+    (tokens / "records.jsonl").write_text(json.dumps(row))
+    assert run(tokens) == 0
+    new = read_sequence(shutil.copytree(tokens, tokens.with_name("new")) / "shards" / "0.safetensors", 0)
+    begin = ids.tolist().index(vocabulary.image_start_id)
+    assert torch.equal(new.ids, ids) and (labels[:begin] >= 0).sum() > 4
+    assert torch.equal(new.labels[: begin + 1], labels[: begin + 1])
+    assert (new.labels[begin + 1 :] < 0).all() and (labels[begin + 1 :] >= 0).any()
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_codes_change_under_the_lines_alone(tokens, monkeypatch, whole):
     monkeypatch.setattr(decision_tokens, "_WHOLE", float(whole))

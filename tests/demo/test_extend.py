@@ -106,12 +106,27 @@ def test_the_published_weights_are_the_mean_of_several_checkpoints(tmp_path, cap
     for name, weight in load_model(tmp_path / "mean", None, "cpu").state_dict().items():
         assert weight.dtype == first[name].dtype
         torch.testing.assert_close(weight.float(), 1.5 * first[name].float(), rtol=2e-3, atol=1e-6)
-    config = tmp_path / "other" / "config.json"
-    text = config.read_text()
-    config.unlink()
-    config.write_text(text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
-    assert publish.main(["--model_path", *shares, "--save_path", str(tmp_path / "none")]) == 2
-    assert "whose config.json are equal" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    for name, old, new in (("tokenizer.json", "}", "} "), ("config.json", "1e-05", "1e-06")):
+        file = tmp_path / "other" / name
+        text = file.read_text()
+        file.unlink()
+        file.write_text(text.replace(old, new))
+        assert publish.main(["--model_path", *shares, "--save_path", str(tmp_path / "none")]) == 2
+        error = capsys.readouterr().err
+        assert f"but {name} of" in error and "leave one of them out" in error and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "text, both", [("runs/a", ("runs/a", 1)), ("a=2", ("a", 2)), ("lr=3/export", ("lr=3/export", 1))]
+)
+def test_shares_of_checkpoints(text, both):
+    assert publish.weighted(text) == both
+
+
+@pytest.mark.parametrize("text", ["a=0", "a=-1", "=2", "a=nan", "a=inf"])
+def test_wrong_shares_are_refused(text, capsys):
+    assert publish.main(["--model_path", text, "--save_path", "none"]) == 2
+    assert "must be CHECKPOINT or CHECKPOINT=SHARE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", publish.PROMPTS)

@@ -216,3 +216,12 @@ def test_a_full_disk_leaves_no_partial_file(folder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="Input/output error.*use another one"):
         trainer.save()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["training.pt"]
+
+
+def test_a_lack_of_memory_names_the_size_of_a_batch(train, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pictures, "batch", full)
+    status, error = train("--pixels", "500000000")
+    assert status == 2 and error.endswith("error: out of memory; try a smaller --pixels")
