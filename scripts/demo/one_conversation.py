@@ -1,8 +1,8 @@
-"""Draws, edits, reads and turns things round in a single conversation, and shows it as one picture.
+"""Draws, reads, edits and shows views of an object in a single conversation, as one picture.
 
     python scripts/demo/one_conversation.py --model_path assets/demo --save_path assets/conversation.png
 
-The demo checkpoint must have learned to read: see scripts/demo/train_more.sh.
+It needs a checkpoint that writes text, as the demo does.
 """
 
 import argparse
@@ -25,13 +25,13 @@ class Step:
     views: int = 1
 
 
-_DRAW = "Generate an image of 128x64 according to the following prompt:\n{}"
+_DRAW = "Generate an image of 192x96 according to the following prompt:\n{}"
 _TURN = "Generate 8 object views of 64x64 according to the following prompt:\n{}"
 STEPS = (
-    Step(_DRAW.format("a fox to the left of an owl on a sky blue background"), "image", (128, 64)),
+    Step(_DRAW.format("a fox to the left of an owl on a sky blue background"), "image", (192, 96)),
     Step("What is to the right of the fox?", "text"),
-    Step("Make the fox green.", "image", (128, 64)),
-    Step("Change the background to pink.", "image", (128, 64)),
+    Step("Change the background to pink.", "image", (192, 96)),
+    Step("What colour is the background?", "text"),
     Step("Describe the picture.", "text"),
     Step(_TURN.format("a red mug on a white background"), "images", (64, 64), 8),
 )
@@ -64,7 +64,7 @@ def talk(pipeline: Any, cfg: float, seed: int) -> list[tuple[str, str, list]]:
 
 
 def drawn(turns: list[tuple[str, str, list]]) -> Any:
-    """The conversation as one picture: what the human says on the left, the answers below it on grey."""
+    """The conversation as one picture: what the human says on the left, the answers below it."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(13)

@@ -178,6 +178,7 @@ def _documented_python() -> list[str]:
 
 def test_the_documents_have_commands_and_python():
     assert len(_documented_commands(*_MAKERS)) >= 12
+    assert len(_documented_commands(["lumina-mgpt", "describe"])) >= 2
     assert len(_documented_python()) >= 3
 
 
