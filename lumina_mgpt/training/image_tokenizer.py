@@ -336,39 +336,38 @@ class ImageTokenizerTrainer:
             InputError: the disk is full, the loss is not finite, or the time ends before the codes are initialized.
         """
         budget = self.settings.minutes * 60
-        bar = tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc=self.model.config.kind)
         last_save, psnr = self.elapsed, None
         log = self.out_dir / "log.jsonl"
         keep_until(log, self.step)
-        while self.elapsed < budget:
-            began = time.monotonic()
-            rng = np.random.default_rng((self.settings.seed, self.step))
-            generator = torch.Generator().manual_seed(self.step)
-            self._start_codes(generator)
-            loss, now = self._train_step(self.pictures.batch(rng, self.settings.pixels), generator)
-            psnr = now if psnr is None else 0.98 * psnr + 0.02 * now
-            self.step += 1
-            self.elapsed += time.monotonic() - began
-            if self.step % 20 == 0:
-                used = self.codes.used()
-                append_lines(
-                    log,
-                    [
-                        {
-                            "step": self.step,
-                            "minutes": round(self.elapsed / 60, 2),
-                            "loss": round(loss, 4),
-                            "psnr": round(psnr, 2),
-                            "codes_used": used,
-                        }
-                    ],
-                )
-                bar.set_postfix(step=self.step, loss=f"{loss:.3f}", dB=f"{psnr:.2f}", codes=used)
-            bar.update(round(self.elapsed) - bar.n)
-            if self.elapsed - last_save > self.settings.save_minutes * 60:
-                self.save()
-                last_save = self.elapsed
-        bar.close()
+        with tqdm(total=round(budget), initial=round(self.elapsed), unit="s", desc=self.model.config.kind) as bar:
+            while self.elapsed < budget:
+                began = time.monotonic()
+                rng = np.random.default_rng((self.settings.seed, self.step))
+                generator = torch.Generator().manual_seed(self.step)
+                self._start_codes(generator)
+                loss, now = self._train_step(self.pictures.batch(rng, self.settings.pixels), generator)
+                psnr = now if psnr is None else 0.98 * psnr + 0.02 * now
+                self.step += 1
+                self.elapsed += time.monotonic() - began
+                if self.step % 20 == 0:
+                    used = self.codes.used()
+                    append_lines(
+                        log,
+                        [
+                            {
+                                "step": self.step,
+                                "minutes": round(self.elapsed / 60, 2),
+                                "loss": round(loss, 4),
+                                "psnr": round(psnr, 2),
+                                "codes_used": used,
+                            }
+                        ],
+                    )
+                    bar.set_postfix(step=self.step, loss=f"{loss:.3f}", dB=f"{psnr:.2f}", codes=used)
+                bar.update(round(self.elapsed) - bar.n)
+                if self.elapsed - last_save > self.settings.save_minutes * 60:
+                    self.save()
+                    last_save = self.elapsed
         if not self.quantizing:
             raise InputError(f"must leave time to train the codes, got {self.settings.minutes}; give more", "minutes")
         self.save()
