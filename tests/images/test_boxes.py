@@ -29,6 +29,15 @@ def test_a_box_is_found_in_noise(photo, box, width, color):
     assert np.abs(np.subtract((left, top, right - 1, bottom - 1), box)).max() <= max(1, width // 2 + 1)
 
 
+def test_thick_lines_around_all_of_a_small_picture_are_found(photo):
+    """They change a third of its pixels."""
+    picture = photo.crop((0, 0, 96, 96))
+    image = picture.copy()
+    ImageDraw.Draw(image).rectangle((4, 4, 91, 91), outline="magenta", width=10)
+    left, top, right, bottom = find_box(noisy(image), picture)
+    assert np.abs(np.subtract((left, top, right - 1, bottom - 1), (4, 4, 91, 91))).max() <= 10
+
+
 def test_the_larger_of_two_boxes_counts(photo):
     image = photo.copy()
     for box in ((10, 10, 40, 40), (50, 20, 150, 100)):
