@@ -16,7 +16,7 @@ from lumina_mgpt.boxes import Box, find_box
 from lumina_mgpt.prompts import FIRST_I2I_TASKS, PICTURE
 
 TASK = FIRST_I2I_TASKS["detect"]
-KINDS: Mapping[str, int] = MappingProxyType({"detect": 14000, "detect_absent": 600})
+KINDS: Mapping[str, int] = MappingProxyType({"detect": 14000, "detect_absent": 2000})
 LINE = (255, 0, 255)  # color of the box, which no background has
 WIDTH = 4  # of its lines in pixels: half of a code
 RIGHT = 0.5  # least intersection over union of a box that is right
@@ -77,7 +77,7 @@ def examples(kind: str, names: list[str], count: int, rng: random.Random, held_o
         extra = {"starts": [(item.left, item.top) for item in picture.items]}  # read by decision_tokens.py
         if kind == "detect_absent":
             asked = Item(rng.choice([name for name in names if name not in picture.names]), 0, 0, 0)
-            shown, extra = picture, {}
+            shown = picture
         words = _words(picture, asked, rng, varied=not held_out)
         found.append(
             Example(kind, (TASK.instruction(words, *picture.size), PICTURE), ((picture,), (shown,)), shown, extra)

@@ -91,7 +91,7 @@ once start python scripts/demo/extend.py --model_path "$start" --records "$work/
 for file in "$work"/records.jsonl "$work"/omni.jsonl "$work"/pairs.jsonl "$work"/records/*.jsonl; do
     pre_tokenize "$file" "$(basename "$file" .jsonl)"
 done
-for kind in detect unknown; do
+for kind in detect detect_absent unknown; do
     once "decisions_$kind" python scripts/demo/decision_tokens.py --records "$work/records/$kind.jsonl" \
         --tokens "$work/tokens/$kind" --model_path "$work/start"
 done

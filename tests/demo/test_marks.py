@@ -117,6 +117,7 @@ def test_what_is_not_there_gets_no_box(pictures):
     for example in marks.examples("detect_absent", NAMES, 30, random.Random(0)):
         (given,), (answer,) = example.images
         assert given == answer == example.about
+        assert example.extra["starts"] == [(item.left, item.top) for item in given.items]
         assert not any(f" {name}" in example.turns[0].lower() for name in given.names if " " in name)
     assert find_box(answer.draw(pictures), given.draw(pictures)) is None
 

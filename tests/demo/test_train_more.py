@@ -51,7 +51,8 @@ def test_each_device_gets_its_options(tmp_path, device):
     names = ["records", "omni", "pairs", "two"]
     for name in names:
         (work / ("records" if name == "two" else "") / f"{name}.jsonl").write_text("{}\n")
-    ended = ["data", "data_omni", "records", "start", "decisions_detect", "decisions_unknown"]
+    ended = ["data", "data_omni", "records", "start"]
+    ended += [f"decisions_{name}" for name in ("detect", "detect_absent", "unknown")]
     for name in ended + [f"{part}_{name}" for part in ("tokens", "concat") for name in names]:
         (work / f"{name}.done").touch()
     environment = {**os.environ, "DEVICE": device, "PATH": f"{program.parent}:{os.environ['PATH']}"}
