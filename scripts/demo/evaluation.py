@@ -242,13 +242,15 @@ def scores(example: Example, image: Image.Image, pictures: Pictures) -> list[boo
 
 
 def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) -> Image.Image:
-    """Pictures with captions on white, wide ones first; `columns` of the narrowest ones fit in a row."""
-    font, gap, words = ImageFont.load_default(10), 12, 42
+    """Pictures with whole captions on white, wide ones first; `columns` of the narrowest ones fit in a row."""
+    font, gap, line = ImageFont.load_default(10), 12, 11
     whole = columns * (min(image.width for image in images) + gap)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    texts = [_wrapped(text, pen, font, i.width + gap - 4) for i, text in zip(images, captions, strict=True)]
     order = sorted(range(len(images)), key=lambda n: (images[n].height, -images[n].width))
     corners, left, top, row = {}, 0, 0, 0
     for n in order:
-        width, height = images[n].width + gap, images[n].height + words
+        width, height = images[n].width + gap, images[n].height + gap + line * len(texts[n])
         if left and left + width > whole:
             left, top, row = 0, top + row, 0
         corners[n] = (left + gap // 2, top + gap // 2)
@@ -257,12 +259,12 @@ def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) 
     draw = ImageDraw.Draw(sheet)
     for n, (x, y) in corners.items():
         sheet.paste(images[n], (x, y))
-        for line, text in enumerate(_wrapped(captions[n], draw, font, images[n].width + gap - 4, lines=3)):
-            draw.text((x, y + images[n].height + 2 + 11 * line), text, fill="black", font=font)
+        for number, text in enumerate(texts[n]):
+            draw.text((x, y + images[n].height + 2 + line * number), text, fill="black", font=font)
     return sheet
 
 
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font, width: int, lines: int) -> list[str]:
+def _wrapped(text: str, draw: ImageDraw.ImageDraw, font, width: int) -> list[str]:
     out = [""]
     for word in text.split():
         longer = f"{out[-1]} {word}".strip()
@@ -270,4 +272,4 @@ def _wrapped(text: str, draw: ImageDraw.ImageDraw, font, width: int, lines: int)
             out[-1] = longer
         else:
             out.append(word)
-    return out[:lines]
+    return out

@@ -38,6 +38,9 @@ EXAMPLES = {
     "edit": ["make the background red", "replace the penguin with a snowman", "remove the penguin"],
     "subject": ["the same on a navy background"],
     "detect": ["The penguin."],
+    "depth": ["on a sky blue background"],
+    "canny": ["on a yellow background"],
+    "normal": ["on a pink background"],
     "chat": [
         "Draw three strawberries on a white background.",
         "Draw a fox to the left of an owl on a sky blue background.",
@@ -46,6 +49,12 @@ EXAMPLES = {
         "How many owls are there?",
         "What colour is the background?",
         "Make the background pink.",
+        "Draw a green fox on a lavender background.",
+        "What colour is the fox?",
+        "Where is the fox?",
+        "Is there a cactus?",
+        "Replace the fox with a cactus.",
+        "Do you know what a lighthouse is?",
         "Generate 8 object views of 64x64 according to the following prompt:\na red mug on a white background",
     ],
 }

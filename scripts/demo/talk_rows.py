@@ -15,6 +15,9 @@ from words import parsed
 
 from lumina_mgpt.unirep import Turn
 
+_GAP = 4  # pixels between a picture and its edit on the sheet
+_ON_SHEET = 8
+
 
 def conversations(bench: Bench) -> Figures:
     """Draws, describes, edits its own picture, describes again; the history has the model's own codes and answers."""
@@ -32,10 +35,10 @@ def conversations(bench: Bench) -> Figures:
         turns += [("assistant", [codes]), ("human", [reading.DESCRIBE])]
     second = bench.answered_in_words(history, "describe again")
     before, after = ([bench.shown(codes) for codes in grids] for grids in (drawn, edited))
-    bench.sheet("talk", [i for pair in zip(before, after, strict=True) for i in pair], [
-        text for example, talk in zip(todo, wanted, strict=True)
-        for text in (example.turns[0].split("\n")[-1], talk.instruction)
-    ])  # fmt: skip
+    asked = [f"{example.turns[0].splitlines()[-1]} / {example.about.instruction}" for example in todo]
+    told = zip(asked, first, second, strict=True)
+    shown = [_above(*pair) for pair in zip(before, after, strict=True)]
+    bench.sheet("talk", shown, [f"{words} // {one} // {other}" for words, one, other in told], most=_ON_SHEET)
     scenes = [talk.before for talk in wanted], [talk.after for talk in wanted]
 
     def drawn_right(images: Sequence[Image.Image], pictures: Sequence[Picture]) -> Share:
@@ -51,6 +54,14 @@ def conversations(bench: Bench) -> Figures:
         "first description right": described_right(first, scenes[0]),
         "second description right": described_right(second, scenes[1]),
     }
+
+
+def _above(before: Image.Image, after: Image.Image) -> Image.Image:
+    """A picture above its edit, which may have another size."""
+    sheet = Image.new("RGB", (max(before.width, after.width), before.height + _GAP + after.height), "white")
+    sheet.paste(before, (0, 0))
+    sheet.paste(after, (0, before.height + _GAP))
+    return sheet
 
 
 def _related(picture: Picture) -> bool:

@@ -69,7 +69,11 @@ def row(bench: Bench, kind: str) -> Figures:
     step = max(1, len(todo) // _SHEET)
     rows = range(0, step * min(_SHEET, len(todo)), step)
     shown = [image for n in rows for image in (*again[todo[n].about][: views.VIEWS - len(answers[n])], *answers[n])]
-    words = [f"{todo[n].about.color} {todo[n].about.solid}" for n in rows for _ in range(views.VIEWS)]
+    words: list[str] = []  # a prompt, or the name of what was given, below the first picture of each row
+    for n in rows:
+        *_, prompt = todo[n].turns[0].split("\n")
+        name = f"{todo[n].about.color} {todo[n].about.solid}"
+        words += [name if PICTURE in prompt else prompt, *[""] * (views.VIEWS - 1)]
     bench.sheet(kind, shown, words, most=len(shown))
     named: Figures = dict(zip(views.FIGURES, figures_of(todo, answers), strict=True))
     best = dict(zip(views.FIGURES, figures_of(todo, truth), strict=True))

@@ -90,6 +90,9 @@ def test_the_published_checkpoint_has_examples_of_all_it_can_do(extended, tmp_pa
     assert example_prompts(checkpoint.folder) == list(publish.PROMPTS)
     examples = other_examples(checkpoint.folder)
     assert set(examples) == set(publish.EXAMPLES) and "chat" in examples
+    assert dict(other_examples(ROOT / "assets" / "demo")) == {
+        name: tuple(some) for name, some in publish.EXAMPLES.items()
+    }
     assert all(checkpoint.vocabulary.encode_text(text) for texts in examples.values() for text in texts)
 
 
