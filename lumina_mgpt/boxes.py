@@ -9,8 +9,8 @@ _CHANGED = 48  # least difference of a color channel, in 0 ... 255: above what e
 _LINES = 48  # number of columns, and of rows, that may be sides of the box: those with the most changed pixels
 _COVERED = 0.5  # least share of changed pixels of each side
 _SMALLEST = 8  # pixels: shorter sides are specks
-# Largest share of changed pixels of the whole image: else it is another image, not the picture and a box. Blurred lines
-# of 4 pixels around all of a picture of 96 x 96 change up to 37 %.
+# Largest share of changed pixels of the whole image: else it is another image, not the picture and a box. The demo's
+# lines of 4 pixels around all of a picture of 96 x 96 change up to 36 %, with the blur of the image tokenizer.
 _MOST = 0.4
 _INSIDE = 0.5  # largest share of changed pixels in the middle, relative to the sides: else all of the picture differs
 
