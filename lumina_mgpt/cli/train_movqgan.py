@@ -135,7 +135,7 @@ def train(args: argparse.Namespace) -> None:
     for name, largest in LARGEST.items():
         value = getattr(args, name)
         if value is not None and not 0 < value <= largest:
-            raise InputError(f"must be above 0 and at most {largest:g}, got {value}", name)
+            raise InputError(f"must be above 0 and at most {largest:g}, got {value}; leave it out", name)
     if not 0 <= args.seed < 2**63:
         raise InputError(f"must be a whole number in 0 ... 2**63 - 1, got {args.seed}; try 0", "seed")
     folders = Counter(folder for folder, _ in args.images)

@@ -129,7 +129,7 @@ def test_settings_out_of_range_are_refused(train, tmp_path, name, value):
         ("--norms plain --mult 1 2 2 4", "--mult must be 5 numbers in 1 ... 16 for plain norms (16 x 16 pixels"),
         ("--mult 1 2 0 4", "--mult must be 4 numbers in 1 ... 16 for spatial norms (8 x 8 pixels a code), got 1 2 0 4"),
         ("--mult 1 2 4 99", "got 1 2 4 99; try 1 2 2 4"),
-        ("--z_channels 0", "--z_channels must be above 0"),
+        ("--z_channels 0", "--z_channels must be above 0 and at most 1024, got 0; leave it out"),
         ("--norms batch", "--norms"),
     ],
 )
