@@ -54,7 +54,7 @@ EXAMPLES = {
         "Where is the fox?",
         "Is there a cactus?",
         "Replace the fox with a cactus.",
-        "Do you know what a lighthouse is?",
+        "Do you know what a printer is?",
         "Generate 8 object views of 64x64 according to the following prompt:\na red mug on a white background",
     ],
 }
