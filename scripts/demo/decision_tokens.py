@@ -5,7 +5,7 @@
 
 In most records with a key `starts`, only the beginning of the last image and its codes at these places carry loss, and
 the answers before it. In detection, they are the codes at which a box could begin. A model learns there which object is
-meant. Other records keep all labels.
+meant, or that none is. Other records keep all labels.
 
 An answer of detection gets the codes of the given picture, except under the lines of the box. The image tokenizer
 normalizes over the whole picture, so that a box would change about half of all codes, and a model would mostly learn

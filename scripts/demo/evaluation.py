@@ -245,8 +245,7 @@ def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) 
     """Pictures with whole captions on white, wide ones first; `columns` of the narrowest ones fit in a row."""
     font, gap, line = ImageFont.load_default(10), 12, 11
     whole = columns * (min(image.width for image in images) + gap)
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    texts = [_wrapped(text, pen, font, i.width + gap - 4) for i, text in zip(images, captions, strict=True)]
+    texts = [_wrapped(text, font, i.width + gap - 4) for i, text in zip(images, captions, strict=True)]
     order = sorted(range(len(images)), key=lambda n: (images[n].height, -images[n].width))
     corners, left, top, row = {}, 0, 0, 0
     for n in order:
@@ -264,11 +263,11 @@ def contact_sheet(images: list[Image.Image], captions: list[str], columns: int) 
     return sheet
 
 
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font, width: int) -> list[str]:
+def _wrapped(text: str, font, width: int) -> list[str]:
     out = [""]
     for word in text.split():
         longer = f"{out[-1]} {word}".strip()
-        if draw.textlength(longer, font) <= width or not out[-1]:
+        if font.getlength(longer) <= width or not out[-1]:
             out[-1] = longer
         else:
             out.append(word)

@@ -16,7 +16,7 @@ from words import parsed
 from lumina_mgpt.unirep import Turn
 
 _GAP = 4  # pixels between a picture and its edit on the sheet
-_ON_SHEET = 8
+_ON_SHEET = 8  # conversations on the sheet
 
 
 def conversations(bench: Bench) -> Figures:

@@ -69,11 +69,10 @@ def row(bench: Bench, kind: str) -> Figures:
     step = max(1, len(todo) // _SHEET)
     rows = range(0, step * min(_SHEET, len(todo)), step)
     shown = [image for n in rows for image in (*again[todo[n].about][: views.VIEWS - len(answers[n])], *answers[n])]
-    words: list[str] = []  # a prompt, or the name of what was given, below the first picture of each row
+    words: list[str] = []  # below the first picture of each row: its prompt, or what the given view shows
     for n in rows:
-        *_, prompt = todo[n].turns[0].split("\n")
-        name = f"{todo[n].about.color} {todo[n].about.solid}"
-        words += [name if PICTURE in prompt else prompt, *[""] * (views.VIEWS - 1)]
+        prompt, about = todo[n].turns[0].split("\n")[-1], todo[n].about
+        words += [f"{about.color} {about.solid}" if PICTURE in prompt else prompt, *[""] * (views.VIEWS - 1)]
     bench.sheet(kind, shown, words, most=len(shown))
     named: Figures = dict(zip(views.FIGURES, figures_of(todo, answers), strict=True))
     best = dict(zip(views.FIGURES, figures_of(todo, truth), strict=True))
